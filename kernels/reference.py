@@ -1,0 +1,44 @@
+"""Attention in plain PyTorch: the form that every other backend is tested against, and the only one with every option."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
+    """Masked attention with a float32 softmax.
+
+    Args:
+        query: `[batch, heads, nodes, dim]`.
+        key: `[batch, key_heads, keys, dim]`; each key head serves `heads / key_heads` query heads.
+        value: `[batch, key_heads, keys, value_dim]`.
+        bias: added to the scores, `[batch, 1 or heads, nodes, keys]`; the lowest number of its type hides a key.
+        scale: factor of the scores.
+        softcap: scores become `softcap * tanh(scores / softcap)` before the bias (Gemma 2).
+        sinks: `[heads]`, one extra score per head that takes part in the softmax and carries no value (GPT-OSS).
+
+    Returns:
+        `[batch, nodes, heads, value_dim]`.
+    """
+    group = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    scores = (query @ key.transpose(-1, -2)).float() * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias.float()
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return (weights.to(value.dtype) @ value).transpose(1, 2)

@@ -1,0 +1,142 @@
+"""The attention function and the mask that a target uses while it verifies trees.
+
+transformers lets a model's attention be replaced by name (`AttentionInterface`) and its mask as well
+(`AttentionMaskInterface`). The mask function is handed each layer's own rule (causal, sliding window, chunks) as a
+predicate on positions; here it is evaluated on the positions of tree nodes and combined with "is it an ancestor?". So
+every rule that transformers can say holds for trees, and no modeling file is copied or patched.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+
+from medhead.kernels import reference, sdpa
+
+NAME = "medhead"
+
+
+@dataclass
+class TreePass:
+    """What attention needs to know of the pass that is running.
+
+    Attributes:
+        lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `longest`.
+        longest: the largest of them, on the host.
+        depth: `[batch or 1, nodes]`, depth of every node.
+        visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
+        nodes: nodes in this pass.
+    """
+
+    lengths: Tensor | None
+    longest: int
+    depth: Tensor
+    visible: Tensor | None
+    nodes: int
+    _biases: dict[Any, Tensor] = field(default_factory=dict)
+
+    def bias(self, rule: Callable, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
+        """The additive mask `[batch or 1, 1, nodes, keys]` for one rule, or None where plain attention is the same.
+
+        None means: one node sees everything, several nodes are causal.
+        """
+        plain = rule is causal_mask_function or (window is not None and self.longest + self.nodes <= window)
+        chain = self.visible is None
+        if plain and self.lengths is None and chain and (self.nodes == 1 or self.longest == 0):
+            return None
+        key = (None if plain else rule, dtype, device)
+        if key not in self._biases:
+            seen = self._seen(device) if plain else self._seen(device) & self._allowed(rule, device)
+            bias = torch.zeros(seen.shape, dtype=dtype, device=device)
+            self._biases[key] = bias.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+        return self._biases[key]
+
+    def _seen(self, device: torch.device) -> Tensor:
+        """`[batch or 1, nodes, keys]`: key is in the row's prefix, or is the node's ancestor or itself."""
+        nodes, keys = self.nodes, self.longest + self.nodes
+        tree = self.visible
+        if tree is None:
+            tree = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()[None]
+        tree = tree.to(device)
+        if self.lengths is None:
+            return torch.nn.functional.pad(tree, (self.longest, 0), value=True)
+        lengths = self.lengths.to(device)
+        seen = (torch.arange(keys, device=device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
+        where = lengths[:, None, None] + torch.arange(nodes, device=device)
+        tree = tree.expand(len(lengths), nodes, nodes)
+        return seen.scatter_(2, where.expand_as(tree), tree)
+
+    def _allowed(self, rule: Callable, device: torch.device) -> Tensor:
+        """The layer's own rule, evaluated on positions: `[batch or 1, nodes, keys]`."""
+        keys = self.longest + self.nodes
+        lengths = torch.tensor([self.longest]) if self.lengths is None else self.lengths
+        lengths = lengths.to(device)[:, None]
+        queries = lengths + self.depth.to(device)  # [batch, nodes]
+        batch = queries.shape[0]
+        positions = torch.arange(keys, device=device).repeat(batch, 1)
+        where = (lengths + torch.arange(self.nodes, device=device)).expand(batch, -1)
+        positions.scatter_(1, where, queries.expand(batch, -1))
+        rows = torch.arange(batch, device=device)[:, None, None, None]
+        head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
+        allowed = rule(rows, head, queries[:, None, :, None], positions[:, None, None, :])
+        return allowed.expand(batch, 1, self.nodes, keys)[:, 0]
+
+
+_running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)
+
+
+@contextmanager
+def tree_pass(current: TreePass) -> Iterator[None]:
+    """Make a pass the running one for this thread."""
+    token = _running.set(current)
+    try:
+        yield
+    finally:
+        _running.reset(token)
+
+
+def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+    """Mask function of transformers: an additive mask for the running tree pass."""
+    current = _running.get()
+    if current is None:
+        return sdpa_mask(*args, **kwargs)
+    device = torch.device(kwargs.get("device") or current.depth.device)
+    rule = kwargs.get("mask_function", causal_mask_function)
+    return current.bias(rule, kwargs.get("local_size"), kwargs.get("dtype", torch.float32), device)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function of transformers: query `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`."""
+    if _running.get() is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if softcap is None and s_aux is None:
+        return sdpa.attention(query, key, value, attention_mask, scale), None
+    if attention_mask is None and query.shape[2] > 1:
+        nodes, keys = query.shape[2], key.shape[2]
+        hidden = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).triu(1 + keys - nodes)
+        attention_mask = torch.zeros(nodes, keys, device=query.device).masked_fill_(hidden, torch.finfo(torch.float32).min)
+    return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+AttentionInterface.register(NAME, _attention)
+AttentionMaskInterface.register(NAME, _mask)

@@ -1,0 +1,194 @@
+"""Key/value storage for trees: preallocated, ragged rows, and `commit`, which keeps the accepted path.
+
+A pass writes the rows of all nodes behind the committed prefix of their batch row, at `length + node`. `commit` moves the
+rows of the accepted nodes to `length + depth` and advances the lengths; everything behind is free again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import Cache
+
+PAGE = 64  # rows are allocated in multiples of this
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Shape of one layer's keys or values: heads, size of a head, type, and the device they live on."""
+
+    heads: int
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """What a target caches: for every layer with a cache of its own, the slots of its keys and values."""
+
+    layers: dict[int, tuple[Slot, Slot]]
+
+    def bytes_per_token(self) -> int:
+        """Memory of one token of one row."""
+        return sum(slot.heads * slot.dim * slot.dtype.itemsize for pair in self.layers.values() for slot in pair)
+
+
+class TreeCache(Cache):
+    """Storage for `batch` rows. All slots of one shape share a tensor, so that `commit` is one copy for all layers.
+
+    Args:
+        layout: what the target caches, as found by probing it.
+        batch: number of rows.
+        capacity: tokens a row is expected to hold; the storage doubles when that was too few.
+    """
+
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        super().__init__(layers=[])
+        self.layout = layout
+        self.lengths = [0] * batch  # committed tokens of every row, on the host
+        self._places: dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]] = {}
+        counts: dict[Slot, int] = {}
+        for layer, pair in layout.layers.items():
+            first, second = ((slot, counts.setdefault(slot, 0)) for slot in pair)
+            counts[pair[0]] += 1
+            second = (pair[1], counts[pair[1]])
+            counts[pair[1]] += 1
+            self._places[layer] = (first, second)
+        self.capacity = -(-capacity // PAGE) * PAGE
+        self._stores = {
+            slot: torch.zeros(n, batch, slot.heads, self.capacity, slot.dim, dtype=slot.dtype, device=slot.device)
+            for slot, n in counts.items()
+        }
+        self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._refresh_views()
+        self._nodes = 0
+        self._used = 0
+        self._start: int | None = 0  # where this pass writes, if that is the same in all rows
+        self._rows_index: dict[torch.device, Tensor] = {}
+
+    # ---------------------------------------------------------------- one pass
+
+    def begin(self, nodes: int) -> None:
+        """Prepare a pass over `nodes` nodes behind the committed prefix of every row; grows the storage if needed."""
+        longest = max(self.lengths)
+        self._nodes, self._used = nodes, longest + nodes
+        self._start = longest if min(self.lengths) == longest else None
+        if self._used > self.capacity:
+            self._grow(self._used)
+        if self._start is None:
+            where = torch.tensor(self.lengths)[:, None] + torch.arange(nodes)  # [batch, nodes]
+            devices = {slot.device for slot in self._stores}
+            self._rows_index = {device: where.to(device)[:, None, :, None] for device in devices}
+
+    @property
+    def used(self) -> int:
+        """Columns of keys that attention sees in the pass that was begun: longest prefix plus nodes."""
+        return self._used
+
+    def update(  # type: ignore[override]
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store one layer's keys and values of this pass; return views of all keys and values of the layer.
+
+        Args:
+            key_states: `[batch, key_heads, nodes, dim]`.
+            value_states: `[batch, key_heads, nodes, value_dim]`.
+            layer_idx: which layer.
+        """
+        keys, values = self._views[layer_idx]
+        if self._start is not None:
+            end = self._start + self._nodes
+            keys[:, :, self._start : end] = key_states
+            values[:, :, self._start : end] = value_states
+        else:
+            index = self._rows_index[keys.device]
+            keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
+            values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
+        return keys[:, :, : self._used], values[:, :, : self._used]
+
+    def commit(self, counts: list[int], path: Tensor | None = None) -> None:
+        """Keep the accepted nodes of the last pass.
+
+        Args:
+            counts: how many nodes of each row stay.
+            path: `[batch, steps]` int64, the node to keep at each depth (what lies behind `counts` does not matter), or
+                None when the nodes to keep are the first ones in order, which moves nothing.
+        """
+        if path is not None and path.shape[1] > 1:
+            for slot, store in self._stores.items():
+                _move_rows(store, path.to(slot.device), self.lengths, self._start)
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all batch rows but these (rows that finished early)."""
+        for slot, store in self._stores.items():
+            self._stores[slot] = store[:, torch.tensor(rows, device=store.device)]
+        self.lengths = [self.lengths[row] for row in rows]
+        self._refresh_views()
+
+    def nbytes(self) -> int:
+        """Memory of the storage."""
+        return sum(store.numel() * store.element_size() for store in self._stores.values())
+
+    # ---------------------------------------------------------------- what transformers asks of a cache
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Committed tokens of the longest row."""
+        return max(self.lengths)
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
+        """Columns of keys in this pass, and the offset of the first."""
+        return self._used, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No fixed maximum."""
+        return -1
+
+    @property
+    def is_sliding(self) -> list[bool]:  # type: ignore[override]
+        """No layer drops keys; windows are a matter of the mask."""
+        return [False] * (max(self.layout.layers) + 1)
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]
+        """Whether transformers may compile on its own; it may not."""
+        return False
+
+    @property
+    def batch_size(self) -> int:  # type: ignore[override]
+        """Number of rows."""
+        return len(self.lengths)
+
+    def __len__(self) -> int:
+        return max(self.layout.layers) + 1
+
+    # ---------------------------------------------------------------- storage
+
+    def _refresh_views(self) -> None:
+        for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
+            self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
+
+    def _grow(self, needed: int) -> None:
+        grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)
+        for slot, store in self._stores.items():
+            bigger = store.new_zeros(*store.shape[:3], grown, slot.dim)
+            bigger[:, :, :, : self.capacity] = store
+            self._stores[slot] = bigger
+        self.capacity = grown
+        self._refresh_views()
+
+
+def _move_rows(store: Tensor, path: Tensor, lengths: list[int], start: int | None) -> None:
+    """Copy the rows `length + path[d]` of a store `[slots, batch, heads, tokens, dim]` to `length + d`."""
+    batch, steps = path.shape
+    if start is not None and batch == 1:
+        store[:, :, :, start : start + steps] = store.index_select(3, path[0] + start)
+        return
+    base = torch.tensor(lengths, device=path.device)[:, None]
+    shape = (store.shape[0], batch, store.shape[2], steps, store.shape[4])
+    source = (base + path)[None, :, None, :, None].expand(shape)
+    goal = (base + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
+    store.scatter_(3, goal, store.gather(3, source))

@@ -1,0 +1,61 @@
+"""Sampling noise as a function of (seed, row, position) alone.
+
+A draw is `argmax(logits + gumbel)` (the Gumbel-max trick), and the Gumbel noise of a position comes from a
+counter-based generator: hash the counter, do not advance a state. So every node that stands for one position shares
+its noise, the text with a given seed does not depend on how it was guessed, and a proposer may look at the noise of
+the positions it proposes for (coupling without communication, Daliri et al. 2024).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_MASK = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9
+
+
+def _mix_(x: Tensor) -> Tensor:
+    """Scramble 32-bit values held in int64, in place: multiply and xor-shift with full avalanche ("lowbias32")."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x &= _MASK
+    x ^= x >> 15
+    x *= 0x846CA68B
+    x &= _MASK
+    x ^= x >> 16
+    return x
+
+
+class Noise:
+    """Gumbel noise for the rows of one generation.
+
+    Args:
+        seed: any integer; 64 bits of it are used.
+        vocab_size: number of tokens, V.
+        device: where the noise is made. The same numbers come out on every device up to the last bit of `log`.
+    """
+
+    def __init__(self, seed: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
+        self.seed = seed
+        self._low, self._high = seed & _MASK, (seed >> 32) & _MASK
+        index = torch.arange(vocab_size, dtype=torch.int64, device=device)
+        self._lanes = _mix_(index * _GOLDEN & _MASK)
+
+    def uniform(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Uniform numbers strictly between 0 and 1, `[*positions.shape, V]` float32.
+
+        Args:
+            rows: integer tensor that broadcasts with `positions`: which row of the batch, as the user numbered them.
+            positions: absolute position of the token to draw.
+        """
+        key = _mix_((rows * _GOLDEN + self._low) & _MASK)
+        key = _mix_((key ^ positions) + self._high & _MASK)
+        second = _mix_((key + _GOLDEN) & _MASK)
+        bits = _mix_(self._lanes ^ key[..., None])
+        bits = _mix_(bits ^ second[..., None])
+        return (bits >> 9).to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+    def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
+        """Standard Gumbel noise, `[*positions.shape, V]` float32."""
+        return self.uniform(rows, positions).log_().neg_().log_().neg_()

@@ -1,0 +1,214 @@
+"""The target: any causal language model of transformers, made to verify token trees without touching its code."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from medhead.attention import NAME, TreePass, tree_pass
+from medhead.cache import CacheLayout, Slot, TreeCache
+from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.tree import TokenTree
+
+PREFILL_CHUNK = 1024
+
+
+class Target:
+    """A model that verifies trees.
+
+    Args:
+        model: what `from_pretrained` returned; a `PeftModel` around one is fine.
+        probe: check with a small tree that the model verifies trees correctly.
+
+    Raises:
+        UnsupportedTargetError: the model cannot verify a tree (recurrent or convolutional layers, an attention that does
+            not go through transformers' registry, an encoder).
+    """
+
+    def __init__(self, model: nn.Module, probe: bool = True) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if not isinstance(inner, PreTrainedModel):
+            raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
+        self.model = inner
+        self.name = type(inner).__name__
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise UnsupportedTargetError(f"{self.name} has an encoder; medhead decodes decoder-only models")
+        self.output = inner.get_output_embeddings()
+        if not isinstance(self.output, nn.Module):
+            raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
+        self.config = inner.config.get_text_config(decoder=True)
+        self.embedding = inner.get_input_embeddings()
+        self.vocab_size = int(self.output.weight.shape[0])
+        self.hidden_size = int(self.output.weight.shape[1])
+        self.device = self.embedding.weight.device
+        self.dtype = self.output.weight.dtype
+        self.layers = int(getattr(self.config, "num_hidden_layers", 0))
+        self.context = _context_length(self.config)
+        self._configs = _attention_configs(inner)
+        self._select: Tensor | None = None  # row of the hidden states to keep, while prefilling
+        self._hidden: Tensor | None = None
+        self._active = False
+        self.layout = self._find_layout()
+        if probe:
+            from medhead.probe import check_target
+
+            check_target(self)
+
+    # ---------------------------------------------------------------- passes
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While active, the model's attention is medhead's; afterwards the model is as it was."""
+        if self._active:
+            yield
+            return
+        before = [config._attn_implementation for config in self._configs]
+        training = self.model.training
+        hook = self.output.register_forward_pre_hook(self._capture)
+        try:
+            self._active = True
+            self.model.eval()
+            for config in self._configs:
+                config._attn_implementation = NAME
+            yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._attn_implementation = name
+            self.model.train(training)
+            hook.remove()
+            self._active, self._hidden, self._select = False, None, None
+
+    def new_cache(self, batch: int, capacity: int) -> TreeCache:
+        """An empty cache for `batch` rows of about `capacity` tokens."""
+        return TreeCache(self.layout, batch, capacity)
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """The target's one pass over all nodes.
+
+        Returns:
+            logits `[batch, nodes, vocab]` and last hidden states `[batch, nodes, hidden]` (what the output matrix sees).
+        """
+        chain = tree.nodes == 1
+        current = self._pass(cache, tree.depth, None if chain else tree.visible)
+        return self._forward(cache, tree.tokens, tree.depth, current)
+
+    def prefill(self, cache: TreeCache, rows: list[list[int]]) -> Tensor:
+        """Fill an empty cache with the tokens of each row, in chunks.
+
+        Args:
+            cache: an empty cache with one row for each of `rows`.
+            rows: token ids; the rows may have different lengths, and may be empty.
+
+        Returns:
+            `[batch, hidden]`: last hidden state of every row's last token; zeros for an empty row.
+        """
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        longest = max(map(len, rows))
+        found = torch.zeros(len(rows), self.hidden_size, dtype=self.dtype, device=self.device)
+        padded = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        padded = padded.to(self.device)
+        for start in range(0, longest, PREFILL_CHUNK):
+            tokens = padded[:, start : start + PREFILL_CHUNK]
+            nodes = tokens.shape[1]
+            cache.lengths = [start] * len(rows)
+            depth = torch.arange(nodes, device=self.device)[None]
+            last = (lengths - 1 - start).clamp(0, nodes - 1)
+            self._select = last
+            _, hidden = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+            self._select = None
+            inside = (lengths > start) & (lengths <= start + nodes)
+            found = torch.where(inside[:, None], hidden[:, 0].to(found.dtype), found)
+        cache.lengths = [len(row) for row in rows]
+        return found
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of token ids, `[*tokens.shape, hidden]`."""
+        return self.embedding(tokens)
+
+    def close(self) -> None:
+        """Nothing is left on the model between passes; kept so that callers can say they are done."""
+
+    # ---------------------------------------------------------------- inside
+
+    def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int | None = None) -> TreePass:
+        longest, uniform = max(cache.lengths), min(cache.lengths) == max(cache.lengths)
+        lengths = None if uniform else torch.tensor(cache.lengths, device=self.device)
+        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1])
+
+    def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
+        cache.begin(tokens.shape[1])
+        start = current.longest if current.lengths is None else current.lengths[:, None]
+        positions = (depth + start).expand(tokens.shape)
+        with tree_pass(current):
+            output = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+        assert self._hidden is not None
+        return output.logits, self._hidden
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it."""
+        hidden = args[0]
+        if self._select is not None:
+            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), self._select.to(hidden.device)][:, None]
+            self._hidden = hidden.to(self.device)
+            return (hidden, *args[1:])
+        self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
+        return None
+
+    @torch.inference_mode()
+    def _find_layout(self) -> CacheLayout:
+        """Shapes of what every layer caches, from one ordinary pass over two tokens."""
+        cache = DynamicCache()
+        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
+        training = self.model.training
+        self.model.eval()
+        try:
+            used = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+        except Exception as error:
+            reason = " ".join(str(error).split())[:160]
+            raise UnsupportedTargetError(f"{self.name} does not run with a key/value cache: {reason}") from error
+        finally:
+            self.model.train(training)
+        if getattr(used, "past_key_values", None) is not cache:
+            raise UnsupportedTargetError(
+                f"{self.name} keeps a state of its own instead of a key/value cache (a recurrent model); "
+                "medhead cannot verify trees with it yet"
+            )
+        found = {}
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if any(hasattr(layer, name) for name in ("conv_states", "recurrent_states")):
+                raise UnsupportedTargetError(
+                    f"{self.name} has recurrent or convolutional layers (layer {index}); "
+                    "medhead cannot verify trees with them yet"
+                )
+            if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
+                found[index] = tuple(Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in (keys, values))
+        if not found:
+            raise UnsupportedTargetError(f"{self.name} wrote nothing into its key/value cache")
+        return CacheLayout(found)  # type: ignore[arg-type]
+
+
+def _attention_configs(model: PreTrainedModel) -> list[Any]:
+    """The distinct configurations from which the model's modules read the name of their attention function."""
+    found = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if config is not None and hasattr(config, "_attn_implementation"):
+            found[id(config)] = config
+    return list(found.values())
+
+
+def _context_length(config: Any) -> int:
+    """Longest sequence the model was made for; a very large number when its configuration does not say."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return 1 << 30
