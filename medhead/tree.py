@@ -169,28 +169,6 @@ class TokenTree:
             found.append(path[::-1])
         return found
 
-    def limited(self, max_depth: int) -> TokenTree:
-        """The tree without nodes deeper than `max_depth` (near the token limit or the end of the context).
-
-        Shared parents are not assumed: the deepest nodes are cut by keeping, in every row, as many nodes as the row
-        with most shallow nodes has; cut nodes become repeats of the root's first child, which is harmless.
-        """
-        if self.max_depth <= max_depth:
-            return self
-        if max_depth <= 0:
-            return TokenTree.root(self.tokens[:, 0])
-        keep = self.depth <= max_depth  # closed under parents
-        count = int(keep.sum(1).max())
-        order = torch.argsort((~keep).to(torch.int8), dim=1, stable=True)[:, :count]  # kept nodes first, in order
-        new_index = torch.argsort(order_full := torch.argsort((~keep).to(torch.int8), dim=1, stable=True), dim=1)
-        del order_full
-        kept = keep.gather(1, order)
-        parents = new_index.gather(1, self.parents.gather(1, order)).masked_fill(~kept, 0)
-        depth = self.depth.gather(1, order).masked_fill(~kept, 1)
-        tokens = self.tokens.gather(1, order)
-        depth[:, 0] = 0
-        return TokenTree(tokens, parents, depth, max_depth)
-
 
 def sorted_ranks(ranks: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
     """Rank paths in Medusa's order: by length, then lexicographically, so that a parent comes before its child."""

@@ -1,0 +1,139 @@
+"""Heads as one PEFT checkpoint: `adapter_config.json`, `adapter_model.safetensors`, `medhead_config.json`.
+
+The heads hang on the target as the submodule `medhead`; PEFT saves and loads it through `modules_to_save`. A target that
+is only decoded needs no PEFT wrapper: `load_heads` reads the same file directly.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from medhead.errors import MedheadError
+from medhead.heads.base import Heads, HeadsConfig, build_heads
+
+CONFIG_FILE = "medhead_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+SUBMODULE = "medhead"
+_PREFIX = f"base_model.model.{SUBMODULE}."
+
+
+def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write heads as a PEFT checkpoint that `PeftModel.from_pretrained` loads onto the target with heads attached.
+
+    Args:
+        heads: the trained heads.
+        target: the model they were trained for; it is left as it was.
+        folder: where to write; created if missing.
+        dtype: type of the stored weights; the heads' own if None.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    copy = build_heads(heads.config)
+    copy.load_state_dict(heads.state_dict())
+    attach(target, copy.to(dtype) if dtype else copy)
+    requires_grad = {name: p.requires_grad for name, p in target.named_parameters()}
+    try:
+        config = LoraConfig(modules_to_save=[SUBMODULE], target_modules=DUMMY_TARGET_MODULES)
+        wrapped = get_peft_model(target, config)
+        wrapped.save_pretrained(folder, safe_serialization=True)
+        wrapped.unload()
+    finally:
+        detach(target)
+        for name, parameter in target.named_parameters():
+            parameter.requires_grad_(requires_grad.get(name, True))
+        if hasattr(target, "peft_config"):
+            del target.peft_config
+    (folder / CONFIG_FILE).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n")
+    readme = folder / "README.md"
+    if readme.exists() and "[More Information Needed]" in readme.read_text():
+        readme.unlink()  # PEFT's empty template says nothing
+
+
+def attach(target: nn.Module, heads: Heads) -> None:
+    """Hang heads on a target as its submodule, which is what PEFT needs before it can load or train them."""
+    target.add_module(SUBMODULE, heads)
+
+
+def detach(target: nn.Module) -> None:
+    """Take the heads off again."""
+    if SUBMODULE in target._modules:
+        del target._modules[SUBMODULE]
+
+
+def read_config(folder: str | Path) -> HeadsConfig:
+    """The heads' configuration.
+
+    Raises:
+        MedheadError: the folder, the file or one of its fields is missing or wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MedheadError(f"heads folder {str(folder)!r} does not exist")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return HeadsConfig(**fields)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def load_heads(folder: str | Path, target: Any) -> Heads:
+    """Load heads for a target (a `medhead.target.Target`), on its device and in its type.
+
+    Raises:
+        MedheadError: the checkpoint is missing, damaged, or made for another model.
+    """
+    config = read_config(folder)
+    check_fit(config, target, folder)
+    path = Path(folder) / WEIGHTS_FILE
+    if not path.is_file():
+        raise MedheadError(f"{str(folder)!r} holds no {WEIGHTS_FILE}; the heads checkpoint is incomplete")
+    try:
+        stored = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise MedheadError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:100]}); copy it again") from None
+    weights = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.startswith(_PREFIX)}
+    heads = build_heads(config)
+    expected = {name: tuple(t.shape) for name, t in heads.state_dict().items()}
+    given = {name: tuple(t.shape) for name, t in weights.items()}
+    if expected != given:
+        wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+        first = wrong[0]
+        raise MedheadError(
+            f"{path} does not hold the weights that {CONFIG_FILE} describes: {first} is {given.get(first, 'missing')}, "
+            f"expected {expected.get(first, 'nothing')} ({len(wrong)} tensors differ)"
+        )
+    heads.load_state_dict(weights)
+    return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:
+    """Refuse heads of another model.
+
+    Raises:
+        MedheadError: hidden size, vocabulary or number of layers differ.
+    """
+    pairs = (
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("layers", config.target_layers, target.layers),
+    )
+    for what, of_heads, of_target in pairs:
+        if of_heads != of_target:
+            raise MedheadError(
+                f"the heads in {str(folder)!r} were trained for another model: their {what} is {of_heads}, "
+                f"{target.name} has {of_target}; train heads for this model or give the right folder"
+            )

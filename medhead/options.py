@@ -1,0 +1,143 @@
+"""Which options of `model.generate` work, and a clear refusal for those that cannot."""
+
+from __future__ import annotations
+
+from copy import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList
+from transformers.generation import logits_process as lp
+
+from medhead.errors import MedheadError
+
+_BEAMS = "medhead decodes one sequence per row; use num_return_sequences with sampling, or generate without medhead"
+# field: (values that mean "off", what to do instead)
+_REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "num_beams": ((None, 1), _BEAMS),
+    "num_beam_groups": ((None, 1), _BEAMS),
+    "diversity_penalty": ((None, 0.0), _BEAMS),
+    "constraints": ((None,), _BEAMS),
+    "force_words_ids": ((None,), _BEAMS),
+    "penalty_alpha": ((None, 0.0), "contrastive search is another algorithm"),
+    "dola_layers": ((None,), "DoLa is another algorithm"),
+    "guidance_scale": ((None, 1, 1.0), "classifier-free guidance needs a second pass per token"),
+    "prompt_lookup_num_tokens": ((None,), "choose medhead's own proposer 'ngram' instead"),
+    "assistant_early_exit": ((None,), "choose a medhead proposer instead"),
+    "use_mtp": ((None, False), "choose a medhead proposer instead"),
+    "speculation_type": ((None,), "choose a medhead proposer instead"),
+    "cache_implementation": ((None, "dynamic"), "medhead brings its own cache"),
+    "output_attentions": ((None, False), "attention weights are not kept"),
+    "output_hidden_states": ((None, False), "hidden states are not kept"),
+    "low_memory": ((None, False), "it belongs to contrastive search"),
+    "encoder_repetition_penalty": ((None, 1.0), "it belongs to encoder-decoder models"),
+    "encoder_no_repeat_ngram_size": ((None, 0), "it belongs to encoder-decoder models"),
+    "is_assistant": ((None, False), "medhead is no assistant of another decoder"),
+}
+_IGNORED_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+
+
+def check_config(config: GenerationConfig) -> None:
+    """Refuse what cannot be honoured.
+
+    Raises:
+        MedheadError: names the field, its value, and what to do.
+    """
+    for name, (off, advice) in _REFUSED.items():
+        value = getattr(config, name, None)
+        if value not in off:
+            raise MedheadError(f"{name}={value!r} is not supported: {advice}")
+    if config.use_cache is False:
+        raise MedheadError("use_cache=False is not supported: a tree is verified against a cache")
+
+
+def check_arguments(arguments: dict[str, Any]) -> None:
+    """Refuse arguments of the model's forward that medhead would have to ignore.
+
+    Raises:
+        MedheadError: names the argument.
+    """
+    cache = arguments.get("past_key_values")
+    if cache is not None and cache.get_seq_length() > 0:
+        raise MedheadError("past_key_values with content is not supported: pass the whole text as input_ids")
+    given = sorted(name for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS and value is not None)
+    if given:
+        raise MedheadError(f"{', '.join(given)} cannot be used with medhead: it decodes text from input_ids alone")
+
+
+def check_processors(processors: LogitsProcessorList) -> None:
+    """Refuse processors with a state of the whole batch, which trees cannot replay.
+
+    Raises:
+        MedheadError: names the processor.
+    """
+    for processor in processors:
+        if type(processor).__name__ == "SynthIDTextWatermarkLogitsProcessor":
+            raise MedheadError("SynthID watermarking is not supported: its state belongs to decoding token by token")
+
+
+def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
+    """Processors for one row of the batch where some hold something for every row, else None (share the list)."""
+    own = LogitsProcessorList([_for_row(processor, row) for processor in processors])
+    return None if all(mine is theirs for mine, theirs in zip(own, processors, strict=True)) else own
+
+
+def _for_row(processor: Any, row: int) -> Any:
+    """`prefix_allowed_tokens_fn` asks which row it serves; a repetition penalty knows every row's padding."""
+    if type(processor) is lp.PrefixConstrainedLogitsProcessor:
+        allowed = processor._prefix_allowed_tokens_fn
+        return lp.PrefixConstrainedLogitsProcessor(lambda _, text: allowed(row, text), 1)
+    ignored = getattr(processor, "prompt_ignore_length", None)
+    if isinstance(ignored, Tensor) and ignored.ndim == 1:
+        processor = copy(processor)
+        processor.prompt_ignore_length = ignored[row : row + 1]
+    return processor
+
+
+def unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:
+    """Token ids of every row without padding.
+
+    Raises:
+        MedheadError: a row is empty, or its mask has holes.
+    """
+    if input_ids.ndim != 2 or input_ids.shape[1] == 0:
+        raise MedheadError("the prompt is empty: give at least one token (the tokenizer's BOS token will do)")
+    if attention_mask is None:
+        return input_ids.tolist()
+    rows = []
+    for row, (ids, mask) in enumerate(zip(input_ids.tolist(), attention_mask.bool().tolist(), strict=True)):
+        kept = [token for token, keep in zip(ids, mask, strict=True) if keep]
+        if not kept:
+            raise MedheadError(f"the prompt in row {row} is empty: give at least one token")
+        first = mask.index(True)
+        if not all(mask[first : first + len(kept)]):
+            raise MedheadError(f"the attention mask of row {row} has a hole; only padding before or behind the text works")
+        rows.append(kept)
+    return rows
+
+
+def check_token_ids(input_ids: Tensor, rows: int) -> None:
+    """Refuse ids that the embedding does not have.
+
+    Raises:
+        MedheadError: names the id and the size.
+    """
+    low, high = int(input_ids.min()), int(input_ids.max())
+    if low < 0 or high >= rows:
+        raise MedheadError(
+            f"token id {low if low < 0 else high} is outside the model's vocabulary of {rows}: wrong tokenizer?"
+        )
+
+
+def check_seed(seed: int | None) -> int:
+    """The seed, or one drawn from torch's own generator, so that `torch.manual_seed` makes a run repeatable.
+
+    Raises:
+        MedheadError: it is not a whole number that fits 64 bits.
+    """
+    if seed is None:
+        return int(torch.randint(0, 2**62, ()))
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise MedheadError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+    return seed

@@ -1,0 +1,108 @@
+"""The protocol of proposers and their registry.
+
+A proposer never decides what is emitted, only how much of it is emitted at once. It sees the state of the rows, names a
+token tree, and may look at what the target made of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from torch import Tensor
+
+from medhead.errors import MedheadError
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.acceptance import Accepted
+    from medhead.target import Target
+
+
+@dataclass
+class DecodeState:
+    """What a proposer may know before a pass. Rows are the rows still running.
+
+    Attributes:
+        target: the target.
+        texts: prompt and emitted tokens of every row; the last one is the root.
+        roots: `[batch]` root tokens on the target's device.
+        hidden: `[batch, hidden]` the target's last hidden state at the token before the root.
+        noise: `[batch, depths, vocab]` Gumbel noise of the coming positions (index d: the token below depth d), or None
+            when decoding is greedy.
+        temperature: what logits are divided by before the noise is added.
+    """
+
+    target: Target
+    texts: list[list[int]]
+    roots: Tensor
+    hidden: Tensor
+    noise: Tensor | None = None
+    temperature: float = 1.0
+
+
+class Proposer:
+    """Base of all proposers: plain decoding, a tree of one node.
+
+    Attributes:
+        name: registered name.
+        max_depth: the deepest tree it names.
+        tree_size: number of nodes it names, root included.
+        uses_noise: whether it ranks by the noise of the coming positions.
+    """
+
+    name = "none"
+    max_depth = 0
+    tree_size = 1
+    uses_noise = False
+
+    def begin(self, target: Target, texts: list[list[int]]) -> None:
+        """A generation starts with these prompts; forget the last one."""
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        """Name a tree for every row, no deeper than `max_depth`."""
+        return TokenTree.root(state.roots)
+
+    def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
+        """See what the target said: `logits` is `[batch, nodes, vocab]`."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+
+
+PROPOSERS: dict[str, Callable[..., Proposer]] = {}
+P = TypeVar("P", bound=type[Proposer])
+
+
+def register_proposer(name: str) -> Callable[[P], P]:
+    """Class decorator: make a proposer known by name. Its constructor takes `target` and keyword options."""
+
+    def add(kind: P) -> P:
+        kind.name = name
+        PROPOSERS[name] = kind
+        return kind
+
+    return add
+
+
+def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
+    """Make a registered proposer.
+
+    Raises:
+        MedheadError: no proposer has that name, or an option is wrong.
+    """
+    if name not in PROPOSERS:
+        raise MedheadError(f"no proposer is called {name!r}; known proposers: {', '.join(sorted(PROPOSERS))}")
+    return PROPOSERS[name](target, **{key: value for key, value in options.items() if value is not None})
+
+
+def check_tree_size(size: int) -> int:
+    """A number of nodes that makes sense.
+
+    Raises:
+        MedheadError: it does not.
+    """
+    if not isinstance(size, int) or not 1 <= size <= 256:
+        raise MedheadError(f"the tree size must be a whole number from 1 to 256, got {size!r}")
+    return size

@@ -1,0 +1,74 @@
+"""Token Recycling (Luo et al. 2024): the candidates that the target itself named the last time it saw a token.
+
+An adjacency matrix holds the last top-k successors of every token; it is updated from every verified node, accepted or
+not, and needs no training. Log-probabilities are kept beside the tokens, so that trees are grown by them.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
+from medhead.proposers.growth import grow_tree
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.acceptance import Accepted
+    from medhead.target import Target
+
+_UNSEEN = -20.0  # log-probability of a successor that was never seen
+
+
+@register_proposer("recycling")
+class RecyclingProposer(Proposer):
+    """Proposes recycled tokens. What was learnt stays for later generations.
+
+    Args:
+        target: the target; its vocabulary sizes the matrix.
+        tree_size: nodes of the tree, root included.
+        successors: candidates kept for every token.
+        max_depth: depth of the tree.
+        width: nodes of a frontier.
+    """
+
+    uses_noise = True
+
+    def __init__(
+        self, target: Target, tree_size: int = 16, successors: int = 8, max_depth: int = 6, width: int = 8
+    ) -> None:
+        self.tree_size, self.max_depth, self.width = check_tree_size(tree_size), max_depth, width
+        shape = (target.vocab_size, min(successors, target.vocab_size))
+        self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
+        self.logp = torch.full(shape, _UNSEEN, device=target.device)
+        self._state: DecodeState | None = None
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        """The likeliest recycled paths below every root."""
+        depth = min(max_depth, self.max_depth, self.tree_size - 1)
+        if depth < 1:
+            return TokenTree.root(state.roots)
+        self._state = state
+        return grow_tree(state.roots, self, self.tree_size, depth, self.width)
+
+    def start(self) -> Tensor:
+        """There is no state along a path."""
+        assert self._state is not None
+        return self.logp.new_zeros(len(self._state.texts), 1, 0)
+
+    def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Successors of the frontier; when sampling, ranked by the noise of the position too."""
+        assert self._state is not None
+        children, logp = self.tokens[tokens], self.logp[tokens]
+        if self._state.noise is not None:
+            noise = self._state.noise[:, depth].gather(1, children.flatten(1)).view_as(logp)
+            logp = (logp / self._state.temperature + noise).log_softmax(-1)
+        return state.expand(-1, tokens.shape[1], -1), logp, children
+
+    def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
+        """Remember what the target named at every node."""
+        top = logits.float().topk(self.tokens.shape[1], dim=-1)
+        self.tokens[tree.tokens] = top.indices
+        self.logp[tree.tokens] = top.values - torch.logsumexp(logits.float(), -1, keepdim=True)

@@ -1,0 +1,61 @@
+"""From logits to drawn tokens: logits processors, noise, and which processors look at the text so far."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+from transformers.generation import logits_process as lp
+
+# Processors that look at one distribution alone. All others are given each node's own text, one node after the other.
+_LOCAL = tuple(
+    getattr(lp, name)
+    for name in (
+        "TemperatureLogitsWarper",
+        "TopKLogitsWarper",
+        "TopPLogitsWarper",
+        "TopHLogitsWarper",
+        "MinPLogitsWarper",
+        "TypicalLogitsWarper",
+        "EpsilonLogitsWarper",
+        "EtaLogitsWarper",
+        "SuppressTokensLogitsProcessor",
+        "LogitNormalization",
+        "InfNanRemoveLogitsProcessor",
+    )
+    if hasattr(lp, name)
+)
+
+
+def is_local(processors: LogitsProcessorList) -> bool:
+    """Whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
+    return all(type(processor) in _LOCAL for processor in processors)
+
+
+def temperature_of(processors: LogitsProcessorList) -> float:
+    """The temperature among the processors, 1 if there is none."""
+    product = 1.0
+    for processor in processors:
+        if type(processor) is lp.TemperatureLogitsWarper:
+            product *= float(processor.temperature)
+    return product
+
+
+def process_nodes(processors: LogitsProcessorList, logits: Tensor) -> Tensor:
+    """Apply local processors to all nodes at once, `[batch, nodes, vocab]` to float32 scores of that shape."""
+    logits = logits.float()
+    if not processors:
+        return logits
+    flat = logits.flatten(0, 1)
+    no_text = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=flat.device)
+    return processors(no_text, flat).view_as(logits)
+
+
+def draw(scores: Tensor, noise: Tensor | None) -> Tensor:
+    """The target's token for every distribution: argmax, after adding Gumbel noise when sampling.
+
+    Args:
+        scores: `[..., vocab]` processed logits.
+        noise: same shape or one that broadcasts; None for greedy decoding.
+    """
+    return (scores if noise is None else scores + noise).argmax(-1)
