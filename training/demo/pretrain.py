@@ -198,9 +198,9 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     """Run the command; wrong input is one line and exit code 2."""
-    args = parser().parse_args()
+    args = parser().parse_args(argv)
     try:
         train(args)
     except MedheadError as error:
