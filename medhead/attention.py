@@ -35,6 +35,7 @@ class TreePass:
         depth: `[batch or 1, nodes]`, depth of every node.
         visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
         nodes: nodes in this pass.
+        plain: use the reference attention throughout, for comparison.
     """
 
     lengths: Tensor | None
@@ -42,6 +43,7 @@ class TreePass:
     depth: Tensor
     visible: Tensor | None
     nodes: int
+    plain: bool = False
     _biases: dict[Any, Tensor] = field(default_factory=dict)
 
     def bias(self, rule: Callable, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
@@ -126,10 +128,11 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: query `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`."""
-    if _running.get() is None:
+    current = _running.get()
+    if current is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and s_aux is None:
+    if softcap is None and s_aux is None and not current.plain:
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]

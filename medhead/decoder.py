@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +15,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import options
 from medhead.acceptance import TypicalAcceptance
+from medhead.check import CheckReport, check
 from medhead.errors import MedheadError
 from medhead.hook import restore_generate, teach_generate
 from medhead.loop import DecodeLoop, Row, Settings, StepTimes
@@ -77,6 +78,7 @@ class Decoder:
         tree_size: nodes of a tree, root included; the proposer's own default if None.
         typical: lossy acceptance (Medusa's); None, the default, is exact.
         probe: check at once that the model verifies trees correctly.
+        attention: backend of the target, see `Target`.
         options: further options of the proposer.
 
     Raises:
@@ -97,9 +99,10 @@ class Decoder:
         tree_size: int | None = None,
         typical: TypicalAcceptance | None = None,
         probe: bool = True,
+        attention: str = "auto",
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe=probe)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention)
         self.model = self.target.model
         if proposer is None:
             proposer = "ngram" if heads is None else "heads"
@@ -112,6 +115,7 @@ class Decoder:
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
         self.proposer, self.typical = proposer, typical
         self.statistics = Statistics()
+        self.on_pass: Callable[[Row, list[int]], None] | None = None  # called with a row and the tokens of each pass
         self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None
         teach_generate(self.model)
 
@@ -185,7 +189,7 @@ class Decoder:
             typical=self.typical,
             keep_scores=keep and bool(config.output_scores),
             keep_logits=keep and bool(config.output_logits),
-            on_tokens=_listener(stream, lengths),
+            on_tokens=_listener(stream, lengths, self.on_pass),
             synchronize=self.synchronize,
         )
         loop = DecodeLoop(self.target, self.proposer, settings)
@@ -197,6 +201,10 @@ class Decoder:
             if stream is not None:
                 stream.finish()
         return _result(rows, input_ids, pad, config)
+
+    def check(self, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
+        """Compare with plain decoding, token by token; see `medhead.check.check`."""
+        return check(self, input_ids, seed, **arguments)
 
     # ---------------------------------------------------------------- life
 
@@ -244,9 +252,11 @@ class Decoder:
         )
 
 
-def _listener(stream: ColumnStream | None, lengths: list[int]) -> Any:
+def _listener(stream: ColumnStream | None, lengths: list[int], also: Callable[[Row, list[int]], None] | None) -> Any:
     def listen(row: Row, new: list[int], ended: bool) -> None:
         lengths.append(len(new))
+        if also is not None:
+            also(row, new)
         if stream is not None:
             stream.add(row, new, ended)
 

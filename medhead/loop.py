@@ -113,14 +113,15 @@ class DecodeLoop:
         roots = torch.tensor([row.text[-1] for row in rows], device=target.device)
         self.prefill_seconds = self._now() - began
         while rows:
-            noise = self._noise(rows)
-            state = DecodeState(target, [row.text for row in rows], roots, hidden, noise, self.temperature)
-            rows, roots, hidden = self._step(rows, state)
+            rows, roots, hidden = self._step(rows, roots, hidden)
         self.cache_bytes = self.cache.nbytes()
 
-    def _step(self, rows: list[Row], state: DecodeState) -> tuple[list[Row], Tensor, Tensor]:
+    def _step(self, rows: list[Row], roots: Tensor, hidden: Tensor) -> tuple[list[Row], Tensor, Tensor]:
         """One pass: the rows that go on, their new roots, and the hidden states above them."""
-        times, began = self.times, self._now()
+        times, started = self.times, self._now()
+        noise = self._noise(rows)
+        state = DecodeState(self.target, [row.text for row in rows], roots, hidden, noise, self.temperature)
+        began = self._now()
         tree = self.proposer.propose(state, self._depth_limit(rows))
         proposed = self._now()
         logits, hidden = self.target.verify(self.cache, tree)
@@ -144,7 +145,7 @@ class DecodeLoop:
         ended = self._now()
         times.propose += proposed - began
         times.forward += verified - proposed
-        times.accept += decided - verified
+        times.accept += began - started + decided - verified  # making noise and drawing with it
         times.commit += committed - decided
         times.other += ended - committed
         return running, roots, above

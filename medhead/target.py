@@ -16,6 +16,7 @@ from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.tree import TokenTree
 
 PREFILL_CHUNK = 1024
+ATTENTIONS = ("auto", "sdpa", "reference")
 
 
 class Target:
@@ -24,13 +25,19 @@ class Target:
     Args:
         model: what `from_pretrained` returned; a `PeftModel` around one is fine.
         probe: check with a small tree that the model verifies trees correctly.
+        attention: `sdpa` (PyTorch's kernels; what they cannot do, soft-capping and sinks, falls to the reference) or
+            `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `sdpa`.
 
     Raises:
+        MedheadError: `model` is not a model of transformers, or `attention` is unknown.
         UnsupportedTargetError: the model cannot verify a tree (recurrent or convolutional layers, an attention that does
             not go through transformers' registry, an encoder).
     """
 
-    def __init__(self, model: nn.Module, probe: bool = True) -> None:
+    def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
+        if attention not in ATTENTIONS:
+            raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        self.attention = attention
         inner = model.get_base_model() if hasattr(model, "get_base_model") else model
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
@@ -140,7 +147,7 @@ class Target:
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int | None = None) -> TreePass:
         longest, uniform = max(cache.lengths), min(cache.lengths) == max(cache.lengths)
         lengths = None if uniform else torch.tensor(cache.lengths, device=self.device)
-        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1])
+        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain=self.attention == "reference")
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         cache.begin(tokens.shape[1])

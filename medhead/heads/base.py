@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from medhead.errors import MedheadError
@@ -31,6 +32,9 @@ class HeadsConfig:
         accuracies: measured on held-out text: `accuracies[d][r]` is the share of positions at which the rank-r guess of
             depth d+1 was right, given that the path to it was.
         tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
+        tree_depth: deepest tree worth growing with that size; `depth` if 0.
+        draft_vocab: the heads name only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et
+            al. 2025); 0 means all. The target still verifies with its whole vocabulary.
     """
 
     kind: str
@@ -43,11 +47,17 @@ class HeadsConfig:
     blocks: int = 1
     accuracies: list[list[float]] = field(default_factory=list)
     tree_size: int = 16
+    tree_depth: int = 0
+    draft_vocab: int = 0
 
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
                 raise MedheadError(f"{name} of the heads must be a whole number of at least 1, got {getattr(self, name)!r}")
+        if not 0 <= self.draft_vocab <= self.vocab_size:
+            raise MedheadError(f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}")
+        if not 0 <= self.tree_depth <= self.depth:
+            raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
@@ -59,6 +69,7 @@ class Heads(nn.Module):
 
     Attributes:
         per_path: whether the state depends on the path's tokens. If not, one distribution serves a whole depth.
+        draft_tokens: `[draft_vocab]` int64, token ids that the heads may name; None for all.
     """
 
     per_path = True
@@ -66,6 +77,9 @@ class Heads(nn.Module):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         self.config = config
+        self.draft_tokens: Tensor | None
+        tokens = torch.arange(config.draft_vocab) if config.draft_vocab else None
+        self.register_buffer("draft_tokens", tokens)
 
     def start(self, hidden: Tensor) -> Tensor:
         """State before the root's token, from the target's last hidden state `[..., hidden]` at the token before it."""

@@ -20,9 +20,9 @@ class RecurrentHeads(Heads):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config)
         size, inner = config.hidden_size, config.inner_size
-        self.embedding_norm = nn.RMSNorm(size, eps=1e-6)
-        self.state_norm = nn.RMSNorm(size, eps=1e-6)
-        self.output_norm = nn.RMSNorm(size, eps=1e-6)
+        self.embedding_norm = nn.LayerNorm(size, bias=False)
+        self.state_norm = nn.LayerNorm(size, bias=False)
+        self.output_norm = nn.LayerNorm(size, bias=False)
         self.inner = nn.Linear(2 * size, 2 * inner, bias=False)
         self.outer = nn.Linear(inner, size, bias=False)
         self.depth_bias = nn.Parameter(torch.zeros(config.depth, 2 * inner))

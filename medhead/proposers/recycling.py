@@ -69,6 +69,6 @@ class RecyclingProposer(Proposer):
 
     def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
         """Remember what the target named at every node."""
-        top = logits.float().topk(self.tokens.shape[1], dim=-1)
+        top = logits.float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
         self.tokens[tree.tokens] = top.indices
-        self.logp[tree.tokens] = top.values - torch.logsumexp(logits.float(), -1, keepdim=True)
+        self.logp[tree.tokens] = top.values

@@ -102,6 +102,16 @@ def heads_loss(
     return total / weight, losses
 
 
+def frequent_tokens(samples: list[tuple[list[int], int]], config: HeadsConfig) -> Tensor | None:
+    """The most frequent tokens of the answers, in order of their ids; None for the whole vocabulary."""
+    if not config.draft_vocab:
+        return None
+    counts = torch.zeros(config.vocab_size, dtype=torch.long)
+    for ids, begin in samples:
+        counts += torch.bincount(torch.tensor(ids[begin:]), minlength=config.vocab_size)
+    return counts.topk(config.draft_vocab).indices.sort().values
+
+
 @torch.no_grad()
 def measure(heads: Heads, target: Target, samples: list[tuple[list[int], int]], most: int = 200) -> list[list[float]]:
     """`accuracies[d][r]`: how often the rank-r guess at depth d+1 is the target's greedy token, on held-out answers."""
@@ -204,6 +214,8 @@ def train(args: argparse.Namespace) -> None:
     for name, heads in kinds.items():
         heads.eval()
         heads.config.accuracies = measure(heads, target, held_out)
+        heads.config.draft_vocab = min(args.draft_vocab, target.vocab_size)
+        heads.draft_tokens = frequent_tokens(samples, heads.config)
         save_heads(heads, model, args.output / name, torch.bfloat16)
         report[name] = {
             "parameters": sum(p.numel() for p in heads.parameters()),
@@ -226,11 +238,12 @@ def main(argv: list[str] | None = None) -> int:
     options.add_argument("--kinds", nargs="+", default=["recurrent", "medusa"])
     options.add_argument("--depth", type=int, default=8)
     options.add_argument("--inner", type=int, default=512)
+    options.add_argument("--draft-vocab", type=int, default=2048, help="tokens that the heads may name (0: all)")
     options.add_argument("--minutes", type=float, default=18.0)
     options.add_argument("--tokens-per-step", type=int, default=4096)
     options.add_argument("--share", type=float, default=0.3, help="share of positions trained at in each step")
     options.add_argument("--decay", type=float, default=0.9)
-    options.add_argument("--muon-lr", type=float, default=0.01)
+    options.add_argument("--muon-lr", type=float, default=0.02)
     options.add_argument("--adamw-lr", type=float, default=0.003)
     options.add_argument("--save-minutes", type=float, default=3.0)
     options.add_argument("--seed", type=int, default=0)

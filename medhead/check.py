@@ -1,0 +1,73 @@
+"""Is the text the one that plain decoding gives? And where it is not: how close was the call?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from medhead.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """Result of a comparison with plain decoding.
+
+    Attributes:
+        identical: every token of every row is the same.
+        row: row of the first difference, None if there is none.
+        position: which new token of that row differs first, from 0.
+        token: what the decoder emitted there (-1: nothing any more).
+        plain_token: what plain decoding emitted there.
+        logit_gap: how far plain decoding's processed score of its own token lay above that of the decoder's token. In
+            half precision a small gap is rounding: other batch shapes, other sums.
+    """
+
+    identical: bool
+    row: int | None = None
+    position: int | None = None
+    token: int | None = None
+    plain_token: int | None = None
+    logit_gap: float | None = None
+
+    def __str__(self) -> str:
+        if self.identical:
+            return "identical to plain decoding: yes"
+        return (
+            f"identical to plain decoding: no; row {self.row}, new token {self.position}: {self.token} instead of "
+            f"{self.plain_token}, logit gap {self.logit_gap:.4g}"
+        )
+
+
+def check(decoder: Decoder, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
+    """Decode with the decoder's proposer and with plain decoding, and compare token by token.
+
+    Args:
+        decoder: the decoder.
+        input_ids: `[batch, tokens]`.
+        seed: sampling seed of both.
+        arguments: whatever `model.generate` takes.
+    """
+    arguments |= {"seed": seed}
+    width = input_ids.shape[1]
+    ours = decoder.generate(input_ids, **arguments)[:, width:]
+    statistics = decoder.statistics
+    with decoder.using("none"):
+        plain = decoder.generate(input_ids, return_dict_in_generate=True, output_scores=True, **arguments)
+    decoder.statistics = statistics
+    theirs = plain.sequences[:, width:]
+    longest = max(ours.shape[1], theirs.shape[1])
+    ours, theirs = (torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=-1) for t in (ours, theirs))
+    differs = (ours != theirs).nonzero()
+    if len(differs) == 0:
+        return CheckReport(identical=True)
+    row, position = differs[0].tolist()
+    token, plain_token = int(ours[row, position]), int(theirs[row, position])
+    gap = float("nan")
+    if position < len(plain.scores) and token >= 0 and plain_token >= 0:
+        scores = plain.scores[position][row]
+        gap = float(scores[plain_token] - scores[token])
+    return CheckReport(False, row, position, token, plain_token, gap)
