@@ -52,11 +52,11 @@ class TreeCache(Cache):
         self._places: dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]] = {}
         counts: dict[Slot, int] = {}
         for layer, pair in layout.layers.items():
-            first, second = ((slot, counts.setdefault(slot, 0)) for slot in pair)
-            counts[pair[0]] += 1
-            second = (pair[1], counts[pair[1]])
-            counts[pair[1]] += 1
-            self._places[layer] = (first, second)
+            places = []
+            for slot in pair:
+                places.append((slot, counts.get(slot, 0)))
+                counts[slot] = counts.get(slot, 0) + 1
+            self._places[layer] = (places[0], places[1])
         self.capacity = -(-capacity // PAGE) * PAGE
         self._stores = {
             slot: torch.zeros(n, batch, slot.heads, self.capacity, slot.dim, dtype=slot.dtype, device=slot.device)
@@ -114,8 +114,8 @@ class TreeCache(Cache):
 
         Args:
             counts: how many nodes of each row stay.
-            path: `[batch, steps]` int64, the node to keep at each depth (what lies behind `counts` does not matter), or
-                None when the nodes to keep are the first ones in order, which moves nothing.
+            path: `[batch, steps]` int64, the node to keep at each depth, starting with the root, node 0 (what lies behind
+                `counts` does not matter), or None when the nodes to keep are the first ones in order, which moves nothing.
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():

@@ -1,0 +1,63 @@
+"""Shared fixtures: tiny random models, heads of noise, a tiny tokenizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from medhead.heads import Heads, HeadsConfig, build_heads
+from medhead.target import Target
+
+settings.register_profile(
+    "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("medhead")
+torch.set_num_threads(1)
+
+
+def tiny_llama(seed: int = 0, vocab: int = 64, context: int = 160, **changes: object) -> PreTrainedModel:
+    """A random Llama whose text is varied enough to tell decoders apart."""
+    torch.manual_seed(seed)
+    fields: dict[str, object] = {
+        "vocab_size": vocab,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": context,
+        "initializer_range": 0.4,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    return LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
+
+
+def noise_heads(target: Target, kind: str = "recurrent", depth: int = 4, seed: int = 0) -> Heads:
+    """Heads that know nothing."""
+    torch.manual_seed(seed)
+    config = HeadsConfig(
+        kind=kind,
+        depth=depth,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        target_layers=target.layers,
+        inner_size=24,
+    )
+    heads = build_heads(config)
+    for parameter in heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return heads.eval()
+
+
+@pytest.fixture(scope="session")
+def model() -> PreTrainedModel:
+    return tiny_llama()
+
+
+@pytest.fixture(scope="session")
+def target(model: PreTrainedModel) -> Target:
+    return Target(model)

@@ -1,0 +1,67 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medhead.cache import CacheLayout, Slot, TreeCache
+
+CPU = torch.device("cpu")
+LAYOUT = CacheLayout(
+    {
+        0: (Slot(2, 4, torch.float32, CPU), Slot(2, 4, torch.float32, CPU)),
+        1: (Slot(1, 6, torch.float32, CPU), Slot(1, 3, torch.float32, CPU)),
+    }
+)
+
+
+@given(st.integers(0, 100_000), st.integers(1, 4))
+def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
+    """Passes, commits of random paths, growth and dropped rows, against plain Python lists."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=generator))
+
+    cache = TreeCache(LAYOUT, batch, capacity=8)
+    kept: dict[tuple[int, int], list[list[torch.Tensor]]]
+    kept = {(layer, kv): [[] for _ in range(batch)] for layer in LAYOUT.layers for kv in (0, 1)}
+    for _ in range(8):
+        nodes = number(1, 20)
+        cache.begin(nodes)
+        wrote = {}
+        for layer, pair in LAYOUT.layers.items():
+            new = [torch.randn(batch, slot.heads, nodes, slot.dim, generator=generator) for slot in pair]
+            seen = cache.update(new[0], new[1], layer)
+            for kv in (0, 1):
+                wrote[layer, kv] = new[kv]
+                for row, length in enumerate(cache.lengths):
+                    expected = [*kept[layer, kv][row], *new[kv][row].unbind(1)]
+                    assert torch.equal(seen[kv][row, :, : length + nodes], torch.stack(expected, 1))
+        counts = [number(1, nodes + 1) for _ in range(batch)]
+        steps = max(counts)
+        if number(0, 2):
+            path = torch.zeros(batch, steps, dtype=torch.long)
+            for row, count in enumerate(counts):
+                path[row, 1:count] = 1 + torch.randperm(nodes - 1, generator=generator)[: count - 1].sort().values
+            cache.commit(counts, path)
+        else:
+            path = torch.arange(steps).expand(batch, steps)
+            cache.commit(counts)
+        for key, new in wrote.items():
+            for row, count in enumerate(counts):
+                kept[key][row] += [new[row, :, int(node)] for node in path[row, :count]]
+        assert cache.lengths == [len(rows) for rows in kept[0, 0]]
+        if batch > 1 and number(0, 4) == 0:
+            rows = sorted(torch.randperm(batch, generator=generator)[: batch - 1].tolist())
+            cache.keep_rows(rows)
+            kept = {key: [value[row] for row in rows] for key, value in kept.items()}
+            batch -= 1
+
+
+def test_the_storage_holds_what_was_generated() -> None:
+    cache = TreeCache(LAYOUT, 2, capacity=70)
+    assert cache.capacity == 128  # pages of 64
+    assert cache.nbytes() == 2 * 128 * LAYOUT.bytes_per_token()
+    cache.begin(200)
+    assert cache.capacity >= 200

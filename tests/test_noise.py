@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import math
+
+import torch
+from conftest import tiny_llama
+
+from medhead import Decoder
+from medhead.noise import Noise
+
+
+def chi_square_limit(freedom: int) -> float:
+    """Where a chi-square variable lies with probability 1 - 1e-5 (Wilson and Hilferty)."""
+    return freedom * (1 - 2 / (9 * freedom) + 4.265 * math.sqrt(2 / (9 * freedom))) ** 3
+
+
+def test_noise_depends_on_seed_row_and_position_alone() -> None:
+    noise = Noise(7, 50)
+    together = noise.gumbel(torch.tensor([[0], [3]]), torch.tensor([[5, 6], [5, 9]]))
+    alone = Noise(7, 50).gumbel(torch.tensor([3]), torch.tensor([9]))
+    assert torch.equal(together[1, 1], alone[0])
+    others = [Noise(8, 50), Noise(7 + 2**32, 50)]
+    assert all(not torch.equal(o.gumbel(torch.tensor([3]), torch.tensor([9])), alone) for o in others)
+    assert not torch.equal(together[0, 0], together[1, 0])
+    assert not torch.equal(together[0, 0], together[0, 1])
+
+
+def test_uniforms_are_uniform_and_open() -> None:
+    values = Noise(1, 4096).uniform(torch.zeros(1, dtype=torch.long), torch.arange(64)).flatten()
+    assert 0.0 < float(values.min())
+    assert float(values.max()) < 1.0
+    assert torch.isfinite(Noise(1, 4096).gumbel(torch.tensor([0]), torch.arange(64))).all()
+    bins = 256
+    counts = torch.histc(values, bins, 0, 1)
+    expected = len(values) / bins
+    assert float(((counts - expected) ** 2 / expected).sum()) < chi_square_limit(bins - 1)
+
+
+def test_neighbours_are_not_correlated() -> None:
+    rows, positions = torch.arange(40)[:, None], torch.arange(40)
+    values = Noise(3, 256).uniform(rows, positions.expand(40, 40)) - 0.5  # [rows, positions, vocab]
+    scale = float(values.var())
+    for shifted in (values[1:] * values[:-1], values[:, 1:] * values[:, :-1], values[..., 1:] * values[..., :-1]):
+        assert abs(float(shifted.mean())) / scale < 6 / math.sqrt(shifted.numel())
+    other = Noise(4, 256).uniform(rows, positions.expand(40, 40)) - 0.5
+    assert abs(float((values * other).mean())) / scale < 6 / math.sqrt(values.numel())
+
+
+def test_seeded_sampling_follows_the_softmax() -> None:
+    """First and second token of many seeds against the target's own distribution."""
+    model = tiny_llama(seed=3, vocab=12, eos_token_id=None)
+    draws, temperature, batch = 6000, 1.3, 500
+    prompt = torch.tensor([[4, 7, 5]])
+    decoder = Decoder(model, "none")
+    arguments = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": 2, "pad_token_id": 0}
+    rows = [
+        decoder.generate(prompt.repeat(batch, 1), seed=seed, **arguments)[:, 3:] for seed in range(draws // batch)
+    ]
+    drawn = torch.cat(rows)
+    with torch.no_grad():
+        first = (model(prompt).logits[0, -1] / temperature).softmax(-1)
+        joint = torch.zeros(12, 12)
+        for token in range(12):
+            after = model(torch.cat([prompt, torch.tensor([[token]])], 1)).logits[0, -1]
+            joint[token] = first[token] * (after / temperature).softmax(-1)
+    counts = torch.zeros(12, 12)
+    for one, two in drawn.tolist():
+        counts[one, two] += 1
+    expected = joint * draws
+    common = expected >= 5  # cells that are too rare for the test go into one
+    observed = torch.cat([counts[common], counts[~common].sum()[None]])
+    wanted = torch.cat([expected[common], expected[~common].sum()[None].clamp(min=1e-9)])
+    keep = wanted > 1e-6
+    statistic = float(((observed - wanted) ** 2 / wanted)[keep].sum())
+    assert statistic < chi_square_limit(int(keep.sum()) - 1)
+    assert int(common.sum()) > 10
