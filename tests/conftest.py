@@ -17,7 +17,7 @@ settings.load_profile("medhead")
 torch.set_num_threads(1)
 
 
-def tiny_llama(seed: int = 0, vocab: int = 64, context: int = 160, **changes: object) -> PreTrainedModel:
+def tiny_llama(seed: int = 3, vocab: int = 64, context: int = 160, **changes: object) -> PreTrainedModel:
     """A random Llama whose text is varied enough to tell decoders apart."""
     torch.manual_seed(seed)
     fields: dict[str, object] = {
@@ -28,7 +28,7 @@ def tiny_llama(seed: int = 0, vocab: int = 64, context: int = 160, **changes: ob
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": context,
-        "initializer_range": 0.4,
+        "initializer_range": 0.6,
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 0,
