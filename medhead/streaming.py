@@ -69,14 +69,14 @@ class TextStream:
         """New text that is certain after these tokens."""
         self._window += tokens
         text = self._decode()
-        if text.endswith("\ufffd") or not text.startswith(self._shown):
+        certain = text.rstrip("\ufffd")  # what may still become a character once its other bytes are there
+        if not certain.startswith(self._shown):
             return ""
-        fresh = text[len(self._shown) :]
-        if len(self._window) > 32 and fresh:
-            self._window, self._shown = self._window[-8:], ""
+        fresh = certain[len(self._shown) :]
+        self._shown = certain
+        if len(self._window) > 32 and fresh and certain == text:
+            self._window = self._window[-8:]
             self._shown = self._decode()
-        else:
-            self._shown = text
         return fresh
 
     def finish(self) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from medhead.heads import Heads, HeadsConfig, build_heads
+from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
 from medhead.target import Target
+from medhead.training.demo.tokenizer import train_tokenizer
 
 settings.register_profile(
     "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -61,3 +64,23 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def target(model: PreTrainedModel) -> Target:
     return Target(model)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> PreTrainedTokenizerBase:
+    """Byte-level BPE with a chat template, 300 tokens."""
+    text = "Once upon a time there was a small café. Grüße! The dragon said: 日本語. She went home. " * 4
+    return train_tokenizer([text], 300, 160)
+
+
+@pytest.fixture(scope="session")
+def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
+    """A model folder and two heads folders that fit it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    model = tiny_llama(vocab=len(tokenizer), eos_token_id=1, bos_token_id=None)
+    model.save_pretrained(root / "model")
+    tokenizer.save_pretrained(root / "model")
+    target = Target(model)
+    for kind in ("medusa", "recurrent"):
+        save_heads(noise_heads(target, kind), model, root / kind)
+    return {name: root / name for name in ("model", "medusa", "recurrent")}

@@ -1,0 +1,222 @@
+"""The command line: what it prints, how it ends, and one line for everything that can be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from medhead import cli, generate
+
+ROOT = Path(__file__).parent.parent
+
+
+def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
+    """Options for the tiny model, with a prompt."""
+    said = [] if prompt is None else ["--prompt", prompt]
+    return ["--model", str(folders["model"]), *said, "--max-new-tokens", "24", *more]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    try:
+        code = generate.main(arguments)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["--help"], capsys)
+    assert code == 0
+    for name in ("--heads", "--tree-size", "--check", "--compare", "--trace", "--json", "examples:", "exit codes"):
+        assert name in out
+
+
+def test_json_says_everything(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(command(folders, "--heads", str(folders["recurrent"]), "--json", "--check"), capsys)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["identical"] is True
+    assert result["new_tokens"] == len(result["token_ids"]) <= 24
+    assert result["proposer"] == "heads"
+    assert result["accepted_length"] == pytest.approx(result["new_tokens"] / result["passes"], abs=1e-3)
+    assert set(result) >= {"text", "prompt_tokens", "seconds", "tokens_per_second"}
+
+
+def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = set()
+    for proposer in (["none"], ["ngram"], ["recycling"], ["heads", "--heads", str(folders["medusa"]), "--tree-size", "7"]):
+        code, out, err = run(command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--proposer", *proposer), capsys)
+        assert code == 0, err
+        assert "tokens/s" in err
+        texts.add(out)
+    assert len(texts) == 1
+    code, out, _ = run(command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--quiet"), capsys)
+    assert {out} != texts
+
+
+def test_raw_differs_from_chat(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    chat = json.loads(run(command(folders, "--json"), capsys)[1])
+    raw = json.loads(run(command(folders, "--json", "--raw"), capsys)[1])
+    system = json.loads(run(command(folders, "--json", "--system", "Be kind."), capsys)[1])
+    assert raw["prompt_tokens"] < chat["prompt_tokens"] < system["prompt_tokens"]
+
+
+def test_prompt_from_a_file_and_from_standard_input(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    expected = run(command(folders), capsys)[1]
+    assert run(command(folders, "--prompt-file", str(tmp_path / "prompt.txt"), prompt=None), capsys)[1] == expected
+    for more in ([], ["--prompt-file", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+        assert run(command(folders, *more, prompt=None), capsys)[1] == expected
+
+
+def test_compare_and_trace(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(command(folders, "--compare"), capsys)
+    assert code == 0, err
+    assert "transformers generate" in out
+    assert "identical to plain decoding: yes" in out
+    plain = run(command(folders), capsys)[1]
+    code, out, _ = run(command(folders, "--trace", "--proposer", "recycling"), capsys)
+    assert code == 0
+    for colour in ("\033[32m", "\033[4m", "\033[0m"):
+        out = out.replace(colour, "")
+    assert out == plain
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "model": (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
+    "model folder without a model": (["--model", "{empty}"], "holds no config.json"),
+    "heads": (["--heads", "./nowhere"], "heads folder 'nowhere' does not exist"),
+    "heads of another model": (["--heads", "{other}"], "trained for another model"),
+    "damaged heads": (["--heads", "{damaged_heads}"], "truncated or damaged"),
+    "damaged model": (["--model", "{damaged_model}"], "truncated or damaged"),
+    "heads without heads": (["--proposer", "heads"], "needs heads"),
+    "empty prompt": (["--prompt", "  "], "the prompt is empty"),
+    "long prompt": (["--prompt", "dragon " * 200], "the model's context is 160"),
+    "two prompts": (["--prompt-file", "x.txt"], "not both"),
+    "new tokens": (["--max-new-tokens", "-5"], "--max-new-tokens must be"),
+    "temperature": (["--temperature", "-1"], "--temperature must be"),
+    "temperature nan": (["--temperature", "nan"], "--temperature must be"),
+    "top p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be"),
+    "top k": (["--temperature", "1", "--top-k", "0"], "--top-k must be"),
+    "top k while greedy": (["--top-k", "4"], "need --temperature above 0"),
+    "seed": (["--seed", "-2"], "--seed must be"),
+    "tree size": (["--tree-size", "1000"], "--tree-size must be from 1 to 256"),
+    "no number": (["--tree-size", "many"], "invalid int value"),
+    "device": (["--device", "cuda:77"], "is not there"),
+    "no device": (["--device", "toaster"], "is not there"),
+    "dtype": (["--dtype", "float7"], "dtype must be"),
+    "proposer": (["--proposer", "oracle"], "invalid choice"),
+    "option": (["--colour"], "unrecognized"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty").mkdir()
+    shutil.copytree(folders["recurrent"], root / "other")
+    config = root / "other" / "medhead_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 48}))
+    for source, goal, name in (
+        ("recurrent", "damaged_heads", "adapter_model.safetensors"),
+        ("model", "damaged_model", "model.safetensors"),
+    ):
+        shutil.copytree(folders[source], root / goal)
+        weights = root / goal / name
+        weights.write_bytes(weights.read_bytes()[:-200])
+    return {path.name: str(path) for path in root.iterdir()}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_wrong_input_gets_one_line(
+    folders: dict[str, Path], wrong_folders: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, says = WRONG[name]
+    code, out, err = run(command(folders, *(value.format(**wrong_folders) for value in given)), capsys)
+    assert code == 2
+    assert out == ""
+    assert says in err
+    assert err.count("\n") == 1
+    assert err.startswith("medhead.generate: error: ")
+
+
+def test_wrong_prompt_files(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for path, says in ((tmp_path / "missing", "No such file"), (tmp_path / "binary", "not UTF-8"), (tmp_path, "directory")):
+        code, _, err = run(command(folders, "--prompt-file", str(path), prompt=None), capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert says in err
+
+
+def test_half_precision_that_the_device_lacks(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lacking)
+    code, _, err = run(command(folders, "--dtype", "float16"), capsys)
+    assert code == 2
+    assert "this cpu cannot compute in float16; use --dtype float32" in err
+
+
+def test_a_failure_is_code_1(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(generate, "make_decoder", fails)
+    code, _, err = run(command(folders), capsys)
+    assert code == 1
+    assert err == "medhead.generate: failed: RuntimeError: out of luck (set MEDHEAD_DEBUG=1 for the details)\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
+    """A real process, a real signal."""
+    arguments = command(folders, "--max-new-tokens", "100", "--raw", prompt="Once")
+    slow = "import time, medhead.target as t; f = t.Target.verify\n"
+    slow += "t.Target.verify = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
+    slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert first + out
+    assert out.endswith("\n")
+    assert "stopped" in err
+    assert "tokens/s" in err
+    assert "Traceback" not in err
+
+
+def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[str, Path]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["fly"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["generate", *command(folders, "--quiet")]) == 0
+    assert capsys.readouterr().err == ""
