@@ -244,6 +244,25 @@ def test_text_ends_at_the_context(name: str, prompt: int) -> None:
     assert torch.equal(found, model.generate(**inputs, max_new_tokens=120 - prompt, do_sample=False))
 
 
+def test_a_fast_row_near_the_context_beside_a_slow_one() -> None:
+    """The row with most text decides how deep a tree may be."""
+    model = tiny_llama(context=120, eos_token_id=None)
+    long, short = (torch.arange(100) % 60 + 3).tolist(), [5, 6]
+    ids = torch.tensor([long, [0] * 98 + short])
+    mask = torch.tensor([[1] * 100, [0] * 98 + [1] * 2])
+    options: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "attention_mask": mask}
+    expected = Decoder(model, "none").generate(ids, **options)
+    positions = []
+    seen = model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
+    )
+    guesser = OracleProposer([expected[0].tolist(), [0] * 22], 64, lie=0.0)
+    found = Decoder(model, guesser, probe=False).generate(ids, **options)
+    seen.remove()
+    assert torch.equal(found, expected)
+    assert max(int(ids.max()) for ids in positions if ids is not None) == 118
+
+
 FAMILIES = ["gemma2", "mixtral", "deepseek_v3", "gpt_oss", "llama4_text", "gpt2", "qwen3_moe", "opt", "olmo3"]
 
 
