@@ -202,7 +202,7 @@ class DecodeLoop:
     def _depth_limit(self, rows: list[Row]) -> int:
         """No tree is deeper than what rows may still emit, or than the context."""
         wanted = max(self.settings.stopper.limit - len(row.output) for row in rows) - 1
-        room = self.target.context - max(len(row.text) for row in rows)
+        room = self.target.context - max(len(row.text) for row in rows) - 1
         return max(0, min(self.proposer.max_depth, wanted, room))
 
     def _noise(self, rows: list[Row]) -> Tensor | None:

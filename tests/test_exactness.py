@@ -256,7 +256,7 @@ def test_a_fast_row_near_the_context_beside_a_slow_one() -> None:
     seen = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
     )
-    guesser = OracleProposer([expected[0].tolist(), [0] * 22], 64, lie=0.0)
+    guesser = OracleProposer([expected[0].tolist(), [0] * 22], 64, depth=8, lie=0.0)
     found = Decoder(model, guesser, probe=False).generate(ids, **options)
     seen.remove()
     assert torch.equal(found, expected)
