@@ -34,12 +34,11 @@ class HeadsProposer(Proposer):
         max_depth: no tree is deeper; the heads' depth if None.
         shape: paths of ranks (Medusa's static trees) instead of a dynamic tree.
         dtype: what the heads compute in; no choice changes the text. The faster one is measured if None.
+        rank_by_noise: when sampling, rank candidates with the noise of the position they are guessed for.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
     """
-
-    uses_noise = True
 
     def __init__(
         self,
@@ -51,6 +50,7 @@ class HeadsProposer(Proposer):
         max_depth: int | None = None,
         shape: list[list[int]] | None = None,
         dtype: torch.dtype | None = None,
+        rank_by_noise: bool = True,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -67,7 +67,7 @@ class HeadsProposer(Proposer):
         if wanted < 1 or width < 1 or branching < 1:
             raise MedheadError(f"depth, width and branching must be at least 1, got {wanted}, {width} and {branching}")
         self.max_depth = wanted
-        self.width, self.branching = width, branching
+        self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
         self.readout = Readout(self.heads, target, dtype)
@@ -78,9 +78,12 @@ class HeadsProposer(Proposer):
         if depth < 1:
             return TokenTree.root(state.roots)
         if self.shape is not None:
-            return self.shape.fill(state.roots, HeadsExpander(self.readout, state, self.shape.widest), depth)
-        expander = HeadsExpander(self.readout, state, min(self.branching, self.tree_size - 1))
+            return self.shape.fill(state.roots, self._expander(state, self.shape.widest), depth)
+        expander = self._expander(state, min(self.branching, self.tree_size - 1))
         return grow_tree(state.roots, expander, self.tree_size, depth, self.width)
+
+    def _expander(self, state: DecodeState, branching: int) -> HeadsExpander:
+        return HeadsExpander(self.readout, state, branching, state.noise if self.uses_noise else None)
 
 
 class Readout:
@@ -128,11 +131,9 @@ def _faster_dtype(weight: Tensor, repeats: int = 16) -> torch.dtype:
 class HeadsExpander:
     """Children of a frontier by the heads, for `growth.grow_tree` and `static_tree.StaticShape.fill`."""
 
-    def __init__(self, readout: Readout, state: DecodeState, branching: int) -> None:
+    def __init__(self, readout: Readout, state: DecodeState, branching: int, noise: Tensor | None) -> None:
         self.readout, self.state, self.branching = readout, state, branching
-        self.noise = state.noise
-        if self.noise is not None and readout.tokens is not None:
-            self.noise = self.noise[:, :, readout.tokens]
+        self.noise = noise if noise is None or readout.tokens is None else noise[:, :, readout.tokens]
 
     def start(self) -> Tensor:
         """`[batch, 1, hidden]`: the heads' state above the root."""

@@ -1,0 +1,98 @@
+"""Who takes part: our proposers and what a user of transformers would otherwise run, on one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from medhead.decoder import Decoder, Statistics
+from medhead.heads.checkpoint import read_config
+from medhead.target import Target
+
+TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
+
+
+@dataclass
+class Contestant:
+    """One way to decode.
+
+    Attributes:
+        name: as in the table.
+        dtype: name of the model's type.
+        run: prompt ids `[1, tokens]` to prompt and output ids `[1, more]`.
+        statistics: of the last run; None for what is not ours.
+        nodes: nodes of the tree, 0 for what is not ours.
+    """
+
+    name: str
+    dtype: str
+    run: Callable[[Tensor], Tensor]
+    statistics: Callable[[], Statistics | None]
+    nodes: int = 0
+
+
+@dataclass(frozen=True)
+class Lineup:
+    """What is measured.
+
+    Attributes:
+        new_tokens: most tokens of an answer.
+        temperature: 0 is greedy.
+        seed: of the sampling.
+        heads: heads folders; the first one is `medhead heads`, others are named after their kind.
+        proposers: names of proposers without heads.
+        tree_sizes: further trees of the first heads.
+        tree_size: tree of all proposers; each one's own default if None.
+    """
+
+    new_tokens: int = 200
+    temperature: float = 0.0
+    seed: int = 0
+    heads: tuple[str | Path, ...] = ()
+    proposers: tuple[str, ...] = ("ngram", "recycling")
+    tree_sizes: tuple[int, ...] = ()
+    tree_size: int | None = None
+
+
+def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
+    """All contestants on one model; the first three are the ones to beat."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    sampling: dict[str, Any] = {"max_new_tokens": lineup.new_tokens, "do_sample": lineup.temperature > 0}
+    if lineup.temperature > 0:
+        sampling |= {"temperature": lineup.temperature, "top_k": 0, "top_p": 1.0}
+
+    def peer(name: str, **more: Any) -> Contestant:
+        def run(ids: Tensor) -> Tensor:
+            torch.manual_seed(lineup.seed)
+            return model.generate(ids, attention_mask=torch.ones_like(ids), **sampling, **more)
+
+        return Contestant(name, dtype, run, lambda: None)
+
+    target = Target(model)
+
+    def ours(name: str, proposer: str, **options: Any) -> Contestant:
+        decoder = Decoder(target, proposer, **options)
+
+        def run(ids: Tensor) -> Tensor:
+            return decoder.generate(ids, attention_mask=torch.ones_like(ids), seed=lineup.seed, **sampling)
+
+        return Contestant(name, dtype, run, lambda: decoder.statistics, decoder.proposer.tree_size)
+
+    found = [peer(TRANSFORMERS), peer(LOOKUP, prompt_lookup_num_tokens=10), ours(PLAIN, "none")]
+    for name in lineup.proposers:
+        found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size))
+    for place, folder in enumerate(lineup.heads):
+        name = "medhead heads" if place == 0 else f"medhead heads ({read_config(folder).kind})"
+        found.append(ours(name, "heads", heads=folder, tree_size=lineup.tree_size))
+        if lineup.temperature > 0:
+            blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
+            found.append(ours(f"{name}, blind to the noise", "heads", **blind))
+    for size in lineup.tree_sizes:
+        found.append(ours(f"medhead heads, {size} nodes", "heads", heads=lineup.heads[0], tree_size=size))
+    return found

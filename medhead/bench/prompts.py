@@ -1,0 +1,74 @@
+"""Prompts to measure on: the built-in ones, or the user's own JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from medhead.errors import MedheadError
+
+BUILT_IN = (
+    "Tell me a short story about a brave little dog.",
+    "Write a story about a girl who finds a magic stone.",
+    "Can you tell me a bedtime story about a dragon?",
+    "Tell me a story about two friends who share a cake.",
+    "I would like to book a table for four people at an Italian restaurant tonight.",
+    "I need to find a bus from Fresno to Los Angeles on the 5th of March.",
+    "Please write a story with a boat and a storm in it.",
+    "Write a short poem about the sea.",
+)
+_FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
+
+
+def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str]]]:
+    """Chats that end with the user's turn, at most `count`.
+
+    Args:
+        path: JSON lines with `messages`, `prompt`, `question`, `turns` or `text`; None for the built-in prompts.
+        count: how many to take from the beginning.
+
+    Raises:
+        MedheadError: the file cannot be read, a line is not JSON, or it has none of these fields.
+    """
+    if path is None:
+        return [[{"role": "user", "content": text}] for text in BUILT_IN[:count]]
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+        raise MedheadError(f"prompts file {str(path)!r} cannot be read: {reason}") from None
+    found: list[list[dict[str, str]]] = []
+    for number, line in enumerate(lines, 1):
+        if len(found) == count:
+            break
+        if not line.strip():
+            continue
+        try:
+            found.append(_chat(json.loads(line)))
+        except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, StopIteration):
+            raise MedheadError(f"{path}, line {number}: expected a JSON object with {_FIELDS}") from None
+    if not found:
+        raise MedheadError(f"prompts file {str(path)!r} holds no prompt")
+    return found
+
+
+def _chat(record: dict[str, Any]) -> list[dict[str, str]]:
+    if "messages" in record:
+        messages = list(record["messages"])
+        while messages[-1]["role"] != "user":
+            messages.pop()
+        return messages
+    text = next(record[name] for name in ("prompt", "question", "turns", "text") if name in record)
+    return [{"role": "user", "content": text[0] if isinstance(text, list) else str(text)}]
+
+
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], longest: int) -> list[list[int]]:
+    """Token ids of every chat through the template, or of its last message where there is none; the newest `longest`."""
+    if getattr(tokenizer, "chat_template", None):
+        rows = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+    else:
+        rows = [tokenizer(chat[-1]["content"])["input_ids"] for chat in chats]
+    return [list(row[-longest:]) for row in rows]

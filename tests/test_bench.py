@@ -1,0 +1,128 @@
+"""The benchmark program: it runs, says who took part, writes what it measured, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from medhead import cli
+from medhead.bench.command import main
+from medhead.bench.measure import Measured
+from medhead.bench.memory import PeakMemory
+from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.bench.report import summary
+from medhead.errors import MedheadError
+
+
+def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = [str(folders["recurrent"]), str(folders["medusa"])]
+    options = ["--model", str(folders["model"]), "--heads", *heads, "--count", "2", "--new-tokens", "12", "--ignore-end"]
+    options += ["--repeats", "1", "--dtypes", "float32", "--tree-sizes", "4", "8", "--output", str(tmp_path / "new")]
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "new" / "results.json").read_text())
+    names = [row["name"] for row in content["results"]]
+    assert names == [
+        "transformers generate",
+        "transformers prompt lookup",
+        "medhead plain",
+        "medhead ngram",
+        "medhead recycling",
+        "medhead heads",
+        "medhead heads (medusa)",
+        "medhead heads, 4 nodes",
+        "medhead heads, 8 nodes",
+    ]
+    for row in content["results"]:
+        assert row["name"] in out
+        assert row["identical"] == row["prompts"] == 2
+        assert row["new_tokens"] == 24  # the end token was ignored
+        assert row["tokens_per_second"] > 0
+        if row["nodes"]:
+            assert row["step_ms"]["forward"] > 0
+            assert row["cache_mib"] > 0
+            assert row["peak_mib"] >= row["cache_mib"]
+    assert content["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "table.md").read_text().strip() in out
+
+
+def test_sampling_shows_what_the_noise_is_worth(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--proposers", "--count", "1"]
+    assert cli.main(["bench", *options, "--new-tokens", "8", "--repeats", "1", "--temperature", "1", "--dtypes", "float32"]) == 0
+    out = capsys.readouterr().out
+    assert "blind to the noise" in out
+    assert out.count("1/1") == 3  # ours, all three; transformers draws other numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--prompts", "nowhere.jsonl"], "cannot be read"),
+        (["--heads", "nowhere"], "does not exist"),
+        (["--new-tokens", "160"], "leaves no room"),
+        (["--proposers", "oracle"], "invalid choice"),
+        (["--tree-sizes", "4"], "needs --heads"),
+        (["--output", __file__], "is a file"),
+        (["--dtypes", "float7"], "dtype must be"),
+    ],
+)
+def test_wrong_input(
+    folders: dict[str, Path], options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["--model", str(folders["model"]), "--dtypes", "float32", *options])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_prompts_of_every_form(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": messages}, {"prompt": "a"}, {"question": "a"}, {"turns": ["a", "z"]}, {"text": "a"}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    chats = read_prompts(path, 9)
+    assert chats == [[{"role": "user", "content": "a"}]] * 5
+    assert len(read_prompts(path, 2)) == 2
+    assert len({tuple(ids) for ids in encode_prompts(tokenizer, chats, 100)}) == 1
+    assert [len(ids) for ids in encode_prompts(tokenizer, chats[:1], 2)] == [2]
+    for wrong in ("[1]", "{}", "{not json", '{"messages": []}'):
+        path.write_text(wrong)
+        with pytest.raises(MedheadError, match="line 1"):
+            read_prompts(path, 1)
+    path.write_text("")
+    with pytest.raises(MedheadError, match="no prompt"):
+        read_prompts(path, 1)
+
+
+def test_ratios_are_of_all_tokens_and_all_seconds() -> None:
+    slow = Measured("transformers generate", "float32", seconds=[2.0, 2.0], tokens=[10, 30], passes=[0, 0])
+    plain = Measured("medhead plain", "float32", 1, seconds=[1.0, 1.0], tokens=[10, 30], passes=[10, 30])
+    fast = Measured("medhead heads", "float32", 16, seconds=[0.5, 0.5], tokens=[10, 30], passes=[5, 10])
+    fast.parts, fast.steps = {"forward": 0.8, "propose": 0.1, "accept": 0.1, "commit": 0.0, "other": 0.0}, 10
+    rows = summary([slow, plain, fast])
+    assert [row["x_transformers"] for row in rows] == [1.0, 2.0, 4.0]
+    assert [row["x_plain"] for row in rows] == [0.5, 1.0, 2.0]
+    assert rows[2]["tokens_per_pass"] == pytest.approx(40 / 15, abs=1e-3)
+    assert rows[2]["outside_forward"] == pytest.approx(0.25)
+    assert rows[2]["step_ms"]["forward"] == pytest.approx(80)
+
+
+def test_peak_memory_counts_what_is_alive_together() -> None:
+    with PeakMemory() as memory:
+        first = torch.zeros(1000)
+        view = first[:10]
+        del first, view
+        torch.zeros(2000).add_(1)
+        torch.ones(500)
+    assert memory.peak == 8000
