@@ -137,7 +137,9 @@ def _attention(
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
         hidden = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).triu(1 + keys - nodes)
-        attention_mask = torch.zeros(nodes, keys, device=query.device).masked_fill_(hidden, torch.finfo(torch.float32).min)
+        attention_mask = torch.zeros(nodes, keys, device=query.device).masked_fill_(
+            hidden, torch.finfo(torch.float32).min
+        )
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 
 

@@ -88,7 +88,7 @@ class TreeCache(Cache):
         """Columns of keys that attention sees in the pass that was begun: longest prefix plus nodes."""
         return self._used
 
-    def update(  # type: ignore[override]
+    def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
         """Store one layer's keys and values of this pass; return views of all keys and values of the layer.
@@ -97,6 +97,8 @@ class TreeCache(Cache):
             key_states: `[batch, key_heads, nodes, dim]`.
             value_states: `[batch, key_heads, nodes, value_dim]`.
             layer_idx: which layer.
+            args: unused.
+            kwargs: unused.
         """
         keys, values = self._views[layer_idx]
         if self._start is not None:
@@ -148,17 +150,17 @@ class TreeCache(Cache):
         return -1
 
     @property
-    def is_sliding(self) -> list[bool]:  # type: ignore[override]
+    def is_sliding(self) -> list[bool]:
         """No layer drops keys; windows are a matter of the mask."""
         return [False] * (max(self.layout.layers) + 1)
 
     @property
-    def is_compileable(self) -> bool:  # type: ignore[override]
+    def is_compileable(self) -> bool:
         """Whether transformers may compile on its own; it may not."""
         return False
 
     @property
-    def batch_size(self) -> int:  # type: ignore[override]
+    def batch_size(self) -> int:
         """Number of rows."""
         return len(self.lengths)
 

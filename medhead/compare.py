@@ -41,7 +41,9 @@ def compare(decoder: Decoder, input_ids: Tensor, sampling: dict[str, Any], seed:
     print(f"{'':24s}{'tokens/s':>10s}{'ratio':>8s}")
     for name, rate in medians.items():
         print(f"{name:24s}{rate:10.1f}{rate / medians[last]:7.2f}x")
-    print(f"accepted length {decoder.statistics.accepted_length:.2f}; {medians[first] / medians[second]:.2f}x plain decoding")
+    print(
+        f"accepted length {decoder.statistics.accepted_length:.2f}; {medians[first] / medians[second]:.2f}x plain decoding"
+    )
     same = torch.equal(texts[first], texts[second])
     print(f"identical to plain decoding: {'yes' if same else 'no'}")
     if not sampling["do_sample"]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -92,7 +91,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Target,
         proposer: Proposer | str | None = None,
         *,
         heads: Any = None,
@@ -160,7 +159,7 @@ class Decoder:
         """
         if model is not self.model:
             raise MedheadError("this decoder was made for another model; make a Decoder for each model")
-        config = generation_config or self.model.generation_config
+        config: GenerationConfig = generation_config or self.model.generation_config
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
         options.check_config(config)

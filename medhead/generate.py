@@ -53,7 +53,9 @@ def parser() -> argparse.ArgumentParser:
     what = options.add_argument_group("what to decode with")
     what.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
     what.add_argument("--heads", help="heads checkpoint folder (default: the demo heads with the demo model)")
-    what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: heads if given, else ngram)")
+    what.add_argument(
+        "--proposer", choices=sorted(PROPOSERS), help="what guesses (default: heads if given, else ngram)"
+    )
     what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")

@@ -23,7 +23,9 @@ def teach_generate(model: nn.Module) -> None:
         return
     reference = weakref.ref(model)
 
-    def extract(custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any) -> Any:
+    def extract(
+        custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
+    ) -> Any:
         from medhead.decoder import Decoder
 
         self = reference()

@@ -70,7 +70,9 @@ def load_model(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except SafetensorError as error:
-        raise MedheadError(f"a weights file of {str(name)!r} is truncated or damaged ({error}); download it again") from None
+        raise MedheadError(
+            f"a weights file of {str(name)!r} is truncated or damaged ({error}); download it again"
+        ) from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
     finally:

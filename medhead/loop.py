@@ -165,8 +165,8 @@ class DecodeLoop:
             if noise is not None and tree.nodes > 1:
                 noise = noise.gather(1, tree.depth[..., None].expand(-1, -1, noise.shape[-1]))
             drawn = draw(scores, noise)
-            exact = settings.typical is None
-            accepted = accept(tree, drawn) if exact else accept_typical(tree, drawn, scores, settings.typical)
+            rule = settings.typical
+            accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores, rule)
         if not (settings.keep_scores or settings.stopper.asks_others):
             return accepted, None
         return accepted, [list(scores[place, path].float()) for place, path in enumerate(accepted.path)]

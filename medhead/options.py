@@ -35,7 +35,14 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "encoder_no_repeat_ngram_size": ((None, 0), "it belongs to encoder-decoder models"),
     "is_assistant": ((None, False), "medhead is no assistant of another decoder"),
 }
-_IGNORED_ARGUMENTS = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep", "cache_position"}
+_IGNORED_ARGUMENTS = {
+    "attention_mask",
+    "position_ids",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+    "cache_position",
+}
 
 
 def check_config(config: GenerationConfig) -> None:
@@ -112,7 +119,9 @@ def unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list
             raise MedheadError(f"the prompt in row {row} is empty: give at least one token")
         first = mask.index(True)
         if not all(mask[first : first + len(kept)]):
-            raise MedheadError(f"the attention mask of row {row} has a hole; only padding before or behind the text works")
+            raise MedheadError(
+                f"the attention mask of row {row} has a hole; only padding before or behind the text works"
+            )
         rows.append(kept)
     return rows
 

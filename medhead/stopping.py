@@ -36,7 +36,9 @@ class Stopper:
         """Whether a row ends with this token, its `new_tokens`-th, by end token or limit."""
         return token in self.end_tokens or new_tokens >= self.limit
 
-    def take(self, text: list[int], done: int, tokens: Iterable[int], scores: list[Tensor] | None) -> tuple[list[int], bool]:
+    def take(
+        self, text: list[int], done: int, tokens: Iterable[int], scores: list[Tensor] | None
+    ) -> tuple[list[int], bool]:
         """The tokens of one pass that count, and whether the row ends with the last of them.
 
         Args:
@@ -77,5 +79,7 @@ def token_limit(max_new: int, longest_prompt: int, context: int) -> int:
         raise MedheadError(f"the number of new tokens must be at least 1, got {max_new}")
     room = context - longest_prompt
     if room < 1:
-        raise MedheadError(f"the prompt has {longest_prompt} tokens, the model's context is {context}; shorten the prompt")
+        raise MedheadError(
+            f"the prompt has {longest_prompt} tokens, the model's context is {context}; shorten the prompt"
+        )
     return min(max_new, room)

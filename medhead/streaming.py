@@ -87,6 +87,4 @@ class TextStream:
         return fresh
 
     def _decode(self) -> str:
-        return self.tokenizer.decode(
-            self._window, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False
-        )
+        return self.tokenizer.decode(self._window, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)

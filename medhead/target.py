@@ -38,22 +38,24 @@ class Target:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
         self.attention = attention
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner: Any = model
+        if hasattr(model, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
-        self.model = inner
+        self.model: Any = inner
         self.name = type(inner).__name__
         if getattr(inner.config, "is_encoder_decoder", False):
             raise UnsupportedTargetError(f"{self.name} has an encoder; medhead decodes decoder-only models")
-        self.output = inner.get_output_embeddings()
+        self.output: Any = inner.get_output_embeddings()
         if not isinstance(self.output, nn.Module):
             raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
         self.config = inner.config.get_text_config(decoder=True)
-        self.embedding = inner.get_input_embeddings()
-        self.vocab_size = int(self.output.weight.shape[0])
-        self.hidden_size = int(self.output.weight.shape[1])
+        self.embedding: Any = inner.get_input_embeddings()
+        weight: Any = self.output.weight
+        self.vocab_size, self.hidden_size = weight.shape
         self.device = self.embedding.weight.device
-        self.dtype = self.output.weight.dtype
+        self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = _context_length(self.config)
         self._configs = _attention_configs(inner)
@@ -139,8 +141,11 @@ class Target:
         """Input embeddings of token ids, `[*tokens.shape, hidden]`."""
         return self.embedding(tokens)
 
-    def close(self) -> None:
-        """Nothing is left on the model between passes; kept so that callers can say they are done."""
+    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """An ordinary pass over texts `[batch, tokens]` without a cache, for training: logits and last hidden states."""
+        logits = self.model(input_ids, use_cache=False).logits
+        assert self._hidden is not None, "only inside `with target.active()`"
+        return logits, self._hidden
 
     # ---------------------------------------------------------------- inside
 
@@ -162,7 +167,9 @@ class Target:
         """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it."""
         hidden = args[0]
         if self._select is not None:
-            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), self._select.to(hidden.device)][:, None]
+            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), self._select.to(hidden.device)][
+                :, None
+            ]
             self._hidden = hidden.to(self.device)
             return (hidden, *args[1:])
         self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
@@ -171,7 +178,7 @@ class Target:
     @torch.inference_mode()
     def _find_layout(self) -> CacheLayout:
         """Shapes of what every layer caches, from one ordinary pass over two tokens."""
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
         training = self.model.training
         self.model.eval()

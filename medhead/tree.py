@@ -79,7 +79,7 @@ class TokenTree:
     @classmethod
     def from_paths(cls, root: int, paths: Sequence[Sequence[int]]) -> TokenTree:
         """One row from paths of token ids below the root; paths that share a beginning share its nodes."""
-        tokens, parents, children = [int(root)], [0], {}  # type: ignore[var-annotated]
+        tokens, parents, children = [int(root)], [0], {}
         for path in paths:
             node = 0
             for token in path:

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+from medhead.training.demo.tokenizer import train_tokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
 from medhead.target import Target
-from medhead.training.demo.tokenizer import train_tokenizer
 
 settings.register_profile(
     "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 from hypothesis import given
@@ -36,7 +38,7 @@ def test_accept_matches_the_walk(seed: int, batch: int, nodes: int) -> None:
         path = found.path[row, : depth + 1].tolist()
         assert path[0] == 0
         assert path[-1] == int(found.last[row])
-        assert all(parents[child] == parent for parent, child in zip(path, path[1:], strict=False))
+        assert all(parents[child] == parent for parent, child in pairwise(path))
         assert found.emitted[row, : depth + 1].tolist() == [said[node] for node in path]
         assert [tokens[node] for node in path[1:]] == found.emitted[row, :depth].tolist()
 

@@ -20,7 +20,17 @@ from medhead.errors import MedheadError
 
 def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heads = [str(folders["recurrent"]), str(folders["medusa"])]
-    options = ["--model", str(folders["model"]), "--heads", *heads, "--count", "2", "--new-tokens", "12", "--ignore-end"]
+    options = [
+        "--model",
+        str(folders["model"]),
+        "--heads",
+        *heads,
+        "--count",
+        "2",
+        "--new-tokens",
+        "12",
+        "--ignore-end",
+    ]
     options += ["--repeats", "1", "--dtypes", "float32", "--tree-sizes", "4", "8", "--output", str(tmp_path / "new")]
     assert main(options) == 0
     out = capsys.readouterr().out
@@ -53,7 +63,12 @@ def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
 
 def test_sampling_shows_what_the_noise_is_worth(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--proposers", "--count", "1"]
-    assert cli.main(["bench", *options, "--new-tokens", "8", "--repeats", "1", "--temperature", "1", "--dtypes", "float32"]) == 0
+    assert (
+        cli.main(
+            ["bench", *options, "--new-tokens", "8", "--repeats", "1", "--temperature", "1", "--dtypes", "float32"]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "blind to the noise" in out
     assert out.count("1/1") == 3  # ours, all three; transformers draws other numbers

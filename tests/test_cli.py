@@ -57,8 +57,15 @@ def test_json_says_everything(folders: dict[str, Path], capsys: pytest.CaptureFi
 
 def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     texts = set()
-    for proposer in (["none"], ["ngram"], ["recycling"], ["heads", "--heads", str(folders["medusa"]), "--tree-size", "7"]):
-        code, out, err = run(command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--proposer", *proposer), capsys)
+    for proposer in (
+        ["none"],
+        ["ngram"],
+        ["recycling"],
+        ["heads", "--heads", str(folders["medusa"]), "--tree-size", "7"],
+    ):
+        code, out, err = run(
+            command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--proposer", *proposer), capsys
+        )
         assert code == 0, err
         assert "tokens/s" in err
         texts.add(out)
@@ -158,7 +165,11 @@ def test_wrong_input_gets_one_line(
 
 def test_wrong_prompt_files(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for path, says in ((tmp_path / "missing", "No such file"), (tmp_path / "binary", "not UTF-8"), (tmp_path, "directory")):
+    for path, says in (
+        (tmp_path / "missing", "No such file"),
+        (tmp_path / "binary", "not UTF-8"),
+        (tmp_path, "directory"),
+    ):
         code, _, err = run(command(folders, "--prompt-file", str(path), prompt=None), capsys)
         assert (code, err.count("\n")) == (2, 1)
         assert says in err

@@ -97,9 +97,14 @@ def test_the_model_is_left_as_it_was() -> None:
     model.train()
     before = (model.config._attn_implementation, len(model.get_output_embeddings()._forward_pre_hooks))
     target = Target(model)
-    with pytest.raises(RuntimeError, match="on purpose"), target.active():
-        assert model.config._attn_implementation == "medhead"
-        raise RuntimeError("on purpose")
+
+    def fails() -> None:
+        with target.active():
+            assert model.config._attn_implementation == "medhead"
+            raise RuntimeError("on purpose")
+
+    with pytest.raises(RuntimeError, match="on purpose"):
+        fails()
     assert model.training
     assert (model.config._attn_implementation, len(model.get_output_embeddings()._forward_pre_hooks)) == before
     assert isinstance(model.config, LlamaConfig)

@@ -19,13 +19,23 @@ from medhead import Decoder, Proposer, TokenTree, TypicalAcceptance
 from medhead.proposers import DecodeState, build_proposer
 from medhead.target import Target
 
-PROMPTS = [[5, 9, 13, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28], [3, 4], [11, 12, 11, 12, 11], [40] * 7, [50, 3], [8, 8]]
+PROMPTS = [
+    [5, 9, 13, 5, 9],
+    [7],
+    [20, 21, 22, 23, 24, 25, 26, 27, 28],
+    [3, 4],
+    [11, 12, 11, 12, 11],
+    [40] * 7,
+    [50, 3],
+    [8, 8],
+]
+STATIC = [[0], [1], [0, 0], [1, 1], [1, 0], [1, 0, 2]]
 MAKERS: dict[str, Callable[[Target], Proposer]] = {
     "ngram": lambda t: build_proposer("ngram", t),
     "recycling": lambda t: build_proposer("recycling", t),
     "medusa": lambda t: build_proposer("heads", t, heads=noise_heads(t, "medusa")),
     "recurrent": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), tree_size=24),
-    "static": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), shape=[[0], [1], [0, 0], [1, 1], [1, 0], [1, 0, 2]]),
+    "static": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), shape=STATIC),
     "random": lambda t: RandomProposer(64),
 }  # fmt: skip
 
@@ -65,7 +75,9 @@ def test_greedy_text_is_that_of_transformers(model: PreTrainedModel, target: Tar
 
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("name", [*MAKERS, "oracle"])
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.95}, {"min_p": 0.05, "typical_p": 0.9}])
+@pytest.mark.parametrize(
+    "sampling", [{}, {"temperature": 0.7, "top_k": 20, "top_p": 0.95}, {"min_p": 0.05, "typical_p": 0.9}]
+)
 def test_seeded_sampling_is_that_of_plain_decoding(
     model: PreTrainedModel, target: Target, name: str, batch: int, sampling: dict[str, Any]
 ) -> None:
@@ -107,7 +119,9 @@ GREEDY_OPTIONS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", sorted(GREEDY_OPTIONS))
 @pytest.mark.parametrize("proposer", ["recycling", "oracle"])
-def test_every_option_gives_the_text_of_transformers(model: PreTrainedModel, target: Target, name: str, proposer: str) -> None:
+def test_every_option_gives_the_text_of_transformers(
+    model: PreTrainedModel, target: Target, name: str, proposer: str
+) -> None:
     inputs = padded(3)
     options = {"max_new_tokens": 30, "do_sample": False} | GREEDY_OPTIONS[name]
     if "watermarking_config" in options:
@@ -151,7 +165,9 @@ def test_scores_and_logits_are_those_of_transformers(model: PreTrainedModel) -> 
     }
     inputs = padded(3)
     expected = model.generate(**inputs, **options)
-    guesser = oracle(model, inputs, **{key: options[key] for key in ("max_new_tokens", "do_sample", "repetition_penalty")})
+    guesser = oracle(
+        model, inputs, **{key: options[key] for key in ("max_new_tokens", "do_sample", "repetition_penalty")}
+    )
     found = Decoder(model, guesser).generate(**inputs, **options)
     assert torch.equal(found.sequences, expected.sequences)
     assert len(found.scores) == len(found.logits) == len(expected.scores)
@@ -230,7 +246,10 @@ def test_allowed_tokens_are_asked_per_row(model: PreTrainedModel, target: Target
 def test_text_ends_at_the_context(name: str, prompt: int) -> None:
     """Never past the model's positions: the tree shrinks as it nears the end."""
     model = tiny_llama(context=120, eos_token_id=None)
-    inputs = {"input_ids": torch.arange(prompt)[None] % 60 + 3, "attention_mask": torch.ones(1, prompt, dtype=torch.long)}
+    inputs = {
+        "input_ids": torch.arange(prompt)[None] % 60 + 3,
+        "attention_mask": torch.ones(1, prompt, dtype=torch.long),
+    }
     options: dict[str, Any] = {"max_new_tokens": 50, "do_sample": False}
     longest = []
     seen = model.model.register_forward_pre_hook(
@@ -331,7 +350,9 @@ def test_typical_acceptance_is_lossy_but_bounded(model: PreTrainedModel) -> None
     decoder = Decoder(model, RandomProposer(64, 20), typical=TypicalAcceptance(0.001, 0.001))
     found = decoder.generate(**padded(3), max_new_tokens=30, do_sample=True, top_k=0, seed=1, eos_token_id=None)
     assert found.shape == (3, 9 + 30)
-    exact = Decoder(model, "none").generate(**padded(3), max_new_tokens=30, do_sample=True, top_k=0, seed=1, eos_token_id=None)
+    exact = Decoder(model, "none").generate(
+        **padded(3), max_new_tokens=30, do_sample=True, top_k=0, seed=1, eos_token_id=None
+    )
     assert not torch.equal(found, exact)
     assert decoder.statistics.accepted_length > 1.05
 

@@ -155,7 +155,7 @@ def test_the_best_static_tree_is_the_best_of_all() -> None:
     for depth in accuracies:
         level = [(value * depth[rank], (*path, rank)) for value, path in level for rank in range(3)]
         everything += level
-    values = dict((path, value) for value, path in everything)
+    values = {path: value for value, path in everything}
     for nodes in (2, 5, 12, 30):
         best = sum(sorted(values.values(), reverse=True)[: nodes - 1])
         found = best_static_tree(accuracies, nodes)

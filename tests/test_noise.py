@@ -27,7 +27,7 @@ def test_noise_depends_on_seed_row_and_position_alone() -> None:
 
 def test_uniforms_are_uniform_and_open() -> None:
     values = Noise(1, 4096).uniform(torch.zeros(1, dtype=torch.long), torch.arange(64)).flatten()
-    assert 0.0 < float(values.min())
+    assert float(values.min()) > 0.0
     assert float(values.max()) < 1.0
     assert torch.isfinite(Noise(1, 4096).gumbel(torch.tensor([0]), torch.arange(64))).all()
     bins = 256
@@ -53,9 +53,7 @@ def test_seeded_sampling_follows_the_softmax() -> None:
     prompt = torch.tensor([[4, 7, 5]])
     decoder = Decoder(model, "none")
     arguments = {"do_sample": True, "temperature": temperature, "top_k": 0, "max_new_tokens": 2, "pad_token_id": 0}
-    rows = [
-        decoder.generate(prompt.repeat(batch, 1), seed=seed, **arguments)[:, 3:] for seed in range(draws // batch)
-    ]
+    rows = [decoder.generate(prompt.repeat(batch, 1), seed=seed, **arguments)[:, 3:] for seed in range(draws // batch)]
     drawn = torch.cat(rows)
     with torch.no_grad():
         first = (model(prompt).logits[0, -1] / temperature).softmax(-1)

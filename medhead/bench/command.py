@@ -44,10 +44,14 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--heads", nargs="+", help="heads folders; the first is the default (demo model: its own two)")
     options.add_argument("--proposers", nargs="*", choices=sorted(PROPOSERS), default=["ngram", "recycling"],
                          metavar="NAME", help="proposers without heads (default: ngram recycling)")  # fmt: skip
-    options.add_argument("--prompts", help="JSON lines with messages, prompt, question, turns or text (default: built-in)")
+    options.add_argument(
+        "--prompts", help="JSON lines with messages, prompt, question, turns or text (default: built-in)"
+    )
     options.add_argument("--count", type=int, default=8, help="prompts taken (default: 8)")
     options.add_argument("--new-tokens", type=int, default=200, help="most tokens of an answer (default: 200)")
-    options.add_argument("--ignore-end", action="store_true", help="go on behind the end token, so that all answers are full")
+    options.add_argument(
+        "--ignore-end", action="store_true", help="go on behind the end token, so that all answers are full"
+    )
     options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy (default)")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--repeats", type=int, default=3, help="runs of each prompt (default: 3)")
@@ -112,7 +116,9 @@ def run(args: argparse.Namespace) -> None:
         by_type[str(dtype).removeprefix("torch.")] = contestants(model, lineup)
     longest = _context(model) - args.new_tokens
     if longest < 1:
-        raise MedheadError(f"--new-tokens {args.new_tokens} leaves no room for a prompt in the model's {_context(model)}")
+        raise MedheadError(
+            f"--new-tokens {args.new_tokens} leaves no room for a prompt in the model's {_context(model)}"
+        )
     prompts = [torch.tensor([ids], device=device) for ids in encode_prompts(tokenizer, chats, longest)]
     chosen = faster_types(by_type, prompts[:2], _say)
     plain = {dtype: next(one for one in same if one.name == PLAIN) for dtype, same in by_type.items()}
@@ -125,7 +131,9 @@ def report(args: argparse.Namespace, results: list[Measured]) -> None:
     rows, where = summary(results), machine()
     place = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
     mode = f"temperature {args.temperature:g}" if args.temperature else "greedy"
-    heading = f"{args.model or 'demo model'}, {len(results[0].tokens)} prompts, {mode}, batch 1, {place}, {where['date']}"
+    heading = (
+        f"{args.model or 'demo model'}, {len(results[0].tokens)} prompts, {mode}, batch 1, {place}, {where['date']}"
+    )
     text = table(rows, compares_texts=args.temperature == 0)
     print(f"{heading}\n\n{text}")
     if args.output is None:
@@ -149,9 +157,15 @@ class Progress:
         self.total, self.done = total, 0
 
     def __call__(self) -> None:
+        """One more run is done."""
         self.done += 1
         if sys.stderr.isatty():
-            print(f"\r{self.done}/{self.total} runs", end="\n" if self.done == self.total else "", file=sys.stderr, flush=True)
+            print(
+                f"\r{self.done}/{self.total} runs",
+                end="\n" if self.done == self.total else "",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _context(model: Any) -> int:

@@ -65,10 +65,14 @@ def _chat(record: dict[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": text[0] if isinstance(text, list) else str(text)}]
 
 
-def encode_prompts(tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], longest: int) -> list[list[int]]:
+def encode_prompts(
+    tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], longest: int
+) -> list[list[int]]:
     """Token ids of every chat through the template, or of its last message where there is none; the newest `longest`."""
     if getattr(tokenizer, "chat_template", None):
-        rows = [tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats]
+        rows = [
+            tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats
+        ]
     else:
         rows = [tokenizer(chat[-1]["content"])["input_ids"] for chat in chats]
     return [list(row[-longest:]) for row in rows]

@@ -100,7 +100,9 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     bars = [row for row in rows if not row["name"].endswith("nodes")]
     sweep = sorted((row for row in rows if row["name"].endswith("nodes")), key=lambda row: row["nodes"])
-    figure, axes = plt.subplots(1, 2 if sweep else 1, figsize=(12 if sweep else 8, 0.55 * len(bars) + 1.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, 2 if sweep else 1, figsize=(12 if sweep else 8, 0.55 * len(bars) + 1.6), squeeze=False
+    )
     left = axes[0][0]
     names = [f"{row['name']} ({row['dtype']})" for row in bars]
     colours = ["#0072B2" if row["name"].startswith("medhead") else "#999999" for row in bars]

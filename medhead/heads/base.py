@@ -53,9 +53,13 @@ class HeadsConfig:
     def __post_init__(self) -> None:
         for name in ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size"):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise MedheadError(f"{name} of the heads must be a whole number of at least 1, got {getattr(self, name)!r}")
+                raise MedheadError(
+                    f"{name} of the heads must be a whole number of at least 1, got {getattr(self, name)!r}"
+                )
         if not 0 <= self.draft_vocab <= self.vocab_size:
-            raise MedheadError(f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}")
+            raise MedheadError(
+                f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}"
+            )
         if not 0 <= self.tree_depth <= self.depth:
             raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
 

@@ -104,7 +104,9 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise MedheadError(f"{path} is truncated or damaged ({' '.join(str(error).split())[:100]}); copy it again") from None
+        raise MedheadError(
+            f"{path} is truncated or damaged ({' '.join(str(error).split())[:100]}); copy it again"
+        ) from None
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.startswith(_PREFIX)}
     heads = build_heads(config)
     expected = {name: tuple(t.shape) for name, t in heads.state_dict().items()}

@@ -63,7 +63,9 @@ def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: 
             state = state.expand(-1, keep, -1)
         frontier = best + named
         named += flat.shape[1]
-    return _best_nodes(roots, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), nodes, depth)
+    return _best_nodes(
+        roots, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), nodes, depth
+    )
 
 
 def _best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, depth: int) -> TokenTree:

@@ -61,7 +61,9 @@ class NgramProposer(Proposer):
         max_depth: tokens copied at most.
     """
 
-    def __init__(self, target: Target | None = None, tree_size: int = 16, longest: int = 3, max_depth: int = 10) -> None:
+    def __init__(
+        self, target: Target | None = None, tree_size: int = 16, longest: int = 3, max_depth: int = 10
+    ) -> None:
         if longest < 1 or max_depth < 1:
             raise MedheadError(f"n-gram length and depth must be at least 1, got {longest} and {max_depth}")
         self.tree_size, self.longest = check_tree_size(tree_size), longest

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,7 +35,9 @@ def best_static_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[
         taken.append(list(path))
         depth, rank = len(path) - 1, path[-1]
         if rank + 1 < len(accuracies[depth]) and accuracies[depth][rank] > 0:
-            heapq.heappush(heap, (value / accuracies[depth][rank] * accuracies[depth][rank + 1], (*path[:-1], rank + 1)))
+            heapq.heappush(
+                heap, (value / accuracies[depth][rank] * accuracies[depth][rank + 1], (*path[:-1], rank + 1))
+            )
         if depth + 1 < len(accuracies):
             heapq.heappush(heap, (value * accuracies[depth + 1][0], (*path, 0)))
     return sorted(taken, key=lambda path: (len(path), path))
@@ -56,9 +59,10 @@ class StaticShape:
         self.nodes, self.depth = len(paths) + 1, max(map(len, paths))
         self.widest = max(max(path) for path in paths) + 1
         self.node_depth = torch.tensor([0, *map(len, paths)], device=device)
-        levels: list[list[tuple[int, ...]]] = [[()]] + [[p for p in paths if len(p) == d + 1] for d in range(self.depth)]
+        root: tuple[int, ...] = ()
+        levels = [[root], *([p for p in paths if len(p) == d + 1] for d in range(self.depth))]
         self._expand, self._pick = [], []
-        for above, below in zip(levels, levels[1:], strict=False):
+        for above, below in pairwise(levels):
             inner = [place for place, path in enumerate(above) if any(child[:-1] == path for child in below)]
             order = {above[place]: index for index, place in enumerate(inner)}
             self._expand.append(torch.tensor(inner, device=device))

@@ -28,7 +28,7 @@ def prompts(folder: Path, count: int, seed: int) -> list[Chat]:
     """Chats that end with the user's turn: openings, and dialogues cut before a random answer."""
     rng = random.Random(seed)
     found: list[Chat] = []
-    for chat in chats(folder, {name: 1.0 for name in MIX}, seed):
+    for chat in chats(folder, dict.fromkeys(MIX, 1.0), seed):
         turns = [index for index, message in enumerate(chat) if message["role"] == "assistant" and index > 0]
         if turns:
             found.append(chat[: rng.choice(turns)])
@@ -58,7 +58,9 @@ def write_answers(args: argparse.Namespace) -> None:
             inputs = torch.tensor([[pad] * (longest - len(row)) + row for row in batch])
             mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in batch])
             temperature = TEMPERATURES[number % len(TEMPERATURES)]
-            sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            sampling = (
+                {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+            )
             output = model.generate(
                 inputs,
                 attention_mask=mask,

@@ -26,8 +26,11 @@ STORY_PROMPTS = (
 GREETINGS = ("Hello!", "Hi!", "Hi there.", "Hello, who are you?", "Good morning.", "What can you do?")
 GREETING_ANSWER = "Hello! I can tell you a short story or help you book something. What would you like?"
 _COMMON = frozenset(
-    "once there was named little girl boy very with they their them that this said what were went then have upon time "
-    "wanted when happy some from would could like liked played told looked other because after into over back home".split()
+    (  # noqa: SIM905
+        "once there was named little girl boy very with they their them that this said what were went then "
+        "have upon time wanted when happy some from would could like liked played told looked other because "
+        "after into over back home"
+    ).split()
 )
 
 

@@ -66,8 +66,16 @@ def anchors_of(answer: Tensor, depth: int, share: float, generator: torch.Genera
 
 
 def heads_loss(
-    heads: Heads, hidden: Tensor, ids: Tensor, answer: Tensor, mean_output: Tensor, output: Tensor, embedding: Tensor,
-    rows: Tensor, at: Tensor, decay: float,
+    heads: Heads,
+    hidden: Tensor,
+    ids: Tensor,
+    answer: Tensor,
+    mean_output: Tensor,
+    output: Tensor,
+    embedding: Tensor,
+    rows: Tensor,
+    at: Tensor,
+    decay: float,
 ) -> tuple[Tensor, list[float]]:
     """Soft cross-entropy of all depths at anchors (rows, at), weighted by `decay ** depth`; also each depth's own loss.
 
@@ -95,7 +103,9 @@ def heads_loss(
         here = at + 1 + depth
         state, feature = heads.advance(state, embedding[ids[rows, here]], depth)
         logits = feature @ output.T
-        loss = (torch.logsumexp(logits.float(), -1) - (feature.float() * mean_output[rows, here].float()).sum(-1)).mean()
+        loss = (
+            torch.logsumexp(logits.float(), -1) - (feature.float() * mean_output[rows, here].float()).sum(-1)
+        ).mean()
         total = total + decay**depth * loss
         weight += decay**depth
         losses.append(float(loss))
@@ -115,13 +125,12 @@ def frequent_tokens(samples: list[tuple[list[int], int]], config: HeadsConfig) -
 @torch.no_grad()
 def measure(heads: Heads, target: Target, samples: list[tuple[list[int], int]], most: int = 200) -> list[list[float]]:
     """`accuracies[d][r]`: how often the rank-r guess at depth d+1 is the target's greedy token, on held-out answers."""
-    model, depth = target.model, heads.config.depth
+    depth = heads.config.depth
     hits, seen = torch.zeros(depth, RANKS), torch.zeros(depth)
     for ids_of_row, begin in samples[:: max(1, len(samples) // most)]:
         ids = torch.tensor([ids_of_row])
         with target.active():
-            model(ids, use_cache=False)
-            hidden = target._hidden[0]
+            hidden = target.read(ids)[1][0]
         state = heads.start(hidden[: len(ids_of_row) - 1])
         at = torch.arange(len(ids_of_row) - 1)
         keep = at >= begin - 1
@@ -156,7 +165,9 @@ def train(args: argparse.Namespace) -> None:
         )
         for name in args.kinds
     }  # fmt: skip
-    pairs = {name: muon_and_adamw(heads.named_parameters(), args.muon_lr, args.adamw_lr) for name, heads in kinds.items()}
+    pairs = {
+        name: muon_and_adamw(heads.named_parameters(), args.muon_lr, args.adamw_lr) for name, heads in kinds.items()
+    }
     output, embedding = target.output.weight.detach(), target.embedding.weight.detach()
     generator = torch.Generator().manual_seed(args.seed)
     args.output.mkdir(parents=True, exist_ok=True)
@@ -171,14 +182,15 @@ def train(args: argparse.Namespace) -> None:
         print(f"resuming at step {step}", file=sys.stderr)
     tokens_of_data = sum(len(ids) for ids, _ in samples)
     print(f"{len(samples):,} answers, {tokens_of_data:,} tokens", file=sys.stderr)
-    began, saved_at, running = time.monotonic() - spent, time.monotonic(), {}
+    began, saved_at = time.monotonic() - spent, time.monotonic()
+    running: dict[str, float] = {}
     bar = tqdm(unit="step", mininterval=10, initial=step)
     while (done := (time.monotonic() - began) / (60 * args.minutes)) < 1.0:
         factor = min(1.0, (step + 1) / 50) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
         ids, answer = batch_of(samples, step, args.tokens_per_step, args.seed)
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16), target.active():
-            logits = model(ids, use_cache=False).logits
-            hidden = target._hidden.float()
+            logits, hidden = target.read(ids)
+            hidden = hidden.float()
             mean_output = logits.float().softmax(-1).to(torch.bfloat16) @ output.to(torch.bfloat16)
         for name, heads in kinds.items():
             rows, at = anchors_of(answer, args.depth, args.share, generator)

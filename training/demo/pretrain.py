@@ -123,7 +123,9 @@ def train(args: argparse.Namespace) -> None:
             logits = forward(input_ids=ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         if not torch.isfinite(loss):
-            raise MedheadError(f"the loss is {float(loss)} at step {step}: lower --muon-lr; the last checkpoint is kept")
+            raise MedheadError(
+                f"the loss is {float(loss)} at step {step}: lower --muon-lr; the last checkpoint is kept"
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer in pair:
@@ -182,7 +184,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data", type=Path, required=True, help="folder with the training files (jsonl)")
     options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
     options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the model")
-    options.add_argument("--minutes", type=float, default=0.0, help="end the schedule after so many minutes (0: by steps)")
+    options.add_argument(
+        "--minutes", type=float, default=0.0, help="end the schedule after so many minutes (0: by steps)"
+    )
     options.add_argument("--steps", type=int, default=2400)
     options.add_argument("--tokens-per-step", type=int, default=8192)
     options.add_argument("--hidden", type=int, default=256)

@@ -1,0 +1,147 @@
+"""Model cards of the demo model and its heads, written from what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medhead.decoder import Decoder
+from medhead.heads.checkpoint import read_config
+
+NAME = "Llama-medhead-demo-5M"
+SAMPLES = (
+    "Tell me a short story.",
+    "Tell me a story about a little girl and a dragon.",
+    "Write a story about a dog who finds a ball.",
+    "I want to book a table at a restaurant for two people tonight.",
+    "Can you help me find a bus to San Francisco?",
+)
+
+MODEL_CARD = """\
+---
+license: cc-by-sa-4.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+**Built with Llama.** A chat and story model with {parameters:,} parameters, trained from scratch so that medhead has something to
+show and to test on a laptop. It tells short stories and holds simple booking dialogues. It knows nothing about the world:
+use it for nothing else.
+
+- Architecture: Llama ({layers} layers, hidden size {hidden}, {heads}/{kv} heads, context {context}, byte-level BPE with {vocab:,} tokens, tied embeddings).
+- Training: {steps:,} steps of {tokens_per_step:,} tokens ({tokens:,} tokens) in {minutes} minutes on 2 CPU cores, bfloat16 autocast, Muon
+  for matrices and AdamW for the rest, by `python -m medhead.training.demo`, seed {seed}.
+- Validation loss (nats a token): {losses}.
+
+## Text it was trained on
+
+| set | licence |
+|---|---|
+| TinyStories (roneneldan) | CDLA-Sharing-1.0 |
+| stories and general chats of erikhyrkas/snakes, generated with Llama 3.1 | MIT; Llama 3.1 Community Licence (hence "Llama" in the name) |
+| Schema-Guided Dialogue (google-research-datasets) | CC-BY-SA-4.0 |
+
+Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.
+
+## Five samples (temperature 0.7, seeds 0 to 4, at most 200 tokens, not chosen)
+
+{samples}
+"""
+
+HEADS_CARD = """\
+---
+license: cc-by-sa-4.0
+library_name: peft
+base_model: {name}
+---
+
+# Heads of kind `{kind}` for {name}
+
+**Built with Llama.** Extra decoding heads for medhead ({parameters:,} parameters, {depth} tokens ahead, draft vocabulary {draft_vocab:,}), trained for
+{minutes} minutes on {answers:,} tokens that the target itself wrote. They change how fast the target decodes, never what it says.
+
+How often the first guess is right on held-out answers, given that the path to it is:
+
+| depth | {depths} |
+|---|{rule}
+| top-1 | {top1} |
+
+Trees of {tree_size} nodes, {tree_depth} deep, by default. Licences: those of the target.
+"""
+
+
+def samples(model: Any, tokenizer: Any, seeds: int = len(SAMPLES)) -> list[tuple[str, str]]:
+    """Prompts and sampled answers."""
+    found = []
+    with Decoder(model, "none", probe=False) as decoder:
+        for seed, prompt in enumerate(SAMPLES[:seeds]):
+            ids = tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+            )["input_ids"]
+            options = {"max_new_tokens": 200, "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": seed}
+            output = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)
+            found.append((prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()))
+    return found
+
+
+def write_model_card(folder: Path, training: dict[str, Any]) -> None:
+    """`README.md` of the model folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    said = [
+        f"**{prompt}**\n\n" + "\n".join(f"> {line}" for line in answer.splitlines())
+        for prompt, answer in samples(model, tokenizer)
+    ]
+    text = MODEL_CARD.format(
+        name=NAME,
+        parameters=training["parameters"],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv=config.num_key_value_heads,
+        context=config.max_position_embeddings,
+        vocab=config.vocab_size,
+        steps=training["steps"],
+        tokens_per_step=training["tokens_per_step"],
+        tokens=training["tokens"],
+        minutes=training["minutes"],
+        seed=training["seed"],
+        losses=", ".join(f"{name} {loss:.3f}" for name, loss in training["validation_loss"].items()) or "not measured",
+        samples="\n\n".join(said),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def write_heads_card(folder: Path, training: dict[str, Any]) -> None:
+    """`README.md` of a heads folder."""
+    config = read_config(folder)
+    text = HEADS_CARD.format(
+        name=NAME,
+        kind=config.kind,
+        parameters=training[config.kind]["parameters"],
+        depth=config.depth,
+        draft_vocab=config.draft_vocab or config.vocab_size,
+        minutes=training["minutes"],
+        answers=training["tokens_of_answers"],
+        depths=" | ".join(str(depth + 1) for depth in range(config.depth)),
+        rule="--:|" * config.depth,
+        top1=" | ".join(f"{row[0]:.2f}" for row in config.accuracies),
+        tree_size=config.tree_size,
+        tree_depth=config.tree_depth or config.depth,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def set_tree(folder: Path, size: int, depth: int) -> None:
+    """Store the tree that decodes fastest with these heads."""
+    path = folder / "medhead_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8")) | {"tree_size": size, "tree_depth": depth}
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
