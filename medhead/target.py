@@ -189,7 +189,8 @@ class Target:
             raise UnsupportedTargetError(f"{self.name} does not run with a key/value cache: {reason}") from error
         finally:
             self.model.train(training)
-        if getattr(used, "past_key_values", None) is not cache:
+        fills_it = getattr(used, "past_key_values", None) is cache
+        if not fills_it:
             raise UnsupportedTargetError(
                 f"{self.name} keeps a state of its own instead of a key/value cache (a recurrent model); "
                 "medhead cannot verify trees with it yet"
