@@ -89,12 +89,19 @@ class Heads(nn.Module):
         """State before the root's token, from the target's last hidden state `[..., hidden]` at the token before it."""
         raise NotImplementedError
 
-    def advance(self, state: Tensor, embedding: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def encode(self, embedding: Tensor) -> Tensor:
+        """What `advance` needs of a token, from the target's embedding of it, `[..., hidden]`; the embedding itself here.
+
+        It depends on the token alone, so that decoding may compute it once for the whole vocabulary.
+        """
+        return embedding
+
+    def advance(self, state: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Take one token on the path.
 
         Args:
             state: `[..., state]`, the parent's state.
-            embedding: `[..., hidden]`, the target's embedding of the node's token.
+            token: what `encode` made of the node's token.
             depth: the node's depth, 0 for the root.
 
         Returns:

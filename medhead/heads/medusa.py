@@ -39,6 +39,6 @@ class MedusaHeads(Heads):
         """The hidden state itself."""
         return hidden
 
-    def advance(self, state: Tensor, embedding: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def advance(self, state: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Head `depth` reads the unchanged state; the token is not looked at."""
         return state, self.heads[depth](state)

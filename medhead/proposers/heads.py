@@ -17,6 +17,8 @@ from medhead.proposers.growth import grow_tree
 from medhead.proposers.static_tree import StaticShape
 from medhead.tree import TokenTree
 
+TABLE_BYTES = 64 * 2**20  # largest table of encoded tokens that is kept
+
 if TYPE_CHECKING:
     from medhead.target import Target
 
@@ -104,7 +106,23 @@ class Readout:
         self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self.embed = target.embed
+        self._embed = target.embed
+        self._table = self._encode_all(target) if self.heads.per_path else None
+
+    def token(self, tokens: Tensor) -> Tensor:
+        """What the heads need of token ids."""
+        if self._table is not None:
+            return self._table[tokens]
+        return self.heads.encode(self._embed(tokens).to(self.dtype))
+
+    @torch.inference_mode()
+    def _encode_all(self, target: Target) -> Tensor | None:
+        """The same for the whole vocabulary, unless that takes too much memory."""
+        first = self.heads.encode(target.embed(torch.zeros(1, dtype=torch.long, device=target.device)).to(self.dtype))
+        count = int(target.embedding.num_embeddings)
+        if count * first.numel() * first.element_size() > TABLE_BYTES:
+            return None
+        return self.heads.encode(target.embed(torch.arange(count, device=target.device)).to(self.dtype))
 
     def logits(self, feature: Tensor) -> Tensor:
         """`[..., hidden]` to float32 `[..., draft vocabulary]`."""
@@ -143,10 +161,10 @@ class HeadsExpander:
         """See `growth.Expander.expand`."""
         readout = self.readout
         if readout.heads.per_path:
-            embedding = readout.embed(tokens).to(readout.dtype)
+            token = readout.token(tokens)
         else:
-            state = embedding = state[:, :1]  # one distribution serves the whole depth
-        state, feature = readout.heads.advance(state, embedding, depth)
+            state = token = state[:, :1]  # one distribution serves the whole depth
+        state, feature = readout.heads.advance(state, token, depth)
         logits = readout.logits(feature)
         if self.noise is not None:
             logits = logits / self.state.temperature + self.noise[:, depth, None]

@@ -101,14 +101,14 @@ def heads_loss(
         if len(rows) == 0:
             break
         here = at + 1 + depth
-        state, feature = heads.advance(state, embedding[ids[rows, here]], depth)
+        state, feature = heads.advance(state, heads.encode(embedding[ids[rows, here]]), depth)
         logits = feature @ output.T
         loss = (
             torch.logsumexp(logits.float(), -1) - (feature.float() * mean_output[rows, here].float()).sum(-1)
         ).mean()
         total = total + decay**depth * loss
         weight += decay**depth
-        losses.append(float(loss))
+        losses.append(loss.item())
     return total / weight, losses
 
 
@@ -140,7 +140,7 @@ def measure(heads: Heads, target: Target, samples: list[tuple[list[int], int]], 
             state, at = state[inside], at[inside]
             if len(at) == 0:
                 break
-            state, feature = heads.advance(state, target.embed(ids[0, at + 1 + d]), d)
+            state, feature = heads.advance(state, heads.encode(target.embed(ids[0, at + 1 + d])), d)
             top = target.output(feature).topk(RANKS, -1).indices
             hits[d] += (top == ids[0, at + 2 + d][:, None]).float().sum(0)
             seen[d] += len(at)

@@ -132,7 +132,8 @@ def train(args: argparse.Namespace) -> None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         step += 1
-        running = float(loss) if running is None else 0.98 * running + 0.02 * float(loss)
+        value = loss.item()
+        running = value if running is None else 0.98 * running + 0.02 * value
         bar.update()
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if time.monotonic() - saved_at > 60 * args.save_minutes:
