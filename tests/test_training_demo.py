@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from medhead.training.demo import __main__ as recipe
+from medhead.training.demo import corpus, heads, pretrain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
 from medhead.heads.checkpoint import read_config
-from medhead.training.demo import __main__ as recipe
-from medhead.training.demo import corpus, heads, pretrain
 
 
 @pytest.fixture(scope="module")
@@ -20,12 +20,19 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data")
     animals = ["dog", "cat", "bird", "fish", "horse", "mouse"]
     story = "Once upon a time there was a {0}. The {0} liked to play. One day the {0} found a ball and was happy."
-    turns = [("user", "I want a table for {0} people."), ("assistant", "Which day?"), ("user", "Day {0}."), ("assistant", "It is booked.")]
+    turns = [
+        ("user", "I want a table for {0} people."),
+        ("assistant", "Which day?"),
+        ("user", "Day {0}."),
+        ("assistant", "It is booked."),
+    ]
     records = {
         "tinystories": [{"text": story.format(animal)} for animal in animals * 20],
         "sgd": [{"messages": [{"role": r, "content": t.format(n)} for r, t in turns]} for n in range(60)],
         "stories_chat": [{"prompt": f"A story about a {a}.", "answer": story.format(a)} for a in animals * 10],
-        "general_chat": [{"prompt": f"What is a {a}?", "answer": f"A {a} is an animal that lives here."} for a in animals * 10],
+        "general_chat": [
+            {"prompt": f"What is a {a}?", "answer": f"A {a} is an animal that lives here."} for a in animals * 10
+        ],
     }
     for name, rows in records.items():
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
@@ -36,14 +43,28 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     options = ["--data", str(data), "--eval", str(data), "--output", str(out), "--minutes", "0.08", "--answers", "64"]
-    options += ["--heads-minutes", "0.06", "--hidden", "128", "--layers", "1", "--vocab-size", "320", "--tree", "8", "3"]
+    options += [
+        "--heads-minutes",
+        "0.06",
+        "--hidden",
+        "128",
+        "--layers",
+        "1",
+        "--vocab-size",
+        "320",
+        "--tree",
+        "8",
+        "3",
+    ]
     assert recipe.main(options) == 0, capsys.readouterr().err
     card = (out / "model" / "README.md").read_text()
     assert "Built with Llama" in card
     assert card.count("\n> ") >= 5
     model = AutoModelForCausalLM.from_pretrained(out / "model", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out / "model")
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": "A story."}], add_generation_prompt=True, return_tensors="pt")
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "A story."}], add_generation_prompt=True, return_tensors="pt"
+    )
     ids = ids["input_ids"]
     expected = model.generate(ids, max_new_tokens=20, do_sample=False)
     for kind in ("recurrent", "medusa"):

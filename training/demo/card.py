@@ -13,12 +13,16 @@ from medhead.decoder import Decoder
 from medhead.heads.checkpoint import read_config
 
 NAME = "Llama-medhead-demo-5M"
-SAMPLES = (
-    "Tell me a short story.",
-    "Tell me a story about a little girl and a dragon.",
-    "Write a story about a dog who finds a ball.",
-    "I want to book a table at a restaurant for two people tonight.",
-    "Can you help me find a bus to San Francisco?",
+SAMPLES = (  # what the user says, turn by turn
+    ("Tell me a short story.",),
+    ("Tell me a story about a little girl and a dragon.",),
+    ("Write a story about a dog who finds a ball.",),
+    (
+        "I want to book a table at a restaurant for two people.",
+        "In San Jose, at 7 pm tonight.",
+        "Yes, please. Thank you.",
+    ),
+    ("Can you help me find a bus to San Francisco?", "From Fresno, on the 5th of March.", "The first one is fine."),
 )
 
 MODEL_CARD = """\
@@ -50,7 +54,7 @@ use it for nothing else.
 
 Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.
 
-## Five samples (temperature 0.7, seeds 0 to 4, at most 200 tokens, not chosen)
+## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens an answer, not chosen)
 
 {samples}
 """
@@ -77,18 +81,34 @@ Trees of {tree_size} nodes, {tree_depth} deep, by default. Licences: those of th
 """
 
 
-def samples(model: Any, tokenizer: Any, seeds: int = len(SAMPLES)) -> list[tuple[str, str]]:
-    """Prompts and sampled answers."""
+def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
+    """Sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
     found = []
     with Decoder(model, "none", probe=False) as decoder:
-        for seed, prompt in enumerate(SAMPLES[:seeds]):
-            ids = tokenizer.apply_chat_template(
-                [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-            )["input_ids"]
-            options = {"max_new_tokens": 200, "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": seed}
-            output = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)
-            found.append((prompt, tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()))
+        for seed, turns in enumerate(SAMPLES):
+            chat: list[dict[str, str]] = []
+            for turn in turns:
+                chat.append({"role": "user", "content": turn})
+                given = tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+                options = {"max_new_tokens": 250, "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": seed}
+                output = decoder.generate(given["input_ids"], attention_mask=given["attention_mask"], **options)
+                text = tokenizer.decode(output[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+                chat.append({"role": "assistant", "content": text})
+            found.append(chat)
     return found
+
+
+def as_markdown(chat: list[dict[str, str]]) -> str:
+    """What the user said in bold, what the model said as a quotation."""
+    lines = []
+    for message in chat:
+        if message["role"] == "user":
+            lines.append(f"**{message['content']}**")
+        else:
+            lines.append("\n".join(f"> {line}" for line in message["content"].splitlines() or [""]))
+    return "\n\n".join(lines)
 
 
 def write_model_card(folder: Path, training: dict[str, Any]) -> None:
@@ -96,10 +116,7 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config
-    said = [
-        f"**{prompt}**\n\n" + "\n".join(f"> {line}" for line in answer.splitlines())
-        for prompt, answer in samples(model, tokenizer)
-    ]
+    said = [as_markdown(chat) for chat in samples(model, tokenizer)]
     text = MODEL_CARD.format(
         name=NAME,
         parameters=training["parameters"],
