@@ -38,7 +38,8 @@ _REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
 _IGNORED_ARGUMENTS = {
     "attention_mask",
     "position_ids",
-    "past_key_values",
+    "cache",  # the name since transformers 5.24
+    "past_key_values",  # the name before
     "use_cache",
     "logits_to_keep",
     "cache_position",
@@ -65,9 +66,10 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     Raises:
         MedheadError: names the argument.
     """
-    cache = arguments.get("past_key_values")
-    if cache is not None and cache.get_seq_length() > 0:
-        raise MedheadError("past_key_values with content is not supported: pass the whole text as input_ids")
+    for name in ("cache", "past_key_values"):
+        cache = arguments.get(name)
+        if cache is not None and cache.get_seq_length() > 0:
+            raise MedheadError(f"{name} with content is not supported: pass the whole text as input_ids")
     given = sorted(name for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS and value is not None)
     if given:
         raise MedheadError(f"{', '.join(given)} cannot be used with medhead: it decodes text from input_ids alone")

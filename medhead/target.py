@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -59,6 +60,7 @@ class Target:
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = _context_length(self.config)
         self._configs = _attention_configs(inner)
+        self._cache_name = _cache_argument(inner)
         self._select: Tensor | None = None  # row of the hidden states to keep, while prefilling
         self._hidden: Tensor | None = None
         self._active = False
@@ -159,7 +161,7 @@ class Target:
         start = current.longest if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
         with tree_pass(current):
-            output = self.model(input_ids=tokens, position_ids=positions, past_key_values=cache, use_cache=True)
+            output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
         assert self._hidden is not None
         return output.logits, self._hidden
 
@@ -183,13 +185,13 @@ class Target:
         training = self.model.training
         self.model.eval()
         try:
-            used = self.model(input_ids=ids, past_key_values=cache, use_cache=True)
+            used = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
         except Exception as error:
             reason = " ".join(str(error).split())[:160]
             raise UnsupportedTargetError(f"{self.name} does not run with a key/value cache: {reason}") from error
         finally:
             self.model.train(training)
-        fills_it = getattr(used, "past_key_values", None) is cache
+        fills_it = getattr(used, self._cache_name, None) is cache
         if not fills_it:
             raise UnsupportedTargetError(
                 f"{self.name} keeps a state of its own instead of a key/value cache (a recurrent model); "
@@ -208,6 +210,11 @@ class Target:
         if not found:
             raise UnsupportedTargetError(f"{self.name} wrote nothing into its key/value cache")
         return CacheLayout(found)  # type: ignore[arg-type]
+
+
+def _cache_argument(model: nn.Module) -> str:
+    """What the model's `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def _attention_configs(model: PreTrainedModel) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 BASE: dict[str, Any] = {
@@ -114,11 +115,17 @@ REFUSED: dict[str, dict[str, Any]] = {
         "linear_value_head_dim": 8,
         "shared_expert_intermediate_size": 24,
     },
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
     "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "num_key_value_heads": None, "head_dim": None},
 }  # fmt: skip
+
+
+# families whose attention goes through the registry from transformers 5.24 on
+SINCE_5_24: dict[str, dict[str, Any]] = {
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
+}  # fmt: skip
+(ACCEPTED if Version(transformers.__version__) >= Version("5.24") else REFUSED).update(SINCE_5_24)
 
 
 def exists(name: str) -> bool:

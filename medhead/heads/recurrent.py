@@ -42,6 +42,6 @@ class RecurrentHeads(Heads):
 
     def advance(self, state: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """One step of the cell."""
-        gate, up = (self.of_state(self.state_norm(state)) + token + self.depth_bias[depth]).chunk(2, dim=-1)
+        gate, up = (self.of_state(self.state_norm(state)) + (token + self.depth_bias[depth])).chunk(2, dim=-1)
         state = state + self.outer(F.silu(gate) * up)
         return state, self.output_norm(state)

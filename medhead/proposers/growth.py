@@ -7,9 +7,11 @@ its child, and ties go to the parent, so the best N are closed under parents. Sh
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from medhead.tree import TokenTree
@@ -38,47 +40,43 @@ class Expander(Protocol):
 
 def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int) -> TokenTree:
     """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes."""
-    batch, device = roots.shape[0], roots.device
     state, tokens = expander.start(), roots[:, None]
-    scores = torch.zeros(batch, 1, device=device)
-    frontier = torch.zeros(batch, 1, dtype=torch.long, device=device)  # index among all candidates; 0 is the root
-    all_scores, all_tokens, all_parents, named = [], [], [], 1
+    scores: Tensor | None = None
+    frontier = torch.zeros_like(tokens)  # index among all candidates, from 1; 0 is the root
+    named, all_scores, all_tokens, frontiers = 1, [], [], []
     for level in range(depth):
         state, logp, children = expander.expand(state, tokens, level)
-        per_node = children.shape[2]
-        flat = (logp + (scores[:, :, None] - _TIE)).flatten(1)
+        branching = children.shape[2]
+        candidates = (logp if scores is None else logp + scores[:, :, None]).flatten(1)
         children = children.flatten(1)
-        all_scores.append(flat)
+        all_scores.append(candidates)
         all_tokens.append(children)
-        all_parents.append(frontier.repeat_interleave(per_node, 1))
+        frontiers.append(frontier)
         if level + 1 == depth:
             break
-        keep = min(width, flat.shape[1])
-        scores, best = flat.topk(keep, dim=1)
+        scores, best = candidates.topk(min(width, candidates.shape[1]), dim=1)
         tokens = children.gather(1, best)
-        above = best // per_node
         if state.shape[1] > 1:
+            above = best // branching
             state = state.gather(1, above[:, :, None].expand(-1, -1, state.shape[2]))
         else:
-            state = state.expand(-1, keep, -1)
+            state = state.expand(-1, best.shape[1], -1)
         frontier = best + named
-        named += flat.shape[1]
-    return _best_nodes(
-        roots, torch.cat(all_scores, 1), torch.cat(all_tokens, 1), torch.cat(all_parents, 1), nodes, depth
-    )
+        named += candidates.shape[1]
+    sizes = tuple(candidates.shape[1] for candidates in all_scores)
+    levels, ties = _levels(sizes, roots.device)
+    ranked = torch.cat(all_scores, 1) + ties
+    chosen = ranked.topk(min(nodes - 1, ranked.shape[1]), dim=1, sorted=False).indices.sort(1).values
+    above = torch.cat(frontiers, 1).gather(1, chosen // branching)
+    ids = F.pad(chosen + 1, (1, 0))  # candidates are in order of depth, so parents stay before their children
+    parents = F.pad(torch.searchsorted(ids, above), (1, 0))
+    tree_tokens = torch.cat([roots[:, None], torch.cat(all_tokens, 1).gather(1, chosen)], 1)
+    return TokenTree(tree_tokens, parents, levels[ids], depth)
 
 
-def _best_nodes(roots: Tensor, scores: Tensor, tokens: Tensor, parents: Tensor, nodes: int, depth: int) -> TokenTree:
-    """The tree of the best candidates; candidates are in order of depth, so a parent stays before its child."""
-    batch = roots.shape[0]
-    count = min(nodes - 1, scores.shape[1])
-    chosen = scores.topk(count, dim=1, sorted=False).indices.sort(1).values
-    place = torch.zeros(batch, scores.shape[1] + 1, dtype=torch.long, device=roots.device)
-    ranks = torch.arange(1, count + 1, device=roots.device).expand(batch, -1)
-    place.scatter_(1, chosen + 1, ranks)
-    below = place.gather(1, parents.gather(1, chosen))
-    tree_tokens = torch.cat([roots[:, None], tokens.gather(1, chosen)], 1)
-    tree_parents = torch.nn.functional.pad(below, (1, 0))
-    tree = TokenTree(tree_tokens, tree_parents, tree_parents, depth)
-    tree.depth = tree.visible.sum(2) - 1
-    return tree
+@lru_cache(maxsize=64)
+def _levels(sizes: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depth of the root and every candidate, `[1 + candidates]`, and what the depth costs, `[candidates]`."""
+    counts = torch.tensor([1, *sizes])
+    levels = torch.arange(len(sizes) + 1).repeat_interleave(counts).to(device)
+    return levels, -_TIE * levels[1:]

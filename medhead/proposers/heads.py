@@ -170,5 +170,7 @@ class HeadsExpander:
             logits = logits / self.state.temperature + self.noise[:, depth, None]
         top = logits.log_softmax(-1).topk(min(self.branching, logits.shape[-1]), dim=-1)
         children = top.indices if readout.tokens is None else readout.tokens[top.indices]
+        if readout.heads.per_path:
+            return state, top.values, children
         width = tokens.shape[1]
         return state, top.values.expand(-1, width, -1), children.expand(-1, width, -1)
