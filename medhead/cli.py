@@ -1,33 +1,42 @@
-"""`medhead generate ...` and `medhead bench ...`: the console script."""
+"""`medhead generate ...`, `medhead bench ...` and the training commands: the console script."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 
-USAGE = """\
-usage: medhead {generate,bench} [options]
+COMMANDS = {  # name: module with a `main`, what it does
+    "generate": ("medhead.generate", "answer a prompt in the terminal"),
+    "bench": ("medhead.bench", "measure against plain decoding and transformers"),
+    "finetune": ("medhead.training.finetune", "train heads for a model of your own"),
+    "generate-data": ("medhead.training.generate_data", "let a model write the text its heads are trained on"),
+    "evaluate": ("medhead.training.evaluate", "accepted length of heads by tree size on real decoding"),
+    "export": ("medhead.training.export", "write heads in the layout of a serving engine"),
+}
 
-  generate   answer a prompt in the terminal
-  bench      measure against plain decoding and transformers
 
-`medhead generate --help` tells more.
-"""
+def usage() -> str:
+    """What the console script says of itself."""
+    lines = "\n".join(f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: medhead COMMAND [options]\n\n{lines}\n\n`medhead generate --help` tells more.\n"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
     command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command == "generate":
-        from medhead.generate import main as generate
-
-        return generate(rest)
-    if command == "bench":
-        from medhead.bench import main as bench
-
-        return bench(rest)
+    if command in COMMANDS:
+        try:
+            module = importlib.import_module(COMMANDS[command][0])
+        except ModuleNotFoundError as error:
+            if (error.name or "").startswith("medhead"):
+                raise
+            print(f"medhead: error: {error.name} is not installed: pip install 'medhead[train]'", file=sys.stderr)
+            return 2
+        return int(module.main(rest))
     if command in ("", "-h", "--help"):
-        print(USAGE, end="")
+        print(usage(), end="")
         return 0 if command else 2
-    print(f"medhead: error: no command is called {command!r}; commands: generate, bench", file=sys.stderr)
+    known = ", ".join(COMMANDS)
+    print(f"medhead: error: no command is called {command!r}; commands: {known}", file=sys.stderr)
     return 2

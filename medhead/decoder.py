@@ -73,7 +73,8 @@ class Decoder:
     Args:
         model: any causal language model of transformers; it is left as it was between calls.
         proposer: a `Proposer`, or the name of a registered one; `heads` if `heads` is given, else `ngram`.
-        heads: heads, or the folder of a heads checkpoint, for the proposer `heads`.
+        heads: for the proposer `heads`: heads, the folder of a heads checkpoint, or `mtp` for the multi-token-prediction
+            layers in the model's own checkpoint.
         tree_size: nodes of a tree, root included; the proposer's own default if None.
         typical: lossy acceptance (Medusa's); None, the default, is exact.
         probe: check at once that the model verifies trees correctly.
@@ -193,7 +194,7 @@ class Decoder:
         )
         loop = DecodeLoop(self.target, self.proposer, settings)
         try:
-            with self.target.active():
+            with self.target.active(self.proposer.taps):
                 loop.run(list(rows))
         finally:
             self._count(rows, loop, prompt_tokens, lengths)

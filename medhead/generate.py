@@ -15,6 +15,7 @@ import torch
 
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.heads.adapter import adapts_target, heads_of, load_adapted
 from medhead.load import DEMO_HEADS, DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers import PROPOSERS
 from medhead.target import ATTENTIONS
@@ -52,7 +53,10 @@ def parser() -> argparse.ArgumentParser:
     )
     what = options.add_argument_group("what to decode with")
     what.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
-    what.add_argument("--heads", help="heads checkpoint folder (default: the demo heads with the demo model)")
+    what.add_argument(
+        "--heads",
+        help="heads checkpoint folder, or mtp for layers in the model's own (default: demo heads with the demo model)",
+    )
     what.add_argument(
         "--proposer", choices=sorted(PROPOSERS), help="what guesses (default: heads if given, else ngram)"
     )
@@ -127,7 +131,11 @@ def make_decoder(args: argparse.Namespace, model: Any) -> Decoder:
     """The decoder that the options ask for."""
     heads = args.heads or (str(DEMO_HEADS) if args.model is None else None)
     proposer = args.proposer or ("heads" if heads else "ngram")
-    used = heads if proposer == "heads" else None
+    used: Any = heads if proposer == "heads" else None
+    if used and adapts_target(used):
+        model = load_adapted(model, used)
+        used = heads_of(model)
+        print(f"medhead.generate: {heads} adapts the model itself: the text is the adapted model's", file=sys.stderr)
     return Decoder(model, proposer, heads=used, tree_size=args.tree_size, attention=args.attention)
 
 

@@ -12,7 +12,7 @@ from transformers import LogitsProcessorList
 
 from medhead.acceptance import Accepted, TypicalAcceptance, accept, accept_typical
 from medhead.noise import Noise
-from medhead.proposers.base import DecodeState, Proposer
+from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.sampling import draw, is_local, process_nodes, temperature_of
 from medhead.stopping import Stopper
 from medhead.target import Target
@@ -108,33 +108,33 @@ class DecodeLoop:
         target, limit = self.target, self.settings.stopper.limit
         longest = max(len(row.text) for row in rows)
         self.cache = target.new_cache(len(rows), longest + min(limit, 256) + self.proposer.tree_size)
-        hidden = target.prefill(self.cache, [row.text[:-1] for row in rows])
         self.proposer.begin(target, [row.text for row in rows])
+        features = target.prefill(self.cache, [row.text[:-1] for row in rows], self.proposer.read)
         roots = torch.tensor([row.text[-1] for row in rows], device=target.device)
         self.prefill_seconds = self._now() - began
         while rows:
-            rows, roots, hidden = self._step(rows, roots, hidden)
+            rows, roots, features = self._step(rows, roots, features)
         self.cache_bytes = self.cache.nbytes()
 
-    def _step(self, rows: list[Row], roots: Tensor, hidden: Tensor) -> tuple[list[Row], Tensor, Tensor]:
-        """One pass: the rows that go on, their new roots, and the hidden states above them."""
+    def _step(self, rows: list[Row], roots: Tensor, features: Tensor) -> tuple[list[Row], Tensor, Tensor]:
+        """One pass: the rows that go on, their new roots, and the features of the tokens above them."""
         times, started = self.times, self._now()
         noise = self._noise(rows)
-        state = DecodeState(self.target, [row.text for row in rows], roots, hidden, noise, self.temperature)
+        state = DecodeState(self.target, [row.text for row in rows], roots, features, noise, self.temperature)
         began = self._now()
         tree = self.proposer.propose(state, self._depth_limit(rows))
         proposed = self._now()
-        logits, hidden = self.target.verify(self.cache, tree)
+        logits, features = self.target.verify(self.cache, tree)
         verified = self._now()
         accepted, scores = self._accept(rows, tree, logits, state.noise)
         counts, emitted = accepted.counts.tolist(), accepted.emitted.tolist()  # the step's one read by the host
         decided = self._now()
         self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
         committed = self._now()
-        self.proposer.observe(tree, logits, accepted)
+        self.proposer.observe(Verified(tree, logits, features, accepted, counts))
         running = self._emit(rows, counts, emitted, accepted, logits, scores)
         last = accepted.last
-        roots, above = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0], _pick(hidden, last)
+        roots, above = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0], _pick(features, last)
         if len(running) < len(rows):
             going = {row.index for row in running}
             kept = [place for place, row in enumerate(rows) if row.index in going]
@@ -222,8 +222,8 @@ class DecodeLoop:
         return time.perf_counter()
 
 
-def _pick(hidden: Tensor, last: Tensor) -> Tensor:
-    """`[batch, hidden]`: the hidden state of each row's last accepted node."""
-    if hidden.shape[1] == 1:
-        return hidden[:, 0]
-    return hidden[torch.arange(hidden.shape[0], device=hidden.device), last]
+def _pick(features: Tensor, last: Tensor) -> Tensor:
+    """`[batch, size]`: the features of each row's last accepted node."""
+    if features.shape[1] == 1:
+        return features[:, 0]
+    return features[torch.arange(features.shape[0], device=features.device), last]

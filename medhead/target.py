@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -61,8 +61,9 @@ class Target:
         self.context = _context_length(self.config)
         self._configs = _attention_configs(inner)
         self._cache_name = _cache_argument(inner)
-        self._select: Tensor | None = None  # row of the hidden states to keep, while prefilling
+        self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
+        self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.layout = self._find_layout()
         if probe:
@@ -73,26 +74,42 @@ class Target:
     # ---------------------------------------------------------------- passes
 
     @contextmanager
-    def active(self) -> Iterator[None]:
-        """While active, the model's attention is medhead's; afterwards the model is as it was."""
+    def active(self, taps: Sequence[int] = ()) -> Iterator[None]:
+        """While active, the model's attention is medhead's; afterwards the model is as it was.
+
+        Args:
+            taps: layers whose outputs are the features that passes return; none for the last hidden state.
+        """
         if self._active:
+            if tuple(taps) != tuple(self._taps):
+                raise MedheadError(f"{self.name} is read at layers {list(self._taps)} already, asked for {list(taps)}")
             yield
             return
         before = [config._attn_implementation for config in self._configs]
         training = self.model.training
-        hook = self.output.register_forward_pre_hook(self._capture)
+        with self.listening(taps):
+            try:
+                self._active = True
+                self.model.eval()
+                for config in self._configs:
+                    config._attn_implementation = NAME
+                yield
+            finally:
+                for config, name in zip(self._configs, before, strict=True):
+                    config._attn_implementation = name
+                self.model.train(training)
+                self._active = False
+
+    @contextmanager
+    def listening(self, taps: Sequence[int] = ()) -> Iterator[None]:
+        """While listening, passes of the model leave their features behind; nothing else of the model is changed."""
+        hooks = [*self._tap(taps), self.output.register_forward_pre_hook(self._capture)]
         try:
-            self._active = True
-            self.model.eval()
-            for config in self._configs:
-                config._attn_implementation = NAME
             yield
         finally:
-            for config, name in zip(self._configs, before, strict=True):
-                config._attn_implementation = name
-            self.model.train(training)
-            hook.remove()
-            self._active, self._hidden, self._select = False, None, None
+            for hook in hooks:
+                hook.remove()
+            self._hidden, self._select, self._taps = None, None, {}
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """An empty cache for `batch` rows of about `capacity` tokens."""
@@ -102,25 +119,29 @@ class Target:
         """The target's one pass over all nodes.
 
         Returns:
-            logits `[batch, nodes, vocab]` and last hidden states `[batch, nodes, hidden]` (what the output matrix sees).
+            logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
+            sees), or the outputs of the tapped layers behind each other.
         """
         chain = tree.nodes == 1
         current = self._pass(cache, tree.depth, None if chain else tree.visible)
         return self._forward(cache, tree.tokens, tree.depth, current)
 
-    def prefill(self, cache: TreeCache, rows: list[list[int]]) -> Tensor:
+    def prefill(
+        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
+    ) -> Tensor:
         """Fill an empty cache with the tokens of each row, in chunks.
 
         Args:
             cache: an empty cache with one row for each of `rows`.
             rows: token ids; the rows may have different lengths, and may be empty.
+            on_chunk: called with the features `[batch, nodes, size]` of every chunk and the position of its first token.
 
         Returns:
-            `[batch, hidden]`: last hidden state of every row's last token; zeros for an empty row.
+            `[batch, size]`: features of every row's last token; zeros for an empty row.
         """
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = max(map(len, rows))
-        found = torch.zeros(len(rows), self.hidden_size, dtype=self.dtype, device=self.device)
+        found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
         padded = torch.zeros(len(rows), longest, dtype=torch.long)
         for index, row in enumerate(rows):
             padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
@@ -132,10 +153,13 @@ class Target:
             depth = torch.arange(nodes, device=self.device)[None]
             last = (lengths - 1 - start).clamp(0, nodes - 1)
             self._select = last
-            _, hidden = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+            _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
             self._select = None
+            if on_chunk is not None:
+                on_chunk(features, start)
             inside = (lengths > start) & (lengths <= start + nodes)
-            found = torch.where(inside[:, None], hidden[:, 0].to(found.dtype), found)
+            at_last = features[torch.arange(len(rows), device=self.device), last]
+            found = torch.where(inside[:, None], at_last.to(found.dtype), found)
         cache.lengths = [len(row) for row in rows]
         return found
 
@@ -144,10 +168,23 @@ class Target:
         return self.embedding(tokens)
 
     def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """An ordinary pass over texts `[batch, tokens]` without a cache, for training: logits and last hidden states."""
+        """An ordinary pass over texts `[batch, tokens]` without a cache, for training: logits and features."""
         logits = self.model(input_ids, use_cache=False).logits
-        assert self._hidden is not None, "only inside `with target.active()`"
-        return logits, self._hidden
+        return logits, self._features()
+
+    def read_hidden(self, model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
+
+        Args:
+            model: the target's model, or what wraps it.
+            input_ids: `[rows, length]`.
+            position_ids: `[rows, length]`; where they start again at 0 a new text begins, which does not see the one before.
+        """
+        self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        self._select = None
+        assert self._hidden is not None, "only inside `with target.listening()`"
+        return self._hidden, self._features()
 
     # ---------------------------------------------------------------- inside
 
@@ -162,20 +199,44 @@ class Target:
         positions = (depth + start).expand(tokens.shape)
         with tree_pass(current):
             output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
-        assert self._hidden is not None
-        return output.logits, self._hidden
+        return output.logits, self._features()
+
+    @property
+    def feature_size(self) -> int:
+        """Size of the features of one token."""
+        return int(self.hidden_size) * max(1, len(self._taps))
+
+    def _features(self) -> Tensor:
+        assert self._hidden is not None, "only inside `with target.active()`"
+        if not self._taps:
+            return self._hidden
+        outputs = [tapped.to(self.device) for tapped in self._taps.values() if tapped is not None]
+        assert len(outputs) == len(self._taps)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _tap(self, taps: Sequence[int]) -> list[Any]:
+        """Hooks that remember the outputs of layers."""
+        if not taps:
+            return []
+        layers = decoder_layers(self.model, self.layers)
+        self._taps = dict.fromkeys(taps)
+
+        def remember(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._taps[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        return [layers[layer].register_forward_hook(remember(layer)) for layer in taps]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it."""
+        """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it goes on."""
         hidden = args[0]
-        if self._select is not None:
-            hidden = hidden[torch.arange(hidden.shape[0], device=hidden.device), self._select.to(hidden.device)][
-                :, None
-            ]
-            self._hidden = hidden.to(self.device)
-            return (hidden, *args[1:])
         self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
-        return None
+        if self._select is None:
+            return None
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
 
     @torch.inference_mode()
     def _find_layout(self) -> CacheLayout:
@@ -210,6 +271,20 @@ class Target:
         if not found:
             raise UnsupportedTargetError(f"{self.name} wrote nothing into its key/value cache")
         return CacheLayout(found)  # type: ignore[arg-type]
+
+
+def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
+    """The list of the model's decoder layers.
+
+    Raises:
+        UnsupportedTargetError: no list of modules has as many entries as the configuration has layers.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.ModuleList) and len(module) == count:
+            return module
+    raise UnsupportedTargetError(
+        f"{type(model).__name__} holds no list of its {count} layers, so heads that read several layers cannot be attached"
+    )
 
 
 def _cache_argument(model: nn.Module) -> str:

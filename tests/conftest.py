@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,20 +40,48 @@ def tiny_llama(seed: int = 3, vocab: int = 64, context: int = 160, **changes: ob
     return LlamaForCausalLM(LlamaConfig(**(fields | changes))).eval()
 
 
-def noise_heads(target: Target, kind: str = "recurrent", depth: int = 4, seed: int = 0) -> Heads:
-    """Heads that know nothing."""
+# heads of every kind and correction, and of the forms that loaded checkpoints have: fields of `HeadsConfig`
+HEADS: dict[str, dict[str, Any]] = {
+    "medusa": {"kind": "medusa", "blocks": 2},
+    "medusa_parent": {"kind": "medusa", "correction": "parent"},
+    "medusa_own": {"kind": "medusa", "own_output": True, "tied": True},
+    "recurrent": {"kind": "recurrent"},
+    "sequential": {"kind": "sequential"},
+    "sequential_tied": {"kind": "sequential", "tied": True, "scale_input": True},
+    "sequential_own": {"kind": "sequential", "own_embedding": True, "own_output": True},
+    "attention": {"kind": "attention", "taps": [0, 1]},
+    "attention_last": {"kind": "attention", "norm_before_residual": True},
+    "attention_own": {"kind": "attention", "taps": [1], "own_embedding": True, "own_output": True, "layer_size": 24},
+    "block": {"kind": "block", "taps": [0, 1]},
+    "block_parent": {"kind": "block", "correction": "parent", "blocks": 2, "taps": [1]},
+    "block_recurrent": {"kind": "block", "correction": "recurrent", "blocks": 2, "taps": [0, 1]},
+    "block_second": {"kind": "block", "anchor_predicts": False},
+    "block_full": {"kind": "block", "correction": "recurrent", "causal": False},
+    "block_dflash": {"kind": "block", "causal": False, "anchor_predicts": False, "mask_token": 3, "taps": [0, 1]},
+}
+
+
+def noise_heads(
+    target: Target, name: str = "recurrent", depth: int = 4, seed: int = 0, draft_vocab: int = 0, **changes: Any
+) -> Heads:
+    """Heads that know nothing, by a name of `HEADS`; with a draft vocabulary they name tokens in no order."""
     torch.manual_seed(seed)
+    sizes = {"inner_size": 24, "correction_size": 20, "num_heads": 4, "key_heads": 2, "head_dim": 8}
     config = HeadsConfig(
-        kind=kind,
         depth=depth,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
         target_layers=target.layers,
-        inner_size=24,
+        draft_vocab=draft_vocab,
+        **(sizes | HEADS[name] | changes),
     )
-    heads = build_heads(config)
+    heads: Any = build_heads(config)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
+    if draft_vocab:
+        heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[:draft_vocab])
+    if config.mask_token >= 0 and config.kind == "block":
+        heads.set_mask(target.embedding.weight.detach()[config.mask_token])
     return heads.eval()
 
 
@@ -75,12 +104,13 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerBase) -> dict[str, Path]:
-    """A model folder and two heads folders that fit it."""
+    """A model folder and heads folders that fit it."""
     root = tmp_path_factory.mktemp("checkpoints")
     model = tiny_llama(vocab=len(tokenizer), eos_token_id=1, bos_token_id=None)
     model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     target = Target(model)
-    for kind in ("medusa", "recurrent"):
+    kinds = ("medusa", "recurrent", "attention", "block_recurrent")
+    for kind in kinds:
         save_heads(noise_heads(target, kind), model, root / kind)
-    return {name: root / name for name in ("model", "medusa", "recurrent")}
+    return {name: root / name for name in ("model", *kinds)}

@@ -95,6 +95,6 @@ def test_it_is_small_safe_and_documented() -> None:
     assert "# Llama-" in card
     for said in ("Built with Llama", "CDLA-Sharing-1.0", "CC-BY-SA-4.0", "Validation loss", "Five samples"):
         assert said in card
-    for folder, kind in ((DEMO_HEADS, "recurrent"), (MEDUSA, "medusa")):
+    for folder, kind in ((DEMO_HEADS, "block"), (MEDUSA, "medusa")):
         assert read_config(folder).kind == kind
         assert "Built with Llama" in (folder / "README.md").read_text(encoding="utf-8")

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import pytest
 import torch
-from conftest import noise_heads, tiny_llama
+from conftest import HEADS, noise_heads, tiny_llama
 from families import ACCEPTED, exists, tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -16,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from medhead import Decoder, Proposer, TokenTree, TypicalAcceptance
+from medhead.heads.memory import MemoryStore
 from medhead.proposers import DecodeState, build_proposer
 from medhead.target import Target
 
@@ -86,6 +88,63 @@ def test_seeded_sampling_is_that_of_plain_decoding(
     expected = Decoder(model, "none").generate(**inputs, **options)
     proposer = oracle(model, inputs, **options) if name == "oracle" else MAKERS[name](target)
     assert torch.equal(Decoder(model, proposer).generate(**inputs, **options), expected)
+
+
+@cache
+def plain(model: PreTrainedModel, batch: int, skip: int, sample: bool) -> Tensor:
+    """Text of `batch` prompts from the given one on: of transformers when greedy, of plain decoding when sampling."""
+    inputs = {name: tensor[skip : skip + batch] for name, tensor in padded(3).items()}
+    if sample:
+        return Decoder(model, "none").generate(**inputs, **MANY_ENDS, do_sample=True, top_k=0, seed=7)
+    return model.generate(**inputs, **MANY_ENDS, do_sample=False)
+
+
+MANY_ENDS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [2, 9, 17, 33]}
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("name", HEADS)
+def test_heads_of_every_kind_change_no_token(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, target: Target, name: str, sample: bool
+) -> None:
+    """Three rows that end at different times, prompts of several chunks; a prompt of one token with a static tree."""
+    monkeypatch.setattr("medhead.target.PREFILL_CHUNK", 3)
+    options = MANY_ENDS | ({"do_sample": True, "top_k": 0, "seed": 7} if sample else {"do_sample": False})
+    proposer = build_proposer("heads", target, heads=noise_heads(target, name), tree_size=20)
+    assert torch.equal(Decoder(model, proposer).generate(**padded(3), **options), plain(model, 3, 0, sample))
+    heads = noise_heads(target, name, depth=3, draft_vocab=20)
+    one = {"input_ids": torch.tensor([PROMPTS[1]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
+    expected = plain(model, 1, 1, sample)[:, 9:]
+    for shape in (None, STATIC):
+        proposer = build_proposer("heads", target, heads=heads, shape=shape)
+        assert torch.equal(Decoder(model, proposer).generate(**one, **options)[:, 1:], expected)
+
+
+def test_rows_of_these_texts_end_at_different_times(model: PreTrainedModel) -> None:
+    for sample in (False, True):
+        lengths = (plain(model, 3, 0, sample)[:, 9:] != 0).sum(1).tolist()
+        assert len(set(lengths)) > 1
+        assert max(lengths) > 12
+
+
+@pytest.mark.parametrize("name", ["attention", "block_recurrent"])
+def test_memory_grows_with_the_text(model: PreTrainedModel, target: Target, name: str) -> None:
+    """Two times from one page of rows on, at different lengths in each row."""
+    prompts = [[5, 9, 13] * 12, [7], [20, 21, 22] * 4]
+    ids = torch.tensor([[0] * (36 - len(p)) + p for p in prompts])
+    mask = (torch.arange(36) >= torch.tensor([[36 - len(p)] for p in prompts])).long()
+    options: dict[str, Any] = {"max_new_tokens": 110, "do_sample": False, "eos_token_id": None}
+    heads: Any = noise_heads(target, name)
+    stores = []
+
+    def small(batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MemoryStore:
+        stores.append(MemoryStore(batch, heads.memory_size, dtype, device, 1))
+        return stores[-1]
+
+    heads.new_memory = small
+    found = Decoder(model, build_proposer("heads", target, heads=heads)).generate(ids, attention_mask=mask, **options)
+    assert torch.equal(found, model.generate(ids, attention_mask=mask, **options))
+    assert [store._rows.shape[1] for store in stores] == [256]
 
 
 def test_the_seed_is_the_text(model: PreTrainedModel) -> None:

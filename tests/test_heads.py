@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import noise_heads, tiny_llama
+from conftest import HEADS, noise_heads, tiny_llama
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from medhead import Decoder, MedheadError
 from medhead.heads import HeadsConfig, build_heads, load_heads, save_heads
-from medhead.heads.checkpoint import attach, detach
+from medhead.heads.adapter import attach, detach
 from medhead.proposers import build_proposer
 from medhead.proposers.static_tree import best_static_tree
 from medhead.target import Target
@@ -26,30 +26,24 @@ def loaded(folders: dict[str, Path]) -> tuple[PreTrainedModel, Target]:
     return model, Target(model)
 
 
-@pytest.mark.parametrize("kind", ["medusa", "recurrent"])
-@pytest.mark.parametrize("draft_vocab", [0, 20])
-def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path: Path, kind: str, draft_vocab: int) -> None:
+@pytest.mark.parametrize(("name", "draft_vocab"), [(name, 20 * (index % 2)) for index, name in enumerate(HEADS)])
+def test_a_checkpoint_is_read_back_bit_for_bit(tmp_path: Path, name: str, draft_vocab: int) -> None:
     model = tiny_llama()
-    names = [name for name, _ in model.named_parameters()]
-    fields = noise_heads(Target(model), kind).config.to_dict() | {"draft_vocab": draft_vocab}
-    heads = build_heads(HeadsConfig(**fields))
-    for parameter in heads.parameters():
-        torch.nn.init.normal_(parameter)
-    if draft_vocab:
-        heads.draft_tokens.copy_(torch.randperm(64)[:draft_vocab].sort().values)
+    names = [parameter for parameter, _ in model.named_parameters()]
+    heads = noise_heads(Target(model, probe=False), name, draft_vocab=draft_vocab)
     save_heads(heads, model, tmp_path / "new" / "heads")
-    assert [name for name, _ in model.named_parameters()] == names
+    assert [parameter for parameter, _ in model.named_parameters()] == names
     assert all(parameter.requires_grad for parameter in model.parameters())
     files = {path.name for path in (tmp_path / "new" / "heads").iterdir()}
     assert files == {"adapter_config.json", "adapter_model.safetensors", "medhead_config.json"}
-    again = load_heads(tmp_path / "new" / "heads", Target(model))
+    again = load_heads(tmp_path / "new" / "heads", Target(model, probe=False))
     assert again.config == heads.config
     expected = heads.state_dict()
     assert expected.keys() == again.state_dict().keys()
-    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.state_dict().items())
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in again.state_dict().items())
 
 
-@pytest.mark.parametrize("kind", ["medusa", "recurrent"])
+@pytest.mark.parametrize("kind", ["medusa", "recurrent", "attention", "block_recurrent"])
 def test_peft_loads_the_checkpoint(folders: dict[str, Path], loaded: tuple[PreTrainedModel, Target], kind: str) -> None:
     from peft import PeftModel
 
@@ -87,6 +81,8 @@ def broken(source: Path, goal: Path, **fields: Any) -> Path:
         ({"inner_size": 30}, "tensors differ"),
         ({"depth": 0}, "depth of the heads must be"),
         ({"depth": "3"}, "depth of the heads must be"),
+        ({"correction": "parent"}, "'recurrent' know the corrections none; got 'parent'"),
+        ({"taps": [2]}, r"layers of the target from 0 to 1, got \[2\]"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -126,7 +122,8 @@ def test_untrained_medusa_heads_guess_what_the_target_says(target: Target) -> No
     heads = build_heads(config)
     hidden = torch.randn(3, target.hidden_size)
     for depth in range(2):
-        _, feature = heads.advance(heads.start(hidden), torch.zeros(3, target.hidden_size), depth)
+        draft = heads.start(hidden, hidden, None)
+        _, feature = heads.advance(draft.state, torch.zeros(3, target.hidden_size), depth, draft.shared)
         assert torch.equal(feature, hidden)
 
 
@@ -138,7 +135,7 @@ def test_heads_name_only_their_draft_vocabulary(model: PreTrainedModel, target: 
     proposer = build_proposer("heads", target, heads=heads, tree_size=20)
     named: set[int] = set()
     observe = proposer.observe
-    proposer.observe = lambda tree, *rest: named.update(tree.tokens[:, 1:].flatten().tolist())  # type: ignore[method-assign]
+    proposer.observe = lambda seen: named.update(seen.tree.tokens[:, 1:].flatten().tolist())  # type: ignore[method-assign]
     ids = torch.tensor([[5, 9, 13]])
     found = Decoder(target, proposer).generate(ids, max_new_tokens=30, do_sample=False)
     proposer.observe = observe  # type: ignore[method-assign]

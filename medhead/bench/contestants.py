@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from medhead.decoder import Decoder, Statistics
 from medhead.heads.checkpoint import read_config
+from medhead.heads.mtp import MTP
 from medhead.target import Target
 
 TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
@@ -88,7 +89,9 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
     for name in lineup.proposers:
         found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size))
     for place, folder in enumerate(lineup.heads):
-        name = "medhead heads" if place == 0 else f"medhead heads ({read_config(folder).kind})"
+        name = "medhead heads"
+        if place:
+            name += f" ({MTP if folder == MTP else read_config(folder).kind})"
         found.append(ours(name, "heads", heads=folder, tree_size=lineup.tree_size))
         if lineup.temperature > 0:
             blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}

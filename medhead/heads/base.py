@@ -1,111 +1,128 @@
 """What a kind of heads is: a state at the root, advanced token by token along a path, read out as a feature.
 
-The feature goes through the target's frozen output matrix and gives the distribution of the node's children. So one
-interface serves training (a whole sequence at once) and proposing (a whole frontier of the tree at once).
+The feature goes through the target's frozen output matrix and gives the distribution of the node's children. One
+interface serves training (many anchors of whole sequences at once) and proposing (a whole frontier of the tree at
+once): all tensors are `[batch, queries, ...]`, where queries are anchors or frontier nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from medhead.errors import MedheadError
+from medhead.heads.config import HeadsConfig
+from medhead.heads.memory import Memory, MemoryStore, Store
+
+__all__ = ["KINDS", "Draft", "Heads", "HeadsConfig", "build_heads", "register_kind"]
 
 
 @dataclass
-class HeadsConfig:
-    """Everything needed to build heads again and to tell whether they fit a target.
+class Draft:
+    """The beginning of one proposal.
 
     Attributes:
-        kind: registered name of the kind.
-        depth: how many tokens beyond the target's own next token the heads guess.
-        hidden_size: size of the target's last hidden state.
-        vocab_size: rows of the target's output matrix.
-        target_layers: number of layers of the target, to recognise heads of another model.
-        target_type: `model_type` of the target's configuration.
-        inner_size: width inside the heads; its meaning is the kind's.
-        blocks: residual blocks of each Medusa head.
-        accuracies: measured on held-out text: `accuracies[d][r]` is the share of positions at which the rank-r guess of
-            depth d+1 was right, given that the path to it was.
-        tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
-        tree_depth: deepest tree worth growing with that size; `depth` if 0.
-        draft_vocab: the heads name only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et
-            al. 2025); 0 means all. The target still verifies with its whole vocabulary.
+        state: `[batch, 1 or anchors, state]`, the state above the root.
+        shared: what all nodes of the proposal share; its form is the kind's.
     """
 
-    kind: str
-    depth: int
-    hidden_size: int
-    vocab_size: int
-    target_layers: int
-    target_type: str = ""
-    inner_size: int = 384
-    blocks: int = 1
-    accuracies: list[list[float]] = field(default_factory=list)
-    tree_size: int = 16
-    tree_depth: int = 0
-    draft_vocab: int = 0
-
-    def __post_init__(self) -> None:
-        for name in ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size"):
-            if not isinstance(getattr(self, name), int) or getattr(self, name) < 1:
-                raise MedheadError(
-                    f"{name} of the heads must be a whole number of at least 1, got {getattr(self, name)!r}"
-                )
-        if not 0 <= self.draft_vocab <= self.vocab_size:
-            raise MedheadError(
-                f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}"
-            )
-        if not 0 <= self.tree_depth <= self.depth:
-            raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
-        return asdict(self)
+    state: Tensor
+    shared: Any
 
 
 class Heads(nn.Module):
     """Base of all kinds.
 
     Attributes:
-        per_path: whether the state depends on the path's tokens. If not, one distribution serves a whole depth.
+        per_path: whether what a node says depends on its path. If not, one distribution serves a whole depth.
+        corrections: values of `config.correction` that the kind knows.
+        fuses: whether the kind reads several layers of the target at once (`config.taps`).
+        encodes_by_depth: whether `encode` depends on the depth.
+        memory_size: numbers kept for every committed token (`remember`); 0 if the heads do not look back.
         draft_tokens: `[draft_vocab]` int64, token ids that the heads may name; None for all.
     """
 
     per_path = True
+    corrections: tuple[str, ...] = ("none",)
+    fuses = False
+    encodes_by_depth = False
+    memory_size = 0
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
+        if config.correction not in self.corrections:
+            raise MedheadError(
+                f"heads of kind {config.kind!r} know the corrections {', '.join(self.corrections)}; got {config.correction!r}"
+            )
+        if len(config.taps) > 1 and not self.fuses:
+            raise MedheadError(f"heads of kind {config.kind!r} read one layer of the target, got taps {config.taps}")
         self.config = config
         self.draft_tokens: Tensor | None
         tokens = torch.arange(config.draft_vocab) if config.draft_vocab else None
         self.register_buffer("draft_tokens", tokens)
 
-    def start(self, hidden: Tensor) -> Tensor:
-        """State before the root's token, from the target's last hidden state `[..., hidden]` at the token before it."""
-        raise NotImplementedError
+    @property
+    def feature_size(self) -> int:
+        """Size of what the target hands over for a token: its last hidden state, or the outputs of the tapped layers."""
+        return self.config.hidden_size * max(1, len(self.config.taps))
 
-    def encode(self, embedding: Tensor) -> Tensor:
-        """What `advance` needs of a token, from the target's embedding of it, `[..., hidden]`; the embedding itself here.
+    def own_embedding(self, depth: int) -> Tensor | None:
+        """`[vocab, size]` an embedding that the heads bring, or None for the target's."""
+        return None
 
-        It depends on the token alone, so that decoding may compute it once for the whole vocabulary.
+    def own_output(self, depth: int) -> Tensor | None:
+        """`[draft vocabulary or vocab, size]` an output matrix that the heads bring, or None for the target's."""
+        return None
+
+    def encode(self, embedding: Tensor, depth: int) -> Tensor:
+        """What a node of this depth needs of its token, from the token's embedding; the embedding itself here.
+
+        It depends on the token (and the depth) alone, so that decoding may compute it once for the whole vocabulary.
         """
         return embedding
 
-    def advance(self, state: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def new_memory(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> Store | None:
+        """Empty storage of what is kept of `batch` texts of about `capacity` tokens; None for kinds that do not look back."""
+        return MemoryStore(batch, self.memory_size, dtype, device, capacity) if self.memory_size else None
+
+    def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+        """What is kept of committed tokens, `[batch, tokens, memory_size]`.
+
+        Args:
+            features: `[batch, tokens, feature_size]` of the target at these tokens.
+            token: `[batch, tokens, ...]`, what `encode` made of the token behind each of them.
+            positions: `[batch or 1, tokens]` of these tokens.
+            longest: all positions are below it (known on the host).
+        """
+        raise NotImplementedError
+
+    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+        """Begin a proposal at every anchor.
+
+        Args:
+            features: `[batch, anchors, feature_size]` of the target at the token before the root.
+            root: `[batch, anchors, ...]`, what `encode` made of the root's token.
+            memory: of all tokens before the root; None for kinds that keep none.
+            depth: how many levels will be asked for; the heads' own depth if None.
+        """
+        raise NotImplementedError
+
+    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Any) -> tuple[Tensor, Tensor]:
         """Take one token on the path.
 
         Args:
-            state: `[..., state]`, the parent's state.
-            token: what `encode` made of the node's token.
-            depth: the node's depth, 0 for the root.
+            state: `[batch, queries, state]`, the parents' states.
+            token: `[batch, queries, ...]`, what `encode` made of the nodes' tokens.
+            depth: the nodes' depth, 0 for the root.
+            shared: what `start` shared.
 
         Returns:
-            The node's state, and the feature `[..., hidden]` that the output matrix turns into its children's logits.
+            The nodes' states, and the features `[batch, queries, hidden]` that the output matrix turns into the logits of
+            their children.
         """
         raise NotImplementedError
 

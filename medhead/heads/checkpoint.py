@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import nn
 from transformers import PreTrainedModel
 
 from medhead.errors import MedheadError
+from medhead.heads.adapter import CONFIG_FILE, SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
 from medhead.heads.base import Heads, HeadsConfig, build_heads
+from medhead.heads.interop import import_heads, is_foreign
+from medhead.heads.mtp import MTP, load_mtp
 
-CONFIG_FILE = "medhead_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
-SUBMODULE = "medhead"
 _PREFIX = f"base_model.model.{SUBMODULE}."
 
 
@@ -34,41 +33,14 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
         folder: where to write; created if missing.
         dtype: type of the stored weights; the heads' own if None.
     """
-    from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import DUMMY_TARGET_MODULES
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    trainable = {name: p.requires_grad for name, p in target.named_parameters()}
     copy = build_heads(heads.config)
     copy.load_state_dict(heads.state_dict())
-    attach(target, copy.to(dtype) if dtype else copy)
-    requires_grad = {name: p.requires_grad for name, p in target.named_parameters()}
+    wrapped, copy = wrap(target, copy)
     try:
-        config = LoraConfig(modules_to_save=[SUBMODULE], target_modules=DUMMY_TARGET_MODULES)
-        wrapped = get_peft_model(target, config)
-        wrapped.save_pretrained(folder, safe_serialization=True)
-        wrapped.unload()
+        save_adapter(wrapped, copy, folder, dtype)
     finally:
-        detach(target)
-        for name, parameter in target.named_parameters():
-            parameter.requires_grad_(requires_grad.get(name, True))
-        if hasattr(target, "peft_config"):
-            del target.peft_config
-    (folder / CONFIG_FILE).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n")
-    readme = folder / "README.md"
-    if readme.exists() and "[More Information Needed]" in readme.read_text():
-        readme.unlink()  # PEFT's empty template says nothing
-
-
-def attach(target: nn.Module, heads: Heads) -> None:
-    """Hang heads on a target as its submodule, which is what PEFT needs before it can load or train them."""
-    target.add_module(SUBMODULE, heads)
-
-
-def detach(target: nn.Module) -> None:
-    """Take the heads off again."""
-    if SUBMODULE in target._modules:
-        del target._modules[SUBMODULE]
+        unwrap(target, wrapped, trainable)
 
 
 def read_config(folder: str | Path) -> HeadsConfig:
@@ -91,13 +63,22 @@ def read_config(folder: str | Path) -> HeadsConfig:
 
 
 def load_heads(folder: str | Path, target: Any) -> Heads:
-    """Load heads for a target (a `medhead.target.Target`), on its device and in its type.
+    """Load heads for a target (a `medhead.target.Target`), on its device and in its type; also from the layouts of `interop`.
 
     Raises:
         MedheadError: the checkpoint is missing, damaged, or made for another model.
     """
+    if folder == MTP:  # a folder of that name is `./mtp`
+        return load_mtp(target)
+    if is_foreign(folder):
+        return _ready(import_heads(folder, target), target)
     config = read_config(folder)
     check_fit(config, target, folder)
+    if adapts_target(folder) and not getattr(target.model, "peft_config", None):
+        raise MedheadError(
+            f"the heads in {str(folder)!r} were trained together with an adapter of the model itself; load both with "
+            "medhead.heads.load_adapted(model, folder)"
+        )
     path = Path(folder) / WEIGHTS_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {WEIGHTS_FILE}; the heads checkpoint is incomplete")
@@ -119,6 +100,10 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
             f"expected {expected.get(first, 'nothing')} ({len(wrong)} tensors differ)"
         )
     heads.load_state_dict(weights)
+    return _ready(heads, target)
+
+
+def _ready(heads: Heads, target: Any) -> Heads:
     return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 

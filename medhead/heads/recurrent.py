@@ -6,42 +6,31 @@ the largest single factor in how many guesses are right.
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead.heads.base import Heads, HeadsConfig, register_kind
+from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
+from medhead.heads.layers import PathCell
+from medhead.heads.memory import Memory
 
 
 @register_kind("recurrent")
 class RecurrentHeads(Heads):
-    """A gated residual cell: state + W_o (SiLU(W_g z) * W_u z) with z = [norm(state); norm(embedding)] and a bias per depth.
-
-    The products with the state and with the embedding are kept apart, because the second depends on the token alone.
-    """
+    """The state starts as the target's hidden state; every token on the path takes it through the same cell."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config)
-        size, inner = config.hidden_size, config.inner_size
-        self.embedding_norm = nn.LayerNorm(size, bias=False)
-        self.state_norm = nn.LayerNorm(size, bias=False)
-        self.output_norm = nn.LayerNorm(size, bias=False)
-        self.of_state = nn.Linear(size, 2 * inner, bias=False)
-        self.of_token = nn.Linear(size, 2 * inner, bias=False)
-        self.outer = nn.Linear(inner, size, bias=False)
-        self.depth_bias = nn.Parameter(torch.zeros(config.depth, 2 * inner))
-        nn.init.zeros_(self.outer.weight)
+        self.cell = PathCell(config.hidden_size, config.inner_size, config.depth)
+        self.output_norm = nn.LayerNorm(config.hidden_size, bias=False)
 
-    def start(self, hidden: Tensor) -> Tensor:
+    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
         """The hidden state itself."""
-        return hidden
+        return Draft(features, None)
 
-    def encode(self, embedding: Tensor) -> Tensor:
-        """The token's part of the gates, `[..., 2 * inner]`."""
-        return self.of_token(self.embedding_norm(embedding))
+    def encode(self, embedding: Tensor, depth: int) -> Tensor:
+        """The token's part of the gates."""
+        return self.cell.encode(embedding)
 
-    def advance(self, state: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
+    def advance(self, state: Tensor, token: Tensor, depth: int, shared: None) -> tuple[Tensor, Tensor]:
         """One step of the cell."""
-        gate, up = (self.of_state(self.state_norm(state)) + (token + self.depth_bias[depth])).chunk(2, dim=-1)
-        state = state + self.outer(F.silu(gate) * up)
+        state = self.cell(state, token, depth)
         return state, self.output_norm(state)

@@ -28,7 +28,8 @@ class DecodeState:
         target: the target.
         texts: prompt and emitted tokens of every row; the last one is the root.
         roots: `[batch]` root tokens on the target's device.
-        hidden: `[batch, hidden]` the target's last hidden state at the token before the root.
+        features: `[batch, size]` of the target at the token before the root: its last hidden state, or the outputs of the
+            proposer's `taps`.
         noise: `[batch, depths, vocab]` Gumbel noise of the coming positions (index d: the token below depth d), or None
             when decoding is greedy.
         temperature: what logits are divided by before the noise is added.
@@ -37,9 +38,28 @@ class DecodeState:
     target: Target
     texts: list[list[int]]
     roots: Tensor
-    hidden: Tensor
+    features: Tensor
     noise: Tensor | None = None
     temperature: float = 1.0
+
+
+@dataclass
+class Verified:
+    """What a pass found.
+
+    Attributes:
+        tree: the tree that was verified.
+        logits: `[batch, nodes, vocab]` of the target.
+        features: `[batch, nodes, size]` of the target, see `DecodeState.features`.
+        accepted: what was kept.
+        counts: `accepted.counts` on the host.
+    """
+
+    tree: TokenTree
+    logits: Tensor
+    features: Tensor
+    accepted: Accepted
+    counts: list[int]
 
 
 class Proposer:
@@ -50,22 +70,27 @@ class Proposer:
         max_depth: the deepest tree it names.
         tree_size: number of nodes it names, root included.
         uses_noise: whether it ranks by the noise of the coming positions.
+        taps: layers of the target whose outputs it reads; none for the last hidden state.
     """
 
     name = "none"
     max_depth = 0
     tree_size = 1
     uses_noise = False
+    taps: tuple[int, ...] = ()
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """A generation starts with these prompts; forget the last one."""
+
+    def read(self, features: Tensor, start: int) -> None:
+        """See the target's features `[batch, tokens, size]` of the prompts' tokens from position `start` on."""
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Name a tree for every row, no deeper than `max_depth`."""
         return TokenTree.root(state.roots)
 
-    def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
-        """See what the target said: `logits` is `[batch, nodes, vocab]`."""
+    def observe(self, verified: Verified) -> None:
+        """See what the target said."""
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""

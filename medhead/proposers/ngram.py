@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.acceptance import Accepted
     from medhead.target import Target
 
 
@@ -83,7 +82,7 @@ class NgramProposer(Proposer):
             rows.append(_merge(text[-1], index.continuations(text, depth), self.tree_size))
         return trees_from_lists(rows, state.roots)
 
-    def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
+    def observe(self, verified: Verified) -> None:
         """Nothing to learn: the text itself is read at the next proposal."""
 
     def keep_rows(self, rows: list[int]) -> None:

@@ -11,12 +11,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.growth import grow_tree
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.acceptance import Accepted
     from medhead.target import Target
 
 _UNSEEN = -20.0  # log-probability of a successor that was never seen
@@ -67,8 +66,8 @@ class RecyclingProposer(Proposer):
             logp = (logp / self._state.temperature + noise).log_softmax(-1)
         return state.expand(-1, tokens.shape[1], -1), logp, children
 
-    def observe(self, tree: TokenTree, logits: Tensor, accepted: Accepted) -> None:
+    def observe(self, verified: Verified) -> None:
         """Remember what the target named at every node."""
-        top = logits.float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
-        self.tokens[tree.tokens] = top.indices
-        self.logp[tree.tokens] = top.values
+        top = verified.logits.float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
+        self.tokens[verified.tree.tokens] = top.indices
+        self.logp[verified.tree.tokens] = top.values

@@ -13,15 +13,26 @@ from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.load import DEMO_MODEL
 
-from . import answers, heads, pretrain
-from .card import set_tree, write_heads_card, write_model_card
+from .. import finetune, generate_data
+from . import pretrain
+from .card import finish_heads, write_model_card
+from .corpus import opening_prompts
 
 DESCRIPTION = """\
-Train the demo target from scratch, let it write answers, train heads of both kinds on them, write the model cards.
+Train the demo target from scratch, let it write answers, train heads of every kind on them, write the model cards.
 
 Kill it at any time and start it again: every stage goes on from its last checkpoint, finished stages are skipped.
-The defaults are the recipe of the shipped model (about two hours on 2 CPU cores).
+The defaults are the recipe of the shipped model (some five hours on 2 CPU cores).
 """
+KINDS: dict[str, list[str]] = {  # name of the heads: how they are trained; the first is the default of the demo model
+    "block": ["--kind", "block", "--inner-size", "512", "--correction-size", "384", "--epochs", "3"],
+    "attention": ["--kind", "attention", "--inner-size", "704", "--epochs", "2", "--lr", "0.03"],
+    "recurrent": ["--kind", "recurrent", "--inner-size", "512", "--epochs", "2"],
+    "sequential": ["--kind", "sequential", "--inner-size", "512", "--epochs", "2"],
+    "medusa-parent": ["--kind", "medusa", "--inner-size", "256", "--epochs", "2"],
+    "medusa": ["--kind", "medusa", "--correction", "none", "--epochs", "1"],
+}
+COMMON = ["--draft-vocab", "2560", "--length", "512", "--batch-size", "6", "--save-steps", "100"]
 
 
 def parser() -> argparse.ArgumentParser:
@@ -36,10 +47,11 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
     options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and results")
     options.add_argument("--minutes", type=float, default=94.0, help="of training the target (default: 94)")
-    options.add_argument("--answers", type=int, default=6144, help="answers to train heads on (default: 6144)")
-    options.add_argument("--heads-minutes", type=float, default=20.0, help="of training the heads (default: 20)")
-    options.add_argument("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
-                         help="default tree stored with the heads (default: 16 6)")  # fmt: skip
+    options.add_argument("--answers", type=int, default=8832, help="answers to train heads on (default: 8832)")
+    options.add_argument("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
+    options.add_argument("--heads-steps", type=int, default=0, help="end the training of heads early (default: 0, no)")
+    options.add_argument("--tree", type=int, nargs=2, default=[32, 8], metavar=("NODES", "DEPTH"),
+                         help="default tree stored with the heads (default: 32 8)")  # fmt: skip
     options.add_argument("--hidden", type=int, default=256, help="hidden size of the target (default: 256)")
     options.add_argument("--layers", type=int, default=6, help="layers of the target (default: 6)")
     options.add_argument("--vocab-size", type=int, default=4096, help="vocabulary of the target (default: 4096)")
@@ -76,36 +88,35 @@ def run(args: argparse.Namespace) -> None:
     held_out = ["--eval", args.eval] if args.eval else []
     given = ["--data", args.data, *held_out, "--output", out, "--minutes", args.minutes, "--steps", 10**6, *shape]
     stage("target", out / "training.json", pretrain.main, [*map(str, given), "--muon-lr", "0.008"])
-    given = ["--model", model, "--data", args.data, "--output", out / "answers.jsonl", "--count", args.answers]
-    stage("answers", out / "answers.done", answers.main, [*map(str, given), "--max-new-tokens", "208"])
+    prompts, answers = out / "prompts.jsonl", out / "answers.jsonl"
+    if not prompts.exists():
+        asked = opening_prompts(args.data, pretrain.MIX, args.answers, seed=11)
+        lines = (json.dumps({"messages": chat}) + "\n" for chat in asked)
+        prompts.write_text("".join(lines), encoding="utf-8")
+    given = ["--model", model, "--prompts", prompts, "--output", answers, "--batch", 96]
+    sampling = ["--temperatures", 0, 0.7, 0, 1.0, "--max-new-tokens", 208, "--max-prompt-tokens", 600, "--seed", 11]
+    stage("answers", out / "answers.done", generate_data.main, [*map(str, given), *map(str, sampling)])
     (out / "answers.done").touch()
-    given = [
-        "--model",
-        model,
-        "--answers",
-        out / "answers.jsonl",
-        "--output",
-        out / "heads",
-        "--minutes",
-        args.heads_minutes,
-    ]
-    stage("heads", out / "heads" / "heads_training.json", heads.main, [*map(str, given)])
-    training = json.loads((out / "heads" / "heads_training.json").read_text())
-    for kind in ("recurrent", "medusa"):
-        set_tree(out / "heads" / kind, *args.tree)
-        write_heads_card(out / "heads" / kind, training)
-    write_model_card(model, json.loads((out / "training.json").read_text()))
-    print((model / "README.md").read_text())
+    for name in args.heads:
+        folder = out / "heads" / name
+        given = ["--model", model, "--data", answers, "--output", folder, "--max-steps", args.heads_steps]
+        stage(f"heads {name}", folder / "training.json", finetune.main, [*KINDS[name], *COMMON, *map(str, given)])
+        finish_heads(folder, *args.tree)
+    write_model_card(model, json.loads((out / "training.json").read_text(encoding="utf-8")))
+    print((model / "README.md").read_text(encoding="utf-8"))
     if args.install:
-        install(out, DEMO_MODEL.parent)
+        install(out, DEMO_MODEL.parent, args.heads)
 
 
-def install(source: Path, package: Path) -> None:
-    """Copy target and heads into the package; the recurrent heads, which decode faster, become the default."""
-    for origin, goal in (("model", "model"), ("heads/recurrent", "heads"), ("heads/medusa", "heads-medusa")):
+def install(source: Path, package: Path, names: list[str]) -> None:
+    """Copy target and heads into the package; the first heads become the default."""
+    goals = {"model": "model"} | {
+        f"heads/{name}": f"heads-{name}" if place else "heads" for place, name in enumerate(names)
+    }
+    for origin, goal in goals.items():
         temporary = package / f".{goal}.new"
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.copytree(source / origin, temporary)
+        shutil.copytree(source / origin, temporary, ignore=shutil.ignore_patterns("run"))
         shutil.rmtree(package / goal, ignore_errors=True)
         temporary.rename(package / goal)
     print(f"installed in {package}", file=sys.stderr)

@@ -10,7 +10,6 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead.decoder import Decoder
-from medhead.heads.checkpoint import read_config
 
 NAME = "Llama-medhead-demo-5M"
 SAMPLES = (  # what the user says, turn by turn
@@ -59,26 +58,11 @@ Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta P
 {samples}
 """
 
-HEADS_CARD = """\
----
-license: cc-by-sa-4.0
-library_name: peft
-base_model: {name}
----
-
-# Heads of kind `{kind}` for {name}
-
-**Built with Llama.** Extra decoding heads for medhead ({parameters:,} parameters, {depth} tokens ahead, draft vocabulary {draft_vocab:,}), trained for
-{minutes} minutes on {answers:,} tokens that the target itself wrote. They change how fast the target decodes, never what it says.
-
-How often the first guess is right on held-out answers, given that the path to it is:
-
-| depth | {depths} |
-|---|{rule}
-| top-1 | {top1} |
-
-Trees of {tree_size} nodes, {tree_depth} deep, by default. Licences: those of the target.
-"""
+BUILT_WITH = (
+    "**Built with Llama.** Trained on text that {name} wrote, whose own training text is in part generated with Llama 3.1 "
+    "(Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved). "
+    "Licence: that of the model, cc-by-sa-4.0."
+)
 
 
 def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
@@ -137,28 +121,28 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def write_heads_card(folder: Path, training: dict[str, Any]) -> None:
-    """`README.md` of a heads folder."""
-    config = read_config(folder)
-    text = HEADS_CARD.format(
-        name=NAME,
-        kind=config.kind,
-        parameters=training[config.kind]["parameters"],
-        depth=config.depth,
-        draft_vocab=config.draft_vocab or config.vocab_size,
-        minutes=training["minutes"],
-        answers=training["tokens_of_answers"],
-        depths=" | ".join(str(depth + 1) for depth in range(config.depth)),
-        rule="--:|" * config.depth,
-        top1=" | ".join(f"{row[0]:.2f}" for row in config.accuracies),
-        tree_size=config.tree_size,
-        tree_depth=config.tree_depth or config.depth,
-    )
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def set_tree(folder: Path, size: int, depth: int) -> None:
-    """Store the tree that decodes fastest with these heads."""
+def finish_heads(folder: Path, size: int, depth: int) -> None:
+    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree."""
     path = folder / "medhead_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8")) | {"tree_size": size, "tree_depth": depth}
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields |= {"tree_size": size, "tree_depth": min(depth, fields["depth"])}
     path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    path = folder / "adapter_config.json"
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    trained_for, adapter["base_model_name_or_path"] = adapter["base_model_name_or_path"], NAME
+    path.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    facts_path = folder / "training.json"
+    facts = json.loads(facts_path.read_text(encoding="utf-8"))
+    named = {str(trained_for), str(facts.get("model", ""))} - {"", NAME}
+    facts_path.write_text(json.dumps(facts | {"model": NAME}, indent=1) + "\n", encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for name in sorted(named, key=len, reverse=True):
+        card = card.replace(name, NAME)
+    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/demo/{folder.name}")
+    sentence = BUILT_WITH.format(name=NAME)
+    if sentence not in card:
+        card = card.replace("library_name: peft\n", "library_name: peft\nlicense: cc-by-sa-4.0\n", 1)
+        head, title, rest = card.partition("\n# ")
+        line, _, body = rest.partition("\n")
+        card = f"{head}{title}{line}\n\n{sentence}\n{body}"
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -100,3 +100,16 @@ def pack(tokenizer: PreTrainedTokenizerBase, documents: list[Chat]) -> np.ndarra
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in documents[start : start + 1000]]
         stream += [np.asarray(ids, dtype=np.uint16) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     return np.concatenate(stream)
+
+
+def opening_prompts(folder: Path, mix: dict[str, float], count: int, seed: int) -> list[Chat]:
+    """Chats that end with the user's turn: openings, and dialogues cut before a random answer."""
+    rng = random.Random(seed)
+    found: list[Chat] = []
+    for chat in chats(folder, dict.fromkeys(mix, 1.0), seed):
+        turns = [index for index, message in enumerate(chat) if message["role"] == "assistant" and index > 0]
+        if turns:
+            found.append(chat[: rng.choice(turns)])
+        if len(found) == count:
+            break
+    return found

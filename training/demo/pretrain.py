@@ -18,8 +18,8 @@ from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForC
 
 from medhead.errors import MedheadError
 
+from ..optim import muon_and_adamw, set_learning_rate
 from .corpus import chats, pack
-from .optim import muon_and_adamw, set_learning_rate
 from .tokenizer import train_tokenizer
 
 MIX = {"tinystories": 2.5, "sgd": 0.8, "stories_chat": 0.5, "general_chat": 0.5}
@@ -97,13 +97,12 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(demo_config(tokenizer, args.hidden, args.layers))
     model.train()
-    pair = muon_and_adamw(model.named_parameters(), args.muon_lr, args.adamw_lr)
+    optimizer = muon_and_adamw(model.named_parameters(), args.muon_lr, args.adamw_lr)
     work, step, spent = args.output / "work", 0, 0.0
     if (work / "state.pt").exists():
         state = torch.load(work / "state.pt", weights_only=True)
         model.load_state_dict(state["model"])
-        for optimizer, saved in zip(pair, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["seconds"]
         print(f"resuming at step {step}", file=sys.stderr)
     forward = torch.compile(model) if args.compile else model
@@ -117,7 +116,7 @@ def train(args: argparse.Namespace) -> None:
         if done >= 1.0:
             break
         factor = min(1.0, (step + 1) / args.warmup) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * done)))
-        set_learning_rate(pair, factor)
+        set_learning_rate(optimizer, factor)
         ids = batch_at(stream, step, CONTEXT if done > 0.85 else 512, args.tokens_per_step, args.seed)
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=args.bf16):
             logits = forward(input_ids=ids, use_cache=False).logits
@@ -128,9 +127,8 @@ def train(args: argparse.Namespace) -> None:
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in pair:
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
         step += 1
         value = loss.item()
         running = value if running is None else 0.98 * running + 0.02 * value
@@ -138,10 +136,8 @@ def train(args: argparse.Namespace) -> None:
         bar.set_postfix(loss=f"{running:.3f}", refresh=False)
         if time.monotonic() - saved_at > 60 * args.save_minutes:
             seconds = time.monotonic() - began
-            optimizers = [optimizer.state_dict() for optimizer in pair]
-            save_checkpoint(
-                work, {"model": model.state_dict(), "optimizers": optimizers, "step": step, "seconds": seconds}
-            )
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
+            save_checkpoint(work, state)
             export(model, tokenizer, args.output / "snapshot")
             saved_at = time.monotonic()
     bar.close()

@@ -1,0 +1,134 @@
+"""Heads as a PEFT adapter: hung on the target, trained, stored and loaded by PEFT, alone or together with LoRA on the target.
+
+The heads are the target's submodule `medhead`, which PEFT handles through `modules_to_save`. With a frozen target
+PEFT's list of modules to adapt is its dummy; with a real list the adapter changes the target too, and the text is the
+adapted model's.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import PreTrainedModel
+
+from medhead.errors import MedheadError
+from medhead.heads.base import Heads, build_heads
+
+CONFIG_FILE = "medhead_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+ADAPTER_FILE = "adapter_config.json"
+SUBMODULE = "medhead"
+
+
+def attach(target: nn.Module, heads: Heads) -> None:
+    """Hang heads on a target as its submodule, which is what PEFT needs before it can load or train them."""
+    target.add_module(SUBMODULE, heads)
+
+
+def detach(target: nn.Module) -> None:
+    """Take the heads off again."""
+    if SUBMODULE in target._modules:
+        del target._modules[SUBMODULE]
+
+
+def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = None) -> tuple[Any, Heads]:
+    """A PEFT model around a target with heads, and its trainable copy of the heads.
+
+    Args:
+        target: the model; everything of it is frozen.
+        heads: what to train.
+        lora: fields of PEFT's `LoraConfig` to adapt the target with (`target_modules` among them), or None to leave it alone.
+    """
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    attach(target, heads)
+    fields = lora or {"target_modules": DUMMY_TARGET_MODULES}
+    wrapped = get_peft_model(target, LoraConfig(modules_to_save=[SUBMODULE], **fields))
+    return wrapped, heads_of(wrapped)
+
+
+def unwrap(target: PreTrainedModel, wrapped: Any, trainable: dict[str, bool]) -> None:
+    """Undo `wrap`: no adapter, no heads, and the parameters that required gradients before do so again."""
+    wrapped.unload()
+    detach(target)
+    for name, parameter in target.named_parameters():
+        parameter.requires_grad_(trainable.get(name, True))
+    if hasattr(target, "peft_config"):
+        del target.peft_config
+
+
+def heads_of(wrapped: Any) -> Heads:
+    """The heads that a PEFT model uses."""
+    held = wrapped.get_base_model()._modules[SUBMODULE]
+    return held.modules_to_save["default"] if hasattr(held, "modules_to_save") else held
+
+
+def save_adapter(wrapped: Any, heads: Heads, folder: str | Path, dtype: torch.dtype | None = None) -> None:
+    """Write a PEFT model's adapter and the heads' configuration.
+
+    Args:
+        wrapped: what `wrap` returned.
+        heads: its heads.
+        folder: where to write; created if missing.
+        dtype: type of the stored weights; their own if None.
+    """
+    from peft import get_peft_model_state_dict
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    weights = {}
+    for name, tensor in get_peft_model_state_dict(wrapped).items():
+        cast = tensor.to(dtype) if dtype and tensor.is_floating_point() else tensor
+        weights[name] = cast.detach().cpu().contiguous().clone()
+    save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    config = wrapped.peft_config["default"]
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(folder)
+    config.inference_mode = inference
+    (folder / CONFIG_FILE).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+
+
+def adapts_target(folder: str | Path) -> bool:
+    """Whether a checkpoint holds LoRA weights for the target beside the heads."""
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    path = Path(folder) / ADAPTER_FILE
+    if not path.is_file():
+        return False
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8")).get("target_modules")
+    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
+        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    return modules not in (DUMMY_TARGET_MODULES, [DUMMY_TARGET_MODULES], None, [])
+
+
+def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
+    """The model with a checkpoint's LoRA weights and heads on it, as a `PeftModel`: its text is the adapted model's.
+
+    Give the result and `heads_of(result)` to a `Decoder`; `with result.disable_adapter()` is the model as it was.
+
+    Raises:
+        MedheadError: the checkpoint is missing, damaged, or made for another model.
+    """
+    from peft import PeftModel
+
+    from medhead.heads.checkpoint import check_fit, read_config
+    from medhead.target import Target
+
+    config = read_config(folder)
+    check_fit(config, Target(model, probe=False), folder)
+    attach(model, build_heads(config))
+    try:
+        wrapped = PeftModel.from_pretrained(model, str(folder))
+    except Exception as error:
+        detach(model)
+        reason = " ".join(str(error).split())[:160]
+        raise MedheadError(f"the adapter in {str(folder)!r} cannot be loaded: {reason}") from None
+    heads_of(wrapped).to(device=model.device, dtype=model.dtype)
+    return wrapped.eval()

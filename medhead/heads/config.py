@@ -1,0 +1,129 @@
+"""Everything needed to build heads again and to tell whether they fit a target: one dataclass for all kinds."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from medhead.errors import MedheadError
+
+CORRECTIONS = ("none", "parent", "recurrent")
+
+
+@dataclass
+class HeadsConfig:
+    """Configuration of heads; what a kind does not use stays at its default.
+
+    Attributes:
+        kind: registered name of the kind.
+        depth: how many tokens beyond the target's own next token the heads guess.
+        hidden_size: size of the target's last hidden state.
+        vocab_size: rows of the target's output matrix.
+        target_layers: number of layers of the target, to recognise heads of another model.
+        target_type: `model_type` of the target's configuration.
+        inner_size: width inside the heads: of the cell (`recurrent`), the state (`sequential`), the feed-forward
+            (`attention`, `block`), the correction (`medusa`).
+        blocks: residual blocks of each Medusa head, layers of a block head.
+        correction: what makes siblings' children differ in a parallel kind: `none`, `parent` or `recurrent`.
+        correction_size: width of a block head's correction.
+        taps: layers of the target whose outputs are fused into the feature, in order; empty for the last hidden state.
+        num_heads: query heads of attention.
+        key_heads: key and value heads of attention.
+        head_dim: size of a head.
+        rope_theta: base of the rotary positions.
+        rope_scaling: a `rope_scaling` entry as in transformers' configurations, or None.
+        context: the context that `rope_scaling` speaks of, 0 without.
+        norm_eps: epsilon of the norms.
+        causal: whether a slot of a block sees only earlier slots.
+        anchor_predicts: whether the block's first slot speaks for the root's children (DSpark), or the second (DFlash).
+        mask_token: a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1.
+        layer_size: width of the layer of attention heads, where it is not the target's hidden size; 0 for the same.
+        norm_before_residual: the residual stream of attention heads is the normed feature.
+        tied: one set of weights for all depths (`sequential`), or one output matrix of their own (`medusa`).
+        scale_input: normalise the first state (`sequential`).
+        own_embedding: the heads bring an embedding of their own (loaded checkpoints).
+        own_output: the heads bring an output matrix of their own (loaded checkpoints).
+        accuracies: measured on held-out text: `accuracies[d][r]` is the share of positions at which the rank-r guess of
+            depth d+1 was right, given that the path to it was.
+        trees: best static trees on held-out text by number of nodes: paths of ranks.
+        tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
+        tree_depth: deepest tree worth growing with that size; `depth` if 0.
+        draft_vocab: the heads name only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et
+            al. 2025); 0 means all. The target still verifies with its whole vocabulary.
+    """
+
+    kind: str
+    depth: int
+    hidden_size: int
+    vocab_size: int
+    target_layers: int
+    target_type: str = ""
+    inner_size: int = 384
+    blocks: int = 1
+    correction: str = "none"
+    correction_size: int = 256
+    taps: list[int] = field(default_factory=list)
+    num_heads: int = 4
+    key_heads: int = 2
+    head_dim: int = 64
+    rope_theta: float = 10000.0
+    rope_scaling: dict[str, Any] | None = None
+    context: int = 0
+    norm_eps: float = 1e-6
+    causal: bool = True
+    anchor_predicts: bool = True
+    mask_token: int = -1
+    layer_size: int = 0
+    norm_before_residual: bool = False
+    tied: bool = False
+    scale_input: bool = False
+    own_embedding: bool = False
+    own_output: bool = False
+    accuracies: list[list[float]] = field(default_factory=list)
+    trees: dict[str, list[list[int]]] = field(default_factory=dict)
+    tree_size: int = 16
+    tree_depth: int = 0
+    draft_vocab: int = 0
+
+    def __post_init__(self) -> None:
+        counts = ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size")
+        for name in (*counts, "correction_size", "num_heads", "key_heads", "head_dim"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise MedheadError(f"{name} of the heads must be a whole number of at least 1, got {value!r}")
+        if not 0 <= self.draft_vocab <= self.vocab_size:
+            raise MedheadError(
+                f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}"
+            )
+        if not 0 <= self.tree_depth <= self.depth:
+            raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
+        if self.correction not in CORRECTIONS:
+            raise MedheadError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
+        bad = [layer for layer in self.taps if not isinstance(layer, int) or not 0 <= layer < self.target_layers]
+        if bad:
+            raise MedheadError(
+                f"taps name layers of the target from 0 to {self.target_layers - 1}, got {self.taps}: {bad[0]} is none"
+            )
+        if len(set(self.taps)) < len(self.taps):
+            raise MedheadError(f"taps name every layer once, got {self.taps}")
+
+    @property
+    def label(self) -> str:
+        """Kind and correction, for tables."""
+        return self.kind if self.correction == "none" else f"{self.kind} + {self.correction}"
+
+    def check_attention(self) -> None:
+        """Refuse sizes of attention that cannot be.
+
+        Raises:
+            MedheadError: names them.
+        """
+        if self.num_heads % self.key_heads or self.head_dim % 2:
+            raise MedheadError(
+                f"num_heads must be a multiple of key_heads and head_dim even, got {self.num_heads}, {self.key_heads} "
+                f"and {self.head_dim}"
+            )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for JSON."""
+        return asdict(self)

@@ -1,0 +1,125 @@
+"""What heads keep of the text: one row for every committed token, as the target's cache keeps keys and values.
+
+Attention heads need to look back. `Memory` is the view of it that one proposal (or one training step) reads;
+`MemoryStore` is the storage beside the target's cache that decoding appends to after every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+Remember = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+PAGE = 64  # rows are allocated in multiples of this
+
+
+@dataclass
+class Memory:
+    """Rows of a text that queries may look at.
+
+    Attributes:
+        rows: `[batch, length, size]`, what `Heads.remember` made of every token.
+        end: `[batch, queries or 1]` int64: a query sees the rows before `end`. It is also the root's position.
+        begin: `[batch, queries or 1]` int64, first row that is seen (texts packed behind each other), or None for 0.
+        full: every query sees every row.
+    """
+
+    rows: Tensor
+    end: Tensor
+    begin: Tensor | None = None
+    full: bool = False
+
+    def visible(self) -> Tensor | None:
+        """`[batch, queries or 1, length]` bool, or None when every row is seen."""
+        if self.full:
+            return None
+        length = self.rows.shape[1]
+        index = torch.arange(length, device=self.rows.device)
+        seen = index < self.end[..., None]
+        return seen if self.begin is None else seen & (index >= self.begin[..., None])
+
+
+class Store(Protocol):
+    """What decoding asks of the storage beside the target's cache; `MemoryStore` says what each method does."""
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of every text that are kept."""
+
+    def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
+        """Put new tokens behind every text."""
+
+    def advance(self, counts: list[int]) -> None:
+        """This many of them are part of each text."""
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all texts but these."""
+
+    def view(self) -> Any:
+        """What `Heads.start` is given."""
+
+
+class MemoryStore:
+    """Preallocated, ragged storage of `Memory` rows for a batch that is being decoded.
+
+    Args:
+        batch: number of texts.
+        size: numbers in a row.
+        dtype: their type.
+        device: where they live.
+        capacity: rows expected; the storage doubles when that was too few.
+    """
+
+    def __init__(
+        self, batch: int, size: int, dtype: torch.dtype, device: torch.device, capacity: int = 4 * PAGE
+    ) -> None:
+        self.lengths = [0] * batch  # on the host, like the target's cache
+        self._rows = torch.zeros(batch, -(-capacity // PAGE) * PAGE, size, dtype=dtype, device=device)
+
+    def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
+        """Put new rows behind every text; they are part of it once `advance` says so.
+
+        Args:
+            remember: `Heads.remember`, which makes the rows.
+            features: `[batch, count, size]`.
+            token: `[batch, count, ...]`.
+        """
+        count, longest = features.shape[1], max(self.lengths)
+        if longest + count > self._rows.shape[1]:
+            grown = max(2 * self._rows.shape[1], -(-(longest + count) // PAGE) * PAGE)
+            bigger = self._rows.new_zeros(len(self.lengths), grown, self._rows.shape[2])
+            bigger[:, : self._rows.shape[1]] = self._rows
+            self._rows = bigger
+        offsets = torch.arange(count, device=self._rows.device)
+        if min(self.lengths) == longest:
+            rows = remember(features, token, offsets[None] + longest, longest + count)
+            self._rows[:, longest : longest + count] = rows
+            return
+        where = self._end()[:, None] + offsets
+        rows = remember(features, token, where, longest + count)
+        self._rows.scatter_(1, where[..., None].expand_as(rows), rows.to(self._rows.dtype))
+
+    def advance(self, counts: list[int]) -> None:
+        """This many of the rows written last are part of each text now."""
+        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all texts but these."""
+        self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
+        self.lengths = [self.lengths[row] for row in rows]
+
+    def view(self) -> Memory:
+        """Everything that is part of the texts."""
+        longest = max(self.lengths)
+        return Memory(self._rows[:, :longest], self._end()[:, None], full=min(self.lengths) == longest)
+
+    def nbytes(self) -> int:
+        """Memory of the storage."""
+        return self._rows.numel() * self._rows.element_size()
+
+    def _end(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self._rows.device)

@@ -1,0 +1,83 @@
+"""Heads ready to decode: the type they compute in, the output rows they name tokens with, their tokens encoded ahead."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medhead.heads.base import Heads
+
+if TYPE_CHECKING:
+    from medhead.target import Target
+
+TABLE_BYTES = 64 * 2**20  # largest table of encoded tokens that is kept
+
+
+class Readout:
+    """Heads, the rows of the output matrix that they name tokens with, and the type they compute in.
+
+    Args:
+        heads: the heads; moved to the type and device.
+        target: whose embedding and output matrix they use.
+        dtype: the type; None measures which of the target's own and bfloat16 is faster here.
+    """
+
+    def __init__(self, heads: Heads, target: Target, dtype: torch.dtype | None) -> None:
+        weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
+        self.tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(target.device)
+        if self.tokens is not None:
+            weight, bias = weight[self.tokens], None if bias is None else bias[self.tokens]
+        self.dtype = dtype or _faster_dtype(weight)
+        self.heads = heads.to(device=target.device, dtype=self.dtype)
+        self.weight = weight.to(self.dtype)
+        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self._embed = target.embed
+        self._table = None
+        if self.heads.per_path and not self.heads.encodes_by_depth:
+            self._table = self._encode_all(int(target.embedding.num_embeddings), target.device)
+
+    def token(self, tokens: Tensor, depth: int) -> Tensor:
+        """What the heads need of token ids at this depth."""
+        if self._table is not None:
+            return F.embedding(tokens, self._table)
+        return self.heads.encode(self._embedded(tokens, depth), depth)
+
+    def logits(self, feature: Tensor, depth: int) -> Tensor:
+        """`[..., hidden]` to float32 `[..., draft vocabulary]`."""
+        own = self.heads.own_output(depth)
+        if own is None:
+            return F.linear(feature, self.weight, self.bias).float()
+        return F.linear(feature, own).float()
+
+    def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
+        own = self.heads.own_embedding(depth)
+        return (self._embed(tokens) if own is None else F.embedding(tokens, own)).to(self.dtype)
+
+    @torch.inference_mode()
+    def _encode_all(self, count: int, device: torch.device) -> Tensor | None:
+        """The encoded tokens of the whole vocabulary, unless that takes too much memory."""
+        first = self.heads.encode(self._embedded(torch.zeros(1, dtype=torch.long, device=device), 0), 0)
+        if count * first.numel() * first.element_size() > TABLE_BYTES:
+            return None
+        return self.heads.encode(self._embedded(torch.arange(count, device=device), 0), 0)
+
+
+def _faster_dtype(weight: Tensor, repeats: int = 16) -> torch.dtype:
+    """The target's type, or bfloat16 where a float32 target on a CPU multiplies faster with it: measured, a few ms."""
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return weight.dtype
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        matrix, vectors = weight.to(dtype), torch.ones(4, weight.shape[1], dtype=dtype)
+        F.linear(vectors, matrix)
+        times = []
+        for _ in range(repeats):
+            began = time.perf_counter()
+            F.linear(vectors, matrix)
+            times.append(time.perf_counter() - began)
+        seconds[dtype] = sorted(times)[repeats // 2]
+    return min(seconds, key=lambda dtype: seconds[dtype])
