@@ -129,16 +129,21 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """Attention function of transformers: query `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`."""
     current = _running.get()
-    if current is None:
+    special = softcap is not None or s_aux is not None  # what PyTorch's kernels cannot do
+    if current is None and not special:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if softcap is None and s_aux is None and not current.plain:
+    if current is not None and not special and not current.plain:
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
         hidden = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).triu(1 + keys - nodes)
         attention_mask = torch.zeros(nodes, keys, device=query.device).masked_fill_(
             hidden, torch.finfo(torch.float32).min
+        )
+    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill_(
+            ~attention_mask, torch.finfo(torch.float32).min
         )
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 

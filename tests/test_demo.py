@@ -15,6 +15,7 @@ from medhead.heads.checkpoint import read_config
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 
 MEDUSA = DEMO_HEADS.parent / "heads-medusa"
+ATTENTION = DEMO_HEADS.parent / "heads-attention"
 OPTIONS = {"max_new_tokens": 64}
 
 
@@ -37,7 +38,7 @@ def batch_of_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str
     }
 
 
-@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA])
+@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, ATTENTION])
 @pytest.mark.parametrize("count", [1, 4])
 def test_greedy_text_is_that_of_transformers(
     demo: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, heads: Path, count: int
@@ -49,7 +50,7 @@ def test_greedy_text_is_that_of_transformers(
         assert decoder.statistics.accepted_length > 1.3
 
 
-@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA])
+@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, ATTENTION])
 def test_seeded_sampling_is_that_of_plain_decoding(
     demo: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, heads: Path
 ) -> None:

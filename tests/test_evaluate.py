@@ -154,7 +154,7 @@ def test_wrong_input(
 ) -> None:
     options = [str(folders["recurrent"]) if option == "RECURRENT" else option for option in options]
     try:
-        code = main(["--model", str(folders["model"]), *options])
+        code = main(["--model", str(folders["model"]), "--new-tokens", "8", *options])
     except SystemExit as ended:
         code = int(ended.code or 0)
     err = capsys.readouterr().err

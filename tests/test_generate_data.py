@@ -224,7 +224,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 def test_it_goes_on_from_every_place(
     folders: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--count", "7", "--temperatures", "0.8"]
+    more = ["--count", "5", "--temperatures", "0.8"]
     straight = tmp_path / "straight.jsonl"
     assert run(options(folders, prompts, straight, *more), capsys)[0] == 0
     whole = straight.read_bytes()

@@ -143,7 +143,7 @@ def test_identities(seed: int, vocab: int, spread: float) -> None:
             assert LOSSES[name](draft, draft, labels).abs().max() < 1e-12  # zero exactly where the two agree
     assert (value["tv"] <= 1).all()
     assert (value["js"] <= math.log(2) + 1e-12).all()
-    assert (value["tv"] <= (value["kl"] / 2).clamp(min=0).sqrt() + 1e-9).all()  # Pinsker
+    assert (value["tv"] <= (value["kl"] / 2).clamp(min=0).sqrt() + 1e-7).all()  # Pinsker; KL has an error of 1e-16
 
 
 @pytest.mark.parametrize("excluded", [-1e4, -math.inf])

@@ -14,6 +14,7 @@ import torch
 from medhead.training import measure as module
 from medhead.training.measure import Measured, measure
 from medhead.training.objective import Texts
+from medhead.training.rank_paths import UNREACHED, Walk, summarise
 from medhead.training.report import plot_accuracy, write_card
 from transformers import PreTrainedModel
 
@@ -56,7 +57,7 @@ def some_texts(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]
     own = model.generate(torch.tensor([[7, 8, 9]]), max_new_tokens=40, do_sample=False, eos_token_id=None)[0]
     turns = torch.randint(3, 64, (23,), generator=torch.Generator().manual_seed(1))
     mask = torch.zeros(23, dtype=torch.bool)
-    mask[4:9] = mask[13:23] = True
+    mask[4:9] = mask[10:23] = True  # a gap shorter than a path
     return [(own, torch.arange(len(own)) >= 3), (turns, mask), (turns[:3], torch.ones(3, dtype=torch.bool))]
 
 
@@ -121,15 +122,15 @@ def test_ranks_are_those_counted_one_by_one(
     assert heads.training
     assert found.paths == paths
     assert found.reached == reached
-    assert found.anchors == sum(paths.values()) == 40 + 15 + 1
+    assert found.anchors == sum(paths.values()) == 40 + 18 + 1
     assert torch.allclose(torch.tensor(found.accuracies), hits / torch.tensor(reached)[:, None], atol=1e-5)
     assert Measured.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize("name", ["medusa", "recurrent", "attention", "block"])
 def test_walking_the_text_predicts_decoding_to_the_pass(model: PreTrainedModel, target: Target, name: str) -> None:
-    heads, limit = tiny_heads(target, depth=4, **KINDS[name]), 50
-    prompts = [[5, 9, 13], [20, 21], [7, 8, 9, 10]]
+    heads, limit = tiny_heads(target, depth=4, **KINDS[name]), 32
+    prompts = [[5, 9, 13], [20, 21]]
     batches = []
     for prompt in prompts:
         given = torch.tensor([prompt])
@@ -154,8 +155,8 @@ def random_measured(seed: int, anchors: int = 300, depth: int = 3, ranks: int = 
     generator = torch.Generator().manual_seed(seed)
     found = torch.randint(-1, ranks, (anchors, depth), generator=generator)
     found[:, 1] = torch.where(found[:, 0] == 0, 0, found[:, 1])
-    found[: anchors // 10, -1] = module.UNREACHED
-    return module._summary(found, torch.arange(anchors) % 10 == 9, ranks)
+    found[: anchors // 10, -1] = UNREACHED
+    return summarise(found, torch.arange(anchors) % 10 == 9, ranks)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -192,11 +193,29 @@ def test_equal_paths_are_taken_in_a_fixed_order() -> None:
         found.best_tree(1)
 
 
+def test_trees_are_made_for_where_decoding_stands() -> None:
+    """Ten anchors where the first guesses are right four deep, then five where the second or third guess is, over and over."""
+    ranks = torch.tensor(([[0, 0, 0, 0]] * 10 + [[1, -1, -1, -1], [2, -1, -1, -1]] * 2 + [[1, -1, -1, -1]]) * 20)
+    chain = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
+    found = summarise(ranks, torch.arange(300) == 299, 3)
+    assert found.best_tree(5) == chain
+    assert found.length(chain) == pytest.approx(1 + 4 * 10 / 15)
+    paths = [(0, 0, 0, 0), (1,), (2,)]
+    walk = Walk(paths, [paths.index(tuple(rank for rank in row if rank >= 0)) for row in ranks.tolist()], [300] * 300)
+    assert walk.visits(chain)[:8] == [0, 5, 10, 11, 12, 13, 14, 15]
+    assert walk.length(chain) == found.walked["chain"] == pytest.approx(15 / 7)
+    every = [*map(tuple, chain), (1,), (2,)]
+    trees = [tree for tree in itertools.combinations(every, 4) if all(path[:-1] in ((), *tree) for path in tree)]
+    tree, length = walk.best_tree(chain, 5)
+    assert length == walk.length(tree) == max(map(walk.length, trees)) > 2.5
+    assert found.trees["8"] == [[0], [1], [2], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
+
+
 def test_independence_is_right_where_depths_are_independent() -> None:
     """Every combination of ranks equally often; a tenth of the texts ends before the second depth."""
     ranks = torch.tensor(list(itertools.product((0, 0, 1, -1), repeat=2)) * 9)
-    ends = torch.tensor([[rank, module.UNREACHED] for rank in (0, 0, 1, -1) * 4])
-    found = module._summary(torch.cat([ranks, ends]), torch.ones(160, dtype=torch.bool), 2)
+    ends = torch.tensor([[rank, UNREACHED] for rank in (0, 0, 1, -1) * 4])
+    found = summarise(torch.cat([ranks, ends]), torch.ones(160, dtype=torch.bool), 2)
     assert found.reached == [160, 144]
     assert found.accuracies == [[0.5, 0.25], [0.5, 0.25]]
     for nodes in (2, 4, 7):
@@ -228,7 +247,7 @@ def test_heads_in_float32_on_a_target_in_bfloat16(model: PreTrainedModel) -> Non
     target = Target(copy.deepcopy(model).to(torch.bfloat16))
     heads = tiny_heads(target, **KINDS["block"]).float()
     found = measure(heads, target, [packed(some_texts(model), 2)])
-    assert found.anchors == 56
+    assert found.anchors == 59
     assert next(heads.parameters()).dtype == torch.float32
 
 

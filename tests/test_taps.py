@@ -28,9 +28,10 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
     if not exists(family):
         pytest.skip(f"this version of transformers has no {family}")
     model: Any = tiny(family, ACCEPTED[family])
-    target, before = Target(model, probe=False), hooks_of(model)
+    model.set_attn_implementation("eager")  # the one that knows everything
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [20, 3, 20, 4, 20, 5, 90]])
     states = model(ids, output_hidden_states=True).hidden_states
+    target, before = Target(model, probe=False), hooks_of(model)  # transformers leaves hooks of its own
     norm = next(m for name, m in model.named_modules() if name.split(".")[-1] in ("norm", "ln_f", "final_layer_norm"))
     chunks: list[Tensor] = []
 

@@ -18,7 +18,7 @@ from medhead.training.encode import Encoder, encode_prompt
 from medhead.training.packing import PackedDataset, best_fit
 from medhead.training.records import Record, parse_prompt, parse_record, read_records
 from medhead.training.store import TokenStore, prepare
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medhead.errors import MedheadError
@@ -380,6 +380,18 @@ def test_the_mask_of_a_turn_begins_where_the_prompt_ends() -> None:
         encoded = Encoder(tokenizer).encode(Record("x", messages=chat))
         assert encoded.ids[: len(prompt)] == prompt
         assert encoded.mask[: len(prompt) + 1] == [False] * len(prompt) + [True]
+
+
+def test_special_tokens_that_eat_the_white_space_after_them() -> None:
+    """As Phi 3's do: the header's token then covers the first spaces of the answer too, but is not the assistant's."""
+    template, special, roles = TEMPLATES["phi"]
+    tokenizer = make_tokenizer(template, special, **roles)
+    tokenizer.add_tokens([AddedToken(token, rstrip=True, special=True) for token in special], special_tokens=True)
+    encoder = Encoder(tokenizer, end_tokens=[tokenizer.convert_tokens_to_ids("<|end|>")])
+    chat = messages([("user", "Hi"), ("assistant", "  The fox"), ("user", "More"), ("assistant", "\n world ")])
+    encoded = encoder.encode(Record("x", messages=chat))
+    assert len(encoded.ids) == len(tokenizer.apply_chat_template(chat)["input_ids"])
+    assert answers(encoded.ids, encoded.mask, tokenizer) == ["The fox<|end|>", "world <|end|>"]
 
 
 def test_a_tokenizer_without_offsets(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from medhead.heads.config import HeadsConfig
 
-from .measure import NODES, Measured
+from .rank_paths import NODES, Measured
 
 FRONT_MATTER = """\
 ---
@@ -35,9 +35,9 @@ On {anchors:,} tokens of held-out text. How often a guess is right, given that t
 
 {depths}
 
-Tokens per verify pass with the best static tree of so many nodes (root included). The first row follows greedy decoding
-along the held-out text, pass by pass; the second is the mean over all its positions; the third is what one would expect there if
-depths were right independently of each other.
+Tokens per verify pass with the best static tree of so many nodes (root included). The first row follows decoding along
+the held-out text, pass by pass: expect that. The second is the mean over all its positions, which is more, since decoding jumps
+over what is easy to guess; the third is what this mean would be if depths were right independently of each other.
 
 {lengths}
 
@@ -111,17 +111,15 @@ def plot_accuracy(path: str | Path, measured: Measured) -> bool:
         left.plot(depths, measured.top(5), "s--", color="#56B4E9", label="one of the first five")
     left.set(xlabel="depth (tokens ahead)", ylabel="right, given the path above", ylim=(0, 1), xticks=list(depths))
     nodes = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    right.plot(
-        nodes, [measured.length(measured.best_tree(n)) for n in nodes], "o-", color="#0072B2", label="best static tree"
+    mean, independent = (
+        [measured.length(measured.best_tree(n)) for n in nodes],
+        [measured.independent(n)[1] for n in nodes],
     )
-    independent = [measured.independent(n)[1] for n in nodes]
-    right.plot(nodes, independent, "s--", color="#D55E00", label="if depths were independent")
-    if measured.walked:
-        sizes = sorted(map(int, measured.walked))
-        walked = [measured.walked[str(n)] for n in sizes]
-        right.plot(sizes, walked, "^-", color="#009E73", label="best static tree, pass by pass")
-    right.axhline(measured.chain(), color="#999999", linewidth=1, linestyle=":", label="first guesses only (a chain)")
-    right.set(xlabel="nodes of the tree", ylabel="predicted tokens per pass", xticks=[2, *NODES])
+    right.plot(nodes, mean, "^:", color="#999999", label="mean over all positions")
+    right.plot(nodes, independent, "s--", color="#D55E00", label="the same, if depths were independent")
+    sizes = sorted(map(int, measured.trees))
+    right.plot(sizes, [measured.walked[str(n)] for n in sizes], "o-", color="#0072B2", label="decoding, pass by pass")
+    right.set(xlabel="nodes of the static tree", ylabel="predicted tokens per pass", xticks=[2, *NODES])
     right.set_ylim(bottom=1)
     for axes, place in ((left, "best"), (right, "lower right")):
         axes.legend(frameon=False, loc=place)
@@ -231,13 +229,14 @@ def _depths(measured: Measured) -> str:
 
 def _lengths(measured: Measured) -> str:
     sizes = sorted(map(int, measured.trees))
-    walked = [measured.walked.get(str(nodes)) for nodes in sizes]
+    walked = [measured.walked["chain"], *(measured.walked[str(nodes)] for nodes in sizes)]
+    mean = [measured.chain(), *(measured.length(measured.best_tree(nodes)) for nodes in sizes)]
     rows = [
-        ["nodes", "chain", *map(str, sizes)],
-        ["pass by pass", "", *("" if length is None else f"{length:.2f}" for length in walked)],
-        ["mean over positions", f"{measured.chain():.2f}", *(f"{measured.length(measured.trees[str(n)]):.2f}" for n in sizes)],
+        ["nodes", f"{measured.depth + 1}, a chain", *map(str, sizes)],
+        ["decoding, pass by pass", *(f"{length:.2f}" for length in walked)],
+        ["mean over positions", *(f"{length:.2f}" for length in mean)],
         ["if independent", "", *(f"{measured.independent(nodes)[1]:.2f}" for nodes in sizes)],
-    ]  # fmt: skip
+    ]
     return _table(rows)
 
 

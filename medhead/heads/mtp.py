@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
 from medhead.attention import NAME, TreePass, tree_pass
@@ -40,7 +40,7 @@ def load_mtp(target: Target) -> MtpHeads:
     Raises:
         MedheadError: transformers is too old, the model has no such layers, or its checkpoint does not hold them.
     """
-    model_class: Any = getattr(transformers.modeling_layers, "MtpModel", None)
+    model_class: Any = getattr(modeling_layers, "MtpModel", None)
     if not hasattr(model_class, "forward_layer"):
         raise MedheadError(f"heads {MTP!r} need transformers 5.24 or newer, this is {transformers.__version__}")
     if not getattr(target.config, "num_mtp_layers", None):
@@ -163,13 +163,7 @@ class MtpMemory:
         return self.cache.lengths
 
     def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
-        """Run all layers over the next tokens of every row.
-
-        Args:
-            remember: unused, the layers make what is kept.
-            features: `[batch, count, size]` of the target at the tokens before.
-            token: `[batch, count, size]`, embeddings.
-        """
+        """Run all layers over the next tokens of every row (what they make is kept, not what `remember` would)."""
         hidden, token = features.to(self.heads.dtype), token.to(self.heads.dtype)
         depth = torch.arange(token.shape[1], device=token.device)[None]
         self._said = []
@@ -197,10 +191,6 @@ class MtpMemory:
         """Itself: a proposal writes behind the text and commits nothing."""
         return self
 
-    def nbytes(self) -> int:
-        """Memory of the cache."""
-        return self.cache.nbytes()
-
 
 class Growth:
     """The nodes of one proposal in the order in which they were expanded.
@@ -218,12 +208,10 @@ class Growth:
         self._visible = torch.zeros(batch, 1, 0, dtype=torch.bool, device=self.said.device)  # [batch, 1 + nodes, nodes]
 
     def extend(self, parents: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
-        """Add the nodes of one more depth: their indices `[batch, width]` and what is said at them.
+        """Add nodes of a depth >= 1, by their parents' indices `[batch, width]` and their own embeddings.
 
-        Args:
-            parents: `[batch, width]` indices.
-            token: `[batch, width, size]`, embeddings.
-            depth: the nodes' depth, from 1.
+        Returns:
+            Their indices `[batch, width]`, and what is said at them `[batch, width, size]`.
         """
         heads, (batch, width), before = self.memory.heads, parents.shape, self._token.shape[1]
         self._token = torch.cat([self._token, token], 1)
