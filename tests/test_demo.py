@@ -15,7 +15,7 @@ from medhead.heads.checkpoint import read_config
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 
 MEDUSA = DEMO_HEADS.parent / "heads-medusa"
-ATTENTION = DEMO_HEADS.parent / "heads-attention"
+BLOCK, ATTENTION = (DEMO_HEADS.parent / f"heads-{kind}" for kind in ("block", "attention"))
 OPTIONS = {"max_new_tokens": 64}
 
 
@@ -38,7 +38,7 @@ def batch_of_prompts(tokenizer: PreTrainedTokenizerBase, count: int) -> dict[str
     }
 
 
-@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, ATTENTION])
+@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, BLOCK, ATTENTION])
 @pytest.mark.parametrize("count", [1, 4])
 def test_greedy_text_is_that_of_transformers(
     demo: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, heads: Path, count: int
@@ -50,7 +50,7 @@ def test_greedy_text_is_that_of_transformers(
         assert decoder.statistics.accepted_length > 1.3
 
 
-@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, ATTENTION])
+@pytest.mark.parametrize("heads", [DEMO_HEADS, MEDUSA, BLOCK, ATTENTION])
 def test_seeded_sampling_is_that_of_plain_decoding(
     demo: PreTrainedModel, demo_tokenizer: PreTrainedTokenizerBase, heads: Path
 ) -> None:
@@ -96,6 +96,6 @@ def test_it_is_small_safe_and_documented() -> None:
     assert "# Llama-" in card
     for said in ("Built with Llama", "CDLA-Sharing-1.0", "CC-BY-SA-4.0", "Validation loss", "Five samples"):
         assert said in card
-    for folder, kind in ((DEMO_HEADS, "block"), (MEDUSA, "medusa")):
+    for folder, kind in ((DEMO_HEADS, "recurrent"), (MEDUSA, "medusa")):
         assert read_config(folder).kind == kind
         assert "Built with Llama" in (folder / "README.md").read_text(encoding="utf-8")

@@ -91,14 +91,15 @@ def test_seeded_sampling_is_that_of_plain_decoding(
 
 
 @cache
-def plain(model: PreTrainedModel, batch: int, skip: int, sample: bool) -> Tensor:
-    """Text of `batch` prompts from the given one on: of transformers when greedy, of plain decoding when sampling."""
-    inputs = {name: tensor[skip : skip + batch] for name, tensor in padded(3).items()}
+def plain(model: PreTrainedModel, alone: bool, sample: bool) -> Tensor:
+    """Text of one token or of three prompts: of transformers when greedy, of plain decoding when sampling."""
+    inputs = ONE if alone else padded(3)
     if sample:
         return Decoder(model, "none").generate(**inputs, **MANY_ENDS, do_sample=True, top_k=0, seed=7)
     return model.generate(**inputs, **MANY_ENDS, do_sample=False)
 
 
+ONE = {"input_ids": torch.tensor([[27]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
 MANY_ENDS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [2, 9, 17, 33]}
 
 
@@ -111,20 +112,19 @@ def test_heads_of_every_kind_change_no_token(
     monkeypatch.setattr("medhead.target.PREFILL_CHUNK", 3)
     options = MANY_ENDS | ({"do_sample": True, "top_k": 0, "seed": 7} if sample else {"do_sample": False})
     proposer = build_proposer("heads", target, heads=noise_heads(target, name), tree_size=20)
-    assert torch.equal(Decoder(model, proposer).generate(**padded(3), **options), plain(model, 3, 0, sample))
+    assert torch.equal(Decoder(model, proposer).generate(**padded(3), **options), plain(model, False, sample))
     heads = noise_heads(target, name, depth=3, draft_vocab=20)
-    one = {"input_ids": torch.tensor([PROMPTS[1]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
-    expected = plain(model, 1, 1, sample)[:, 9:]
     for shape in (None, STATIC):
         proposer = build_proposer("heads", target, heads=heads, shape=shape)
-        assert torch.equal(Decoder(model, proposer).generate(**one, **options)[:, 1:], expected)
+        assert torch.equal(Decoder(model, proposer).generate(**ONE, **options), plain(model, True, sample))
 
 
 def test_rows_of_these_texts_end_at_different_times(model: PreTrainedModel) -> None:
     for sample in (False, True):
-        lengths = (plain(model, 3, 0, sample)[:, 9:] != 0).sum(1).tolist()
+        lengths = (plain(model, False, sample)[:, 9:] != 0).sum(1).tolist()
         assert len(set(lengths)) > 1
         assert max(lengths) > 12
+        assert plain(model, True, sample).shape[1] > 12
 
 
 @pytest.mark.parametrize("name", ["attention", "block_recurrent"])

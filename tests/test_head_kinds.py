@@ -27,7 +27,7 @@ from medhead.target import Target
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
 LOOKING = [name for name in HEADS if HEADS[name]["kind"] in ("attention", "block")]
-PROMPTS = [[5, 9, 13, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
+PROMPTS = [[5, 9, 13, 5, 9], [12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 ENDS = [2, 33]
 
 

@@ -266,10 +266,11 @@ def run(args: argparse.Namespace) -> None:
     if not groups:
         raise MedheadError("there is nothing to evaluate: give --heads or --proposers")
     rows: list[dict[str, Any]] = []
-    with tqdm(total=len(prompts) * sum(map(len, groups)), unit="answer", mininterval=1, leave=False) as bar:
+    wait = 0.5 if sys.stderr.isatty() else 10
+    with tqdm(total=len(prompts) * sum(map(len, groups)), unit="answer", mininterval=wait, leave=False) as bar:
         for ways in groups:
             for way in ways:
-                bar.set_postfix_str(f"{way.name[-24:]}, {way.nodes} nodes, T={way.temperature:g}", refresh=False)
+                bar.set_postfix_str(f"{Path(way.name).name}, {way.nodes} nodes, T={way.temperature:g}", refresh=False)
                 for done in way.run(prompts, args.batch, args.new_tokens, args.seed):
                     bar.update(done)
                 rows.append(way.summary(ways[0]))

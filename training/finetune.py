@@ -3,25 +3,28 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import json
-import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
-from medhead.heads.adapter import CONFIG_FILE, save_adapter, wrap
+from medhead.heads.adapter import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter, wrap
 from medhead.load import DTYPES, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.target import Target
 
-from .losses import loss_named
 from .measure import Measured, measure
 from .module import HeadsModule, evaluating
 from .objective import Texts
@@ -44,8 +47,9 @@ Text that the model itself wrote trains much better heads than any other: make s
 Start the same command again to go on where it was stopped. The output folder holds the finished heads (a PEFT adapter),
 a model card, accuracies, trees and a picture, and the folder `run` with checkpoints and logs.
 """
-OPTIONS_FILE, FACTS_FILE = "options.json", "training.json"
-FREE = ("output", "device", "save_steps", "log_steps", "eval_steps", "tensorboard")  # may change when a run goes on
+OPTIONS_FILE, DATA_FILE, ACCURACIES_FILE, FACTS_FILE = "options.json", "data.json", "accuracies.json", "training.json"
+FREE = ("output", "device", "save_steps", "log_steps", "eval_steps", "tensorboard", "lr", "adamw_lr", "lora_lr", "clip")
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -117,6 +121,10 @@ def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads
             raise MedheadError(
                 f"--init-from holds heads of kind {heads.config.kind!r}, the run trains {options.kind!r}"
             )
+        if heads.config.own_output:
+            raise MedheadError(
+                "--init-from holds heads with an output matrix of their own, which cannot be trained here"
+            )
         return heads.float().requires_grad_(True)
     tokens = draft_tokens(options, store, target.vocab_size)
     torch.manual_seed(options.seed)
@@ -130,37 +138,63 @@ def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads
 def claim(options: TrainOptions) -> Path:
     """The run's folder: a new one, or that of the same run. Nothing else is ever written into.
 
+    Options may change as long as there is nothing that was trained with them; those in `FREE` always.
+
     Raises:
         MedheadError: the output folder holds something else, or a run with other options.
     """
-    output = Path(options.output)
-    record = output / "run" / OPTIONS_FILE
+    output, folder = Path(options.output), Path(options.output) / "run"
+    record, new = folder / OPTIONS_FILE, folder / f".{OPTIONS_FILE}"
+    now = json.loads(json.dumps(options.to_dict()))
     if output.exists() and not output.is_dir():
         raise MedheadError(f"--output {options.output!r} is a file; give a folder")
     if record.exists():
-        before = json.loads(record.read_text(encoding="utf-8"))
-        now = json.loads(json.dumps(options.to_dict()))
+        try:
+            before = dict(json.loads(record.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            raise MedheadError(f"{str(record)!r} cannot be read; give another --output") from None
         other = sorted(name for name in now if name not in FREE and before.get(name) != now[name])
-        if other:
+        if other and (last_checkpoint(folder) is not None or (output / FACTS_FILE).exists()):
             name = other[0]
             raise MedheadError(
                 f"--output {options.output!r} holds a run with other options: {name} was {before.get(name)!r}, now "
                 f"{now[name]!r}; give the same options to go on, or another folder"
             )
-    elif output.is_dir() and any(output.iterdir()):
+    elif output.is_dir() and not set(output.rglob("*")) <= {folder, new}:
         raise MedheadError(f"--output {options.output!r} holds something else; give a new or empty folder")
-    record.parent.mkdir(parents=True, exist_ok=True)
-    record.write_text(json.dumps(options.to_dict(), indent=1) + "\n", encoding="utf-8")
-    return record.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        new.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
+        new.replace(record)
+    except OSError as error:
+        raise MedheadError(f"--output {options.output!r} cannot be written: {error.strerror or error}") from None
+    return folder
 
 
-def load_target(options: TrainOptions) -> Any:
+def same_data(folder: Path, stores: list[TokenStore]) -> None:
+    """Refuse to go on with other data than the run began with.
+
+    Raises:
+        MedheadError: the numbers of documents or tokens are not those of the run.
+    """
+    record = folder / DATA_FILE
+    now = [[store.documents, store.tokens, store.assistant_tokens] for store in stores]
+    if record.exists() and last_checkpoint(folder) is not None:
+        before = json.loads(record.read_text(encoding="utf-8"))
+        if before != now:
+            raise MedheadError(
+                f"the data is not what this run began with: documents, tokens and tokens to guess were {before}, now {now}; "
+                "give the same data to go on, or another --output"
+            )
+    record.write_text(json.dumps(now) + "\n", encoding="utf-8")
+
+
+def load_target(options: TrainOptions, device: torch.device) -> Any:
     """The model, in four bits for `qlora`.
 
     Raises:
         MedheadError: it cannot be loaded, or bitsandbytes is missing.
     """
-    device = pick_device(options.device)
     dtype = pick_dtype(options.dtype, device)
     if options.recipe != "qlora":
         return load_model(options.model, device, dtype, options.trust_remote_code)
@@ -172,11 +206,59 @@ def load_target(options: TrainOptions) -> Any:
     from transformers import BitsAndBytesConfig
 
     four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        options.model, quantization_config=four_bits, device_map={"": device}, dtype=dtype, use_safetensors=True,
-        trust_remote_code=options.trust_remote_code,
-    )  # fmt: skip
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=options.gradient_checkpointing)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, quantization_config=four_bits, device_map={"": device}, dtype=dtype, use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MedheadError(f"model {options.model!r} cannot be loaded in 4 bits: {reason}") from None
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def adapted(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
+    """A PEFT model around target and heads, with LoRA if the recipe has it, and its copy of the heads.
+
+    Raises:
+        MedheadError: the target has no such modules, or they are the embedding or output matrix, which heads share.
+    """
+    model = target.model
+    if options.recipe == "heads":
+        return wrap(model, heads)
+    lora = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
+            "target_modules": options.lora_targets or linear_layers(model)}  # fmt: skip
+    try:
+        if options.gradient_checkpointing:
+            new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.24
+            (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
+                {"use_reentrant": False}
+            )
+        wrapped, heads = wrap(model, heads, lora)
+    except ValueError as error:
+        raise MedheadError(f"{target.name} cannot be adapted: {' '.join(str(error).split())[:200]}") from None
+    if model.get_output_embeddings() is not target.output or model.get_input_embeddings() is not target.embedding:
+        raise MedheadError("--lora-targets names the embedding or the output matrix, which heads share; leave it out")
+    return wrapped, heads
+
+
+def split(options: TrainOptions, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
+    """Documents to train on, and those held out, which is none if there is other text to measure with."""
+    wanted = bool(options.held_out) and not options.eval_data and store.documents > 1
+    return store.split(min(256, max(1, round(options.held_out * store.documents))) if wanted else 0, options.seed)
+
+
+def check_anchors(rows: PackedDataset) -> None:
+    """Refuse text that heads cannot learn from.
+
+    Raises:
+        MedheadError: no document goes on beyond the token that the target itself says.
+    """
+    for index in rows.rows_of_epoch(0):
+        row = {name: part[None] for name, part in rows[index].items()}
+        if bool(Texts(row["input_ids"], row["mask"], row["document"]).guessable(2).any()):
+            return
+    raise MedheadError("no document holds a token to guess: it needs an answer token behind at least 2 others")
 
 
 def held_out_texts(store: TokenStore, documents: np.ndarray, length: int, device: torch.device) -> list[Texts]:
@@ -194,66 +276,73 @@ def held_out_texts(store: TokenStore, documents: np.ndarray, length: int, device
             ids[row, :count] = torch.from_numpy(tokens[:count].astype(np.int64))
             mask[row, :count] = torch.from_numpy(answer[:count].copy())
             document[row, :count] = 0
-        batches.append(Texts(ids.to(device), mask.to(device), document.to(device)))
+        texts = Texts(ids.to(device), mask.to(device), document.to(device))
+        if bool(texts.guessable(2).any()):
+            batches.append(texts)
     return batches
 
 
 def run(options: TrainOptions) -> None:
     """The whole run: prepare, train (going on where it was stopped), measure, write the heads."""
-    loss_named(options.loss)
-    folder = claim(options)
-    output = Path(options.output)
-    if (output / CONFIG_FILE).exists() and (output / FACTS_FILE).exists():
-        print(f"finished already: {output}", file=sys.stderr)
-        return
-    tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-    model = load_target(options)
-    target = Target(model)
-    ends = model.generation_config.eos_token_id
-    end_tokens = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    cache = folder / "tokens"
-    store = prepare(options.data, tokenizer, cache, end_tokens=end_tokens)
-    train, held_out = store.split(min(256, max(1, round(options.held_out * store.documents)))
-                                  if options.held_out and store.documents > 1 else 0, options.seed)  # fmt: skip
-    held_store = store
+    output, device = Path(options.output), pick_device(options.device)
+    arguments = training_arguments(options, output / "run", device)
+    if device.index not in (None, arguments.device.index):
+        raise MedheadError(f"choose the GPU with CUDA_VISIBLE_DEVICES={device.index}, and give --device {device.type}")
+    device, main = arguments.device, arguments.process_index == 0  # each process has its own device
+    with arguments.main_process_first(local=False):
+        folder = claim(options)
+        if (output / CONFIG_FILE).exists() and (output / FACTS_FILE).exists():
+            print(f"finished already: {output}", file=sys.stderr)
+            return
+        tokenizer = load_tokenizer(options.model, options.trust_remote_code)
+        model = load_target(options, device)
+        target = Target(model)
+        if options.length > target.context:
+            raise MedheadError(
+                f"--length {options.length} is more than the {target.context} tokens that {target.name} can read"
+            )
+        ends = model.generation_config.eos_token_id
+        end_tokens = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+        data = [options.data, options.eval_data] if options.eval_data else [options.data]
+        stores = [prepare(part, tokenizer, folder / "tokens", end_tokens=end_tokens, progress=main) for part in data]
+        same_data(folder, stores)
+        remove_torn(folder)
+    store, held_store = stores[0], stores[-1]
+    train, held_out = split(options, store)
     if options.eval_data:
-        held_store = prepare(options.eval_data, tokenizer, cache, end_tokens=end_tokens)
         held_out = np.arange(min(256, held_store.documents))
-    heads = new_heads(options, target, store)
-    lora = None
-    if options.recipe != "heads":
-        lora = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
-                "target_modules": options.lora_targets or linear_layers(model)}  # fmt: skip
-        if options.gradient_checkpointing:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    wrapped, heads = wrap(model, heads, lora)
+    rows = PackedDataset(store, train, options.length, options.seed, options.epochs)
+    check_anchors(rows)
+    wrapped, heads = adapted(options, target, new_heads(options, target, store))
     module = HeadsModule(wrapped, target, heads, options)
-    texts = held_out_texts(held_store, held_out, options.length, target.device)
+    texts = held_out_texts(held_store, held_out, options.length, device)
 
     def evaluate_heads() -> dict[str, float]:
+        if not texts:
+            return {}
         with evaluating(module):
             found = measure(heads, target, texts, most_anchors=4096)
         top1 = {f"top1_depth_{d + 1}": row[0] for d, row in enumerate(found.accuracies)}
         return top1 | {"predicted_accepted_length": found.length(found.best_tree(32))}
 
-    rows = PackedDataset(store, train, options.length, options.seed, options.epochs)
-    parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
-    print(
-        f"{store.documents:,} documents, {store.tokens:,} tokens, {store.assistant_tokens:,} of them to guess"
-        f"{_skipped(store)}; {len(held_out)} documents held out; {parameters:,} parameters to train", file=sys.stderr,
-    )  # fmt: skip
-    trainer = HeadsTrainer(module, training_arguments(options, folder, target), options, rows, evaluate_heads)
-    remove_torn(folder)
+    trainer = HeadsTrainer(module, arguments, options, rows, evaluate_heads)
+    if main:
+        parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
+        print(
+            f"{store.documents:,} documents, {store.tokens:,} tokens, {store.assistant_tokens:,} of them to guess"
+            f"{_skipped(store)}; {len(held_out)} documents held out; {parameters:,} parameters to train", file=sys.stderr,
+        )  # fmt: skip
+        if not module.packs:
+            print(
+                f"{target.name} mixes texts that stand in one row: each is read in its own, which is slower",
+                file=sys.stderr,
+            )
+        if options.tensorboard:
+            log_to_tensorboard(trainer, folder / "logs")
     found = last_checkpoint(folder)
     began = time.monotonic()
-    try:
-        trainer.train(resume_from_checkpoint=None if found is None else str(found))
-    except torch.OutOfMemoryError as error:
-        raise MedheadError(
-            f"out of memory: lower --batch-size ({options.batch_size}), --length ({options.length}) or --share "
-            f"({options.share}), raise --accumulation instead ({str(error).splitlines()[0][:80]})"
-        ) from None
-    if not trainer.is_world_process_zero():
+    trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    if not main:
         return
     facts = {
         "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": trainer.state.global_step,
@@ -262,39 +351,74 @@ def run(options: TrainOptions) -> None:
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
     }  # fmt: skip
     with evaluating(module):
-        finish(output, wrapped, heads, measure(heads, target, texts), facts, DTYPES[options.save_dtype])
+        measured = measure(heads, target, texts) if texts else None
+    finish(output, wrapped, heads, measured, facts, DTYPES[options.save_dtype])
+
+
+@contextmanager
+def plain_errors(options: TrainOptions) -> Iterator[None]:
+    """Turns what the machine lacks into one line that says what to do."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MedheadError(
+            f"out of memory: lower --batch-size ({options.batch_size}), --length ({options.length}) or --share "
+            f"({options.share}), raise --accumulation instead ({str(error).splitlines()[0][:80]})"
+        ) from None
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise MedheadError(
+            f"no space is left ({error}): free some and start again; the run goes on where it was"
+        ) from None
 
 
 def finish(
-    output: Path, wrapped: Any, heads: Heads, measured: Measured, facts: dict[str, Any], dtype: torch.dtype
+    output: Path, wrapped: Any, heads: Heads, measured: Measured | None, facts: dict[str, Any], dtype: torch.dtype
 ) -> None:
-    """Write heads, accuracies, trees, model card and picture."""
-    heads.config.accuracies, heads.config.trees = measured.accuracies, measured.trees
-    save_adapter(wrapped, heads, output, dtype)
-    (output / "accuracies.json").write_text(json.dumps(measured.to_dict(), indent=1) + "\n", encoding="utf-8")
-    write_card(output, heads.config, facts, measured)
-    plot_accuracy(output / "accuracy.png", measured)
-    (output / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    top1 = " ".join(f"{row[0]:.2f}" for row in measured.accuracies)
-    length = measured.length(measured.best_tree(32))
-    print(f"top-1 by depth {top1}; {length:.2f} tokens a pass predicted with 32 nodes", file=sys.stderr)
+    """Write heads, accuracies, trees, model card and picture; what is written last says that all is there."""
+    config = heads.config
+    config.accuracies, config.trees = (measured.accuracies, measured.trees) if measured else ([], {})
+    try:
+        save_adapter(wrapped, heads, output, dtype)
+        write_card(output, config, facts, measured)
+        if measured is not None:
+            text = json.dumps(measured.to_dict(), indent=1) + "\n"
+            (output / ACCURACIES_FILE).write_text(text, encoding="utf-8")
+            plot_accuracy(output / "accuracy.png", measured)
+        (output / FACTS_FILE).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    except (OSError, RuntimeError, SafetensorError) as error:
+        for name in (WEIGHTS_FILE, ADAPTER_FILE, CONFIG_FILE, "README.md", ACCURACIES_FILE, "accuracy.png", FACTS_FILE):
+            (output / name).unlink(missing_ok=True)
+        reason = " ".join(str(error).split())[:120]
+        raise MedheadError(
+            f"the heads cannot be written to {str(output)!r} ({reason}); free some space and start again: "
+            "what was trained is kept in its checkpoint"
+        ) from error
+    if measured is not None:
+        top1 = " ".join(f"{row[0]:.2f}" for row in measured.accuracies)
+        length = measured.length(measured.best_tree(32))
+        print(f"top-1 by depth {top1}; {length:.2f} tokens a pass predicted with 32 nodes", file=sys.stderr)
     print(f"heads are in {output}", file=sys.stderr)
 
 
-def training_arguments(options: TrainOptions, folder: Path, target: Target) -> TrainingArguments:
-    """transformers' arguments for these options."""
-    reports = []
-    if options.tensorboard:
-        try:
-            import tensorboard  # noqa: F401
+def log_to_tensorboard(trainer: HeadsTrainer, folder: Path) -> None:
+    """Write the logs for TensorBoard too, if it is installed."""
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        print("no TensorBoard logs: tensorboard is not installed (pip install 'medhead[train]')", file=sys.stderr)
+        return
+    callback = TensorBoardCallback()
+    callback.logging_dir = callback.logging_dir or str(folder)  # TENSORBOARD_LOGGING_DIR, if that is set
+    trainer.add_callback(callback)
 
-            reports = ["tensorboard"]
-            os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(folder / "logs"))
-        except ImportError:
-            print("no TensorBoard logs: tensorboard is not installed (pip install 'medhead[train]')", file=sys.stderr)
-    on_gpu = target.device.type == "cuda"
+
+def training_arguments(options: TrainOptions, folder: Path, device: torch.device) -> TrainingArguments:
+    """transformers' arguments for these options; they know the processes that train together."""
+    on_gpu = device.type == "cuda"
     evaluate = options.eval_steps or options.save_steps
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=1,  # the data set holds all epochs
         max_steps=options.max_steps or -1,
@@ -309,22 +433,27 @@ def training_arguments(options: TrainOptions, folder: Path, target: Target) -> T
         logging_nan_inf_filter=False,
         eval_strategy="steps",
         eval_steps=evaluate,
-        report_to=reports,
+        report_to=[],
         seed=options.seed,
-        use_cpu=not on_gpu,
+        use_cpu=device.type == "cpu",
         bf16=on_gpu and torch.cuda.is_bf16_supported(),
         remove_unused_columns=False,
         ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,  # none changes
+        ddp_timeout=6 * 3600,  # one process tokenizes for all
         disable_tqdm=True,
         log_level="error",
     )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs need as many processes; `DataParallel` cannot do it
+    return arguments
 
 
 def linear_layers(model: Any) -> list[str]:
     """Names of the linear layers inside the decoder layers, for LoRA."""
     names = set()
     for name, module in model.named_modules():
-        if "Linear" in type(module).__name__ and any(part.isdigit() for part in name.split(".")):
+        linear = "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+        if linear and any(part.isdigit() for part in name.split(".")):
             names.add(name.rsplit(".", 1)[-1])
     if not names:
         raise MedheadError("no linear layers were found to adapt; name them with --lora-targets")
@@ -338,7 +467,13 @@ def _skipped(store: TokenStore) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = parser().parse_args(argv)
-    return guarded("medhead.training.finetune", lambda: run(read_options(args)))
+
+    def work() -> None:
+        options = read_options(args)
+        with plain_errors(options):
+            run(options)
+
+    return guarded("medhead.training.finetune", work)
 
 
 if __name__ == "__main__":

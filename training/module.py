@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medhead.heads import Heads
 from medhead.target import Target
@@ -37,6 +38,7 @@ class HeadsModule(nn.Module):
         super().__init__()
         self.model = model
         self._target, self._heads, self.options = [target], [heads], options  # lists: they are part of `model` already
+        self.packs = keeps_texts_apart(target)
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
         index = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
         if heads.draft_tokens is None:
@@ -61,10 +63,15 @@ class HeadsModule(nn.Module):
         return self._heads[0]
 
     def train(self, mode: bool = True) -> HeadsModule:
-        """A frozen target stays in evaluation mode."""
+        """Only the adapter's dropout is ever on: the target is read as it decodes, without dropout of its own."""
         super().train(mode)
-        if self.options.recipe == "heads":
-            self.model.eval()
+        self.model.eval()
+        if mode and self.options.recipe != "heads":
+            for name, part in self.model.named_modules():
+                if "lora_dropout" in name or isinstance(
+                    part, GradientCheckpointingLayer
+                ):  # recomputed only in training
+                    part.training = True
         return self
 
     def forward(
@@ -83,12 +90,14 @@ class HeadsModule(nn.Module):
         generator = torch.Generator().manual_seed(seed)
         adapted = options.recipe != "heads"
         with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
-            hidden, features = self.read(input_ids, position_ids)
+            hidden, features = self.read(texts, position_ids)
         teacher = hidden.detach()
         depth, weights = self._depth(generator)
         anchors, real = choose_anchors(texts, options.share, generator)
-        features = features.to(next(self.heads.parameters()).dtype)
-        levels = unroll(self.heads, texts, features, self.target.embedding, anchors, real, depth)
+        dtype = next(self.heads.parameters()).dtype  # the target's may be another
+        levels = unroll(
+            self.heads, texts, features.to(dtype), lambda ids: self.target.embed(ids).to(dtype), anchors, real, depth
+        )
         loss, hits, tried = self._heads_loss(levels, texts, teacher, weights)
         result = {"heads_loss": loss.detach(), "hits": hits, "tried": tried}
         if adapted and options.preserve:
@@ -98,10 +107,19 @@ class HeadsModule(nn.Module):
         result["loss"] = loss
         return result
 
-    def read(self, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, texts: Texts, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The target's last hidden states and features `[rows, length, ...]`; logits are not computed."""
         with self.target.listening(self.heads.config.taps):
-            return self.target.read_hidden(self.model, input_ids, position_ids)
+            if self.packs:
+                return self.target.read_hidden(self.model, texts.ids, position_ids)
+            places = places_of_documents(texts)
+            inside, order = places >= 0, torch.arange(places.shape[1], device=places.device)
+            found = self.target.read_hidden(
+                self.model, texts.ids.flatten()[places.clamp(min=0)], order.expand(places.shape)
+            )
+            empty = (part.new_zeros(texts.ids.numel(), part.shape[-1]) for part in found)
+            packed = [e.index_put((places[inside],), part[inside]) for e, part in zip(empty, found, strict=True)]
+            return packed[0].view(*texts.ids.shape, -1), packed[1].view(*texts.ids.shape, -1)
 
     def _depth(self, generator: torch.Generator) -> tuple[int, Tensor]:
         """Levels of this step and their weights, which sum to 1 over steps."""
@@ -149,7 +167,7 @@ class HeadsModule(nn.Module):
     def _preservation(self, texts: Texts, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """KL(target without its adapter || with it) per answer token."""
         with torch.no_grad(), self.model.disable_adapter():
-            original, _ = self.read(texts.ids, position_ids)
+            original, _ = self.read(texts, position_ids)
         needed = texts.guessable(1)
         weight, bias = self.target.output.weight.detach(), getattr(self.target.output, "bias", None)
         count = needed.sum().clamp(min=1)
@@ -157,6 +175,31 @@ class HeadsModule(nn.Module):
             "kl", hidden[needed], weight, bias=bias, teacher_hidden=original[needed], teacher_weight=weight,
             teacher_bias=bias, weights=torch.ones_like(hidden[needed][:, 0], dtype=torch.float32) / count,
         )  # fmt: skip
+
+
+def places_of_documents(texts: Texts) -> Tensor:
+    """`[documents, longest]`: where in all rows behind each other every document's tokens are; -1 behind its end."""
+    index = torch.arange(texts.ids.shape[1], device=texts.ids.device)
+    place = (index - texts.begins()).flatten()  # of a token in its document
+    real = texts.document.flatten() >= 0
+    number = ((place == 0) & real).cumsum(0) - 1
+    longest = int(place[real].max()) + 1 if bool(real.any()) else 1
+    found = torch.full((max(1, int(number[-1]) + 1), longest), -1, device=place.device)
+    found[number[real], place[real]] = real.nonzero()[:, 0]
+    return found
+
+
+@torch.no_grad()
+def keeps_texts_apart(target: Target) -> bool:
+    """Whether the target reads a text behind another one as it reads it alone, by their positions (most models do)."""
+    generator = torch.Generator().manual_seed(0)
+    high = min(target.vocab_size, int(target.embedding.num_embeddings))
+    ids = torch.randint(0, high, (1, 12), generator=generator).to(target.device)
+    positions = torch.arange(6, device=target.device).repeat(2)[None]
+    with evaluating(target.model), target.listening():
+        packed, _ = target.read_hidden(target.model, ids, positions)
+        alone, _ = target.read_hidden(target.model, ids[:, 6:], positions[:, 6:])
+    return bool((packed[:, 6:] - alone).abs().max() <= 0.05 * alone.abs().max())
 
 
 @contextmanager

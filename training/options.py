@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from medhead.errors import MedheadError
+from medhead.heads import KINDS
+from medhead.load import DTYPES
+
+from .losses import LOSSES
 
 RECIPES = ("heads", "joint", "qlora")
 
@@ -48,7 +53,7 @@ class TrainOptions:
         HEADS,
         "tokens that the heads may name; 0 for all, -1: as many as cover 99.8 %% of the answers, at most 32768",
     )
-    init_from: str = option("", HEADS, "heads checkpoint to start from (same kind and sizes)")
+    init_from: str = option("", HEADS, "heads checkpoint to start from (same kind; its sizes are kept)")
     eval_data: list[str] = option([], DATA, "held-out text; a share of the data if not given", nargs="+")
     held_out: float = option(0.02, DATA, "share of the documents held out, at most 256")
     length: int = option(1024, DATA, "tokens of a row; several documents are packed into one")
@@ -73,7 +78,8 @@ class TrainOptions:
     clip: float = option(1.0, HOW, "largest norm of the gradient")
     seed: int = option(0, HOW, "of everything random")
     device: str = option("auto", HOW, "cpu, cuda, ... (CUDA if there is one)")
-    dtype: str = option("auto", HOW, "type of the target: float32, bfloat16 or float16 (float32 on a CPU)")
+    dtype: str = option("auto", HOW, "type of the target: float32, bfloat16 or float16 (float32 on a CPU)",
+                        choices=("auto", *DTYPES))  # fmt: skip
     gradient_checkpointing: bool = option(
         False, HOW, "recompute the target's layers in the backward pass (joint, qlora)"
     )
@@ -88,7 +94,7 @@ class TrainOptions:
     save_steps: int = option(200, SAVE, "updates between checkpoints")
     log_steps: int = option(10, SAVE, "updates between log entries")
     eval_steps: int = option(0, SAVE, "updates between evaluations (0: as often as checkpoints)")
-    save_dtype: str = option("bfloat16", SAVE, "type of the stored heads")
+    save_dtype: str = option("bfloat16", SAVE, "type of the stored heads", choices=tuple(DTYPES))
     tensorboard: bool = option(True, SAVE, "write TensorBoard logs if it is installed")
 
     def check(self) -> None:
@@ -100,18 +106,37 @@ class TrainOptions:
         for name in ("model", "data", "output"):
             if not getattr(self, name):
                 raise MedheadError(f"--{name} is missing: give it on the command line or in the --config file")
-        above_zero = ("depth", "length", "batch_size", "accumulation", "epochs", "save_steps", "log_steps", "lora_rank")
+        above_zero = [
+            "depth",
+            "length",
+            "batch_size",
+            "accumulation",
+            "epochs",
+            "save_steps",
+            "log_steps",
+            "lora_rank",
+            "lora_alpha",
+        ]
+        above_zero += [name for name in ("blocks", "inner_size", "correction_size") if getattr(self, name) is not None]
+        rates = [name for name in ("lr", "adamw_lr", "lora_lr", "clip") if getattr(self, name) is not None]
         rules: list[tuple[str, bool, str]] = [(name, getattr(self, name) >= 1, "at least 1") for name in above_zero]
         rules += [(name, 0 <= getattr(self, name) < 1, "from 0 to below 1") for name in
                   ("held_out", "warmup", "lora_warmup", "lora_dropout")]  # fmt: skip
         rules += [(name, 0 < getattr(self, name) <= 1, "above 0 and at most 1") for name in ("decay", "share")]
+        rules += [(name, 0 < getattr(self, name) < math.inf, "above 0") for name in rates]
+        rules += [(name, getattr(self, name) >= 0, "at least 0") for name in ("max_steps", "eval_steps", "preserve")]
         rules += [
-            ("seed", self.seed >= 0, "at least 0"),
-            ("max_steps", self.max_steps >= 0, "at least 0"),
-            ("clip", self.clip > 0, "above 0"),
+            ("seed", 0 <= self.seed < 2**31, "from 0 to below 2**31"),
             ("draft_vocab", self.draft_vocab >= -1, "-1, 0 or a number of tokens"),
-            ("recipe", self.recipe in RECIPES, f"one of {', '.join(RECIPES)}"),
+            ("kind", self.kind in KINDS, f"one of {', '.join(sorted(KINDS))}"),
+            ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
+            ("length", self.length >= self.depth + 2, f"at least {self.depth + 2}, 2 more than --depth"),
         ]
+        for entry in fields(self):
+            if choices := entry.metadata.get("choices"):
+                rules.append(
+                    (entry.name, getattr(self, entry.name) in (None, *choices), f"one of {', '.join(choices)}")
+                )
         for name, good, expected in rules:
             if not good:
                 raise MedheadError(f"--{name.replace('_', '-')} must be {expected}, got {getattr(self, name)!r}")
@@ -176,17 +201,22 @@ def _read_yaml(path: Path) -> dict[str, Any]:
 
 
 def _checked(value: Any, entry: Any, where: str) -> Any:
-    """The value if its type is the option's."""
-    kind = str(entry.type)
-    if value is None and "None" in kind:
-        return value
-    wanted: tuple[type, ...] = (str,)
-    for name, types in (("list", (list,)), ("bool", (bool,)), ("float", (float, int)), ("int", (int,))):
-        if name in kind.split("|")[0]:
-            wanted = types
-            break
-    if wanted == (list,) and isinstance(value, str):
-        return [value]
-    if not isinstance(value, wanted) or (isinstance(value, bool) and bool not in wanted):
-        raise MedheadError(f"{where} must be {kind.replace('| None', '').strip()}, got {value!r}")
-    return value
+    """The value if its type is the option's; one value stands for a list of it."""
+    kind = entry.type.removesuffix(" | None")
+    if value is None and kind != entry.type:
+        return None
+    item, many = (kind[5:-1], True) if kind.startswith("list[") else (kind, False)
+    found = [_typed(one, item) for one in (value if many and isinstance(value, list) else [value])]
+    if None in found:
+        raise MedheadError(f"{where} must be {kind}, got {value!r}")
+    return found if many else found[0]
+
+
+def _typed(value: Any, kind: str) -> Any:
+    """The value as `str`, `int`, `float` or `bool`; None if it is no such thing."""
+    if kind == "float" and isinstance(value, int | str) and not isinstance(value, bool):  # YAML takes 2e-4 for text
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if type(value).__name__ == kind else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -49,12 +51,24 @@ class HeadsTrainer(Trainer):
     ) -> None:
         self.module, self.options, self.evaluate_heads = module, options, evaluate_heads
         self.recent = Recent(module.heads.config.depth)
+        self.bar = Bar()
         super().__init__(model=module, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(Bar(self.recent))
-        self.add_callback(MarkComplete())
+        self.add_callback(self.bar)
+
+    def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
+        """Train to the end; of a run that was there already only the weights are loaded."""
+        try:
+            if resume_from_checkpoint is not None:
+                state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
+                if state.global_step >= state.max_steps:  # transformers would train one step more
+                    self.state = state
+                    return self._load_from_checkpoint(resume_from_checkpoint)
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
+        finally:
+            self.bar.close()
 
     # ---------------------------------------------------------------- one step
 
@@ -66,16 +80,17 @@ class HeadsTrainer(Trainer):
         self._micro = self._micro + 1 if getattr(self, "_at", None) == step else 0
         self._at = step
         place = (step * self.args.gradient_accumulation_steps + self._micro) * self.args.world_size
-        seed = (self.options.seed << 40) + place + self.args.process_index
+        seed = (self.options.seed << 32) + place + self.args.process_index
         found = model(**inputs, seed=seed)
         loss = found["loss"]
         if not bool(torch.isfinite(loss.detach())):
-            raise MedheadError(
-                f"the loss is {float(loss)} at step {step + 1}: lower --lr and --adamw-lr; "
-                f"the last good checkpoint is {_name(last_checkpoint(Path(str(self.args.output_dir))))}"
-            )
+            raise self._diverged(f"the loss is {float(loss.detach())} at step {step + 1}")
         self.recent.add(found)
         return (loss, found) if return_outputs else loss
+
+    def _diverged(self, what: str) -> MedheadError:
+        found = last_checkpoint(Path(str(self.args.output_dir)))
+        return MedheadError(f"{what}: start again with lower --lr and --adamw-lr; the run goes on from {_name(found)}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds what the heads do to transformers' own numbers."""
@@ -134,6 +149,8 @@ class HeadsTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Only what is trained."""
+        if not self.args.should_save:
+            return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
         trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
@@ -151,13 +168,31 @@ class HeadsTrainer(Trainer):
             )
         self.module.load_state_dict(weights, strict=False)  # names were compared above; the frozen target is not stored
 
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Everything but the learning rates, which are those of this start."""
+        assert self.optimizer is not None
+        rates = [group["initial_lr"] for group in self.optimizer.param_groups]
+        super()._load_optimizer_and_scheduler(checkpoint)
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # accelerate wraps it
+        scheduler.base_lrs = rates
+        for group, rate, factor in zip(self.optimizer.param_groups, rates, scheduler.lr_lambdas, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """A full disk is one clear line; the last good checkpoint stays."""
+        """Mark it when all of it is written. A full disk is one clear line; the last good checkpoint stays."""
         folder = Path(str(self.args.output_dir))
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):  # the next loss would have told
+                raise self._diverged(f"{name} is not finite after step {self.state.global_step}")
+        new = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         try:
             super()._save_checkpoint(model, trial)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                (new / COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:
-            shutil.rmtree(folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}", ignore_errors=True)
+            shutil.rmtree(new, ignore_errors=True)
             reason = " ".join(str(error).split())[:120]
             raise MedheadError(
                 f"the checkpoint of step {self.state.global_step} cannot be written to {str(folder)!r} ({reason}); free some "
@@ -171,7 +206,6 @@ class Recent:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._found: list[dict[str, Tensor]] = []
-        self.shown: dict[str, float] = {}
 
     def add(self, found: dict[str, Tensor]) -> None:
         """One batch."""
@@ -188,19 +222,19 @@ class Recent:
         for name in ("heads_loss", "preservation"):
             if name in self._found[0]:
                 numbers[name] = float(torch.stack([f[name] for f in self._found]).mean())
-        self._found, self.shown = [], numbers
+        self._found = []
         return numbers
 
 
 class Bar(TrainerCallback):
     """A progress bar with loss, accuracy by depth and the accepted length that a chain of first guesses would reach."""
 
-    def __init__(self, recent: Recent) -> None:
-        self.recent = recent
+    def __init__(self) -> None:
         self.bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
+        state.compute_steps(args, state.max_steps)  # a resumed state has the intervals of its checkpoint
         if state.is_world_process_zero:
             self.bar = tqdm(
                 total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=1
@@ -224,23 +258,15 @@ class Bar(TrainerCallback):
         elif "eval_predicted_accepted_length" in logs:
             self.bar.write(
                 f"step {state.global_step}: held-out text: top-1 {logs['eval_top1_depth_1']:.3f}, "
-                f"{logs['eval_predicted_accepted_length']:.2f} tokens a pass predicted with 32 nodes"
+                f"{logs['eval_predicted_accepted_length']:.2f} tokens a pass predicted with 32 nodes",
+                file=sys.stderr,
             )
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Close the bar."""
+    def close(self) -> None:
+        """Leave the line."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
-
-
-class MarkComplete(TrainerCallback):
-    """Marks a checkpoint when all of it is written: what a kill left half-done is not marked."""
-
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """The checkpoint of this step is complete."""
-        if state.is_world_process_zero:
-            (Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}" / COMPLETE).touch()
 
 
 def last_checkpoint(folder: Path) -> Path | None:

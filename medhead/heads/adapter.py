@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
@@ -116,7 +117,7 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     Raises:
         MedheadError: the checkpoint is missing, damaged, or made for another model.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict
 
     from medhead.heads.checkpoint import check_fit, read_config
     from medhead.target import Target
@@ -128,7 +129,15 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
         wrapped = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
         detach(model)
+        if isinstance(error, KeyError):  # PEFT looks for a tensor of the heads
+            raise MedheadError(f"{Path(folder) / WEIGHTS_FILE} is incomplete: {error.args[0]} is missing") from None
         reason = " ".join(str(error).split())[:160]
         raise MedheadError(f"the adapter in {str(folder)!r} cannot be loaded: {reason}") from None
+    with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:  # PEFT leaves random what is not there
+        missing = sorted(get_peft_model_state_dict(wrapped).keys() - file.keys())
+    if missing:
+        raise MedheadError(
+            f"{Path(folder) / WEIGHTS_FILE} is incomplete: {missing[0]} is missing ({len(missing)} tensors)"
+        )
     heads_of(wrapped).to(device=model.device, dtype=model.dtype)
     return wrapped.eval()

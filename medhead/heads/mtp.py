@@ -92,7 +92,7 @@ class MtpHeads(Heads):
 
     def new_memory(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MtpMemory:
         """The layers' cache."""
-        return MtpMemory(self, batch, dtype, device, capacity)
+        return MtpMemory(self, batch, device, capacity)
 
     def start(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> Draft:
         """Nothing to compute: every layer has already run over the root."""
@@ -119,10 +119,9 @@ class MtpHeads(Heads):
             depth: `[1, nodes]`, columns between the node and the last committed one.
             visible: `[batch, nodes, nodes]`, node i sees node j; None for a chain.
         """
-        longest, ragged = max(cache.lengths), min(cache.lengths) < max(cache.lengths)
-        lengths = torch.tensor(cache.lengths, device=token.device) if ragged else None
+        longest, nodes = max(cache.lengths), token.shape[1]
+        lengths = None if min(cache.lengths) == longest else torch.tensor(cache.lengths, device=token.device)
         start = longest if lengths is None else lengths[:, None]
-        nodes = token.shape[1]
         cache.begin(nodes)
         with tree_pass(LayerPass(lengths, longest, depth, visible, nodes, hides=layer)):
             positions = (depth + start + 1).expand(token.shape[:2])
@@ -134,12 +133,11 @@ class MtpHeads(Heads):
         cache: Any = DynamicCache()
         nothing = torch.zeros(1, 2, self.config.hidden_size, dtype=self.dtype, device=device)
         positions = torch.arange(1, 3, device=device)[None]
-        found: dict[int, tuple[Slot, Slot]] = {}
+        found: dict[int, Any] = {}
         for layer in range(self.layers):
             self._mtp[0].forward_layer(layer, nothing, positions, cache, inputs_embeds=nothing)
-            kept = cache.layers[layer]
-            key, value = (Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in (kept.keys, kept.values))
-            found[layer] = (key, value)
+            kept = cache.layers[layer].keys, cache.layers[layer].values
+            found[layer] = tuple(Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in kept)
         return CacheLayout(found)
 
 
@@ -151,7 +149,7 @@ class MtpMemory:
         last: for every layer `[batch, size]`, what it said at the last token.
     """
 
-    def __init__(self, heads: MtpHeads, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> None:
+    def __init__(self, heads: MtpHeads, batch: int, device: torch.device, capacity: int) -> None:
         self.heads = heads
         self.cache = TreeCache(heads.layout, batch, capacity)
         self.last = [torch.zeros(batch, heads.config.hidden_size, dtype=heads.dtype, device=device)] * heads.layers

@@ -25,9 +25,9 @@ Kill it at any time and start it again: every stage goes on from its last checkp
 The defaults are the recipe of the shipped model (some five hours on 2 CPU cores).
 """
 KINDS: dict[str, list[str]] = {  # name of the heads: how they are trained; the first is the default of the demo model
-    "block": ["--kind", "block", "--inner-size", "512", "--correction-size", "384", "--epochs", "3"],
-    "attention": ["--kind", "attention", "--inner-size", "704", "--epochs", "2", "--lr", "0.03"],
     "recurrent": ["--kind", "recurrent", "--inner-size", "512", "--epochs", "2"],
+    "block": ["--kind", "block", "--inner-size", "512", "--correction-size", "384", "--epochs", "3"],
+    "attention": ["--kind", "attention", "--inner-size", "704", "--epochs", "2"],
     "sequential": ["--kind", "sequential", "--inner-size", "512", "--epochs", "2"],
     "medusa-parent": ["--kind", "medusa", "--inner-size", "256", "--epochs", "2"],
     "medusa": ["--kind", "medusa", "--correction", "none", "--epochs", "1"],
@@ -50,8 +50,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--answers", type=int, default=8832, help="answers to train heads on (default: 8832)")
     options.add_argument("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
     options.add_argument("--heads-steps", type=int, default=0, help="end the training of heads early (default: 0, no)")
-    options.add_argument("--tree", type=int, nargs=2, default=[32, 8], metavar=("NODES", "DEPTH"),
-                         help="default tree stored with the heads (default: 32 8)")  # fmt: skip
+    options.add_argument("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
+                         help="default tree stored with the heads (default: 16 6)")  # fmt: skip
     options.add_argument("--hidden", type=int, default=256, help="hidden size of the target (default: 256)")
     options.add_argument("--layers", type=int, default=6, help="layers of the target (default: 6)")
     options.add_argument("--vocab-size", type=int, default=4096, help="vocabulary of the target (default: 4096)")
