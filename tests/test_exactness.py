@@ -100,7 +100,7 @@ def plain(model: PreTrainedModel, alone: bool, sample: bool) -> Tensor:
 
 
 ONE = {"input_ids": torch.tensor([[27]]), "attention_mask": torch.ones(1, 1, dtype=torch.long)}
-MANY_ENDS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [2, 9, 17, 33]}
+MANY_ENDS: dict[str, Any] = {"max_new_tokens": 40, "eos_token_id": [2, 33]}
 
 
 @pytest.mark.parametrize("sample", [False, True])
