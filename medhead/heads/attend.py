@@ -73,7 +73,7 @@ class _Attention(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         """dS = P * (dP - sum(dO * O))."""
         q, keys, values, own_keys, own_values, found, *weights = ctx.saved_tensors
         common = (grad * found).sum(-1, keepdim=True).float()

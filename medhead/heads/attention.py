@@ -43,7 +43,7 @@ class JointAttention(nn.Module):
         repeat = self.q_proj.weight.shape[0] // (dim * key_heads)
         self.q_proj.weight[:, :size] = same.repeat_interleave(repeat, 0).flatten(0, 1)
 
-    def half(self, x: Tensor, second: bool) -> Tensor:
+    def of_half(self, x: Tensor, second: bool) -> Tensor:
         """Queries, keys and values of one half of the input, `[..., (heads + 2 * key_heads) * dim]`."""
         size = x.shape[-1]
         columns = slice(size, None) if second else slice(0, size)
@@ -104,7 +104,7 @@ class AttentionHeads(Heads):
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """The token's part of queries, keys and values."""
-        return self.midlayer.self_attn.half(self.midlayer.input_layernorm(embedding), second=False)
+        return self.midlayer.self_attn.of_half(self.midlayer.input_layernorm(embedding), second=False)
 
     def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Keys and values of a committed token: of its feature and of the token behind it."""
@@ -139,7 +139,7 @@ class AttentionHeads(Heads):
 
     def _project(self, normed: Tensor, token: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[..., heads, dim]`, from the normed feature and what `encode` made of the token."""
-        joint = token + self.midlayer.self_attn.half(normed, second=True)
+        joint = token + self.midlayer.self_attn.of_half(normed, second=True)
         heads = joint.unflatten(-1, (-1, self.dim))
         query, key, value = heads.split([self.heads, self.key_heads, self.key_heads], -2)
         return query, key, value

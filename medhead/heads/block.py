@@ -9,6 +9,8 @@ depth, and one small product a depth.
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor, nn
 
@@ -102,6 +104,7 @@ class BlockHeads(Heads):
     def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Keys and values of the fused feature in every layer; the token behind it does not matter."""
         context, parts = self.hidden_norm(self.fc(features)), []
+        layer: Any
         for layer in self.layers:
             key, value = layer.self_attn.keys_values(context)
             parts += [self.rotary(key, positions, longest).flatten(-2), value.flatten(-2)]
@@ -138,8 +141,9 @@ class BlockHeads(Heads):
         x = torch.cat([root[:, :, None], masks.to(root.dtype).expand(batch, anchors, -1, -1)], 2)
         positions = memory.end[..., None] + torch.arange(count, device=root.device)
         longest, seen = memory.rows.shape[1] + count, memory.visible()
-        later = self._later[:count, :count] if self.config.causal else None
+        later = cast(Tensor, self._later)[:count, :count] if self.config.causal else None
         of_layers = split_rows(memory.rows, len(self.layers), self.key_heads, self.dim)
+        layer: Any
         for layer, keys_values in zip(self.layers, of_layers, strict=True):
             normed = layer.input_layernorm(x)
             key, value = layer.self_attn.keys_values(normed)
