@@ -323,7 +323,7 @@ def run(options: TrainOptions) -> None:
         with evaluating(module):
             found = measure(heads, target, texts, most_anchors=4096)
         top1 = {f"top1_depth_{d + 1}": row[0] for d, row in enumerate(found.accuracies)}
-        return top1 | {"predicted_accepted_length": found.length(found.best_tree(32))}
+        return top1 | {"predicted_accepted_length": found.walked["32"]}
 
     trainer = HeadsTrainer(module, arguments, options, rows, evaluate_heads)
     if main:
@@ -397,7 +397,7 @@ def finish(
         ) from error
     if measured is not None:
         top1 = " ".join(f"{row[0]:.2f}" for row in measured.accuracies)
-        length = measured.length(measured.best_tree(32))
+        length = measured.walked["32"]
         print(f"top-1 by depth {top1}; {length:.2f} tokens a pass predicted with 32 nodes", file=sys.stderr)
     print(f"heads are in {output}", file=sys.stderr)
 
