@@ -365,34 +365,41 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
 # ---------------------------------------------------------------- proposing
 
 
-class OneByOne:
-    """Children of every node by a run of the heads over its path alone; a node's state is the path above it."""
+def children_of(
+    readout: Readout, given: DecodeState, memory: Memory | None, row: int, path: list[int]
+) -> dict[int, float]:
+    """The four likeliest children of a node and their log-probabilities, from a run of the heads over its path alone."""
+    heads = readout.heads
+    codes = [readout.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
+    draft = heads.start(given.features[row : row + 1, None], codes[0], memory)
+    state = draft.state
+    for depth, code in enumerate(codes):
+        state, feature = heads.advance(state, code, depth, draft.shared)
+    logits = readout.logits(feature, len(path) - 1)[0, 0]
+    names = torch.arange(len(logits)) if readout.tokens is None else readout.tokens
+    if given.noise is not None:
+        logits = logits / given.temperature + given.noise[row, len(path) - 1, names]
+    top = logits.log_softmax(-1).topk(4)
+    return dict(zip(names[top.indices].tolist(), top.values.tolist(), strict=True))
 
-    def __init__(self, readout: Readout, state: DecodeState, memories: list[Memory | None], branching: int) -> None:
-        self.readout, self.given, self.memories, self.branching = readout, state, memories, branching
 
-    def start(self) -> Tensor:
-        return torch.zeros(len(self.memories), 1, 0, dtype=torch.long)
-
-    def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        paths = torch.cat([state, tokens[..., None]], -1)
-        found = [[self._children(row, path.tolist()) for path in row_paths] for row, row_paths in enumerate(paths)]
-        logp, children = (torch.stack([torch.stack([node[i] for node in row]) for row in found]) for i in range(2))
-        return paths, logp, children
-
-    def _children(self, row: int, path: list[int]) -> tuple[Tensor, Tensor]:
-        readout, heads, given = self.readout, self.readout.heads, self.given
-        codes = [readout.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
-        draft = heads.start(given.features[row : row + 1, None], codes[0], self.memories[row])
-        state = draft.state
-        for depth, code in enumerate(codes):
-            state, feature = heads.advance(state, code, depth, draft.shared)
-        logits = readout.logits(feature, len(path) - 1)[0, 0]
-        names = torch.arange(len(logits)) if readout.tokens is None else readout.tokens
-        if given.noise is not None:
-            logits = logits / given.temperature + given.noise[row, len(path) - 1, names]
-        top = logits.log_softmax(-1).topk(self.branching)
-        return top.values, names[top.indices]
+def best_paths(
+    readout: Readout, given: DecodeState, memory: Memory | None, row: int, nodes: int, width: int
+) -> set[tuple[int, ...]]:
+    """The nodes of a tree of depth 4 that goes on from the `width` likeliest nodes of every depth."""
+    root = int(given.roots[row])
+    scores: dict[tuple[int, ...], float] = {(): 0.0}
+    frontier: list[tuple[int, ...]] = [()]
+    for _ in range(4):
+        found = {
+            (*path, token): scores[path] + logp
+            for path in frontier
+            for token, logp in children_of(readout, given, memory, row, [root, *path]).items()
+        }
+        scores |= found
+        frontier = sorted(found, key=lambda path: -found[path])[:width]
+    del scores[()]
+    return set(sorted(scores, key=lambda path: 1e-4 * len(path) - scores[path])[: nodes - 1])
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -413,13 +420,12 @@ def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) ->
     roots = ids[torch.arange(3), torch.tensor(lengths)]
     for noise in (None, torch.randn(3, 4, 64, generator=generator)):
         state = DecodeState(target, [[0]] * 3, roots, last, noise, 0.7)
-        expander = HeadsExpander(readout, state, memory, 4, 4, noise)
-        found = grow_tree(roots, expander, 24, 4, 3)
-        expected = grow_tree(roots, OneByOne(readout, state, memories, 4), 24, 4, 3)
-        assert torch.equal(found.tokens, expected.tokens)
-        assert torch.equal(found.parents, expected.parents)
-        assert int(found.depth.max()) > 1
-        assert {token for row in found.tokens[:, 1:].tolist() for token in row} <= set(
+        tree = grow_tree(roots, HeadsExpander(readout, state, memory, 4, 4, noise), 24, 4, 3)
+        for row in range(3):
+            grown = {tuple(path[: length + 1]) for path in tree.paths(row) for length in range(len(path))}
+            assert grown == best_paths(readout, state, memories[row], row, 24, 3)
+        assert int(tree.depth.max()) > 1
+        assert {token for row in tree.tokens[:, 1:].tolist() for token in row} <= set(
             range(64) if readout.tokens is None else readout.tokens.tolist()
         )
 
