@@ -24,6 +24,7 @@ from conftest import noise_heads, tiny_llama
 from medhead.training import finetune, store, trainer
 from medhead.training.module import HeadsModule
 from medhead.training.optim import MuonAdamW
+from medhead.training.options import read_options
 from medhead.training.report import UNCHANGED
 from medhead.training.trainer import COMPLETE, HeadsTrainer, last_checkpoint
 from peft import PeftModel
@@ -377,6 +378,8 @@ def test_sigkill(
 ) -> None:  # fmt: skip
     """Once right after a checkpoint appeared, once at any moment; and a checkpoint that is half there besides."""
     recipe, expected = straight
+    if recipe is not JOINT:
+        pytest.skip("one recipe is enough")
     output = tmp_path / "killed"
     arguments = command(folders, data, output, *recipe)
     slow = f"import sys, time; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_finetune as t\n"
@@ -626,20 +629,23 @@ def test_a_target_in_four_bits(
         layer(torch.randn(2, 64))
     except Exception as error:
         pytest.skip(f"bitsandbytes cannot compute in 4 bits here: {error}")
-    more = [
-        "--recipe",
-        "qlora",
-        "--kind",
-        "recurrent",
-        "--lora-rank",
-        "4",
-        "--max-steps",
-        "3",
-        "--gradient-checkpointing",
-    ]
+    more = ["--recipe", "qlora", "--kind", "recurrent", "--lora-rank", "4", "--max-steps", "3", "--lora-lr", "0.02"]
+    more += ["--gradient-checkpointing"]
     code, err = run(command(folders, data, tmp_path / "heads", *more), capsys)
     assert code == 0, err
     assert names_in(tmp_path / "heads") == FILES | MEASURED | {"run"}
+    options = read_options(finetune.parser().parse_args(command(folders, data, tmp_path / "heads", *more)))
+    plain, model = (finetune.load_target(options, torch.device("cpu")) for _ in range(2))
+    assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
+    prompt = torch.tensor([[5, 17, 40, 9]])
+    logits = plain(prompt).logits
+    adapted = load_adapted(model, tmp_path / "heads")
+    assert not torch.equal(adapted(prompt).logits, logits)
+    with adapted.disable_adapter():
+        assert torch.equal(adapted(prompt).logits, logits)
+    expected = adapted.generate(input_ids=prompt, max_new_tokens=20, do_sample=False)
+    with Decoder(adapted, heads=heads_of(adapted)) as decoder:
+        assert torch.equal(decoder.generate(prompt, max_new_tokens=20, do_sample=False), expected)
 
 
 # ---------------------------------------------------------------- several processes

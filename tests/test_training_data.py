@@ -394,6 +394,16 @@ def test_special_tokens_that_eat_the_white_space_after_them() -> None:
     assert answers(encoded.ids, encoded.mask, tokenizer) == ["The fox<|end|>", "world <|end|>"]
 
 
+def test_white_space_at_the_end_of_an_answer_that_nothing_ends() -> None:
+    """Offsets without white space give such a token no width; it is the assistant's all the same."""
+    template = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}<|sep|>{% endfor %}"
+    tokenizer = make_tokenizer(template, ["<|sep|>"], trim=True)
+    encoded = Encoder(tokenizer).encode(
+        Record("x", messages=messages([("assistant", "The fox \n"), ("assistant", " ")]))
+    )
+    assert answers(encoded.ids, encoded.mask, tokenizer) == ["The fox \n", " "]
+
+
 def test_a_tokenizer_without_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
     template, special, roles = TEMPLATES["llama 3"]
     tokenizer = make_tokenizer(template, special, **roles)

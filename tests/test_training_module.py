@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -142,6 +143,47 @@ def test_every_loss_trains(loss: str, draft: bool) -> None:
     assert (found["hits"] <= found["tried"]).all()
 
 
+@pytest.mark.parametrize("draft", [False, True])
+@pytest.mark.parametrize("loss", ["hard", "kl", "soft"])
+def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
+    """At every depth the mean over the anchors whose path gets there, and whose token has a name; depths by weight."""
+    module = module_for(tiny_llama(), loss=loss, share=1.0, decay=0.5)
+    tokens = torch.arange(5, 64, 3) if draft else torch.arange(64)
+    if draft:
+        module.heads.draft_tokens = tokens
+        module = HeadsModule(module.model, module.target, module.heads, module.options).train()
+    batch = texts([[9, 15], [3, 13]], 64, asked=2)
+    ids, matrix = batch["input_ids"], module.output
+    packed = Texts(ids, batch["mask"], batch["document"])
+    hidden, features = module.read(packed, batch["position_ids"])
+    sums, counts = torch.zeros(3), torch.zeros(3)
+    for row, anchor in itertools.product(range(2), range(LENGTH)):
+        document, asked = batch["document"][row], batch["mask"][row]
+        root = _encoded(module, ids[row, anchor + 1 : anchor + 2], 0)
+        begun = module.heads.start(features[row, anchor][None, None], root, None)
+        state = begun.state
+        for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to guess
+            if not asked[at] or document[at] != document[anchor]:
+                break
+            state, said = module.heads.advance(
+                state, _encoded(module, ids[row, at - 1 : at], depth), depth, begun.shared
+            )
+            q = (matrix @ said[0, 0]).log_softmax(-1)
+            p = (matrix @ hidden[row, at - 1]).softmax(-1)
+            if int(ids[row, at]) in tokens:
+                label = tokens.tolist().index(int(ids[row, at]))
+                values = {"hard": -q[label], "kl": (p * (p.log() - q)).sum(), "soft": -(p * q).sum()}
+                sums[depth] += values[loss].detach()
+                counts[depth] += 1
+    assert counts.min() > 3
+    expected = (sums / counts * torch.tensor([1, 0.5, 0.25]) / 1.75).sum()
+    assert float(module(**batch, seed=1)["loss"].detach()) == pytest.approx(float(expected), rel=1e-4)
+
+
+def _encoded(module: HeadsModule, ids: Tensor, depth: int) -> Tensor:
+    return module.heads.encode(module.target.embed(ids)[None], depth)
+
+
 @pytest.mark.parametrize("kind", sorted(KINDS))
 def test_every_kind_gets_gradients_in_every_part(kind: str) -> None:
     module = module_for(tiny_llama(), kind=kind)
@@ -279,7 +321,7 @@ def test_preservation_pulls_the_adapter_back() -> None:
     p, q = original.log_softmax(-1), logits.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)[:, :-1]
     said = batch["mask"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
-    expected = float(divergence[said].mean())
+    expected = float(divergence[said].mean().detach())
     assert float(module(**batch, seed=1)["preservation"]) == pytest.approx(expected, rel=1e-4)
 
 

@@ -292,7 +292,8 @@ def run(options: TrainOptions) -> None:
     with arguments.main_process_first(local=False):
         folder = claim(options)
         if (output / CONFIG_FILE).exists() and (output / FACTS_FILE).exists():
-            print(f"finished already: {output}", file=sys.stderr)
+            if main:
+                print(f"finished already: {output}", file=sys.stderr)
             return
         tokenizer = load_tokenizer(options.model, options.trust_remote_code)
         model = load_target(options, device)

@@ -33,6 +33,7 @@ class HeadsModule(nn.Module):
 
     output: Tensor
     bias: Tensor | None
+    draft_index: Tensor
 
     def __init__(self, model: Any, target: Target, heads: Heads, options: TrainOptions) -> None:
         super().__init__()
@@ -68,9 +69,8 @@ class HeadsModule(nn.Module):
         self.model.eval()
         if mode and self.options.recipe != "heads":
             for name, part in self.model.named_modules():
-                if "lora_dropout" in name or isinstance(
-                    part, GradientCheckpointingLayer
-                ):  # recomputed only in training
+                # layers are recomputed in training mode only
+                if "lora_dropout" in name or isinstance(part, GradientCheckpointingLayer):
                     part.training = True
         return self
 

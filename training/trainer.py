@@ -41,6 +41,11 @@ class HeadsTrainer(Trainer):
         evaluate_heads: measures the heads on held-out text; returns numbers to log.
     """
 
+    optimizer: Any
+    lr_scheduler: Any
+    control: TrainerControl
+    _micro: int  # batch of an accumulated step
+
     def __init__(
         self,
         module: HeadsModule,
@@ -145,7 +150,7 @@ class HeadsTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
         """In order: the data set is shuffled already."""
-        return SequentialSampler(self.train_dataset)  # type: ignore[arg-type]
+        return SequentialSampler(self.train_dataset)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Only what is trained."""
@@ -215,8 +220,8 @@ class Recent:
         """Numbers since the last call."""
         if not self._found:
             return {}
-        hits, tried = (sum(f[name] for f in self._found) for name in ("hits", "tried"))  # type: ignore[misc]
-        top1 = [float(h / t) if t else 0.0 for h, t in zip(hits, tried, strict=True)]  # type: ignore[call-overload]
+        hits, tried = (torch.stack([f[name] for f in self._found]).sum(0).tolist() for name in ("hits", "tried"))
+        top1 = [h / t if t else 0.0 for h, t in zip(hits, tried, strict=True)]
         numbers = {f"top1/depth_{d + 1}": value for d, value in enumerate(top1)}
         numbers["predicted_accepted_length"] = 1 + sum(math.prod(top1[: d + 1]) for d in range(self.depth))
         for name in ("heads_loss", "preservation"):

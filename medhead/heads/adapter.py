@@ -8,6 +8,9 @@ adapted model's.
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -50,8 +53,17 @@ def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = No
 
     attach(target, heads)
     fields = lora or {"target_modules": DUMMY_TARGET_MODULES}
-    wrapped = get_peft_model(target, LoraConfig(modules_to_save=[SUBMODULE], **fields))
+    with _quiet():
+        wrapped = get_peft_model(target, LoraConfig(modules_to_save=[SUBMODULE], **fields))
     return wrapped, heads_of(wrapped)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """PEFT uses a name that transformers 5.24 is about to drop; users can do nothing about it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
+        yield
 
 
 def unwrap(target: PreTrainedModel, wrapped: Any, trainable: dict[str, bool]) -> None:
@@ -126,7 +138,8 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     check_fit(config, Target(model, probe=False), folder)
     attach(model, build_heads(config))
     try:
-        wrapped = PeftModel.from_pretrained(model, str(folder))
+        with _quiet():
+            wrapped = PeftModel.from_pretrained(model, str(folder))
     except Exception as error:
         detach(model)
         if isinstance(error, KeyError):  # PEFT looks for a tensor of the heads
