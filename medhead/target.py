@@ -167,11 +167,6 @@ class Target:
         """Input embeddings of token ids, `[*tokens.shape, hidden]`."""
         return self.embedding(tokens)
 
-    def read(self, input_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """An ordinary pass over texts `[batch, tokens]` without a cache, for training: logits and features."""
-        logits = self.model(input_ids, use_cache=False).logits
-        return logits, self._features()
-
     def read_hidden(self, model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """Last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from medhead.training.demo.tokenizer import train_tokenizer
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
@@ -83,6 +84,11 @@ def noise_heads(
     if config.mask_token >= 0 and config.kind == "block":
         heads.set_mask(target.embedding.weight.detach()[config.mask_token])
     return heads.eval()
+
+
+def read(target: Target, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Last hidden states and features of whole texts `[rows, length]`; inside `target.active(...)`."""
+    return target.read_hidden(target.model, ids, torch.arange(ids.shape[1]).expand_as(ids))
 
 
 @pytest.fixture(scope="session")

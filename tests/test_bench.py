@@ -111,6 +111,8 @@ def test_prompts_of_every_form(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
     assert len(read_prompts(path, 2)) == 2
     assert len({tuple(ids) for ids in encode_prompts(tokenizer, chats, 100)}) == 1
     assert [len(ids) for ids in encode_prompts(tokenizer, chats[:1], 2)] == [2]
+    path.write_text('{"prompt": "one\u2028line\u0085only"}\n', encoding="utf-8")
+    assert read_prompts(path, 1) == [[{"role": "user", "content": "one\u2028line\u0085only"}]]
     for wrong in ("[1]", "{}", "{not json", '{"messages": []}'):
         path.write_text(wrong)
         with pytest.raises(MedheadError, match="line 1"):

@@ -26,6 +26,7 @@ from medhead.training.module import HeadsModule
 from medhead.training.optim import MuonAdamW
 from medhead.training.options import read_options
 from medhead.training.report import UNCHANGED
+from medhead.training.run_folder import OPTIONS_FILE
 from medhead.training.trainer import COMPLETE, HeadsTrainer, last_checkpoint
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -343,11 +344,11 @@ def test_a_finished_run_does_nothing(
     folders: dict[str, Path], data: Path, straight: tuple[list[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     recipe, output = straight
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != finetune.OPTIONS_FILE}
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
     with calls_of(finetune, "load_model", raising(AssertionError(), 1)):
         code, err = run(command(folders, data, output, *recipe), capsys)
     assert (code, err) == (0, f"finished already: {output}\n")
-    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != finetune.OPTIONS_FILE}
+    after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
     assert {**after, output / "run": 0} == {**before, output / "run": 0}
 
 
@@ -716,7 +717,7 @@ def test_a_run_that_was_killed_at_its_very_beginning(
         line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--taps", "7"), capsys)
         assert "taps name layers of the target from 0 to 1" in line
         assert run(command(folders, data, tmp_path / killed_in, *HEADS, "--max-steps", "1"), capsys)[0] == 0
-    (tmp_path / "replace" / "run" / finetune.OPTIONS_FILE).write_text("{")
+    (tmp_path / "replace" / "run" / OPTIONS_FILE).write_text("{")
     line = refusal(command(folders, data, tmp_path / "replace", *HEADS), capsys)
     assert "options.json' cannot be read; give another --output" in line
 

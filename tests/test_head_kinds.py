@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import HEADS, noise_heads
+from conftest import HEADS, noise_heads, read
 from families import ACCEPTED, tiny
 from medhead.training.objective import Texts, choose_anchors, unroll
 from scripted import OracleProposer
@@ -83,7 +83,7 @@ def said_in_training(heads: Heads, target: Target, texts: Texts) -> dict[tuple[i
     found, readout = {}, Readout(heads, target, torch.float32)
     names = torch.arange(target.vocab_size) if readout.tokens is None else readout.tokens
     with torch.no_grad(), target.active(heads.config.taps):
-        _, features = target.read(texts.ids)
+        _, features = read(target, texts.ids)
         anchors, real = choose_anchors(texts, 1.0)
         for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
             logp = readout.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]

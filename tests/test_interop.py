@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import noise_heads, tiny_llama
+from conftest import noise_heads, read, tiny_llama
 from medhead.training.export import main as export_main
 from medhead.training.export import write as write_checkpoint
 from medhead.training.objective import Texts, unroll
@@ -465,7 +465,7 @@ def along(heads: Heads, target: Target, text: list[int]) -> list[tuple[int, int,
     """Anchor, depth and logits over the vocabulary, as training runs heads along a text (packed behind another one)."""
     other = [9, 4, 31]
     with torch.no_grad(), target.active(heads.config.taps):
-        features = torch.cat([target.read(torch.tensor([ids]))[1] for ids in (other, text)], 1)
+        features = torch.cat([read(target, torch.tensor([ids]))[1] for ids in (other, text)], 1)
     ids = torch.tensor([other + text])
     document = torch.tensor([[0] * len(other) + [1] * len(text)])
     anchors = torch.arange(len(other), len(other) + len(text) - 2)[None]

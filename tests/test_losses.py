@@ -443,29 +443,6 @@ def depth_list(depth: int, decay: float) -> list[float]:
     return weights.tolist()
 
 
-@given(st.integers(0, 10_000), st.integers(1, 8), st.integers(0, 5), st.floats(0, 1))
-def test_survival_weights_are_sums_of_products(seed: int, depth: int, n: int, smoothing: float) -> None:
-    torch.manual_seed(seed)
-    entropies = torch.rand(depth, n, dtype=torch.float64) * 4
-    raw = losses.survival_weights(entropies.requires_grad_(), smoothing, normalize=False)
-    assert raw.shape == (depth, n)
-    assert not raw.requires_grad
-    for i in range(n):
-        q = [smoothing + (1 - smoothing) * math.exp(-x) for x in entropies[:, i].tolist()]
-        expected = [sum(math.prod(q[: m + 1]) for m in range(j, depth)) for j in range(depth)]
-        assert raw[:, i].tolist() == pytest.approx(expected)
-    weights = losses.survival_weights(entropies, smoothing)
-    torch.testing.assert_close(weights.sum(0), torch.ones(n, dtype=torch.float64))
-    torch.testing.assert_close(weights * raw.sum(0), raw)
-
-
-def test_survival_weights_of_sure_and_lost_heads() -> None:
-    sure = losses.survival_weights(torch.zeros(3, 1), normalize=False)
-    assert sure[:, 0].tolist() == [3, 2, 1]
-    lost = losses.survival_weights(torch.full((3, 1), math.inf), normalize=False)
-    assert lost[:, 0].tolist() == [0.875, 0.375, 0.125]
-
-
 # --- wrong input ---
 
 

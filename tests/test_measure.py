@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import read
 from medhead.training import measure as module
 from medhead.training.measure import Measured, measure
 from medhead.training.objective import Texts
@@ -73,7 +74,7 @@ def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> Texts:
 def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: int) -> list[int]:
     """Ranks of the `depth` tokens from `at + 2` on, from passes over this text alone, one anchor and node at a time."""
     with target.active(heads.config.taps):
-        features = target.read(ids[None, : at + 2])[1]
+        features = read(target, ids[None, : at + 2])[1]
 
     def token(where: slice, level: int) -> torch.Tensor:
         own = heads.own_embedding(level)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import HEADS, noise_heads
+from conftest import HEADS, noise_heads, read
 from hypothesis import given
 from hypothesis import strategies as st
 from medhead.training.objective import Texts, choose_anchors, unroll
@@ -194,7 +194,7 @@ def test_every_parameter_learns_and_the_target_does_not(model: PreTrainedModel, 
     heads, texts = noise_heads(target, name), one_text(11, rows=2)
     texts.mask[1] = False  # a row without anchors beside one that has them
     with target.listening(heads.config.taps):
-        _, features = target.read(texts.ids)
+        _, features = read(target, texts.ids)
     anchors, real = choose_anchors(texts, 1.0)
     assert real.sum(1).tolist() == [9, 0]
     loss = torch.zeros(())

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import noise_heads, tiny_llama
+from conftest import noise_heads, read, tiny_llama
 from families import ACCEPTED, exists, tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -41,7 +41,7 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
 
     for taps in ([0], [1, 0], [0, 1, 2]):
         with target.active(taps):
-            _, features = target.read(ids)
+            _, features = read(target, ids)
             assert target.feature_size == 32 * len(taps)
             cache = target.new_cache(2, 16)
             last = target.prefill(cache, [ids[0].tolist(), ids[1, :4].tolist()], see)
@@ -58,7 +58,7 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
         assert hooks_of(model) == before
         assert target.feature_size == 32
     with target.active():
-        _, hidden = target.read(ids)
+        _, hidden = read(target, ids)
     torch.testing.assert_close(hidden, states[-1], rtol=1e-4, atol=1e-4)
 
 

@@ -25,7 +25,8 @@ from medhead.errors import MedheadError
 CHUNK_BYTES = 64 * 2**20  # of float32 logits; `soft_by_mean` holds one such array, `hard` 4, `kl` 7, `js` 11
 HYBRID_ETA = 3.0  # the best of arXiv 2602.23881
 
-# --- one loss for each position: p is the teacher's distribution, q the draft's. No gradient goes to the teacher. ---
+# --- One loss for each position, `[n]`, of draft logits `[n, V]`, teacher logits `[n, V]` and labels `[n]`. p is the teacher's
+# distribution, q the draft's; no gradient goes to the teacher, and only `hard` looks at labels. ---
 
 
 def _wide(tensor: Tensor) -> Tensor:
@@ -49,74 +50,29 @@ def _log_acceptance(draft_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 def hard(draft_logits: Tensor, teacher_logits: Tensor | None, labels: Tensor) -> Tensor:
-    """Cross-entropy with the label; a label of -100 counts as zero (Medusa, arXiv 2401.10774).
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: unused.
-        labels: `[n]`.
-
-    Returns:
-        `[n]`.
-    """
+    """Cross-entropy with the label; a label of -100 counts as zero (Medusa, arXiv 2401.10774)."""
     return F.cross_entropy(_wide(draft_logits), labels, reduction="none")
 
 
 def soft(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Cross-entropy with the teacher's distribution, -sum p log q (Hinton et al., arXiv 1503.02531).
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """Cross-entropy with the teacher's distribution, -sum p log q (Hinton et al., arXiv 1503.02531)."""
     return -(_log_p(teacher_logits).exp_() * _log_q(draft_logits)).sum(-1)
 
 
 def kl(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """KL(p || q): `soft` less the teacher's entropy, so the gradient is the same and zero is the best.
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """KL(p || q): `soft` less the teacher's entropy, so the gradient is the same and zero is the best."""
     log_p = _log_p(teacher_logits)
     return (log_p.exp() * (log_p - _log_q(draft_logits))).sum(-1)
 
 
 def reverse_kl(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """KL(q || p), which seeks a mode of p (MiniLLM, arXiv 2306.08543); infinite where p excludes what q allows.
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """KL(q || p), which seeks a mode of p (MiniLLM, arXiv 2306.08543); infinite where p excludes what q allows."""
     log_q = _log_q(draft_logits)
     return (log_q.exp() * (log_q - _log_p(teacher_logits))).sum(-1)
 
 
 def js(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Jensen-Shannon divergence, KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2: symmetric, at most log 2.
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """Jensen-Shannon divergence, KL(p || m) / 2 + KL(q || m) / 2 with m = (p + q) / 2: symmetric, at most log 2."""
     log_p, log_q = _log_p(teacher_logits), _log_q(draft_logits)
     log_2m = torch.logaddexp(log_p, log_q)
     twice = log_p.exp() * (log_p - log_2m) + log_q.exp() * (log_q - log_2m)
@@ -124,50 +80,23 @@ def js(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = Non
 
 
 def tv(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Total variation, 1 - sum min(p, q): how often speculative sampling rejects (DistillSpec, arXiv 2310.08461).
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """Total variation, 1 - sum min(p, q): how often speculative sampling rejects (DistillSpec, arXiv 2310.08461)."""
     return -torch.expm1(_log_acceptance(draft_logits, teacher_logits))
 
 
 def lk(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """-log sum min(p, q): the gradient of `tv` over the acceptance, so that it does not vanish early (2602.23881).
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """-log sum min(p, q): the gradient of `tv` over the acceptance, so that it does not vanish early (2602.23881)."""
     return -_log_acceptance(draft_logits, teacher_logits)
 
 
 def hybrid_lk(draft_logits: Tensor, teacher_logits: Tensor, labels: Tensor | None = None) -> Tensor:
-    """From KL while little is accepted to TV when much is: weight exp(-3 alpha) on `kl`, without gradient (2602.23881).
-
-    Args:
-        draft_logits: `[n, V]`.
-        teacher_logits: `[n, V]`.
-        labels: unused.
-
-    Returns:
-        `[n]`.
-    """
+    """From KL while little is accepted to TV when much is: weight exp(-3 alpha) on `kl`, without gradient (2602.23881)."""
     distance = tv(draft_logits, teacher_logits)
     share = torch.exp(-HYBRID_ETA * (1 - distance.detach()))
     return share * kl(draft_logits, teacher_logits) + (1 - share) * distance
 
 
-Loss = Callable[[Tensor, Any, Any], Tensor]
+Loss = Callable[[Tensor, Any, Any], Tensor]  # draft logits [n, V], teacher logits [n, V], labels [n] to [n]
 LOSSES: dict[str, Loss] = {f.__name__: f for f in (hard, soft, kl, reverse_kl, js, tv, lk, hybrid_lk)}
 
 
@@ -468,24 +397,3 @@ def depth_weights(depth: int, decay: float) -> Tensor:
         raise MedheadError(f"depth is {depth} and decay {decay}: at least 1 and at least 0 were expected")
     weights = torch.tensor([decay**d for d in range(depth)], dtype=torch.float64)
     return (weights / weights.sum()).float()
-
-
-@torch.no_grad()
-def survival_weights(losses: Tensor, smoothing: float = 0.5, normalize: bool = True) -> Tensor:
-    """Weights by how far drafts survive as the heads are now (D-PACE, arXiv 2605.18810, equations 7 and 8).
-
-    q_i = exp(-CE_i) smoothed to s + (1 - s) q_i; depth j counts sum_{m >= j} prod_{i <= m} q_i, which is j's share in
-    the expected number of accepted tokens: depths beyond the one that fails now count little.
-
-    Args:
-        losses: `[depth, n]`, cross-entropies of the positions.
-        smoothing: s, 0.5 in the paper.
-        normalize: make the weights of a position sum to 1. The paper does not: there, a position where drafts survive
-            counts more than one where they fail, and the sum of losses is divided by the number of positions.
-
-    Returns:
-        `[depth, n]`, without gradient.
-    """
-    survives = (smoothing + (1 - smoothing) * torch.exp(-_wide(losses))).cumprod(0)
-    weights = survives.flip(0).cumsum(0).flip(0)
-    return weights / weights.sum(0, keepdim=True) if normalize else weights

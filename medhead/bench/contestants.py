@@ -12,8 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from medhead.decoder import Decoder, Statistics
-from medhead.heads.checkpoint import read_config
-from medhead.heads.mtp import MTP
+from medhead.heads import load_heads
 from medhead.target import Target
 
 TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
@@ -89,10 +88,9 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
     for name in lineup.proposers:
         found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size))
     for place, folder in enumerate(lineup.heads):
-        name = "medhead heads"
-        if place:
-            name += f" ({MTP if folder == MTP else read_config(folder).kind})"
-        found.append(ours(name, "heads", heads=folder, tree_size=lineup.tree_size))
+        heads = load_heads(folder, target)
+        name = f"medhead heads ({heads.config.label})" if place else "medhead heads"
+        found.append(ours(name, "heads", heads=heads, tree_size=lineup.tree_size))
         if lineup.temperature > 0:
             blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
             found.append(ours(f"{name}, blind to the noise", "heads", **blind))

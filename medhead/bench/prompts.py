@@ -36,7 +36,7 @@ def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str
     if path is None:
         return [[{"role": "user", "content": text}] for text in BUILT_IN[:count]]
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise MedheadError(f"prompts file {str(path)!r} cannot be read: {reason}") from None

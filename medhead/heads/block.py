@@ -130,9 +130,9 @@ class BlockHeads(Heads):
     def _pass(self, root: Tensor, memory: Memory, depth: int | None) -> Tensor:
         """`[batch, anchors, hidden]` to slots `[batch, anchors, slots, hidden]`."""
         batch, anchors, _ = root.shape
-        count = (
-            self.slots if depth is None or not self.config.causal else depth + self.first
-        )  # later slots change nothing
+        count = self.slots
+        if depth is not None and self.config.causal:  # later slots change nothing
+            count = depth + self.first
         if self.mask_embedding is not None:
             root, masks = root + self.mask_embedding[0], self.mask_embedding[1:count]
         else:
