@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,8 +22,7 @@ from medhead.heads import readout as readout_module
 from medhead.heads.memory import Memory, MemoryStore
 from medhead.heads.readout import Readout
 from medhead.proposers.base import DecodeState
-from medhead.proposers.growth import grow_tree
-from medhead.proposers.heads import HeadsExpander, HeadsProposer
+from medhead.proposers.heads import HeadsProposer
 from medhead.target import Target
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
@@ -47,7 +47,7 @@ class Witness(HeadsProposer):
     """Guesses what the text will be, with lies, and notes what the heads say along the true text at every pass."""
 
     def __init__(self, target: Target, heads: Heads, texts: list[list[int]]) -> None:
-        super().__init__(target, heads, dtype=torch.float32)
+        super().__init__(target, heads, dtype=torch.float32, sharpness=1.0)
         self.oracle = OracleProposer(texts, target.vocab_size, depth=heads.config.depth)
         self.tree_size = self.oracle.tree_size
         self.said: dict[tuple[int, int, int], Tensor] = {}  # row, position of the root, depth: log-probabilities
@@ -366,7 +366,7 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
 
 
 def children_of(
-    readout: Readout, given: DecodeState, memory: Memory | None, row: int, path: list[int]
+    readout: Readout, given: DecodeState, memory: Memory | None, row: int, path: list[int], sharpness: float
 ) -> dict[int, float]:
     """The four likeliest children of a node and their log-probabilities, from a run of the heads over its path alone."""
     heads = readout.heads
@@ -379,12 +379,14 @@ def children_of(
     names = torch.arange(len(logits)) if readout.tokens is None else readout.tokens
     if given.noise is not None:
         logits = logits / given.temperature + given.noise[row, len(path) - 1, names]
+    else:
+        logits = logits * sharpness
     top = logits.log_softmax(-1).topk(4)
     return dict(zip(names[top.indices].tolist(), top.values.tolist(), strict=True))
 
 
 def best_paths(
-    readout: Readout, given: DecodeState, memory: Memory | None, row: int, nodes: int, width: int
+    readout: Readout, given: DecodeState, memory: Memory | None, row: int, nodes: int, width: int, sharpness: float
 ) -> set[tuple[int, ...]]:
     """The nodes of a tree of depth 4 that goes on from the `width` likeliest nodes of every depth."""
     root = int(given.roots[row])
@@ -394,7 +396,7 @@ def best_paths(
         found = {
             (*path, token): scores[path] + logp
             for path in frontier
-            for token, logp in children_of(readout, given, memory, row, [root, *path]).items()
+            for token, logp in children_of(readout, given, memory, row, [root, *path], sharpness).items()
         }
         scores |= found
         frontier = sorted(found, key=lambda path: -found[path])[:width]
@@ -418,12 +420,14 @@ def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) ->
         memories = [Memory(rows[i : i + 1, :n], torch.tensor([[n]]), full=True) for i, n in enumerate(lengths)]  # type: ignore[misc]
     last = torch.stack([features[row, max(0, n - 1)] for row, n in enumerate(lengths)])
     roots = ids[torch.arange(3), torch.tensor(lengths)]
-    for noise in (None, torch.randn(3, 4, 64, generator=generator)):
+    proposer = HeadsProposer(target, heads, dtype=torch.float32, tree_size=24, width=3, branching=4, max_depth=4)
+    proposer._memory = SimpleNamespace(view=lambda: memory)  # type: ignore[assignment]
+    for noise, proposer.sharpness in ((None, 1.5), (None, 1.0), (torch.randn(3, 4, 64, generator=generator), 1.5)):
         state = DecodeState(target, [[0]] * 3, roots, last, noise, 0.7)
-        tree = grow_tree(roots, HeadsExpander(readout, state, memory, 4, 4, noise), 24, 4, 3)
+        tree = proposer.propose(state, 4)
         for row in range(3):
             grown = {tuple(path[: length + 1]) for path in tree.paths(row) for length in range(len(path))}
-            assert grown == best_paths(readout, state, memories[row], row, 24, 3)
+            assert grown == best_paths(readout, state, memories[row], row, 24, 3, proposer.sharpness)
         assert int(tree.depth.max()) > 1
         assert {token for row in tree.tokens[:, 1:].tolist() for token in row} <= set(
             range(64) if readout.tokens is None else readout.tokens.tolist()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medhead.errors import MedheadError
 from medhead.heads.attend import attend
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.layers import GatedMLP, Rotary, fuse_layers, split_rows
+from medhead.heads.layers import GatedMLP, Linear, Rotary, fuse_layers, split_rows
 from medhead.heads.memory import Memory
 
 
@@ -24,10 +24,10 @@ class JointAttention(nn.Module):
     def __init__(self, config: HeadsConfig, size: int) -> None:
         super().__init__()
         heads, dim = config.num_heads, config.head_dim
-        self.q_proj = nn.Linear(2 * size, heads * dim, bias=False)
-        self.k_proj = nn.Linear(2 * size, config.key_heads * dim, bias=False)
-        self.v_proj = nn.Linear(2 * size, config.key_heads * dim, bias=False)
-        self.o_proj = nn.Linear(heads * dim, size, bias=False)
+        self.q_proj = Linear(2 * size, heads * dim, bias=False)
+        self.k_proj = Linear(2 * size, config.key_heads * dim, bias=False)
+        self.v_proj = Linear(2 * size, config.key_heads * dim, bias=False)
+        self.o_proj = Linear(heads * dim, size, bias=False)
         self._look_at_the_same_token(size, dim, config.key_heads)
 
     @torch.no_grad()

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medhead.heads.attend import attend
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.layers import GatedMLP, ParentCorrection, PathCell, Rotary, fuse_layers, split_rows
+from medhead.heads.layers import GatedMLP, Linear, ParentCorrection, PathCell, Rotary, fuse_layers, split_rows
 from medhead.heads.memory import Memory
 
 
@@ -26,10 +26,10 @@ class BlockAttention(nn.Module):
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         size, dim = config.hidden_size, config.head_dim
-        self.q_proj = nn.Linear(size, config.num_heads * dim, bias=False)
-        self.k_proj = nn.Linear(size, config.key_heads * dim, bias=False)
-        self.v_proj = nn.Linear(size, config.key_heads * dim, bias=False)
-        self.o_proj = nn.Linear(config.num_heads * dim, size, bias=False)
+        self.q_proj = Linear(size, config.num_heads * dim, bias=False)
+        self.k_proj = Linear(size, config.key_heads * dim, bias=False)
+        self.v_proj = Linear(size, config.key_heads * dim, bias=False)
+        self.o_proj = Linear(config.num_heads * dim, size, bias=False)
         self.q_norm = nn.RMSNorm(dim, config.norm_eps)
         self.k_norm = nn.RMSNorm(dim, config.norm_eps)
         self.dim = dim

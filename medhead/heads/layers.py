@@ -8,6 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medhead.kernels import few_rows
+
+
+class Linear(nn.Linear):
+    """PyTorch's layer, fast for the few rows of a frontier too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`[..., in]` to `[..., out]`."""
+        return few_rows.linear(x, self.weight, self.bias)
+
 
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021); tables are made once and grow with the positions that are asked for.
@@ -60,9 +70,9 @@ class Rotary(nn.Module):
         return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, device="cpu")
 
 
-def fuse_layers(features: int, size: int) -> nn.Linear:
+def fuse_layers(features: int, size: int) -> Linear:
     """The projection of several layers' outputs to one feature; it starts by handing on the last of them alone."""
-    projection = nn.Linear(features, size, bias=False)
+    projection = Linear(features, size, bias=False)
     with torch.no_grad():
         projection.weight.zero_()
         projection.weight[:, -size:] = torch.eye(size)
@@ -74,9 +84,9 @@ class GatedMLP(nn.Module):
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(size, inner, bias=False)
-        self.up_proj = nn.Linear(size, inner, bias=False)
-        self.down_proj = nn.Linear(inner, size, bias=False)
+        self.gate_proj = Linear(size, inner, bias=False)
+        self.up_proj = Linear(size, inner, bias=False)
+        self.down_proj = Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., size]` to the same shape."""
@@ -98,9 +108,9 @@ class PathCell(nn.Module):
         super().__init__()
         self.embedding_norm = nn.LayerNorm(size, bias=False)
         self.state_norm = nn.LayerNorm(size, bias=False)
-        self.of_state = nn.Linear(size, 2 * inner, bias=False)
-        self.of_token = nn.Linear(size, 2 * inner, bias=False)
-        self.outer = nn.Linear(inner, size, bias=False)
+        self.of_state = Linear(size, 2 * inner, bias=False)
+        self.of_token = Linear(size, 2 * inner, bias=False)
+        self.outer = Linear(inner, size, bias=False)
         self.depth_bias = nn.Parameter(torch.zeros(depth, 2 * inner))
         nn.init.zeros_(self.outer.weight)
 
@@ -123,8 +133,8 @@ class ParentCorrection(nn.Module):
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(size, bias=False)
-        self.inner = nn.Linear(size, inner, bias=False)
-        self.outer = nn.Linear(inner, size, bias=False)
+        self.inner = Linear(size, inner, bias=False)
+        self.outer = Linear(inner, size, bias=False)
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, embedding: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.layers import ParentCorrection
+from medhead.heads.layers import Linear, ParentCorrection
 from medhead.heads.memory import Memory
 
 
@@ -19,7 +19,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, size: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(size, size)
+        self.linear = Linear(size, size)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 

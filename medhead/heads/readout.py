@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medhead.heads.base import Heads
+from medhead.kernels import few_rows
 
 if TYPE_CHECKING:
     from medhead.target import Target
@@ -50,8 +51,8 @@ class Readout:
         """`[..., hidden]` to float32 `[..., draft vocabulary]`."""
         own = self.heads.own_output(depth)
         if own is None:
-            return F.linear(feature, self.weight, self.bias).float()
-        return F.linear(feature, own).float()
+            return few_rows.linear(feature, self.weight, self.bias).float()
+        return few_rows.linear(feature, own).float()
 
     def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
         own = self.heads.own_embedding(depth)

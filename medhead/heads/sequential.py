@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
+from medhead.heads.layers import Linear
 from medhead.heads.memory import Memory
 
 
@@ -43,15 +44,15 @@ class SequentialHeads(Heads):
         depths = 1 if config.tied else config.depth
         state_weight = 0.5 ** (0.5 / config.depth)
         self.token_scale = math.sqrt((1 - state_weight**2) * inner / 2) / state_weight
-        self.first = nn.Linear(size, inner, bias=False)
+        self.first = Linear(size, inner, bias=False)
         self.proj = nn.ModuleList(
-            nn.Linear(inner, inner, bias=False) for _ in range(1 if config.tied else config.depth - 1)
+            Linear(inner, inner, bias=False) for _ in range(1 if config.tied else config.depth - 1)
         )
         self.norms = nn.ModuleList(SpeculatorNorm(inner) for _ in range(depths))
         self.input_norm = SpeculatorNorm(size, affine=False) if config.scale_input else None
         own = config.own_embedding, config.own_output
-        self.encoders = None if own[0] else nn.ModuleList(nn.Linear(size, inner, bias=False) for _ in range(depths))
-        self.outputs = None if own[1] else nn.ModuleList(nn.Linear(inner, size, bias=False) for _ in range(depths))
+        self.encoders = None if own[0] else nn.ModuleList(Linear(size, inner, bias=False) for _ in range(depths))
+        self.outputs = None if own[1] else nn.ModuleList(Linear(inner, size, bias=False) for _ in range(depths))
         self.embeddings = nn.ParameterList(
             torch.empty(config.vocab_size, inner) for _ in range(depths if own[0] else 0)
         )

@@ -35,6 +35,9 @@ class HeadsProposer(Proposer):
         shape: paths of ranks (Medusa's static trees) instead of a dynamic tree.
         dtype: what the heads compute in; no choice changes the text. The faster one is measured if None.
         rank_by_noise: when sampling, rank candidates with the noise of the position they are guessed for.
+        sharpness: what log-probabilities of the heads are multiplied by when decoding greedily. Heads learn the target's
+            whole distribution, but greedy decoding takes its likeliest token, and does so more often than that token's
+            probability says. More makes trees deeper and narrower.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -51,6 +54,7 @@ class HeadsProposer(Proposer):
         shape: list[list[int]] | None = None,
         dtype: torch.dtype | None = None,
         rank_by_noise: bool = True,
+        sharpness: float = 1.5,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -66,6 +70,9 @@ class HeadsProposer(Proposer):
             )
         if wanted < 1 or width < 1 or branching < 1:
             raise MedheadError(f"depth, width and branching must be at least 1, got {wanted}, {width} and {branching}")
+        if not sharpness > 0:
+            raise MedheadError(f"sharpness must be above 0, got {sharpness}")
+        self.sharpness = sharpness
         self.max_depth = wanted
         self.taps = tuple(config.taps)
         self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
@@ -127,7 +134,8 @@ class HeadsProposer(Proposer):
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
         memory = None if self._memory is None else self._memory.view()
-        return HeadsExpander(self.readout, state, memory, branching, depth, state.noise if self.uses_noise else None)
+        noise, sharpness = (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
+        return HeadsExpander(self.readout, state, memory, branching, depth, noise, sharpness)
 
 
 class HeadsExpander:
@@ -141,9 +149,10 @@ class HeadsExpander:
         branching: int,
         depth: int,
         noise: Tensor | None,
+        sharpness: float = 1.0,
     ) -> None:
         self.readout, self.state, self.memory = readout, state, memory
-        self.branching, self.depth = branching, depth
+        self.branching, self.depth, self.sharpness = branching, depth, sharpness
         self.noise = noise if noise is None or readout.tokens is None else noise[:, :, readout.tokens]
 
     def start(self) -> Tensor:
@@ -165,6 +174,8 @@ class HeadsExpander:
         logits = readout.logits(feature, depth)
         if self.noise is not None:
             logits = logits / self.state.temperature + self.noise[:, depth, None]
+        elif self.sharpness != 1:
+            logits = logits * self.sharpness
         top = logits.log_softmax(-1).topk(min(self.branching, logits.shape[-1]), dim=-1)
         children = top.indices if readout.tokens is None else readout.tokens[top.indices]
         return state, top.values.expand(-1, width, -1), children.expand(-1, width, -1)
