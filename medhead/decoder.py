@@ -107,7 +107,7 @@ class Decoder:
         if proposer is None:
             proposer = "ngram" if heads is None else "heads"
         if isinstance(proposer, str):
-            if heads is not None and proposer == "heads":
+            if heads is not None and proposer in ("heads", "hybrid"):
                 options["heads"] = heads
             proposer = build_proposer(proposer, self.target, tree_size=tree_size, **options)
         elif tree_size is not None or options:

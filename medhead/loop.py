@@ -131,7 +131,7 @@ class DecodeLoop:
         decided = self._now()
         self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
         committed = self._now()
-        self.proposer.observe(Verified(tree, logits, features, accepted, counts))
+        self.proposer.observe(Verified(tree, logits, features, accepted, counts, emitted, decided - proposed))
         running = self._emit(rows, counts, emitted, accepted, logits, scores)
         last = accepted.last
         roots, above = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0], _pick(features, last)

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from medhead import Decoder, Proposer, TokenTree, TypicalAcceptance
+from medhead.costs import PassCosts
 from medhead.heads.memory import MemoryStore
 from medhead.proposers import DecodeState, build_proposer
 from medhead.target import Target
@@ -31,6 +32,14 @@ PROMPTS = [
     [50, 3],
     [8, 8],
 ]
+CHEAP = PassCosts({1: 1e-3, 8: 1.1e-3, 32: 1.3e-3})  # trees pay unless nothing is accepted
+
+
+def hybrid_members(target: Target) -> list[str | Proposer]:
+    """Heads that look back, and what the target said before."""
+    return [build_proposer("heads", target, heads=noise_heads(target, "block")), "recycling"]
+
+
 STATIC = [[0], [1], [0, 0], [1, 1], [1, 0], [1, 0, 2]]
 MAKERS: dict[str, Callable[[Target], Proposer]] = {
     "ngram": lambda t: build_proposer("ngram", t),
@@ -39,6 +48,8 @@ MAKERS: dict[str, Callable[[Target], Proposer]] = {
     "recurrent": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), tree_size=24),
     "static": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), shape=STATIC),
     "random": lambda t: RandomProposer(64),
+    "hybrid": lambda t: build_proposer("hybrid", t, members=hybrid_members(t), costs=CHEAP),
+    "hybrid of 12": lambda t: build_proposer("hybrid", t, members=hybrid_members(t), tree_size=12),
 }  # fmt: skip
 
 

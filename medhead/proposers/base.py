@@ -7,7 +7,7 @@ token tree, and may look at what the target made of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
     from medhead.acceptance import Accepted
+    from medhead.proposers.candidates import Candidates
     from medhead.target import Target
 
 
@@ -53,6 +54,8 @@ class Verified:
         features: `[batch, nodes, size]` of the target, see `DecodeState.features`.
         accepted: what was kept.
         counts: `accepted.counts` on the host.
+        emitted: `accepted.emitted` on the host.
+        seconds: from the tree to the accepted path, the target's pass included.
     """
 
     tree: TokenTree
@@ -60,6 +63,8 @@ class Verified:
     features: Tensor
     accepted: Accepted
     counts: list[int]
+    emitted: list[list[int]] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Proposer:
@@ -88,6 +93,10 @@ class Proposer:
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Name a tree for every row, no deeper than `max_depth`."""
         return TokenTree.root(state.roots)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """All that it can name, with estimates, for trees of several proposers; None if it knows nothing."""
+        return None
 
     def observe(self, verified: Verified) -> None:
         """See what the target said."""

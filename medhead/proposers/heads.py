@@ -13,7 +13,8 @@ from medhead.heads import Heads, load_heads
 from medhead.heads.memory import Store
 from medhead.heads.readout import Readout
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
-from medhead.proposers.growth import grow_tree
+from medhead.proposers.candidates import Candidates
+from medhead.proposers.growth import grow
 from medhead.proposers.static_tree import StaticShape
 from medhead.tree import TokenTree
 
@@ -81,10 +82,11 @@ class HeadsProposer(Proposer):
         self.readout = Readout(self.heads, target, dtype)
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
+        self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Forget the last text; heads that look back get storage for these."""
-        self._texts = texts
+        self._texts, self._waiting = texts, []
         capacity = max(map(len, texts)) + 256
         self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
 
@@ -102,20 +104,32 @@ class HeadsProposer(Proposer):
         self._memory.advance([end - length for end, length in zip(ends, self._memory.lengths, strict=True)])
 
     def observe(self, verified: Verified) -> None:
-        """Remember the accepted nodes."""
+        """Keep what memory has to know of the accepted nodes; passes of plain decoding wait and are remembered at once."""
         if self._memory is None:
             return
+        if verified.tree.nodes == 1:
+            self._waiting.append((verified.features, verified.accepted.emitted))
+            return
+        self._catch_up()
         path = verified.accepted.path
-        features = verified.features
-        if verified.tree.nodes > 1:
-            features = features.gather(1, path[..., None].expand(-1, -1, features.shape[-1]))
+        features = verified.features.gather(1, path[..., None].expand(-1, -1, verified.features.shape[-1]))
         self._remember(features, verified.accepted.emitted)
         self._memory.advance(verified.counts)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         if self._memory is not None:
+            self._catch_up()
             self._memory.keep_rows(rows)
+
+    def _catch_up(self) -> None:
+        """Remember the passes over one node that have not been."""
+        if self._memory is None or not self._waiting:
+            return
+        features, emitted = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
+        count, self._waiting = len(self._waiting), []
+        self._remember(features, emitted)
+        self._memory.advance([count] * len(features))
 
     def _remember(self, features: Tensor, behind: Tensor) -> None:
         assert self._memory is not None
@@ -129,10 +143,18 @@ class HeadsProposer(Proposer):
             return TokenTree.root(state.roots)
         if self.shape is not None:
             return self.shape.fill(state.roots, self._expander(state, self.shape.widest, depth), depth)
-        expander = self._expander(state, min(self.branching, self.tree_size - 1), depth)
-        return grow_tree(state.roots, expander, self.tree_size, depth, self.width)
+        return self._grow(state, min(self.branching, self.tree_size - 1), depth).best(state.roots, self.tree_size)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """What the heads name at every node of the frontiers."""
+        depth = min(max_depth, self.max_depth)
+        return self._grow(state, self.branching, depth) if depth > 0 else None
+
+    def _grow(self, state: DecodeState, branching: int, depth: int) -> Candidates:
+        return grow(state.roots, self._expander(state, branching, depth), depth, self.width)
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
+        self._catch_up()
         memory = None if self._memory is None else self._memory.view()
         noise, sharpness = (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
         return HeadsExpander(self.readout, state, memory, branching, depth, noise, sharpness)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
-from medhead.proposers.growth import grow_tree
+from medhead.proposers.candidates import Candidates
+from medhead.proposers.growth import grow
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -46,11 +47,16 @@ class RecyclingProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest recycled paths below every root."""
-        depth = min(max_depth, self.max_depth, self.tree_size - 1)
+        found = self.candidates(state, min(max_depth, self.tree_size - 1))
+        return TokenTree.root(state.roots) if found is None else found.best(state.roots, self.tree_size)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """The frontiers' recycled successors."""
+        depth = min(max_depth, self.max_depth)
         if depth < 1:
-            return TokenTree.root(state.roots)
+            return None
         self._state = state
-        return grow_tree(state.roots, self, self.tree_size, depth, self.width)
+        return grow(state.roots, self, depth, self.width)
 
     def start(self) -> Tensor:
         """There is no state along a path."""

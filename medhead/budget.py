@@ -1,0 +1,95 @@
+"""How many nodes the next pass verifies: as many as pay, and none when guessing does not.
+
+The expected tokens of a pass are one a row, plus the probabilities of its nodes; the expected seconds are those of
+proposing and of the pass. The budget maximises tokens by seconds (CaDDTree). When guessing has been slower than plain
+decoding for a while, it rests, and looks again after a pause that grows with every failure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from medhead.costs import PassCosts
+
+_FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
+_START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
+_AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
+_MEMORY = 0.93  # what a pass remembers of the ones before
+_STEP = 1.05  # passes of plain decoding take this much longer than the model's pass alone
+
+
+class TreeBudget:
+    """The budget of one generation.
+
+    Args:
+        costs: of a pass over n nodes a row.
+        most: nodes that are never exceeded.
+    """
+
+    def __init__(self, costs: PassCosts, most: int) -> None:
+        self.costs = costs
+        self.sizes = [n for n in _sizes(most) if n <= max(costs.most, 1)]
+        self._tokens, self._spent = _TRUST, _START * _TRUST  # recently, the second in passes of plain decoding
+        self._rest, self._pause = 0, _FIRST_REST
+
+    @property
+    def most(self) -> int:
+        """The largest tree it may choose."""
+        return self.sizes[-1]
+
+    def resting(self) -> bool:
+        """Whether the next pass is one of plain decoding, without asking anybody."""
+        return self._rest > 0
+
+    def choose(self, gains: Sequence[float], rows: int, proposing: float) -> int:
+        """Nodes of the next tree.
+
+        Args:
+            gains: probabilities of acceptance of the likeliest nodes, added up over the rows, falling.
+            rows: running rows.
+            proposing: seconds it took to propose.
+        """
+        best, rate = 1, 0.0
+        expected, place = float(rows), 0
+        for nodes in self.sizes:
+            while place < min(nodes - 1, len(gains)):
+                expected += gains[place]
+                place += 1
+            now = expected / (proposing + self.costs(nodes))
+            if now > rate:
+                best, rate = nodes, now
+        return best
+
+    def saw(self, nodes: int, tokens: float, seconds: float, proposing: float) -> None:
+        """A pass is over.
+
+        Args:
+            nodes: of its tree.
+            tokens: emitted by a row on average.
+            seconds: of the pass.
+            proposing: seconds spent on the tree; 0 for a pass while resting.
+        """
+        self.costs.saw(nodes, seconds)
+        if self.resting():
+            self._rest -= 1
+            if not self._rest:
+                self._tokens, self._spent = _DOUBT, _AGAIN * _DOUBT
+            return
+        plain = self.costs(1) * _STEP
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._spent = _MEMORY * self._spent + (seconds + proposing) / plain
+        if self._spent > self._tokens:
+            self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
+        elif self._spent < _START * self._tokens:
+            self._pause = _FIRST_REST
+
+
+def _sizes(most: int) -> list[int]:
+    """Sizes that are tried: every one up to 8, then about six in an octave, and `most` itself."""
+    found: list[int] = []
+    size = 1.0
+    while size < most:
+        if not found or int(size) > found[-1]:
+            found.append(int(size))
+        size = size + 1 if size < 8 else size * 1.125
+    return [*found, most]

@@ -1,0 +1,155 @@
+"""What a verify pass costs by its number of nodes: measured once, kept in the user's cache folder, followed while decoding."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import statistics
+import time
+import warnings
+from bisect import bisect_left
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.target import Target
+
+GRID = (1, 2, 4, 8, 16, 32, 64)
+PREFIX = 128  # committed tokens of every row while measuring
+SECONDS = 2.0  # the measurement ends after about so long
+_WORTHLESS = 6.0  # no tree is worth a pass that takes so many times as long as a pass over one node
+_FOLLOW = 0.1  # weight of the newest pass
+_FARTHEST = 10.0  # no pass counts as more than so many times as slow (or fast) as measured
+
+
+class PassCosts:
+    """Seconds of a pass over n nodes a row, between measured numbers by straight lines.
+
+    Args:
+        seconds: measured seconds by number of nodes; 1 is among them.
+    """
+
+    def __init__(self, seconds: dict[int, float]) -> None:
+        self.nodes = sorted(seconds)
+        self._seconds = [seconds[n] for n in self.nodes]
+        for place in range(1, len(self._seconds)):  # noise must not make more nodes look cheaper
+            self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
+        self.drift = 1.0
+
+    @property
+    def most(self) -> int:
+        """The largest number of nodes that was measured."""
+        return self.nodes[-1]
+
+    def __call__(self, nodes: int) -> float:
+        """Seconds of a pass over so many nodes a row, as things are now."""
+        place = bisect_left(self.nodes, nodes)
+        if place == len(self.nodes):
+            return self.drift * self._seconds[-1] * nodes / self.most
+        if self.nodes[place] == nodes:
+            return self.drift * self._seconds[place]
+        left, right = self.nodes[place - 1], self.nodes[place]
+        share = (nodes - left) / (right - left)
+        return self.drift * (self._seconds[place - 1] * (1 - share) + self._seconds[place] * share)
+
+    def saw(self, nodes: int, seconds: float) -> None:
+        """A pass took so long: longer texts and busy machines make all passes dearer alike."""
+        now = min(_FARTHEST, max(1 / _FARTHEST, seconds * self.drift / self(nodes)))
+        self.drift += _FOLLOW * (now - self.drift)
+
+
+def measure_costs(target: Target, batch: int, most: int = GRID[-1]) -> PassCosts:
+    """Time passes of `target` (active) over `batch` rows; ends early when nodes get too dear to be worth it."""
+    cache = target.new_cache(batch, PREFIX + most)
+    cache.lengths = [min(PREFIX, max(1, target.context - most - 1))] * batch
+    began, found = time.perf_counter(), dict[int, float]()
+    for nodes in [n for n in GRID if n <= most]:
+        tokens = torch.zeros(batch, nodes, dtype=torch.long, device=target.device)
+        tree = TokenTree.root(tokens[:, 0]) if nodes == 1 else TokenTree.chain(tokens)
+        times = [_seconds(target, lambda tree=tree: target.verify(cache, tree)) for _ in range(7)]  # type: ignore[misc]
+        found[nodes] = statistics.median(times[2:])
+        if found[nodes] > _WORTHLESS * found[1] or time.perf_counter() - began > SECONDS:
+            break
+    return PassCosts(found)
+
+
+def _seconds(target: Target, action: Callable[[], Any]) -> float:
+    began = time.perf_counter()
+    action()
+    if target.device.type == "cuda":
+        torch.cuda.synchronize(target.device)
+    return time.perf_counter() - began
+
+
+def costs_of(target: Target, batch: int, most: int = GRID[-1]) -> PassCosts:
+    """The costs from the user's cache, or measured now and kept there."""
+    file = cache_folder() / f"{_fingerprint(target, batch)}.json"
+    known = _read(file)
+    if known is None:
+        costs = measure_costs(target, batch)
+        known = dict(zip(costs.nodes, costs._seconds, strict=True))
+        _write(file, known)
+    return PassCosts({nodes: seconds for nodes, seconds in known.items() if nodes <= max(most, 1)})
+
+
+def cache_folder() -> Path:
+    """Where costs are kept: `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder."""
+    given = os.environ.get("MEDHEAD_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "medhead"
+
+
+def _fingerprint(target: Target, batch: int) -> str:
+    """Everything that decides what a pass costs."""
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
+    config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
+    parts = [
+        config,
+        str(target.dtype),
+        str(target.device.type),
+        device,
+        target.attention,
+        batch,
+        torch.get_num_threads(),
+    ]
+    versions = [torch.__version__, transformers.__version__]
+    return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()[:24]
+
+
+def _read(file: Path) -> dict[int, float] | None:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, UnicodeDecodeError) as error:
+        warnings.warn(f"{file} cannot be read ({error}); the costs of a pass are measured again", stacklevel=3)
+        return None
+    try:
+        found = {int(nodes): float(seconds) for nodes, seconds in json.loads(text).items()}
+        if 1 not in found or not all(0 < seconds < 3600 for seconds in found.values()):
+            raise ValueError("numbers that cannot be")
+    except (ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"{file} is damaged ({error}); the costs of a pass are measured again", stacklevel=3)
+        return None
+    return found
+
+
+def _write(file: Path, seconds: dict[int, float]) -> None:
+    """Keep costs; a folder that cannot be written costs a measurement each time, no more."""
+    temporary = file.with_suffix(f".{os.getpid()}")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(seconds), encoding="utf-8")
+        temporary.replace(file)
+    except OSError:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,181 @@
+"""Candidates: all that a proposer can name below the roots, with how likely each is; the best N of them are the tree.
+
+A candidate's score is the log-probability that its whole path is accepted. A parent is never less likely than its
+child and ties go to the parent, so the best N are closed under parents (EAGLE-2, Li et al. 2024). Candidates of several
+proposers are merged by their paths: equal paths become one candidate with the best of its scores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from medhead.tree import TokenTree
+
+_TIE = 1e-4  # what a level costs, so that a child never ties with its parent
+_MIX, _ROOT = 6364136223846793005, 1442695040888963407  # of the hash of a path
+
+
+@dataclass
+class Candidates:
+    """Nodes below the roots, level by level.
+
+    Attributes:
+        tokens: `[batch, n]` int64.
+        above: `[batch, n]` int64, index of each candidate's parent, -1 below the root.
+        scores: `[batch, n]` log-probability of the whole path; -inf for what only fills a row up.
+        levels: how many candidates each depth has, on the host.
+    """
+
+    tokens: Tensor
+    above: Tensor
+    scores: Tensor
+    levels: tuple[int, ...]
+
+    def to(self, device: torch.device | str) -> Candidates:
+        """The same on a device."""
+        return Candidates(self.tokens.to(device), self.above.to(device), self.scores.to(device), self.levels)
+
+    def best(self, roots: Tensor, nodes: int) -> TokenTree:
+        """The tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`."""
+        count = min(nodes - 1, self.tokens.shape[1])
+        if count < 1:
+            return TokenTree.root(roots)
+        depth, ties = _depths(self.levels, roots.device)
+        ranked = (self.scores + ties).topk(count, dim=1)
+        unknown = ranked.values == -torch.inf
+        likeliest = ranked.indices[:, :1].masked_fill(unknown[:, :1], 0)  # the first candidate is always below the root
+        chosen = torch.where(unknown, likeliest, ranked.indices)  # a row that knows too little repeats its best
+        chosen = chosen.sort(1).values  # in order of depth, so parents stay before their children
+        ids = F.pad(chosen + 1, (1, 0))
+        parents = F.pad(torch.searchsorted(ids, self.above.gather(1, chosen) + 1), (1, 0))
+        tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
+        return TokenTree(tokens, parents, depth[ids], len(self.levels))
+
+    def gains(self, nodes: int) -> Tensor:
+        """`[batch, nodes]`: probabilities of acceptance of the likeliest candidates, falling."""
+        count = min(nodes, self.tokens.shape[1])
+        return self.scores.topk(count, dim=1).values.exp()
+
+    def keys(self) -> Tensor:
+        """`[batch, n]` int64: a hash of every candidate's path."""
+        done = torch.full_like(self.tokens[:, :1], _ROOT)
+        begin = 0
+        for size in self.levels:  # position 0 is the root, so that -1 + 1 finds it
+            level = slice(begin, begin + size)
+            of_parent = done.gather(1, self.above[:, level] + 1)
+            key = (of_parent ^ (of_parent >> 29)) * _MIX + self.tokens[:, level] + 1
+            done, begin = torch.cat([done, key], 1), begin + size
+        return done[:, 1:]
+
+
+def merge(members: list[Candidates]) -> Candidates:
+    """One set of candidates with every path once; of equal paths the best score counts.
+
+    What several members name keeps its first place; later ones are left behind with a score of -inf.
+    """
+    if len(members) == 1:
+        return members[0]
+    whole = _side_by_side(members)
+    key, order = whole.keys().sort(dim=1, stable=True)
+    fresh = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
+    group = fresh.long().cumsum(1) - 1
+    best = torch.full_like(whole.scores, -torch.inf)
+    best.scatter_reduce_(1, group, whole.scores.gather(1, order), "amax")
+    of_sorted = best.gather(1, group).masked_fill(~fresh, -torch.inf)
+    scores = torch.empty_like(of_sorted).scatter_(1, order, of_sorted)
+    starts = torch.where(fresh, torch.arange(key.shape[1], device=key.device), 0).cummax(1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, starts))  # where each path stands first
+    above = F.pad(first, (1, 0), value=-1).gather(1, whole.above + 1)
+    return Candidates(whole.tokens, above, scores, whole.levels)
+
+
+def _side_by_side(members: list[Candidates]) -> Candidates:
+    """All members' candidates, still level by level, their parents' places renewed."""
+    deepest = max(len(member.levels) for member in members)
+    parts: list[tuple[Tensor, Tensor, Tensor]] = []
+    levels = []
+    begins = [0] * len(members)  # of the running level in each member
+    moved = [0] * len(members)  # what the last level's places in a member have to be moved by
+    total = 0
+    for depth in range(deepest):
+        here = total
+        for index, member in enumerate(members):
+            if depth >= len(member.levels):
+                continue
+            size = member.levels[depth]
+            level = slice(begins[index], begins[index] + size)
+            above = member.above[:, level]
+            parts.append((member.tokens[:, level], above + moved[index] if depth else above, member.scores[:, level]))
+            moved[index] = total - begins[index]
+            begins[index] += size
+            total += size
+        levels.append(total - here)
+    tokens, above, scores = (torch.cat(list(part), 1) for part in zip(*parts, strict=True))
+    return Candidates(tokens, above, scores, tuple(levels))
+
+
+@lru_cache(maxsize=256)
+def _depths(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Depth of the root and every candidate, `[1 + n]`, and what the depth costs, `[n]`."""
+    counts = torch.tensor([1, *levels])
+    depth = torch.arange(len(levels) + 1).repeat_interleave(counts).to(device)
+    return depth, -_TIE * depth[1:]
+
+
+def candidates_from_paths(
+    rows: list[list[tuple[list[int], list[float]]]], device: torch.device | str = "cpu"
+) -> Candidates | None:
+    """Candidates of paths that were found on the host.
+
+    Args:
+        rows: for every row, paths of tokens with the log-probability of each step's whole path so far (not rising).
+        device: where the tensors go.
+
+    Returns:
+        The candidates, each beginning of a path once with its best score; None if no row has any.
+    """
+    tries = [_trie(paths) for paths in rows]
+    deepest = max((len(levels) for levels in tries), default=0)
+    if not deepest:
+        return None
+    sizes = [max(len(levels[d]) if d < len(levels) else 0 for levels in tries) for d in range(deepest)]
+    total = sum(sizes)
+    tokens, above = ([[fill] * total for _ in rows] for fill in (0, -1))
+    scores = [[-torch.inf] * total for _ in rows]
+    for row, levels in enumerate(tries):
+        begin, before = 0, -1
+        for size, level in zip(sizes, levels, strict=False):
+            for node in level.values():
+                tokens[row][begin + node.place], scores[row][begin + node.place] = node.token, node.score
+                above[row][begin + node.place] = -1 if before < 0 else before + node.parent
+            begin, before = begin + size, begin
+    found = Candidates(torch.tensor(tokens), torch.tensor(above), torch.tensor(scores), tuple(sizes))
+    return found.to(device)
+
+
+@dataclass
+class _Node:
+    place: int  # in its level
+    parent: int  # the parent's place in the level above
+    token: int
+    score: float
+
+
+def _trie(paths: list[tuple[list[int], list[float]]]) -> list[dict[tuple[int, int], _Node]]:
+    """The nodes of every level by parent and token."""
+    levels: list[dict[tuple[int, int], _Node]] = []
+    for tokens, scores in paths:
+        parent = 0
+        for depth, (token, score) in enumerate(zip(tokens, scores, strict=True)):
+            if depth == len(levels):
+                levels.append({})
+            level = levels[depth]
+            node = level.setdefault((parent, token), _Node(len(level), parent, token, score))
+            node.score = max(node.score, score)
+            parent = node.place
+    return levels

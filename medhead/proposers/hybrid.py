@@ -1,0 +1,143 @@
+"""Trees of several proposers at once, no larger than pays.
+
+Every member names candidates with estimates; the estimates are corrected by what was really accepted (`Calibration`);
+equal paths are merged; the likeliest nodes are the tree, as many of them as `TreeBudget` says.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from medhead.budget import TreeBudget
+from medhead.costs import PassCosts, costs_of
+from medhead.errors import MedheadError
+from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
+from medhead.proposers.calibration import Calibration
+from medhead.proposers.candidates import Candidates, merge
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.target import Target
+
+MOST_NODES = 64
+
+
+@register_proposer("hybrid")
+class HybridProposer(Proposer):
+    """Several proposers, one tree.
+
+    Args:
+        target: the target.
+        heads: heads for the member `heads`, see `HeadsProposer`.
+        tree_size: nodes of every tree, root included; None adapts them to what pays.
+        members: names of registered proposers, or proposers; by default heads (if given), `ngram` and `recycling`.
+        costs: of a pass, for tests and tuned settings; measured (or taken from the user's cache) if None.
+        options: further options of the member `heads`.
+
+    Raises:
+        MedheadError: no members, a member that names no candidates, or two members that read different layers.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        heads: Any = None,
+        tree_size: int | None = None,
+        members: list[str | Proposer] | None = None,
+        costs: PassCosts | None = None,
+        **options: Any,
+    ) -> None:
+        if members is None:
+            members = ["ngram", "recycling"] if heads is None else ["heads", "ngram"]
+        self.members = [self._member(member, target, heads, options) for member in members]
+        if not self.members:
+            raise MedheadError("a hybrid needs at least one member, got none")
+        self.calibrations = [Calibration() for _ in self.members]
+        self.adapts = tree_size is None
+        self.tree_size = MOST_NODES if tree_size is None else check_tree_size(tree_size)
+        self.max_depth = max(member.max_depth for member in self.members)
+        self.uses_noise = any(member.uses_noise for member in self.members)
+        taps = {tuple(member.taps) for member in self.members if member.taps or member.name == "heads"}
+        if len(taps) > 1:
+            raise MedheadError(f"members of a hybrid read one set of layers of the target, got {sorted(taps)}")
+        self.taps = next(iter(taps), ())
+        self._given, self._costs = costs, dict[int, PassCosts]()
+        self.budget: TreeBudget | None = None
+        self._named: list[Candidates | None] = []
+        self._proposing = 0.0
+
+    @staticmethod
+    def _member(member: str | Proposer, target: Target, heads: Any, options: dict[str, Any]) -> Proposer:
+        if isinstance(member, str):
+            given = {"heads": heads, **options} if member == "heads" else {}
+            member = build_proposer(member, target, **given)
+        if type(member).candidates is Proposer.candidates:
+            raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
+        return member
+
+    def begin(self, target: Target, texts: list[list[int]]) -> None:
+        """Members begin; the budget starts anew, calibrations go on."""
+        for member in self.members:
+            member.begin(target, texts)
+        self._target = target
+        if self.adapts:
+            self.budget = TreeBudget(self._costs_of(len(texts)), self.tree_size)
+
+    def _costs_of(self, rows: int) -> PassCosts:
+        """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
+        batch = 1 << (rows - 1).bit_length()
+        if batch not in self._costs:
+            self._costs[batch] = self._given or costs_of(self._target, batch, self.tree_size)
+        return self._costs[batch]
+
+    def read(self, features: Tensor, start: int) -> None:
+        """Members read the prompts."""
+        for member in self.members:
+            member.read(features, start)
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        """The likeliest candidates of all members, as many as pay."""
+        self._named, self._proposing = [], 0.0
+        if max_depth < 1 or (self.budget is not None and self.budget.resting()):
+            return TokenTree.root(state.roots)
+        began = time.perf_counter()
+        self._named = [member.candidates(state, max_depth) for member in self.members]
+        corrected = [
+            calibration.correct(named)
+            for calibration, named in zip(self.calibrations, self._named, strict=True)
+            if named is not None
+        ]
+        nodes, found = 1, None
+        if corrected:
+            found = merge(corrected)
+            nodes = self._nodes(found, len(state.texts), began)
+        tree = TokenTree.root(state.roots) if found is None else found.best(state.roots, nodes)
+        self._proposing = time.perf_counter() - began
+        return tree
+
+    def _nodes(self, found: Candidates, rows: int, began: float) -> int:
+        if self.budget is None:
+            return self.tree_size
+        gains = found.gains(self.budget.most - 1).sum(0).tolist()
+        return self.budget.choose(gains, rows, time.perf_counter() - began)
+
+    def observe(self, verified: Verified) -> None:
+        """Members see the pass; calibrations and budget learn from it."""
+        for member in self.members:
+            member.observe(verified)
+        for calibration, named in zip(self.calibrations, self._named, strict=False):
+            if named is not None:
+                calibration.learn(named, verified.emitted, verified.counts)
+        if self.budget is not None:
+            tokens = sum(verified.counts) / len(verified.counts)
+            self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._proposing)
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        for member in self.members:
+            member.keep_rows(rows)
+        if self.budget is not None:
+            self.budget.costs = self._costs_of(len(rows))

@@ -1,0 +1,90 @@
+"""Candidates of several proposers, against dictionaries of paths."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medhead.proposers.candidates import Candidates, candidates_from_paths, merge
+from medhead.tree import TokenTree
+
+Paths = list[tuple[list[int], list[float]]]
+
+
+def random_paths(source: random.Random, count: int, depth: int) -> Paths:
+    """Paths over three tokens with falling log-probabilities; all ties are broken."""
+    paths = []
+    for _ in range(count):
+        tokens = [source.randrange(3) for _ in range(source.randint(1, depth))]
+        steps, total = [], 0.0
+        for _ in tokens:
+            total -= source.uniform(0.01, 2.0)
+            steps.append(total)
+        paths.append((tokens, steps))
+    return paths
+
+
+def by_path(paths: Paths) -> dict[tuple[int, ...], float]:
+    """The best score of every beginning of a path."""
+    found: dict[tuple[int, ...], float] = {}
+    for tokens, scores in paths:
+        for length, score in enumerate(scores, 1):
+            key = tuple(tokens[:length])
+            found[key] = max(score, found.get(key, -math.inf))
+    return found
+
+
+def nodes_of(tree: TokenTree, row: int) -> set[tuple[int, ...]]:
+    """Paths of all nodes of a tree but the root."""
+    TokenTree.from_parents(tree.tokens, tree.parents)  # raises when invalid
+    return {tuple(path[:n]) for path in tree.paths(row) for n in range(1, len(path) + 1)}
+
+
+@given(st.integers(0, 10**6), st.integers(2, 12), st.integers(1, 3), st.integers(1, 3))
+def test_the_best_of_all_members(seed: int, nodes: int, members: int, batch: int) -> None:
+    """Equal paths are one node with the best score; the likeliest nodes are the tree, in every row."""
+    source = random.Random(seed)
+    given_paths = [[random_paths(source, source.randint(0, 4), 4) for _ in range(batch)] for _ in range(members)]
+    made = [found for rows in given_paths if (found := candidates_from_paths(rows)) is not None]
+    if not made:
+        return
+    merged = merge(made)
+    roots = torch.arange(batch)
+    tree = merged.best(roots, nodes)
+    gains = merged.gains(nodes - 1)
+    for row in range(batch):
+        scores = by_path([path for rows in given_paths for path in rows[row]])
+        ranked = sorted(scores, key=lambda path: 1e-4 * len(path) - scores[path])
+        expected = set(ranked[: nodes - 1])
+        found = nodes_of(tree, row)
+        if expected:
+            assert found == expected
+        best = sorted(scores.values(), reverse=True)[: nodes - 1]
+        torch.testing.assert_close(gains[row, : len(best)], torch.tensor(best).exp(), rtol=1e-4, atol=1e-6)
+        assert not bool(gains[row, len(best) :].any())
+
+
+def test_a_hash_tells_paths_apart() -> None:
+    """Every path over eight tokens and four levels has a key of its own."""
+    levels = tuple(8**depth for depth in range(1, 5))
+    above = torch.cat(
+        [torch.full((8,), -1)] + [torch.arange(8**d).repeat_interleave(8) + sum(levels[: d - 1]) for d in range(1, 4)]
+    )[None]
+    tokens = torch.arange(8).repeat(sum(levels) // 8)[None]
+    keys = Candidates(tokens, above, torch.zeros(1, sum(levels)), levels).keys()
+    assert len(set(keys[0].tolist())) == sum(levels)
+
+
+def test_nothing_found() -> None:
+    """No paths at all, and a row without any beside one that has some."""
+    assert candidates_from_paths([[], []]) is None
+    found = candidates_from_paths([[], [([5, 6], [-0.1, -0.2])]])
+    assert found is not None
+    tree = found.best(torch.tensor([1, 2]), 3)
+    assert nodes_of(tree, 1) == {(5,), (5, 6)}
+    assert found.gains(2)[0].tolist() == [0, 0]
+    assert found.best(torch.tensor([1, 2]), 1).nodes == 1

@@ -1,0 +1,243 @@
+"""Hybrid trees: what estimates, costs and the budget make of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import noise_heads, tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
+
+from medhead import Decoder, MedheadError
+from medhead.budget import TreeBudget
+from medhead.costs import PassCosts, cache_folder, costs_of, measure_costs
+from medhead.proposers import DecodeState, build_proposer
+from medhead.proposers.calibration import Calibration
+from medhead.proposers.candidates import Candidates, candidates_from_paths
+from medhead.proposers.heads import HeadsProposer
+from medhead.target import Target
+from medhead.tree import TokenTree
+
+COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
+
+
+# --- costs ---
+
+
+def test_costs_between_measurements() -> None:
+    """Straight lines between, in proportion beyond, and never cheaper with more nodes."""
+    costs = PassCosts({1: 1.0, 8: 0.9, 32: 2.0})
+    assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 4.0])
+    assert costs.most == 32
+
+
+def test_costs_follow_the_passes() -> None:
+    """A machine that became half as fast makes every size dearer; one outlier does not."""
+    costs = PassCosts(COSTS)
+    costs.saw(8, 120.0)
+    assert costs(1) < 2
+    for _ in range(100):
+        costs.saw(8, 2.4)
+    assert [costs(1), costs(32)] == pytest.approx([2.0, 4.0], rel=1e-3)
+
+
+def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
+    """Kept by what decides them; a damaged file is measured again and said so; a folder that cannot be is no trouble."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "kept"))
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "medhead.costs.measure_costs", lambda target, batch: measured.append(batch) or PassCosts(dict(COSTS))
+    )
+    assert [costs_of(target, 1)(8), costs_of(target, 1)(8)] == [1.2, 1.2]
+    assert costs_of(target, 2)(8) == 1.2
+    assert measured == [1, 2]
+    assert costs_of(target, 1, most=8).most == 8
+    files = sorted(cache_folder().glob("*.json"))
+    assert len(files) == 2
+    for damaged in ("{", "[]", '{"2": 1.0}', '{"1": -1}', '{"1": "x"}', '{"one": 1}'):
+        for file in files:
+            file.write_text(damaged)
+        with pytest.warns(UserWarning, match="measured again"):
+            assert costs_of(target, 1)(8) == 1.2
+    assert json.loads(files[0].read_text()) or json.loads(files[1].read_text())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "file"))
+    assert costs_of(target, 1)(8) == 1.2
+
+
+@torch.inference_mode()
+def test_measured_costs(target: Target) -> None:
+    """The measurement runs for batches, leaves nothing behind, and knows one node."""
+    with target.active():
+        costs = measure_costs(target, 2, most=8)
+    assert costs.nodes[0] == 1
+    assert 0 < costs(1) <= costs(8)
+
+
+# --- calibration ---
+
+
+def test_calibration_learns_ratios() -> None:
+    """Promises of 0.9 that are kept half of the time are worth half; paths add their depths' corrections up."""
+    source = random.Random(0)
+    calibration = Calibration()
+    named = candidates_from_paths([[([1, 2], [math.log(0.9), math.log(0.81)])]])
+    assert named is not None
+    for _ in range(3000):
+        first, second = source.random() < 0.45, source.random() < 0.9
+        calibration.learn(named, [[1 if first else 9, 2 if second else 9, 5]], [3])
+    assert calibration.ratio(0) == pytest.approx(0.5, abs=0.15)
+    assert calibration.ratio(1) == pytest.approx(1.0, abs=0.15)
+    found = calibration.correct(named).scores.exp()[0].tolist()
+    assert found == pytest.approx([0.9 * calibration.ratio(0), 0.81 * calibration.ratio(0) * calibration.ratio(1)])
+
+
+def test_calibration_learns_only_what_is_known() -> None:
+    """Nothing about depths that the text has not reached or below nodes that were wrong; estimates never exceed one."""
+    calibration = Calibration()
+    named = candidates_from_paths([[([1, 2, 3], [-0.1, -0.2, -0.3])], []])
+    assert named is not None
+    calibration.learn(named, [[1, 9, 9], [1, 2, 3]], [1, 3])
+    assert calibration.ratio(0) > 1
+    assert calibration.ratio(1) == 1
+    calibration.learn(named, [[7, 2, 3], [0, 0, 0]], [3, 3])
+    assert calibration.ratio(1) == 1
+    for _ in range(500):
+        calibration.learn(named, [[1, 2, 3], [0, 0, 0]], [3, 3])
+    assert bool((calibration.correct(named).scores < 0).all())
+
+
+# --- budget ---
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4))
+def test_the_budget_is_the_best_size(seed: int, rows: int) -> None:
+    """No size that may be chosen has more expected tokens a second."""
+    source = random.Random(seed)
+    gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
+    budget, proposing = TreeBudget(PassCosts(COSTS), 32), source.random()
+    chosen = budget.choose(gains, rows, proposing)
+    rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in budget.sizes}
+    assert rates[chosen] == pytest.approx(max(rates.values()))
+    assert budget.sizes[0] == 1
+    assert budget.sizes[-1] == 32
+
+
+def test_failure_rests_and_success_does_not() -> None:
+    """What never helps is asked ever more rarely; what helps is always asked, also after bad luck."""
+    costs = {1: 1.0, 8: 1.2}
+    noise, good = TreeBudget(PassCosts(costs), 8), TreeBudget(PassCosts(costs), 8)
+    asked = 0
+    for _ in range(1000):
+        resting = noise.resting()
+        asked += not resting
+        noise.saw(1 if resting else 8, 1, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+    assert asked < 15
+    source = random.Random(1)
+    asked = 0
+    for _ in range(1000):
+        resting = good.resting()
+        asked += not resting
+        tokens = 1 if resting else source.choice([1, 2, 3, 6])
+        good.saw(1 if resting else 8, tokens, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+    assert asked > 900
+
+
+# --- the proposer ---
+
+
+class Fixed(HeadsProposer):
+    """Names given paths, whatever the heads."""
+
+    def __init__(self, target: Target, paths: list[tuple[list[int], list[float]]]) -> None:
+        super().__init__(target, noise_heads(target, "medusa"))
+        self.paths = paths
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        return candidates_from_paths([self.paths for _ in state.texts])
+
+
+def test_members_are_merged(target: Target) -> None:
+    """The likeliest of all members' paths, equal ones once; a member that knows nothing is no trouble."""
+    one = Fixed(target, [([1, 2], [-0.1, -0.5]), ([3], [-0.4])])
+    two = Fixed(target, [([1, 4], [-0.2, -0.3]), ([1, 2], [-0.2, -0.35])])
+    hybrid = build_proposer("hybrid", target, members=[one, two, Fixed(target, [])], tree_size=4)
+    state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
+    tree = hybrid.propose(state, 8)
+    assert sorted(map(tuple, tree.paths(0))) == [(1, 2), (1, 4)]
+    nothing = build_proposer("hybrid", target, members=[Fixed(target, [])], tree_size=4)
+    assert nothing.propose(state, 8).nodes == 1
+
+
+def test_heads_of_noise_are_left_alone(target: Target) -> None:
+    """Guesses that cost and never come true end in plain decoding."""
+    model = tiny_llama()
+    paths = [([1, 2, 3], [-0.1, -0.2, -0.3])]
+    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    hybrid: Any = build_proposer("hybrid", target, members=[Fixed(target, paths)], costs=costs)
+    sizes = []
+    watch = hybrid.observe
+    hybrid.observe = lambda verified: (sizes.append(verified.tree.nodes), watch(verified))
+    decoder = Decoder(model, hybrid)
+    ids = torch.tensor([[5, 9, 13]])
+    text = decoder.generate(ids, max_new_tokens=100, do_sample=False)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=100, do_sample=False))
+    assert len(sizes) > 20
+    assert sizes.count(1) > 0.8 * len(sizes)
+
+
+class Seldom(HeadsProposer):
+    """A tree at every third pass only."""
+
+    passes = 0
+    patient = True
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        self.passes += 1
+        if self.passes % 3:
+            return TokenTree.root(state.roots)
+        return super().propose(state, max_depth)
+
+    def observe(self, verified: Any) -> None:
+        super().observe(verified)
+        if not self.patient:
+            self._catch_up()
+
+
+@pytest.mark.parametrize("name", ["attention", "block"])
+@torch.inference_mode()
+def test_memory_catches_up(target: Target, name: str) -> None:
+    """Passes of plain decoding that were remembered late are remembered right, also when rows end."""
+    ids = torch.tensor([[5, 9, 13, 5, 9], [20, 21, 22, 23, 24], [7, 7, 7, 7, 7]])
+    rows = []
+    for Seldom.patient in (True, False):
+        proposer = Seldom(target, noise_heads(target, name), dtype=torch.float32)
+        Decoder(target, proposer).generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=[1, 2, 3, 4, 5, 6])
+        proposer._catch_up()
+        assert proposer._memory is not None
+        view = proposer._memory.view()
+        rows.append((proposer._memory.lengths, view.rows))
+    assert rows[0][0] == rows[1][0]
+    torch.testing.assert_close(rows[0][1], rows[1][1], rtol=1e-5, atol=1e-5)
+    assert max(rows[0][0]) > 12
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"members": []}, "at least one member"),
+        ({"members": ["none"]}, "names no candidates"),
+        ({"members": ["heads"]}, "needs heads"),
+        ({"members": ["recycling"], "tree_size": 0}, "from 1 to 256"),
+        ({"members": ["nobody"]}, "no proposer is called"),
+    ],
+)
+def test_refusals(target: Target, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(MedheadError, match=says):
+        build_proposer("hybrid", target, **options)
