@@ -46,6 +46,11 @@ class PassCosts:
         self.drift = 1.0
 
     @property
+    def measured(self) -> dict[int, float]:
+        """Seconds by number of nodes, as they were measured."""
+        return dict(zip(self.nodes, self._seconds, strict=True))
+
+    @property
     def most(self) -> int:
         """The largest number of nodes that was measured."""
         return self.nodes[-1]
@@ -92,13 +97,21 @@ def _seconds(target: Target, action: Callable[[], Any]) -> float:
 
 def costs_of(target: Target, batch: int, most: int = GRID[-1]) -> PassCosts:
     """The costs from the user's cache, or measured now and kept there."""
-    file = cache_folder() / f"{_fingerprint(target, batch)}.json"
-    known = _read(file)
+    known = _read(_file(target, batch))
     if known is None:
         costs = measure_costs(target, batch)
-        known = dict(zip(costs.nodes, costs._seconds, strict=True))
-        _write(file, known)
+        store_costs(target, batch, costs)
+        known = costs.measured
     return PassCosts({nodes: seconds for nodes, seconds in known.items() if nodes <= max(most, 1)})
+
+
+def store_costs(target: Target, batch: int, costs: PassCosts) -> None:
+    """Keep costs in the user's cache."""
+    _write(_file(target, batch), costs.measured)
+
+
+def _file(target: Target, batch: int) -> Path:
+    return cache_folder() / f"{_fingerprint(target, batch)}.json"
 
 
 def cache_folder() -> Path:

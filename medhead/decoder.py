@@ -72,9 +72,9 @@ class Decoder:
 
     Args:
         model: any causal language model of transformers; it is left as it was between calls.
-        proposer: a `Proposer`, or the name of a registered one; `heads` if `heads` is given, else `ngram`.
-        heads: for the proposer `heads`: heads, the folder of a heads checkpoint, or `mtp` for the multi-token-prediction
-            layers in the model's own checkpoint.
+        proposer: a `Proposer`, or the name of a registered one; `hybrid` if None.
+        heads: for the proposers `heads` and `hybrid`: heads, the folder of a heads checkpoint, or `mtp` for the
+            multi-token-prediction layers in the model's own checkpoint.
         tree_size: nodes of a tree, root included; the proposer's own default if None.
         typical: lossy acceptance (Medusa's); None, the default, is exact.
         probe: check at once that the model verifies trees correctly.
@@ -105,7 +105,7 @@ class Decoder:
         self.target = model if isinstance(model, Target) else Target(model, probe, attention)
         self.model = self.target.model
         if proposer is None:
-            proposer = "ngram" if heads is None else "heads"
+            proposer = "heads" if "shape" in options else "hybrid"
         if isinstance(proposer, str):
             if heads is not None and proposer in ("heads", "hybrid"):
                 options["heads"] = heads

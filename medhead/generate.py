@@ -57,9 +57,7 @@ def parser() -> argparse.ArgumentParser:
         "--heads",
         help="heads checkpoint folder, or mtp for layers in the model's own (default: demo heads with the demo model)",
     )
-    what.add_argument(
-        "--proposer", choices=sorted(PROPOSERS), help="what guesses (default: heads if given, else ngram)"
-    )
+    what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: hybrid, all there is)")
     what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
@@ -130,8 +128,8 @@ def read_prompt(args: argparse.Namespace) -> str:
 def make_decoder(args: argparse.Namespace, model: Any) -> Decoder:
     """The decoder that the options ask for."""
     heads = args.heads or (str(DEMO_HEADS) if args.model is None else None)
-    proposer = args.proposer or ("heads" if heads else "ngram")
-    used: Any = heads if proposer == "heads" else None
+    proposer = args.proposer or "hybrid"
+    used: Any = heads if proposer in ("heads", "hybrid") else None
     if used and adapts_target(used):
         model = load_adapted(model, used)
         used = heads_of(model)
@@ -196,9 +194,10 @@ def run(args: argparse.Namespace) -> None:
 
 def statistics_line(decoder: Decoder) -> str:
     """One line about the last generation."""
-    s = decoder.statistics
+    s, proposer = decoder.statistics, decoder.proposer
+    most = "up to " if getattr(proposer, "adapts", False) else ""
     return (
-        f"[{decoder.proposer.name}, {decoder.proposer.tree_size} nodes] {s.new_tokens} tokens in {s.seconds:.2f} s, "
+        f"[{proposer.name}, {most}{proposer.tree_size} nodes] {s.new_tokens} tokens in {s.seconds:.2f} s, "
         f"{s.tokens_per_second:.1f} tokens/s, {s.passes} verify passes, accepted length {s.accepted_length:.2f}"
     )
 

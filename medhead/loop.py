@@ -162,8 +162,8 @@ class DecodeLoop:
             accepted = accept(tree, logits.argmax(-1))
         else:
             scores = process_nodes(settings.processors, logits)
-            if noise is not None and tree.nodes > 1:
-                noise = noise.gather(1, tree.depth[..., None].expand(-1, -1, noise.shape[-1]))
+            if noise is not None:
+                noise = noise[:, :1] if tree.nodes == 1 else _at_depth(noise, tree)
             drawn = draw(scores, noise)
             rule = settings.typical
             accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores, rule)
@@ -220,6 +220,11 @@ class DecodeLoop:
         if self.settings.synchronize is not None:
             self.settings.synchronize()
         return time.perf_counter()
+
+
+def _at_depth(noise: Tensor, tree: TokenTree) -> Tensor:
+    """`[batch, nodes, vocab]`: the noise that every node draws its next token with."""
+    return noise.gather(1, tree.depth[..., None].expand(-1, -1, noise.shape[-1]))
 
 
 def _pick(features: Tensor, last: Tensor) -> Tensor:

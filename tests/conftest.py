@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +90,12 @@ def noise_heads(
 def read(target: Target, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and features of whole texts `[rows, length]`; inside `target.active(...)`."""
     return target.read_hidden(target.model, ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Costs of passes are kept in a folder of the session's own."""
+    os.environ["MEDHEAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="session")

@@ -50,7 +50,7 @@ def test_json_says_everything(folders: dict[str, Path], capsys: pytest.CaptureFi
     result = json.loads(out)
     assert result["identical"] is True
     assert result["new_tokens"] == len(result["token_ids"]) <= 24
-    assert result["proposer"] == "heads"
+    assert result["proposer"] == "hybrid"
     assert result["accepted_length"] == pytest.approx(result["new_tokens"] / result["passes"], abs=1e-3)
     assert set(result) >= {"text", "prompt_tokens", "seconds", "tokens_per_second"}
 

@@ -45,7 +45,7 @@ def test_greedy_text_is_that_of_transformers(
 ) -> None:
     inputs = batch_of_prompts(demo_tokenizer, count)
     expected = demo.generate(**inputs, **OPTIONS, do_sample=False)
-    with Decoder(demo, heads=heads) as decoder:
+    with Decoder(demo, "heads", heads=heads) as decoder:
         assert torch.equal(decoder.generate(**inputs, **OPTIONS, do_sample=False), expected)
         assert decoder.statistics.accepted_length > 1.3
 
@@ -65,7 +65,7 @@ def test_the_default_heads_guess_two_tokens_ahead(
 ) -> None:
     """Greedy and at temperature 1: looking at the noise makes sampling as fast as greedy decoding."""
     inputs = batch_of_prompts(demo_tokenizer, 8)
-    with Decoder(demo, heads=DEMO_HEADS) as decoder:
+    with Decoder(demo, "heads", heads=DEMO_HEADS) as decoder:
         for sampling in ({"do_sample": False}, {"do_sample": True, "top_k": 0, "seed": 1}):
             decoder.generate(**inputs, max_new_tokens=100, **sampling)
             assert decoder.statistics.accepted_length > 2.3
@@ -84,7 +84,7 @@ def test_the_command_with_no_options_but_a_prompt(capsys: pytest.CaptureFixture[
     assert generate.main(["--prompt", BUILT_IN[0], "--json", "--check", "--max-new-tokens", "80"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert result["identical"] is True
-    assert result["proposer"] == "heads"
+    assert result["proposer"] == "hybrid"
     assert result["accepted_length"] > 1.5
 
 

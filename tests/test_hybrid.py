@@ -215,10 +215,11 @@ class Seldom(HeadsProposer):
 def test_memory_catches_up(target: Target, name: str) -> None:
     """Passes of plain decoding that were remembered late are remembered right, also when rows end."""
     ids = torch.tensor([[5, 9, 13, 5, 9], [20, 21, 22, 23, 24], [7, 7, 7, 7, 7]])
+    sampling = {"do_sample": True, "seed": 3, "top_k": 0, "eos_token_id": [1, 2, 3, 4, 5, 6], "max_new_tokens": 25}
     rows = []
     for Seldom.patient in (True, False):
         proposer = Seldom(target, noise_heads(target, name), dtype=torch.float32)
-        Decoder(target, proposer).generate(ids, max_new_tokens=25, do_sample=False, eos_token_id=[1, 2, 3, 4, 5, 6])
+        Decoder(target, proposer).generate(ids, **sampling)
         proposer._catch_up()
         assert proposer._memory is not None
         view = proposer._memory.view()

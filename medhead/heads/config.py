@@ -48,6 +48,8 @@ class HeadsConfig:
         trees: best static trees on held-out text by number of nodes: paths of ranks.
         tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
         tree_depth: deepest tree worth growing with that size; `depth` if 0.
+        tree_width: nodes of a frontier while a tree grows.
+        tree_branching: candidates of every frontier node.
         draft_vocab: the heads name only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et
             al. 2025); 0 means all. The target still verifies with its whole vocabulary.
     """
@@ -83,11 +85,14 @@ class HeadsConfig:
     trees: dict[str, list[list[int]]] = field(default_factory=dict)
     tree_size: int = 16
     tree_depth: int = 0
+    tree_width: int = 4
+    tree_branching: int = 4
     draft_vocab: int = 0
 
     def __post_init__(self) -> None:
-        counts = ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size")
-        for name in (*counts, "correction_size", "num_heads", "key_heads", "head_dim"):
+        counts: tuple[str, ...] = ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size")
+        counts += ("tree_width", "tree_branching", "correction_size", "num_heads", "key_heads", "head_dim")
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise MedheadError(f"{name} of the heads must be a whole number of at least 1, got {value!r}")

@@ -30,8 +30,8 @@ class HeadsProposer(Proposer):
         target: the target the heads belong to.
         heads: the heads, the folder of their checkpoint, or `mtp` for the layers that the target's checkpoint brings.
         tree_size: nodes of the tree, root included; what the heads' configuration says if None.
-        width: nodes of a frontier.
-        branching: candidates of every frontier node.
+        width: nodes of a frontier; what the heads' configuration says if None.
+        branching: candidates of every frontier node; the same.
         max_depth: no tree is deeper; the heads' depth if None.
         shape: paths of ranks (Medusa's static trees) instead of a dynamic tree.
         dtype: what the heads compute in; no choice changes the text. The faster one is measured if None.
@@ -49,8 +49,8 @@ class HeadsProposer(Proposer):
         target: Target,
         heads: Heads | str | Path | None = None,
         tree_size: int | None = None,
-        width: int = 4,
-        branching: int = 4,
+        width: int | None = None,
+        branching: int | None = None,
         max_depth: int | None = None,
         shape: list[list[int]] | None = None,
         dtype: torch.dtype | None = None,
@@ -63,6 +63,8 @@ class HeadsProposer(Proposer):
         config = self.heads.config
         default = config.tree_depth or config.depth
         self.shape = None if shape is None else StaticShape(shape, target.device)
+        width = config.tree_width if width is None else width
+        branching = config.tree_branching if branching is None else branching
         wanted = self.shape.depth if self.shape else (default if max_depth is None else max_depth)
         if wanted > config.depth:
             raise MedheadError(

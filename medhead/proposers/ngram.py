@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
+from medhead.proposers.candidates import Candidates, candidates_from_paths
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -81,6 +83,18 @@ class NgramProposer(Proposer):
             index.extend(text)
             rows.append(_merge(text[-1], index.continuations(text, depth), self.tree_size))
         return trees_from_lists(rows, state.roots)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """The continuations, the first ones likelier; how much they are worth is for a calibration to find out."""
+        depth = min(max_depth, self.max_depth)
+        rows = []
+        for index, text in zip(self._index, state.texts, strict=True):
+            index.extend(text)
+            paths = index.continuations(text, depth)
+            rows.append(
+                [(p, [math.log(0.6) * (i + 1 + place) for i in range(len(p))]) for place, p in enumerate(paths)]
+            )
+        return candidates_from_paths(rows, state.roots.device)
 
     def observe(self, verified: Verified) -> None:
         """Nothing to learn: the text itself is read at the next proposal."""

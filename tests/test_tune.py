@@ -1,0 +1,132 @@
+"""The tuner and the benchmark of the budget, small."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import noise_heads
+
+from medhead import tune
+from medhead.bench import budget
+from medhead.heads import load_heads, save_heads
+from medhead.heads.checkpoint import read_config
+from medhead.load import DEMO_HEADS
+from medhead.target import Target
+
+START = tune.Tree(16, 4, 4, 6)
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Costs are kept in a folder of the test's own."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_search_finds_the_peak() -> None:
+    """One dimension after the other, each from the best so far, the start always among them."""
+    asked: list[list[tune.Tree]] = []
+
+    def rate(trees: list[tune.Tree]) -> list[float]:
+        asked.append(trees)
+        return [-abs(t.tree_size - 12) - abs(t.tree_width - 2) - abs(t.tree_depth - 4) + 0.0 for t in trees]
+
+    said: list[str] = []
+    best = tune.search(START, 8, rate, said.append)
+    assert best == tune.Tree(12, 2, 3, 4)
+    assert all(
+        any(replace(tree) == known for known in trees)
+        for trees, tree in zip(asked[1:], [tune.Tree(12, 4, 4, 6), tune.Tree(12, 2, 3, 6)], strict=True)
+    )
+    assert len(said) == sum(map(len, asked))
+    assert max(tree.tree_depth for trees in asked for tree in trees) == 8
+
+
+def test_the_tree_is_kept_with_the_heads(target: Target, tmp_path: Path) -> None:
+    """And is what decoding uses from then on; everything else in the configuration stays."""
+    save_heads(noise_heads(target, "recurrent"), target.model, tmp_path)
+    before = read_config(tmp_path)
+    tune.keep(tmp_path, tune.Tree(7, 3, 2, 2))
+    after = read_config(tmp_path)
+    assert replace(before, tree_size=7, tree_width=3, tree_branching=2, tree_depth=2) == after
+    from medhead.proposers.heads import HeadsProposer
+
+    proposer = HeadsProposer(target, load_heads(tmp_path, target))
+    assert (proposer.tree_size, proposer.width, proposer.branching, proposer.max_depth) == (7, 3, 2, 2)
+
+
+def test_tuning_the_demo(
+    cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run writes nothing; a real one keeps costs and tree."""
+    monkeypatch.setattr(tune, "SIZES", (4, 8))
+    monkeypatch.setattr(tune, "FRONTIERS", ((2, 2),))
+    folder = tmp_path / "heads"
+    shutil.copytree(DEMO_HEADS, folder)
+    before = (folder / "medhead_config.json").read_text()
+    options = ["--heads", str(folder), "--count", "1", "--new-tokens", "8", "--repeats", "1"]
+    assert tune.main([*options, "--dry-run"]) == 0
+    assert not cache.exists()
+    assert (folder / "medhead_config.json").read_text() == before
+    assert tune.main([*options, "--batch", "1", "2"]) == 0
+    assert len(list(cache.glob("*.json"))) == 2
+    out = capsys.readouterr().out
+    assert "a pass over 2 rows" in out
+    chosen = json.loads((folder / "medhead_config.json").read_text())
+    assert f"fastest: {chosen['tree_size']} nodes, width {chosen['tree_width']}" in out
+
+
+def test_budget_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Table, JSON and picture; the texts are plain decoding's."""
+    options = [
+        "--count",
+        "1",
+        "--new-tokens",
+        "12",
+        "--repeats",
+        "1",
+        "--sizes",
+        "4",
+        "--output",
+        str(tmp_path / "out"),
+    ]
+    assert budget.main(options) == 0
+    found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [row["identical"] for row in found] == ["1/1"] * 4
+    assert [row["hostile"] for row in found] == [False, False, True, True]
+    assert "| heads of noise, greedy |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "budget.png").stat().st_size > 1000
+
+
+def test_noise_like(target: Target) -> None:
+    """Same shapes, other numbers, the given heads untouched."""
+    heads = noise_heads(target, "block")
+    before = {name: p.clone() for name, p in heads.named_parameters()}
+    noise = budget.noise_like(heads, 1)
+    for name, p in noise.named_parameters():
+        assert p.shape == before[name].shape
+        assert not torch.equal(p, before[name])
+    assert all(torch.equal(p, before[name]) for name, p in heads.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("main", "options", "says"),
+    [
+        (tune.main, ["--count", "0"], "--count must be at least 1"),
+        (tune.main, ["--batch", "0"], "--batch must be at least 1"),
+        (tune.main, ["--heads", "nowhere"], "does not exist"),
+        (budget.main, ["--repeats", "0"], "--repeats must be at least 1"),
+        (budget.main, ["--heads", "nowhere"], "does not exist"),
+        (budget.main, ["--output", __file__], "is a file"),
+    ],
+)
+def test_wrong_input(main: object, options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(options) == 2  # type: ignore[operator]
+    err = capsys.readouterr().err
+    assert says in err
+    assert err.count("\n") == 1
