@@ -8,6 +8,7 @@ import sys
 COMMANDS = {  # name: module with a `main`, what it does
     "generate": ("medhead.generate", "answer a prompt in the terminal"),
     "bench": ("medhead.bench", "measure against plain decoding and transformers"),
+    "datastore": ("medhead.datastore.command", "make text of your own searchable for the proposer ngram"),
     "finetune": ("medhead.training.finetune", "train heads for a model of your own"),
     "generate-data": ("medhead.training.generate_data", "let a model write the text its heads are trained on"),
     "evaluate": ("medhead.training.evaluate", "accepted length of heads by tree size on real decoding"),

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from medhead.errors import MedheadError
+from medhead.proposers.candidates import Candidates
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -88,6 +89,13 @@ class Proposer:
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Name a tree for every row, no deeper than `max_depth`."""
         return TokenTree.root(state.roots)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> list[Candidates]:
+        """What it would guess for every row, each node with an estimated chance: `propose` before a tree is cut to size.
+
+        For trees of several proposers. A proposer that can only name whole trees gives its roots alone.
+        """
+        return [Candidates(text[-1]) for text in state.texts]
 
     def observe(self, verified: Verified) -> None:
         """See what the target said."""

@@ -40,6 +40,11 @@ class Expander(Protocol):
 
 def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int) -> TokenTree:
     """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes."""
+    return grow_scored(roots, expander, nodes, depth, width)[0]
+
+
+def grow_scored(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int) -> tuple[TokenTree, Tensor]:
+    """The tree of `grow_tree`, and the log-probability of the path to each of its nodes, `[batch, nodes]`."""
     state, tokens = expander.start(), roots[:, None]
     scores: Tensor | None = None
     frontier = torch.zeros_like(tokens)  # index among all candidates, from 1; 0 is the root
@@ -71,7 +76,8 @@ def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: 
     ids = F.pad(chosen + 1, (1, 0))  # candidates are in order of depth, so parents stay before their children
     parents = F.pad(torch.searchsorted(ids, above), (1, 0))
     tree_tokens = torch.cat([roots[:, None], torch.cat(all_tokens, 1).gather(1, chosen)], 1)
-    return TokenTree(tree_tokens, parents, levels[ids], depth)
+    scored = F.pad(torch.cat(all_scores, 1).gather(1, chosen), (1, 0))
+    return TokenTree(tree_tokens, parents, levels[ids], depth), scored
 
 
 @lru_cache(maxsize=64)
