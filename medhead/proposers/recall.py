@@ -84,7 +84,7 @@ class TextMemory:
         suffixes = list(self.automaton.suffixes(self.longest))
         if not suffixes or depth < 1:
             return Candidates(root)
-        self._ending = {state for state, _ in suffixes}
+        self._ending = {state for state, _ in self.automaton.suffixes(self.automaton.bound)}
         return best_first(root, suffixes[0], self._following, nodes, depth, least)
 
     def _following(self, context: tuple[int, int]) -> dict[int, tuple[float, tuple[int, int]]]:
