@@ -25,8 +25,9 @@ TEXTS = st.lists(st.integers(0, 3), min_size=2, max_size=40)
 H = 9.0
 
 
-def next_chances(text: list[int], path: list[int], longest: int) -> dict[int, float]:
-    """Chances of the tokens behind text + path: contexts longest first, each leaves doubt / (weight + doubt) to the next."""
+def next_chances(text: list[int], path: list[int], longest: int, floor: float) -> dict[int, float]:
+    """Chances of the tokens behind text + path: contexts longest first, each leaves doubt / (weight + doubt) to the next,
+    down to what could not make a node likely enough."""
     whole = text + path
     contexts: dict[tuple[int, ...], int] = {}
     for length in range(1, min(longest + len(path), len(whole)) + 1):
@@ -45,7 +46,7 @@ def next_chances(text: list[int], path: list[int], longest: int) -> dict[int, fl
             weight = 0.5 ** ((len(text) - 2 - end) / H)  # an occurrence of context and follower ends one token later
             chances[text[end + 1]] = chances.get(text[end + 1], 0.0) + rest * weight / total
         rest *= doubt(length) / total
-        if rest <= 0.02:
+        if rest <= floor:
             break
     return chances
 
@@ -58,7 +59,7 @@ def brute_force(text: list[int], longest: int, depth: int, least: float) -> dict
         path, chance = frontier.pop()
         if len(path) == depth:
             continue
-        for token, share in next_chances(text, list(path), longest).items():
+        for token, share in next_chances(text, list(path), longest, max(0.02, least / chance)).items():
             below = chance * min(share, 1.0)
             if below >= least:
                 found[(*path, token)] = below

@@ -65,7 +65,7 @@ def pieces(text: str) -> list[str]:
         end = start + PIECE
         if end < len(text):
             line = text.rfind("\n", start, end)
-            end = line + 1 if line > start else end
+            end = line + 1 if line >= start else end
         found.append(text[start:end])
         start = end
     return found

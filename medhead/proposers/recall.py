@@ -16,7 +16,7 @@ from medhead.proposers.automaton import SuffixAutomaton
 from medhead.proposers.candidates import Candidates
 
 C = TypeVar("C")
-_REST = 0.02  # below this share, shorter contexts are not asked any more
+_REST = 0.02  # when less is left, shorter contexts are not asked any more
 
 
 def doubt(length: int) -> float:
@@ -30,7 +30,7 @@ def doubt(length: int) -> float:
 def best_first(
     root: int,
     context: C,
-    following: Callable[[C], dict[int, tuple[float, C]]],
+    following: Callable[[C, float], dict[int, tuple[float, C]]],
     nodes: int,
     depth: int,
     least: float,
@@ -40,7 +40,8 @@ def best_first(
     Args:
         root: token of the root.
         context: what `following` needs to know at the root.
-        following: tokens behind a context, each with its chance and the context behind it.
+        following: tokens behind a context, each with its chance and the context behind it; chances below the given number
+            are of no use.
         nodes: most nodes, root included.
         depth: deepest node.
         least: no node is less likely.
@@ -49,7 +50,7 @@ def best_first(
     node, chance = 0, 1.0
     while True:
         if found.depths[node] < depth:
-            for token, (share, behind) in following(context).items():
+            for token, (share, behind) in following(context, max(least / chance, _REST)).items():
                 if chance * share >= least:
                     named += 1  # breaks ties: what was named first comes first
                     heapq.heappush(heap, (-chance * share, named, node, token, behind))
@@ -87,11 +88,11 @@ class TextMemory:
         self._ending = {state for state, _ in self.automaton.suffixes(self.automaton.bound)}
         return best_first(root, suffixes[0], self._following, nodes, depth, least)
 
-    def _following(self, context: tuple[int, int]) -> dict[int, tuple[float, tuple[int, int]]]:
+    def _following(self, context: tuple[int, int], floor: float) -> dict[int, tuple[float, tuple[int, int]]]:
         """Tokens behind a context: chance, and the longest context that they lead to (its state, its length)."""
         (state, length), automaton, rest = context, self.automaton, 1.0
         found: dict[int, tuple[float, tuple[int, int]]] = {}
-        while length and rest > _REST:
+        while length and rest > floor:
             followers = automaton.after(state)
             if followers:
                 open_end = 1.0 if state in self._ending else 0.0  # the newest occurrence has no follower yet
@@ -123,7 +124,7 @@ class StoreMemory:
             return Candidates(text[-1])
         return best_first(text[-1], places, self._following, nodes, depth, least)
 
-    def _following(self, places: list[Place]) -> dict[int, tuple[float, list[Place]]]:
+    def _following(self, places: list[Place], floor: float) -> dict[int, tuple[float, list[Place]]]:
         """Tokens behind places, whose contexts grow shorter: chance, and the places behind them.
 
         A context of n tokens consists of all places that share n or more, so contexts are blended as in a text's memory.
@@ -136,11 +137,11 @@ class StoreMemory:
         for index, (place, length, token) in enumerate(known):
             counts[token] = counts.get(token, 0) + 1
             found.setdefault(token, (0.0, []))[1].append((place + 1, length + 1))
-            if index + 1 < len(known) and known[index + 1][1] == length:
+            if rest <= floor or (index + 1 < len(known) and known[index + 1][1] == length):
                 continue  # all places of this context first
             total = index + 1 + doubt(length)
             for name, count in counts.items():
                 share, behind = found[name]
                 found[name] = (share + rest * count / total, behind)
             rest *= doubt(length) / total
-        return found
+        return {token: behind for token, behind in found.items() if behind[0]}
