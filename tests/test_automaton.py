@@ -46,10 +46,10 @@ def test_weights_of_all_substrings(text: list[int], bound: int, half_life: float
     assert state_of(automaton, [*text, 0]) is None
 
 
-@given(TEXTS, st.integers(2, 9), st.integers(1, 4))
-def test_followers_are_the_heaviest(text: list[int], bound: int, kept: int) -> None:
+def check_followers(text: list[int], bound: int, kept: int, longest: int) -> None:
+    """The followers of every substring of at most `longest` tokens."""
     automaton = built(text, bound, 7.0, kept)
-    for length in range(1, min(bound, len(text))):
+    for length in range(1, longest + 1):
         for start in range(len(text) - length):
             part = text[start : start + length]
             weights = {
@@ -65,6 +65,27 @@ def test_followers_are_the_heaviest(text: list[int], bound: int, kept: int) -> N
                 best = best[:kept]
             assert [token for token, _, _ in named] == best
             assert [weight for _, _, weight in named] == pytest.approx([weights[token] for token in best])
+
+
+@given(TEXTS, st.integers(2, 9), st.integers(1, 4))
+def test_followers_are_the_heaviest(text: list[int], bound: int, kept: int) -> None:
+    check_followers(text, bound, kept, min(bound, len(text)) - 1)
+
+
+@pytest.mark.parametrize("kept", [3, 4, 7])
+def test_followers_of_a_varied_text(kept: int) -> None:
+    generator = random.Random(kept)
+    check_followers([generator.randrange(8) for _ in range(200)], 5, kept, 1)
+
+
+@given(TEXTS, st.integers(2, 9))
+def test_no_more_than_the_bound_is_counted(text: list[int], bound: int) -> None:
+    """The state from which occurrences are counted is that of the last `bound - 1` tokens, so it is at most `bound` steps."""
+    automaton = SuffixAutomaton(bound, 7.0)
+    for size, token in enumerate(text, 1):
+        automaton.append(token)
+        near = automaton._near
+        assert automaton._length[automaton._link[near]] < min(size, bound - 1) <= automaton._length[near]
 
 
 @given(TEXTS, st.integers(2, 9), st.integers(1, 12))

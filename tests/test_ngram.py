@@ -13,7 +13,7 @@ from test_automaton import ends
 from torch import Tensor
 from transformers import LogitsProcessor
 
-from medhead import Decoder
+from medhead import Decoder, TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers import Candidates, DecodeState, build_proposer
 from medhead.proposers.candidates import plant
@@ -217,14 +217,13 @@ def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int)
     merged = dict(first.paths())
     assert set(merged) == set(alone) | set(added)
     for path, chance in merged.items():
-        assert max(alone.get(path, 0), added.get(path, 0)) <= chance + 1e-9
-        assert chance <= 1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)) + 1e-9
+        assert chance == pytest.approx(1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)))
         assert chance <= merged.get(path[:-1], 1.0)
     few = dict(first.likeliest(nodes).paths())
     assert len(few) == min(nodes - 1, len(merged))
     assert all(path[:-1] in few for path in few if len(path) > 1)
     assert sum(few.values()) == pytest.approx(sum(sorted(merged.values(), reverse=True)[: nodes - 1]))
     tree = plant([first, Candidates(9)], torch.tensor([9, 9]))
-    assert {tuple(path[:n]) for path in tree.paths(0) for n in range(1, len(path) + 1)} == (
-        set(merged) or ({(9,)} if tree.nodes > 1 else set())
-    )
+    grown = [{tuple(path[:n]) for path in tree.paths(row) for n in range(1, len(path) + 1)} for row in (0, 1)]
+    assert grown == [set(merged), {(9,)} if merged else set()]  # the second row is padded with its root
+    assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
