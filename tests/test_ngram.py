@@ -224,6 +224,6 @@ def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int)
     assert all(path[:-1] in few for path in few if len(path) > 1)
     assert sum(few.values()) == pytest.approx(sum(sorted(merged.values(), reverse=True)[: nodes - 1]))
     tree = plant([first, Candidates(9)], torch.tensor([9, 9]))
+    assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
     grown = [{tuple(path[:n]) for path in tree.paths(row) for n in range(1, len(path) + 1)} for row in (0, 1)]
     assert grown == [set(merged), {(9,)} if merged else set()]  # the second row is padded with its root
-    assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)

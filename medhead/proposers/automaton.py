@@ -118,10 +118,7 @@ class SuffixAutomaton:
     def _count(self, token: int) -> None:
         """One more occurrence of every suffix of the text, `token` included, of up to `bound` tokens."""
         below, link, length, weight, now = self._next, self._link, self._length, self._weight, self.now
-        known = min(self.size, self.bound - 1)
         state = self._near
-        while state != _ROOT and length[link[state]] >= known:  # it was split
-            state = link[state]
         near, counted = below[state][token], -1
         while state != -1:
             reached = below[state][token]
@@ -131,7 +128,7 @@ class SuffixAutomaton:
             if state != _ROOT:
                 self._promote(state, token)
             state = link[state]
-        if length[link[near]] >= min(self.size + 1, self.bound - 1):
+        while length[link[near]] >= min(self.size + 1, self.bound - 1):
             near = link[near]
         self._near = near
 
