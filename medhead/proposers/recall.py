@@ -47,7 +47,7 @@ def best_first(
         least: no node is less likely.
     """
     found, heap, named = Candidates(root), [], 0  # type: ignore[var-annotated]
-    node, chance = 0, 1.0
+    node, chance, least = 0, 1.0, max(least, 1e-9)  # 0 is no chance
     while True:
         if found.depths[node] < depth:
             for token, (share, behind) in following(context, max(least / chance, _REST)).items():
