@@ -9,6 +9,7 @@ COMMANDS = {  # name: module with a `main`, what it does
     "generate": ("medhead.generate", "answer a prompt in the terminal"),
     "bench": ("medhead.bench", "measure against plain decoding and transformers"),
     "tune": ("medhead.tune", "find the fastest tree for some heads on this machine"),
+    "datastore": ("medhead.datastore.command", "make text of your own searchable for the proposer ngram"),
     "finetune": ("medhead.training.finetune", "train heads for a model of your own"),
     "generate-data": ("medhead.training.generate_data", "let a model write the text its heads are trained on"),
     "evaluate": ("medhead.training.evaluate", "accepted length of heads by tree size on real decoding"),

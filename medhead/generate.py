@@ -18,6 +18,7 @@ from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
 from medhead.load import DEMO_HEADS, DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers import PROPOSERS
+from medhead.proposers.recycling import RecyclingProposer
 from medhead.target import ATTENTIONS
 from medhead.terminal import TerminalPrinter
 
@@ -27,6 +28,8 @@ examples:
   python -m medhead.generate --prompt "Hello!" --temperature 0.7 --seed 1
   python -m medhead.generate --model Qwen/Qwen3-8B --prompt "Why is the sky blue?" --proposer ngram --dtype bfloat16
   python -m medhead.generate --model my/model --heads my/heads --prompt-file question.txt --check
+  python -m medhead.generate --model my/model --datastore my-notes --prompt "How do I reset it?"   (medhead.datastore makes one)
+  python -m medhead.generate --prompt "Hello!" --proposer recycling --recycling-state seen.safetensors --save-recycling-state
   echo "Once upon a time" | python -m medhead.generate --raw --max-new-tokens 50
   python -m medhead.generate --prompt "Tell me a short story." --compare
   python -m medhead.generate --prompt "Tell me a short story." --trace     (green: guessed and accepted)
@@ -59,6 +62,14 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: hybrid, all there is)")
     what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
+    what.add_argument("--datastore", metavar="FOLDER", help="text of your own that ngram looks things up in")
+    what.add_argument(
+        "--lookahead", type=int, nargs=3, metavar=("W", "N", "G"), help="window, n-gram and guesses of lookahead"
+    )
+    what.add_argument("--recycling-state", metavar="FILE", help="what recycling has learnt before; it is only read")
+    what.add_argument(
+        "--save-recycling-state", action="store_true", help="write what recycling has learnt back to that file"
+    )
     what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     what.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend")
@@ -125,16 +136,52 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise MedheadError(f"prompt file {args.prompt_file!r} cannot be read: {reason}") from None
 
 
-def make_decoder(args: argparse.Namespace, model: Any) -> Decoder:
-    """The decoder that the options ask for."""
+def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:
+    """The decoder that the options ask for.
+
+    Raises:
+        MedheadError: options that do not go together, or that the proposer refuses.
+    """
+    owner, options = proposer_options(args, tokenizer)
     heads = args.heads or (str(DEMO_HEADS) if args.model is None else None)
-    proposer = args.proposer or "hybrid"
+    proposer = args.proposer or owner or "hybrid"
     used: Any = heads if proposer in ("heads", "hybrid") else None
     if used and adapts_target(used):
         model = load_adapted(model, used)
         used = heads_of(model)
         print(f"medhead.generate: {heads} adapts the model itself: the text is the adapted model's", file=sys.stderr)
-    return Decoder(model, proposer, heads=used, tree_size=args.tree_size, attention=args.attention)
+    return Decoder(model, proposer, heads=used, tree_size=args.tree_size, attention=args.attention, **options)
+
+
+def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | None, dict[str, Any]]:
+    """The proposer that the options belong to, None if there are none, and its arguments.
+
+    Raises:
+        MedheadError: they belong to another proposer than the one that was asked for.
+    """
+    asked: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}
+    if getattr(args, "datastore", None) is not None:
+        asked["--datastore"] = ("hybrid", "ngram"), {"datastore": args.datastore, "tokenizer": tokenizer}
+    if getattr(args, "lookahead", None) is not None:
+        asked["--lookahead"] = ("lookahead",), dict(zip(("window", "ngram", "guesses"), args.lookahead, strict=True))
+    if getattr(args, "recycling_state", None) is not None:
+        path = Path(args.recycling_state)
+        new = args.save_recycling_state and not path.exists()
+        if new and not path.parent.is_dir():
+            raise MedheadError(f"the folder {str(path.parent)!r} of --recycling-state does not exist; make it first")
+        asked["--recycling-state"] = ("recycling",), {} if new else {"warm": args.recycling_state}
+    elif getattr(args, "save_recycling_state", False):
+        raise MedheadError("--save-recycling-state needs --recycling-state FILE, the file to write")
+    if not asked:
+        return None, {}
+    owners, given = next(iter(asked.values()))
+    chosen = args.proposer or ("hybrid" if args.heads else owners[0])
+    for option, (proposers, _) in asked.items():
+        if chosen not in proposers:
+            raise MedheadError(
+                f"{option} belongs to the proposer {proposers[-1]!r}, but {chosen!r} guesses; leave one out"
+            )
+    return chosen, given
 
 
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
@@ -154,13 +201,14 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(name, args.trust_remote_code)
     ids = encode_chat(tokenizer, read_prompt(args), args.system, args.raw)
     model = load_model(name, device, dtype, args.trust_remote_code)
-    decoder = make_decoder(args, model)
+    decoder = make_decoder(args, model, tokenizer)
     inputs = torch.tensor([ids], device=device)
     chosen = sampling(args)
     if args.compare:
         from medhead.compare import compare
 
         compare(decoder, inputs, chosen, args.seed)
+        save_learnt(args, decoder)
         return
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
     decoder.on_pass = lambda row, new: printer.show(new)
@@ -171,6 +219,7 @@ def run(args: argparse.Namespace) -> None:
         decoder.on_pass = None
         if not args.json and not args.quiet and decoder.statistics.new_tokens:
             print(statistics_line(decoder), file=sys.stderr)
+    save_learnt(args, decoder)
     statistics = decoder.statistics
     report = decoder.check(inputs, args.seed, attention_mask=torch.ones_like(inputs), **chosen) if args.check else None
     if report is not None and not args.json:
@@ -190,6 +239,17 @@ def run(args: argparse.Namespace) -> None:
         if report is not None:
             result["identical"] = report.identical
         print(json.dumps(result, ensure_ascii=False))
+
+
+def save_learnt(args: argparse.Namespace, decoder: Decoder) -> None:
+    """Write the state of recycling back, if that was asked for.
+
+    Raises:
+        MedheadError: it cannot be written.
+    """
+    if args.save_recycling_state:
+        assert isinstance(decoder.proposer, RecyclingProposer)
+        decoder.proposer.save(args.recycling_state)
 
 
 def statistics_line(decoder: Decoder) -> str:

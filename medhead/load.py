@@ -80,13 +80,16 @@ def load_model(
     return model.to(device).eval()
 
 
-def load_tokenizer(name: str | Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model.
+def load_tokenizer(
+    name: str | Path, trust_remote_code: bool = False, needs_model: bool = True
+) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model, or alone in a folder if it does not need one.
 
     Raises:
         MedheadError: there is none, or it cannot be read.
     """
-    _check_folder(name)
+    if needs_model or not Path(name).is_dir():
+        _check_folder(name)
     try:
         return AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=trust_remote_code)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:

@@ -9,7 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medhead.proposers.candidates import Candidates, candidates_from_paths, merge
+from medhead.proposers.candidates import Candidates, from_guesses, merge
+from medhead.proposers.guesses import Guesses
 from medhead.tree import TokenTree
 
 Paths = list[tuple[list[int], list[float]]]
@@ -26,6 +27,19 @@ def random_paths(source: random.Random, count: int, depth: int) -> Paths:
             steps.append(total)
         paths.append((tokens, steps))
     return paths
+
+
+def candidates_from_paths(rows: list[Paths]) -> Candidates | None:
+    """Paths of every row as candidates."""
+    made = []
+    for paths in rows:
+        guesses = Guesses(9)
+        for tokens, scores in paths:
+            node = 0
+            for token, score in zip(tokens, scores, strict=True):
+                node = guesses.add(node, token, math.exp(score))
+        made.append(guesses)
+    return from_guesses(made)
 
 
 def by_path(paths: Paths) -> dict[tuple[int, ...], float]:

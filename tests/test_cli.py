@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from medhead import cli, generate
+from medhead.datastore import build_datastore
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,6 +62,7 @@ def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], caps
         ["none"],
         ["ngram"],
         ["recycling"],
+        ["lookahead", "--lookahead", "3", "3", "2"],
         ["heads", "--heads", str(folders["medusa"]), "--tree-size", "7"],
     ):
         code, out, err = run(
@@ -105,6 +107,27 @@ def test_compare_and_trace(folders: dict[str, Path], capsys: pytest.CaptureFixtu
     assert out == plain
 
 
+def test_recycling_learns_from_run_to_run(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is made and written back only on request, and knowing more changes no token."""
+    state = tmp_path / "state.safetensors"
+    code, _, err = run(command(folders, "--recycling-state", str(state)), capsys)
+    assert (code, "does not exist" in err) == (2, True)
+    options = command(folders, "--recycling-state", str(state), "--json")
+    results = []
+    for more in (["--save-recycling-state"], [], ["--save-recycling-state", "--compare"]):
+        before = state.read_bytes() if state.exists() else b""
+        code, out, err = run([*options, *more], capsys)
+        assert code == 0, err
+        assert (state.read_bytes() == before) == (not more)
+        results += [] if "--compare" in more else [json.loads(out)]
+    first, second = results
+    assert first["proposer"] == second["proposer"] == "recycling"
+    assert first["token_ids"] == second["token_ids"]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
 WRONG: dict[str, tuple[list[str], str]] = {
     "model": (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
     "model folder without a model": (["--model", "{empty}"], "holds no config.json"),
@@ -115,6 +138,32 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "heads without heads": (["--proposer", "heads"], "needs heads"),
     "empty prompt": (["--prompt", "  "], "the prompt is empty"),
     "long prompt": (["--prompt", "dragon " * 200], "the model's context is 160"),
+    "datastore": (["--datastore", "./nowhere"], "datastore folder 'nowhere' does not exist"),
+    "no datastore": (["--datastore", "{empty}"], "it is not a datastore"),
+    "datastore of another tokenizer": (["--datastore", "{store}"], "built with another tokenizer"),
+    "datastore for heads": (
+        ["--datastore", "{store}", "--proposer", "heads"],
+        "--datastore belongs to the proposer 'ngram', but 'heads' guesses",
+    ),
+    "lookahead W": (["--lookahead", "0", "4", "5"], "W (window) of at least 1, got 0"),
+    "lookahead size": (["--lookahead", "5", "4", "5", "--tree-size", "9"], "needs 30 nodes, the tree has at most 9"),
+    "lookahead numbers": (["--lookahead", "5", "4"], "expected 3 arguments"),
+    "lookahead for ngram": (
+        ["--lookahead", "5", "4", "5", "--proposer", "ngram"],
+        "belongs to the proposer 'lookahead'",
+    ),
+    "two proposers": (["--lookahead", "5", "4", "5", "--recycling-state", "x"], "but 'lookahead' guesses"),
+    "recycling state": (["--recycling-state", "./nowhere"], "'nowhere' does not exist"),
+    "recycling state that is none": (["--recycling-state", "{model}/config.json"], "no recycling state"),
+    "recycling state to write": (
+        ["--recycling-state", "{model}/config.json", "--save-recycling-state"],
+        "no recycling state",
+    ),
+    "recycling state without a folder": (
+        ["--recycling-state", "{empty}/deep/x", "--save-recycling-state"],
+        "the folder '{empty}/deep' of --recycling-state does not exist",
+    ),
+    "saving to nowhere": (["--save-recycling-state"], "needs --recycling-state FILE"),
     "two prompts": (["--prompt-file", "x.txt"], "not both"),
     "new tokens": (["--max-new-tokens", "-5"], "--max-new-tokens must be"),
     "temperature": (["--temperature", "-1"], "--temperature must be"),
@@ -147,7 +196,15 @@ def wrong_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFac
         shutil.copytree(folders[source], root / goal)
         weights = root / goal / name
         weights.write_bytes(weights.read_bytes()[:-200])
-    return {path.name: str(path) for path in root.iterdir()}
+    build_datastore([[1, 2, 3]], Strange(), root / "store")
+    return {path.name: str(path) for path in root.iterdir()} | {"model": str(folders["model"])}
+
+
+class Strange:
+    """A tokenizer as large as the model's, with other tokens."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"strange {index}": index for index in range(300)}
 
 
 @pytest.mark.parametrize("name", sorted(WRONG))
@@ -158,7 +215,7 @@ def test_wrong_input_gets_one_line(
     code, out, err = run(command(folders, *(value.format(**wrong_folders) for value in given)), capsys)
     assert code == 2
     assert out == ""
-    assert says in err
+    assert says.format(**wrong_folders) in err
     assert err.count("\n") == 1
     assert err.startswith("medhead.generate: error: ")
 

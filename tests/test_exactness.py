@@ -43,6 +43,7 @@ def hybrid_members(target: Target) -> list[str | Proposer]:
 STATIC = [[0], [1], [0, 0], [1, 1], [1, 0], [1, 0, 2]]
 MAKERS: dict[str, Callable[[Target], Proposer]] = {
     "ngram": lambda t: build_proposer("ngram", t),
+    "lookahead": lambda t: build_proposer("lookahead", t),
     "recycling": lambda t: build_proposer("recycling", t),
     "medusa": lambda t: build_proposer("heads", t, heads=noise_heads(t, "medusa")),
     "recurrent": lambda t: build_proposer("heads", t, heads=noise_heads(t, "recurrent"), tree_size=24),
@@ -128,6 +129,19 @@ def test_heads_of_every_kind_change_no_token(
     for shape in (None, STATIC):
         proposer = build_proposer("heads", target, heads=heads, shape=shape)
         assert torch.equal(Decoder(model, proposer).generate(**ONE, **options), plain(model, True, sample))
+
+
+@pytest.mark.parametrize("sample", [False, True])
+@pytest.mark.parametrize("name", ["ngram", "lookahead", "recycling"])
+def test_rows_that_end_leave_the_others_alone(
+    monkeypatch: pytest.MonkeyPatch, model: PreTrainedModel, target: Target, name: str, sample: bool
+) -> None:
+    """Three rows that end at different times, and a prompt of one token."""
+    monkeypatch.setattr("medhead.target.PREFILL_CHUNK", 3)
+    options = MANY_ENDS | ({"do_sample": True, "top_k": 0, "seed": 7} if sample else {"do_sample": False})
+    decoder = Decoder(model, MAKERS[name](target))
+    for alone, inputs in ((False, padded(3)), (True, ONE)):
+        assert torch.equal(decoder.generate(**inputs, **options), plain(model, alone, sample))
 
 
 def test_rows_of_these_texts_end_at_different_times(model: PreTrainedModel) -> None:
@@ -311,7 +325,7 @@ def test_allowed_tokens_are_asked_per_row(model: PreTrainedModel, target: Target
     assert torch.equal(found, expected)
 
 
-@pytest.mark.parametrize("name", ["random", "recurrent", "oracle"])
+@pytest.mark.parametrize("name", ["random", "recurrent", "lookahead", "ngram", "oracle"])
 @pytest.mark.parametrize("prompt", [100, 117, 118, 119])
 def test_text_ends_at_the_context(name: str, prompt: int) -> None:
     """Never past the model's positions: the tree shrinks as it nears the end."""

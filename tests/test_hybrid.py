@@ -13,13 +13,14 @@ import torch
 from conftest import noise_heads, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
+from test_candidates import candidates_from_paths
 
 from medhead import Decoder, MedheadError
 from medhead.budget import TreeBudget
 from medhead.costs import PassCosts, cache_folder, costs_of, measure_costs
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.calibration import Calibration
-from medhead.proposers.candidates import Candidates, candidates_from_paths
+from medhead.proposers.candidates import Candidates
 from medhead.proposers.heads import HeadsProposer
 from medhead.target import Target
 from medhead.tree import TokenTree

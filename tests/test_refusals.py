@@ -61,7 +61,7 @@ def test_another_model(model: PreTrainedModel) -> None:
 
 
 def test_unknown_names_name_the_known(model: PreTrainedModel) -> None:
-    with pytest.raises(MedheadError, match=r"'oracel'.*heads, hybrid, "):
+    with pytest.raises(MedheadError, match=r"'oracel'.*heads, hybrid, lookahead, ngram, none, recycling"):
         Decoder(model, "oracel")
     with pytest.raises(MedheadError, match=r"attention must be one of auto, sdpa, reference"):
         Decoder(model, "none", attention="flesh")

@@ -7,6 +7,8 @@ proposers are merged by their paths: equal paths become one candidate with the b
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -14,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medhead.proposers.guesses import Guesses
 from medhead.tree import TokenTree
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
@@ -127,55 +130,27 @@ def _depths(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     return depth, -_TIE * depth[1:]
 
 
-def candidates_from_paths(
-    rows: list[list[tuple[list[int], list[float]]]], device: torch.device | str = "cpu"
-) -> Candidates | None:
-    """Candidates of paths that were found on the host.
-
-    Args:
-        rows: for every row, paths of tokens with the log-probability of each step's whole path so far (not rising).
-        device: where the tensors go.
-
-    Returns:
-        The candidates, each beginning of a path once with its best score; None if no row has any.
-    """
-    tries = [_trie(paths) for paths in rows]
-    deepest = max((len(levels) for levels in tries), default=0)
-    if not deepest:
+def from_guesses(rows: Sequence[Guesses], device: torch.device | str = "cpu") -> Candidates | None:
+    """Guesses of every row as tensors; None if no row has any."""
+    levels: list[list[list[int]]] = []  # [depth][row] nodes
+    for row, guesses in enumerate(rows):
+        for node in range(1, len(guesses)):
+            depth = guesses.depths[node] - 1
+            if depth == len(levels):
+                levels.append([[] for _ in rows])
+            levels[depth][row].append(node)
+    if not levels:
         return None
-    sizes = [max(len(levels[d]) if d < len(levels) else 0 for levels in tries) for d in range(deepest)]
+    sizes = tuple(max(map(len, level)) for level in levels)
     total = sum(sizes)
     tokens, above = ([[fill] * total for _ in rows] for fill in (0, -1))
     scores = [[-torch.inf] * total for _ in rows]
-    for row, levels in enumerate(tries):
-        begin, before = 0, -1
-        for size, level in zip(sizes, levels, strict=False):
-            for node in level.values():
-                tokens[row][begin + node.place], scores[row][begin + node.place] = node.token, node.score
-                above[row][begin + node.place] = -1 if before < 0 else before + node.parent
-            begin, before = begin + size, begin
-    found = Candidates(torch.tensor(tokens), torch.tensor(above), torch.tensor(scores), tuple(sizes))
-    return found.to(device)
-
-
-@dataclass
-class _Node:
-    place: int  # in its level
-    parent: int  # the parent's place in the level above
-    token: int
-    score: float
-
-
-def _trie(paths: list[tuple[list[int], list[float]]]) -> list[dict[tuple[int, int], _Node]]:
-    """The nodes of every level by parent and token."""
-    levels: list[dict[tuple[int, int], _Node]] = []
-    for tokens, scores in paths:
-        parent = 0
-        for depth, (token, score) in enumerate(zip(tokens, scores, strict=True)):
-            if depth == len(levels):
-                levels.append({})
-            level = levels[depth]
-            node = level.setdefault((parent, token), _Node(len(level), parent, token, score))
-            node.score = max(node.score, score)
-            parent = node.place
-    return levels
+    for row, guesses in enumerate(rows):
+        begin, places = 0, {0: -1}
+        for size, level in zip(sizes, levels, strict=True):
+            for place, node in enumerate(level[row], begin):
+                places[node] = place
+                tokens[row][place], above[row][place] = guesses.tokens[node], places[guesses.parents[node]]
+                scores[row][place] = math.log(guesses.chances[node])
+            begin += size
+    return Candidates(torch.tensor(tokens), torch.tensor(above), torch.tensor(scores), sizes).to(device)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from medhead.target import Target
 
 MOST_NODES = 64
+OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
 
 
 @register_proposer("hybrid")
@@ -35,7 +36,8 @@ class HybridProposer(Proposer):
         tree_size: nodes of every tree, root included; None adapts them to what pays.
         members: names of registered proposers, or proposers; by default heads (if given), `ngram` and `recycling`.
         costs: of a pass, for tests and tuned settings; measured (or taken from the user's cache) if None.
-        options: further options of the member `heads`.
+        options: further options of the members: `datastore` and `tokenizer` of `ngram`, `warm` of `recycling`, all others
+            of `heads`.
 
     Raises:
         MedheadError: no members, a member that names no candidates, or two members that read different layers.
@@ -52,6 +54,10 @@ class HybridProposer(Proposer):
     ) -> None:
         if members is None:
             members = ["ngram", "recycling"] if heads is None else ["heads", "ngram"]
+        names = {member if isinstance(member, str) else "" for member in members}
+        lost = sorted(key for key in options if OWNERS.get(key, "heads") not in names)
+        if lost:
+            raise MedheadError(f"{', '.join(lost)}: no member of the hybrid takes this option")
         self.members = [self._member(member, target, heads, options) for member in members]
         if not self.members:
             raise MedheadError("a hybrid needs at least one member, got none")
@@ -72,8 +78,8 @@ class HybridProposer(Proposer):
     @staticmethod
     def _member(member: str | Proposer, target: Target, heads: Any, options: dict[str, Any]) -> Proposer:
         if isinstance(member, str):
-            given = {"heads": heads, **options} if member == "heads" else {}
-            member = build_proposer(member, target, **given)
+            mine = {key: value for key, value in options.items() if OWNERS.get(key, "heads") == member}
+            member = build_proposer(member, target, **(mine | {"heads": heads} if member == "heads" else mine))
         if type(member).candidates is Proposer.candidates:
             raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
         return member

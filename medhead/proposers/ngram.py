@@ -1,139 +1,96 @@
-"""Prompt lookup: what followed the last time these words were written (Saxena 2023), as a tree of several answers."""
+"""Retrieval: what followed these words before, in prompt and output (prompt lookup, Saxena 2023) or in the user's own text.
+
+The candidates come from `recall.py`: a suffix automaton of each row's text and, if there is one, a datastore (REST, He et
+al. 2024). Here they are merged, and the likeliest become the tree. Where nothing repeats there is no tree but the root.
+"""
 
 from __future__ import annotations
 
-import math
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
+from medhead.datastore.store import Datastore, check_fit
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
-from medhead.proposers.candidates import Candidates, candidates_from_paths
+from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
+from medhead.proposers.candidates import Candidates, from_guesses
+from medhead.proposers.guesses import Guesses, plant
+from medhead.proposers.recall import StoreMemory, TextMemory
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
     from medhead.target import Target
 
 
-class NgramIndex:
-    """Where every n-gram of a growing text ended most recently.
-
-    Args:
-        longest: largest n that is kept.
-        recent: how many places are kept for an n-gram, newest last.
-    """
-
-    def __init__(self, longest: int, recent: int = 4) -> None:
-        self.longest, self.recent = longest, recent
-        self._places: dict[tuple[int, ...], list[int]] = {}
-        self._read = 0
-
-    def extend(self, text: list[int]) -> None:
-        """Take in what the text has gained. An n-gram is entered once the token behind it is known."""
-        for end in range(max(self._read, 1), len(text)):
-            for n in range(1, min(self.longest, end) + 1):
-                places = self._places.setdefault(tuple(text[end - n : end]), [])
-                places.append(end)
-                if len(places) > self.recent:
-                    del places[0]
-        self._read = len(text)
-
-    def continuations(self, text: list[int], depth: int) -> list[list[int]]:
-        """What followed earlier occurrences of the text's end: longest match first, then newest."""
-        found, seen = [], set()
-        for n in range(min(self.longest, len(text)), 0, -1):
-            for place in reversed(self._places.get(tuple(text[-n:]), ())):
-                if place not in seen:
-                    seen.add(place)
-                    found.append(text[place : place + depth])
-        return found
-
-
 @register_proposer("ngram")
 class NgramProposer(Proposer):
-    """Prompt lookup over prompt and output.
+    """Proposes what followed the same words earlier.
 
     Args:
-        target: the target (unused).
-        tree_size: nodes of the tree, root included.
-        longest: longest n-gram that is matched.
-        max_depth: tokens copied at most.
+        target: the target; its vocabulary must fit the datastore.
+        tree_size: most nodes of the tree, root included; fewer are named where little repeats.
+        longest: most tokens of context that are matched.
+        max_depth: most tokens that are guessed ahead.
+        half_life: tokens after which an occurrence counts half as much as a new one.
+        least: no node whose estimated chance is smaller is named, 0 to 1.
+        datastore: a datastore of other text, or its folder (`python -m medhead.datastore` makes one).
+        tokenizer: the target's tokenizer, to be sure that the datastore was built with it; without one only the size of
+            the vocabulary is checked.
+
+    Raises:
+        MedheadError: a number that cannot be, or a datastore that is missing, damaged or of another tokenizer.
     """
 
     def __init__(
-        self, target: Target | None = None, tree_size: int = 16, longest: int = 3, max_depth: int = 10
+        self,
+        target: Target | None = None,
+        tree_size: int = 16,
+        longest: int = 16,
+        max_depth: int = 10,
+        half_life: float = 4096,
+        least: float = 0.02,
+        datastore: Datastore | str | Path | None = None,
+        tokenizer: Any = None,
     ) -> None:
         if longest < 1 or max_depth < 1:
             raise MedheadError(f"n-gram length and depth must be at least 1, got {longest} and {max_depth}")
+        if not half_life >= 1 or not 0 <= least <= 1:
+            raise MedheadError(
+                f"half_life must be at least 1 and least must be from 0 to 1, got {half_life!r} and {least!r}"
+            )
         self.tree_size, self.longest = check_tree_size(tree_size), longest
         self.max_depth = min(max_depth, max(1, self.tree_size - 1))
-        self._index: list[NgramIndex] = []
+        self.half_life, self.least = half_life, least
+        self._store: StoreMemory | None = None
+        if datastore is not None:
+            store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
+            check_fit(store, None if target is None else target.vocab_size, tokenizer)
+            self._store = StoreMemory(store, longest)
+        self._texts: list[TextMemory] = []
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """Index the prompts."""
-        self._index = [NgramIndex(self.longest) for _ in texts]
-
-    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Merge the continuations of every row until its tree is full."""
-        depth = min(max_depth, self.max_depth)
-        rows = []
-        for index, text in zip(self._index, state.texts, strict=True):
-            index.extend(text)
-            rows.append(_merge(text[-1], index.continuations(text, depth), self.tree_size))
-        return trees_from_lists(rows, state.roots)
+        """Forget the last texts; the prompts are read at the first proposal."""
+        self._texts = [TextMemory(self.longest, self.max_depth, self.half_life) for _ in texts]
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """The continuations, the first ones likelier; how much they are worth is for a calibration to find out."""
-        depth = min(max_depth, self.max_depth)
-        rows = []
-        for index, text in zip(self._index, state.texts, strict=True):
-            index.extend(text)
-            paths = index.continuations(text, depth)
-            rows.append(
-                [(p, [math.log(0.6) * (i + 1 + place) for i in range(len(p))]) for place, p in enumerate(paths)]
-            )
-        return candidates_from_paths(rows, state.roots.device)
+        """The guesses of all rows."""
+        return from_guesses(self.guesses(state, max_depth), state.roots.device)
 
-    def observe(self, verified: Verified) -> None:
-        """Nothing to learn: the text itself is read at the next proposal."""
+    def guesses(self, state: DecodeState, max_depth: int) -> list[Guesses]:
+        """The likeliest `tree_size` nodes of every row, text and datastore merged."""
+        depth = min(max_depth, self.max_depth)
+        return [self._row(memory, text, depth) for memory, text in zip(self._texts, state.texts, strict=True)]
+
+    def _row(self, memory: TextMemory, text: list[int], depth: int) -> Guesses:
+        memory.extend(text)
+        found = memory.guesses(text[-1], self.tree_size, depth, self.least)
+        if self._store is not None:
+            found.merge(self._store.guesses(text, self.tree_size, depth, self.least))
+        return found.likeliest(self.tree_size)
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        """The likeliest candidates of every row as its tree."""
+        return plant(self.guesses(state, max_depth), state.roots)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
-        self._index = [self._index[row] for row in rows]
-
-
-def _merge(root: int, paths: list[list[int]], nodes: int) -> tuple[list[int], list[int], list[int]]:
-    """Tokens, parents and depths of the first `nodes` nodes of a trie of paths."""
-    tokens, parents, depths = [root], [0], [0]
-    children: dict[tuple[int, int], int] = {}
-    for path in paths:
-        node = 0
-        for token in path:
-            below = children.get((node, token))
-            if below is None:
-                if len(tokens) == nodes:
-                    break
-                below = children[node, token] = len(tokens)
-                tokens.append(token)
-                parents.append(node)
-                depths.append(depths[node] + 1)
-            node = below
-    return tokens, parents, depths
-
-
-def trees_from_lists(rows: list[tuple[list[int], list[int], list[int]]], roots: Tensor) -> TokenTree:
-    """One batch of trees from tokens, parents and depths of every row; shorter rows repeat their root below the root."""
-    nodes = max(len(tokens) for tokens, _, _ in rows)
-    if nodes == 1:
-        return TokenTree.root(roots)
-    padded = torch.empty(3, len(rows), nodes, dtype=torch.long)
-    for row, (tokens, parents, depths) in enumerate(rows):
-        missing = nodes - len(tokens)
-        padded[0, row] = torch.tensor(tokens + tokens[:1] * missing)
-        padded[1, row] = torch.tensor(parents + [0] * missing)
-        padded[2, row] = torch.tensor(depths + [1] * missing)
-    deepest = max(max(depths) for _, _, depths in rows)
-    tokens, parents, depth = padded.to(roots.device)
-    return TokenTree(tokens, parents, depth, deepest)
+        self._texts = [self._texts[row] for row in rows]

@@ -1,19 +1,23 @@
 """Token Recycling (Luo et al. 2024): the candidates that the target itself named the last time it saw a token.
 
 An adjacency matrix holds the last top-k successors of every token; it is updated from every verified node, accepted or
-not, and needs no training. Log-probabilities are kept beside the tokens, so that trees are grown by them.
+not, and needs no training. Log-probabilities are kept beside the tokens, so that trees are grown by them. What was learnt
+can be saved, and another run can start with it.
 """
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow
+from medhead.proposers.recycling_state import load_state, save_state
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -32,18 +36,45 @@ class RecyclingProposer(Proposer):
         successors: candidates kept for every token.
         max_depth: depth of the tree.
         width: nodes of a frontier.
+        warm: file of `save` to start with; of its successors the likeliest are taken.
+
+    Raises:
+        MedheadError: a number that cannot be, or a file that is missing, damaged, foreign, or of another vocabulary.
     """
 
     uses_noise = True
 
     def __init__(
-        self, target: Target, tree_size: int = 16, successors: int = 8, max_depth: int = 6, width: int = 8
+        self,
+        target: Target,
+        tree_size: int = 16,
+        successors: int = 8,
+        max_depth: int = 6,
+        width: int = 8,
+        warm: str | Path | None = None,
     ) -> None:
+        if min(successors, max_depth, width) < 1:
+            raise MedheadError(
+                f"successors, depth and width must be at least 1, got {successors}, {max_depth} and {width}"
+            )
         self.tree_size, self.max_depth, self.width = check_tree_size(tree_size), max_depth, width
         shape = (target.vocab_size, min(successors, target.vocab_size))
         self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
         self.logp = torch.full(shape, _UNSEEN, device=target.device)
+        self._newest = torch.zeros(target.vocab_size, dtype=torch.long, device=target.device)
         self._state: DecodeState | None = None
+        if warm is not None:
+            tokens, logp = load_state(warm, target.vocab_size)
+            known = min(shape[1], tokens.shape[1])
+            self.tokens[:, :known], self.logp[:, :known] = tokens[:, :known], logp[:, :known]
+
+    def save(self, path: str | Path) -> None:
+        """Write what was learnt to a safetensors file, for `warm`; only a file of this kind is overwritten.
+
+        Raises:
+            MedheadError: the file holds something else, or it cannot be written.
+        """
+        save_state(self.tokens, self.logp, path)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest recycled paths below every root."""
@@ -73,7 +104,9 @@ class RecyclingProposer(Proposer):
         return state.expand(-1, tokens.shape[1], -1), logp, children
 
     def observe(self, verified: Verified) -> None:
-        """Remember what the target named at every node."""
-        top = verified.logits.float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
-        self.tokens[verified.tree.tokens] = top.indices
-        self.logp[verified.tree.tokens] = top.values
+        """Remember what the target named at every node; of nodes with one token, one is remembered."""
+        nodes = verified.tree.tokens.flatten()
+        self._newest[nodes] = torch.arange(len(nodes), device=nodes.device)  # whichever wins, it wins both matrices
+        taken = self._newest[nodes]
+        top = verified.logits.flatten(0, 1).float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
+        self.tokens[nodes], self.logp[nodes] = top.indices[taken], top.values[taken]

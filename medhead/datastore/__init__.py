@@ -1,0 +1,6 @@
+"""Text of the user's own that `ngram` looks things up in (REST, He et al. 2024); `python -m medhead.datastore` builds one."""
+
+from medhead.datastore.build import build_datastore
+from medhead.datastore.store import Datastore, vocabulary_fingerprint
+
+__all__ = ["Datastore", "build_datastore", "vocabulary_fingerprint"]

@@ -1,0 +1,192 @@
+"""Lookahead decoding (Fu et al. 2024): the target guesses its own future in the same pass that verifies the guesses.
+
+The window (see `window.py`) and the n-grams to verify are one token tree: level 0 is a chain below the root, and the node
+above column i of level l is column i of level l - 1. A node's ancestors are then exactly what the paper's mask shows it,
+and its depth is its position. Nodes with one path are one node: the target says the same behind both.
+
+A window node may be accepted, as any node: it is kept only if its token is the one that the target draws at its parent, so
+the text is plain decoding's whatever the window holds.
+"""
+
+from __future__ import annotations
+
+from random import Random
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medhead.errors import MedheadError
+from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
+from medhead.proposers.candidates import Candidates, from_guesses
+from medhead.proposers.guesses import Guesses, plant
+from medhead.proposers.window import Pool, Window
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.target import Target
+
+DEFAULTS = (5, 4, 5)  # W, N, G: 30 nodes
+
+
+@register_proposer("lookahead")
+class LookaheadProposer(Proposer):
+    """Proposes n-grams that the target wrote in its window, in the prompt and in the output.
+
+    Args:
+        target: the target (unused).
+        tree_size: most nodes of the tree, root included. Of W, N and G those that are not given are made to fit it.
+        window: W, columns of the window, at least 1 (default 5).
+        ngram: N, tokens of an n-gram, at least 2 (default 4). A pass accepts at most N - 1 of its tokens.
+        guesses: G, n-grams that are verified at a time and remembered for each first token, at least 1 (default 5).
+
+    Raises:
+        MedheadError: W, N or G cannot be, or need more nodes than the tree may have.
+    """
+
+    def __init__(
+        self,
+        target: Target | None = None,
+        tree_size: int | None = None,
+        window: int | None = None,
+        ngram: int | None = None,
+        guesses: int | None = None,
+    ) -> None:
+        for name, value, least in (("W (window)", window, 1), ("N (ngram)", ngram, 2), ("G (guesses)", guesses, 1)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
+                raise MedheadError(f"lookahead needs a whole number {name} of at least {least}, got {value!r}")
+        limit = 256 if tree_size is None else check_tree_size(tree_size)
+        self.window, self.ngram, self.verified = _fit((window, ngram, guesses), limit, tree_size is None)
+        self.tree_size = 1 if limit == 1 else nodes_needed(self.window, self.ngram, self.verified)
+        self.window_depth = self.window + self.ngram - 3
+        self.max_depth = 0 if limit == 1 else max(self.ngram - 1, self.window_depth)
+        self.pools: list[Pool] = []
+        self.windows: list[Window] = []
+        self._read: list[int] = []
+        self._last: list[
+            list[int]
+        ] = []  # of every row the nodes of the window's last level, in the tree being verified
+        self._state: DecodeState | None = None
+
+    def begin(self, target: Target, texts: list[list[int]]) -> None:
+        """New pools, seeded from the prompts, and windows of random tokens of the prompts."""
+        self.pools = [Pool(self.verified) for _ in texts]
+        self.windows = [Window(self.window, self.ngram - 1, self.first_level(text)) for text in texts]
+        self._read = [0] * len(texts)
+
+    def first_level(self, text: list[int]) -> list[int]:
+        """Tokens a window starts with, the same for the same prompt."""
+        return Random(len(text)).choices(text, k=self.window + self.ngram - 3)
+
+    def _read_text(self, state: DecodeState) -> None:
+        """The pools take in what the texts have gained."""
+        for row, (pool, text) in enumerate(zip(self.pools, state.texts, strict=True)):
+            for end in range(max(self._read[row] + 1, self.ngram), len(text) + 1):
+                pool.add(text[end - self.ngram : end])
+            self._read[row] = len(text)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """The n-grams of all rows."""
+        return from_guesses(self.guesses(state, max_depth), state.roots.device)
+
+    def guesses(self, state: DecodeState, max_depth: int) -> list[Guesses]:
+        """The n-grams behind every root, newest first; the chances are 2/3 a token and 1/2, 1/3, ... for each older one.
+
+        The window is left out: it is there to be continued, not to be accepted.
+        """
+        self._read_text(state)
+        return [
+            self._guess(Guesses(text[-1]), pool, max_depth) for pool, text in zip(self.pools, state.texts, strict=True)
+        ]
+
+    def _guess(self, found: Guesses, pool: Pool, max_depth: int) -> Guesses:
+        for rank, gram in enumerate(pool.after(found.tokens[0])):
+            node = 0
+            for depth, token in enumerate(gram[:max_depth], 1):
+                node = found.add(node, token, (2 / 3) ** depth / (rank + 1))
+        return found
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        """Window and guesses of every row. Where the window would be too deep (the end is near) it waits."""
+        self._read_text(state)
+        self._state, self._last = state, []
+        looks = self.tree_size > 1 and max_depth >= self.window_depth
+        rows = []
+        for pool, window, text in zip(self.pools, self.windows, state.texts, strict=True):
+            row = Guesses(text[-1])
+            if looks:
+                self._last.append(_place(row, window))
+            rows.append(self._guess(row, pool, min(max_depth, self.max_depth)))
+        return plant(rows, state.roots)
+
+    def observe(self, verified: Verified) -> None:
+        """Read what the target says at the window's last level, as it would draw it there."""
+        if not self._last:
+            return
+        tokens, answers = verified.tree.tokens, self._answers(verified)
+        roots = tokens[:, 0].tolist()
+        for pool, window, root, fresh in zip(self.pools, self.windows, roots, answers, strict=True):
+            for gram in window.advance(root, fresh):
+                pool.add(gram)
+
+    def _answers(self, verified: Verified) -> list[list[int]]:
+        """`[batch][columns]`: the target's token behind each node of the last level."""
+        assert self._state is not None
+        nodes = torch.tensor(self._last, device=verified.logits.device)
+        logits = _take(verified.logits, nodes)
+        if self._state.noise is not None:
+            depth = verified.tree.depth.gather(1, nodes)
+            logits = logits.float() / self._state.temperature + _take(self._state.noise, depth)
+        answers: list[list[int]] = logits.argmax(-1).tolist()
+        return answers
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Only these rows go on."""
+        self.pools, self.windows = [self.pools[row] for row in rows], [self.windows[row] for row in rows]
+        self._read = [self._read[row] for row in rows]
+
+
+def nodes_needed(window: int, ngram: int, guesses: int) -> int:
+    """Most nodes of a tree with such a window, root included; the window's first passes count too."""
+    levels, most = ngram - 1, 0
+    for filled in range(1, levels + 1):
+        most = max(most, filled * (window + levels - filled))
+    return most + guesses * levels
+
+
+def _fit(asked: tuple[int | None, int | None, int | None], limit: int, defaults: bool) -> tuple[int, int, int]:
+    """W, N and G that fit: what was asked for, the defaults if there is room, else less.
+
+    Raises:
+        MedheadError: what was asked for does not fit.
+    """
+    window, ngram, guesses = asked
+    for n in [ngram] if ngram else [DEFAULTS[1], 3, 2]:
+        least = DEFAULTS[0] if defaults else max(limit, 1)
+        for size in range(min(least, 256), 0, -1):
+            w, g = window or size, guesses or size
+            if limit == 1 or nodes_needed(w, n, g) <= limit:
+                return w, n, g
+    w, n, g = window or 1, ngram or 2, guesses or 1
+    raise MedheadError(
+        f"lookahead with W={w}, N={n}, G={g} needs {nodes_needed(w, n, g)} nodes, the tree has at most {limit}; "
+        "make them smaller"
+    )
+
+
+def _place(row: Guesses, window: Window) -> list[int]:
+    """Put a window's nodes below the root; returns those of its last level by column.
+
+    Chances are not estimated for them.
+    """
+    nodes = [0]
+    for token in window.levels[0]:
+        nodes.append(row.add(nodes[-1], token, 1.0))
+    for level in window.levels[1:]:
+        nodes = [row.add(above, token, 1.0) for above, token in zip(nodes, level, strict=True)]
+    return nodes
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """`[batch, n, vocab]` at `index` `[batch, n]` of `[batch, m, vocab]`."""
+    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))
