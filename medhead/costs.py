@@ -23,7 +23,8 @@ from medhead.tree import TokenTree
 if TYPE_CHECKING:
     from medhead.target import Target
 
-GRID = (1, 2, 4, 8, 16, 32, 64)
+GRID = (1, 16, 64, 4, 32, 8, 2)  # in the order of measuring; the first three in any case
+MOST = max(GRID)
 PREFIX = 128  # committed tokens of every row while measuring
 SECONDS = 2.0  # the measurement ends after about so long
 _WORTHLESS = 6.0  # no tree is worth a pass that takes so many times as long as a pass over one node
@@ -72,19 +73,28 @@ class PassCosts:
         self.drift += _FOLLOW * (now - self.drift)
 
 
-def measure_costs(target: Target, batch: int, most: int = GRID[-1]) -> PassCosts:
+def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:
     """Time passes of `target` (active) over `batch` rows; ends early when nodes get too dear to be worth it."""
     cache = target.new_cache(batch, PREFIX + most)
     cache.lengths = [min(PREFIX, max(1, target.context - most - 1))] * batch
     began, found = time.perf_counter(), dict[int, float]()
-    for nodes in [n for n in GRID if n <= most]:
+    for place, nodes in enumerate(n for n in GRID if n <= most):
+        if place > 2 and time.perf_counter() - began > SECONDS:
+            break
+        if any(known < nodes and found[known] > _WORTHLESS * found[1] for known in found):
+            continue
         tokens = torch.zeros(batch, nodes, dtype=torch.long, device=target.device)
         tree = TokenTree.root(tokens[:, 0]) if nodes == 1 else TokenTree.chain(tokens)
-        times = [_seconds(target, lambda tree=tree: target.verify(cache, tree)) for _ in range(7)]  # type: ignore[misc]
-        found[nodes] = statistics.median(times[2:])
-        if found[nodes] > _WORTHLESS * found[1] or time.perf_counter() - began > SECONDS:
-            break
+        found[nodes] = _median(lambda tree=tree: _seconds(target, lambda: target.verify(cache, tree)))  # type: ignore[misc]
     return PassCosts(found)
+
+
+def _median(measured: Callable[[], float]) -> float:
+    """Median of five after two to warm up; of fewer where one takes long."""
+    times: list[float] = []
+    while len(times) < 7 and sum(times) < SECONDS / len(GRID):
+        times.append(measured())
+    return statistics.median(times[min(2, len(times) - 1) :])
 
 
 def _seconds(target: Target, action: Callable[[], Any]) -> float:
@@ -95,7 +105,7 @@ def _seconds(target: Target, action: Callable[[], Any]) -> float:
     return time.perf_counter() - began
 
 
-def costs_of(target: Target, batch: int, most: int = GRID[-1]) -> PassCosts:
+def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:
     """The costs from the user's cache, or measured now and kept there."""
     known = _read(_file(target, batch))
     if known is None:

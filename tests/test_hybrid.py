@@ -77,8 +77,21 @@ def test_measured_costs(target: Target) -> None:
     """The measurement runs for batches, leaves nothing behind, and knows one node."""
     with target.active():
         costs = measure_costs(target, 2, most=8)
-    assert costs.nodes[0] == 1
+    assert costs.nodes == [1, 2, 4, 8]
     assert 0 < costs(1) <= costs(8)
+
+
+@torch.inference_mode()
+def test_slow_models_are_measured_shortly(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Three sizes and one run of each; sizes beyond one that is too dear are left out."""
+    passes: list[int] = []
+    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
+    monkeypatch.setattr("medhead.costs._seconds", lambda target, action: action() or float(passes[-1]))
+    monkeypatch.setattr("medhead.costs.SECONDS", -1.0)
+    monkeypatch.setattr("medhead.costs._median", lambda measured: measured())
+    assert measure_costs(target, 1).nodes == [1, 16]
+    monkeypatch.setattr("medhead.costs._WORTHLESS", 20)
+    assert measure_costs(target, 1).nodes == [1, 16, 64]
 
 
 # --- calibration ---
