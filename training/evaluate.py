@@ -142,7 +142,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--model", help="model folder or hub id (default: the demo model)")
     options.add_argument("--heads", nargs="+", metavar="FOLDER", help="heads (demo model: its own)")
     options.add_argument("--proposers", nargs="*", choices=names, default=["none", "ngram", "recycling"],
-                         metavar="NAME", help="proposers without heads (default: none ngram recycling)")  # fmt: skip
+                         metavar="NAME", help="further proposers; hybrid with all heads too (none ngram recycling)")  # fmt: skip
     options.add_argument(
         "--prompts", help="JSON lines with messages, prompt, question, turns or text (default: built-in)"
     )
@@ -235,6 +235,8 @@ def ways_of(args: argparse.Namespace, target: Target) -> list[list[Way]]:
             dynamic = build_proposer("heads", of, heads=heads, tree_size=nodes, max_depth=args.max_depth, dtype=dtype)
             dtype = dynamic.readout.dtype  # type: ignore[attr-defined]
             add(name, dynamic, of, heads)
+            if "hybrid" in args.proposers:
+                add(f"{name} in a hybrid", build_proposer("hybrid", of, heads=heads, tree_size=nodes), of, heads)
             shape = static_shape(heads, nodes, args.max_depth) if args.static else None
             if shape:
                 add(name, build_proposer("heads", of, heads=heads, shape=shape, dtype=dtype), of, heads, static=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from medhead.bench.contestants import PLAIN, Contestant, Lineup, contestants
+from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup, contestants
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import machine, plot, summary, table
@@ -42,8 +42,8 @@ def parser() -> argparse.ArgumentParser:
     )
     options.add_argument("--model", help="model folder or hub id (default: the demo model)")
     options.add_argument("--heads", nargs="+", help="heads folders; the first is the default (demo model: its own two)")
-    options.add_argument("--proposers", nargs="*", choices=sorted(PROPOSERS), default=["ngram", "recycling"],
-                         metavar="NAME", help="proposers without heads (default: ngram recycling)")  # fmt: skip
+    options.add_argument("--proposers", nargs="*", choices=sorted(PROPOSERS), default=list(PROPOSERS_SHOWN),
+                         metavar="NAME", help="further proposers; hybrid gets the first heads (default: all)")  # fmt: skip
     options.add_argument(
         "--prompts", help="JSON lines with messages, prompt, question, turns or text (default: built-in)"
     )

@@ -15,6 +15,7 @@ from medhead.decoder import Decoder, Statistics
 from medhead.heads import load_heads
 from medhead.target import Target
 
+PROPOSERS_SHOWN = ("ngram", "lookahead", "recycling", "hybrid")
 TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
 
 
@@ -46,7 +47,7 @@ class Lineup:
         temperature: 0 is greedy.
         seed: of the sampling.
         heads: heads folders; the first one is `medhead heads`, others are named after their kind.
-        proposers: names of proposers without heads.
+        proposers: names of further proposers; `hybrid` gets the first heads.
         tree_sizes: further trees of the first heads.
         tree_size: tree of all proposers; each one's own default if None.
     """
@@ -55,7 +56,7 @@ class Lineup:
     temperature: float = 0.0
     seed: int = 0
     heads: tuple[str | Path, ...] = ()
-    proposers: tuple[str, ...] = ("ngram", "recycling")
+    proposers: tuple[str, ...] = PROPOSERS_SHOWN
     tree_sizes: tuple[int, ...] = ()
     tree_size: int | None = None
 
@@ -86,7 +87,8 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
 
     found = [peer(TRANSFORMERS), peer(LOOKUP, prompt_lookup_num_tokens=10), ours(PLAIN, "none")]
     for name in lineup.proposers:
-        found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size))
+        with_heads = {"heads": lineup.heads[0]} if name == "hybrid" and lineup.heads else {}
+        found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size, **with_heads))
     for place, folder in enumerate(lineup.heads):
         heads = load_heads(folder, target)
         name = f"medhead heads ({heads.config.label})" if place else "medhead heads"
