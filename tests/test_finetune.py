@@ -260,6 +260,7 @@ def test_heads_to_start_from(
     code, err = run(command(folders, data, tmp_path / "heads", *more), capsys)
     assert code == 0, err
     assert read_config(tmp_path / "heads").depth == 4  # the checkpoint's
+    assert f"| began with | `{folders['attention']}` |" in (tmp_path / "heads" / "README.md").read_text()
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (folders["attention"], tmp_path / "heads")
     )

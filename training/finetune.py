@@ -296,6 +296,7 @@ def run(options: TrainOptions) -> None:
         "epochs": options.epochs, "documents": len(train), "tokens": rows.tokens, "answer_tokens": store.assistant_tokens,
         "minutes": round((time.monotonic() - began) / 60, 1), "resumed": found is not None,
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
+        "init_from": str(options.init_from or ""),
     }  # fmt: skip
     with evaluating(module):
         measured = measure(heads, target, texts) if texts else None

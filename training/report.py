@@ -208,6 +208,8 @@ def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list
     data = [f"{facts[name]:,} {what}" for name, what in counts if name in facts]
     if data:
         rows.append(["trained on", ", ".join(data)])
+    if facts.get("init_from"):
+        rows.append(["began with", f"`{facts['init_from']}`"])
     rows += [["recipe", f"`{recipe}`"]]
     rows += [["loss", f"`{facts['loss']}`"]] if "loss" in facts else []
     rows += [[name, f"{facts[name]:,}"] for name in ("steps", "epochs") if name in facts]
