@@ -1,7 +1,7 @@
 """Compile every kernel for GPUs that are not there: finds the type errors and the sizes that an interpreter cannot see.
 
-    python -m medhead.kernels.ahead                     sm_80 and sm_90, every type and head size
-    python -m medhead.kernels.ahead --capability 90 --quick
+python -m medhead.kernels.ahead                     sm_80 and sm_90, every type and head size
+python -m medhead.kernels.ahead --capability 90 --quick
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Job:
 
 
 def jobs(roomy: bool = True, quick: bool = False) -> Iterator[Job]:
-    """Every kernel in every form that is launched (`roomy`: see `tile_for`); `quick` leaves one head size and one form of each type."""
+    """Every kernel in every form that is launched; `roomy` as in `tile_for`, `quick` leaves one head size and one form."""
     from . import commit
     from . import tree_attention as attention
 
@@ -96,7 +96,9 @@ def jobs(roomy: bool = True, quick: bool = False) -> Iterator[Job]:
 def main(argv: list[str] | None = None) -> int:
     """Entry point; returns 1 when a kernel does not compile or needs too much shared memory."""
     options = argparse.ArgumentParser(prog="medhead.kernels.ahead", description=__doc__.split("\n")[0])
-    options.add_argument("--capability", type=int, nargs="+", default=[80, 90], help="80 is A100, 90 is H100 (default: both)")
+    options.add_argument(
+        "--capability", type=int, nargs="+", default=[80, 90], help="80 is A100, 90 is H100 (default: both)"
+    )
     options.add_argument("--quick", action="store_true", help="one head size and one form of each type")
     args = options.parse_args(argv)
     try:
@@ -116,7 +118,9 @@ def main(argv: list[str] | None = None) -> int:
                 continue
             fits = compiled.metadata.shared <= limit
             failed += not fits
-            print(f"sm_{capability} {job.name}: {compiled.metadata.shared / 1024:.1f} KiB shared{'' if fits else ', TOO MUCH'}")
+            print(
+                f"sm_{capability} {job.name}: {compiled.metadata.shared / 1024:.1f} KiB shared{'' if fits else ', TOO MUCH'}"
+            )
     print(f"{'failed: ' + str(failed) if failed else 'all compiled'} (triton {triton.__version__})")
     return 1 if failed else 0
 

@@ -47,17 +47,14 @@ def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = N
     slots, batch, heads, _, dim = store.shape
     assert store.stride(4) == 1, "a store must be contiguous along a head"
     path = path.contiguous()
-    move_kernel[(slots * batch * heads,)](
-        store, path, lengths, counts, path.shape[1], batch, heads, *store.stride()[:4], path.stride(0),
-        **move_constants(dim, counts is not None), num_warps=1 if dim <= 128 else 2, num_stages=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(store):
+        move_kernel[(slots * batch * heads,)](
+            store, path, lengths, counts, path.shape[1], batch, heads, *store.stride()[:4], path.stride(0),
+            **move_constants(dim, counts is not None), num_warps=1 if dim <= 128 else 2, num_stages=1,
+        )  # fmt: skip
 
 
 def move_constants(dim: int, has_counts: bool) -> dict[str, Any]:
     """Compile-time values of `move_kernel`."""
     return {"DIM": dim, "BLOCK": triton.next_power_of_2(dim), "HAS_COUNTS": has_counts}
 
-
-def available(device: torch.device) -> bool:
-    """Whether the kernel can run there (on a CPU only under TRITON_INTERPRET=1)."""
-    return device.type == "cuda" or not isinstance(move_kernel, triton.JITFunction)

@@ -16,10 +16,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-LOG2_E = 1.4426950408889634
+from .columns import Scoring, TreeColumns
+
 MOST_SPLITS = 128
 MERGE_ROWS = 8
-_LOG2_E = tl.constexpr(LOG2_E)
+_LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -213,32 +214,16 @@ def splits_for(programs: int, columns: int, tile: Tile, processors: int) -> int:
 
 
 def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    words: Tensor,
-    depth: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-    splits: int | None = None,
+    query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring, splits: int | None = None
 ) -> Tensor:
     """Attention of every node over its row's committed prefix and its own ancestors.
 
     Args:
         query: `[batch, heads, nodes, dim]`, 1 to 256 nodes.
-        key: `[batch, key_heads, columns, dim]`, a view into the cache; a row's prefix fills its first `length` columns,
-            its nodes the `nodes` columns behind. What lies behind those is not read.
+        key: `[batch, key_heads, columns, dim]`, a view into the cache. What lies behind a row's nodes is not read.
         value: `[batch, key_heads, columns, value_dim]`.
-        lengths: `[batch]` int, committed tokens of every row, on the device; `length + nodes <= columns`.
-        words: `[batch or 1, nodes, ceil(nodes / 64)]` int64, ancestor words.
-        depth: `[batch or 1, nodes]` int, depth of every node (for the window).
-        scale: factor of the scores.
-        window: a node at position p sees positions above `p - window`; None for all.
-        softcap: scores become `softcap * tanh(scores / softcap)`.
-        sinks: `[heads]`, one extra score per head in the softmax.
+        tree: lengths (read on the device), ancestor words and depths; `length + nodes <= columns`.
+        scoring: scale, window, soft-capping, sinks.
         splits: pieces of the keys; None chooses from shapes and device.
 
     Returns:
@@ -248,7 +233,7 @@ def attention(
     key_heads, columns, value_dim = key.shape[1], key.shape[2], value.shape[3]
     assert key.stride(3) == value.stride(3) == 1, "keys and values must be contiguous along a head"
     query = query if query.stride(3) == 1 else query.contiguous()
-    words, depth = words.contiguous(), depth.contiguous()
+    words, depth, window = tree.words.contiguous(), tree.depth.contiguous(), scoring.window
     rows, pairs = nodes * (heads // key_heads), batch * key_heads
     processors, roomy = _device(query.device)
     tile = tile_for(rows, max(dim, value_dim), query.dtype, roomy)
@@ -259,16 +244,16 @@ def attention(
     logsum = query.new_empty(pairs, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, nodes, heads, value_dim)
     split_kernel[tiles, splits, pairs](
-        query, key, value, words, depth, lengths, partial, logsum,
-        scale, softcap or 0.0, window or 0, nodes, splits, key_heads,
+        query, key, value, words, depth, tree.lengths, partial, logsum,
+        scoring.scale, scoring.softcap or 0.0, window or 0, nodes, splits, key_heads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        *(words.stride()[:2] if words.shape[0] > 1 else (0, words.stride(1))), depth.stride(0) if depth.shape[0] > 1 else 0,
-        **split_constants(tile, heads // key_heads, words.shape[2], dim, value_dim, query.dtype, softcap, window),
+        words.stride(0) if words.shape[0] > 1 else 0, words.stride(1), depth.stride(0) if depth.shape[0] > 1 else 0,
+        **split_constants(tile, heads // key_heads, words.shape[2], dim, value_dim, query.dtype, scoring.softcap, window),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     merge_kernel[triton.cdiv(rows, MERGE_ROWS), pairs](
-        partial, logsum, sinks, out, nodes, splits, key_heads,
-        **merge_constants(heads // key_heads, value_dim, sinks is not None), num_warps=4,
+        partial, logsum, scoring.sinks, out, nodes, splits, key_heads,
+        **merge_constants(heads // key_heads, value_dim, scoring.sinks is not None), num_warps=4,
     )  # fmt: skip
     return out
 

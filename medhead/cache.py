@@ -7,6 +7,8 @@ rows of the accepted nodes to `length + depth` and advances the lengths; everyth
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -121,7 +123,10 @@ class TreeCache(Cache):
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():
-                _move_rows(store, path.to(slot.device), self.lengths, self._start)
+                if moves_by_kernel(slot.device):
+                    _move_by_kernel(store, path.to(slot.device), self.lengths)
+                else:
+                    _move_rows(store, path.to(slot.device), self.lengths, self._start)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -194,3 +199,16 @@ def _move_rows(store: Tensor, path: Tensor, lengths: list[int], start: int | Non
     source = (base + path)[None, :, None, :, None].expand(shape)
     goal = (base + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
     store.scatter_(3, goal, store.gather(3, source))
+
+
+def _move_by_kernel(store: Tensor, path: Tensor, lengths: list[int]) -> None:
+    """The same in one launch and in place."""
+    from medhead.kernels.commit import move
+
+    move(store, path, torch.tensor(lengths, device=path.device))
+
+
+@lru_cache(maxsize=8)
+def moves_by_kernel(device: torch.device) -> bool:
+    """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed."""
+    return device.type == "cuda" and torch.version.hip is None and find_spec("triton") is not None
