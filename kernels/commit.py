@@ -28,9 +28,9 @@ def move_kernel(store, path, lengths, counts, steps, batch, heads, s_slot, s_bat
     d = tl.arange(0, BLOCK)
     for step in range(last):
         node = tl.load(path + row * p_batch + step)
-        there = (d < DIM) & (node != step)  # a row that is in its place stays
-        kept = tl.load(base + (length + node) * s_row + d, mask=there, other=0.0)
-        tl.store(base + (length + step) * s_row + d, kept, mask=there)
+        if node != step:  # else it is in its place
+            kept = tl.load(base + (length + node) * s_row + d, mask=d < DIM, other=0.0)
+            tl.store(base + (length + step) * s_row + d, kept, mask=d < DIM)
 
 
 def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = None) -> None:
@@ -57,4 +57,3 @@ def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = N
 def move_constants(dim: int, has_counts: bool) -> dict[str, Any]:
     """Compile-time values of `move_kernel`."""
     return {"DIM": dim, "BLOCK": triton.next_power_of_2(dim), "HAS_COUNTS": has_counts}
-

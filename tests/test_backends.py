@@ -14,10 +14,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
-
 from medhead.kernels.backends import BACKENDS, BackendError, Case, choose, refusal
 from medhead.kernels.columns import Scoring, TreeColumns
+from torch import Tensor
+
 from medhead.tree import TokenTree
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -55,7 +55,9 @@ class Problem:
         for tensor in store:
             for row, length in enumerate(lengths):
                 tensor[row, :, length + nodes :] = float("nan")
-        key, value = (tensor.to(DEVICE)[:, :, :columns] for tensor in store)  # views into a longer store, as in the cache
+        key, value = (
+            tensor.to(DEVICE)[:, :, :columns] for tensor in store
+        )  # views into a longer store, as in the cache
         tree = TreeColumns(
             torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
             tuple(lengths),
@@ -110,7 +112,7 @@ def check(name: str, problem: Problem, **options: Any) -> None:
     assert difference <= TOLERANCE[dtype] * max(1.0, float(expected.abs().max())), f"off by {difference:.3g}"
 
 
-class poisoned:  # noqa: N801
+class poisoned:
     """While active, `new_empty` gives NaN, so that an element nobody wrote is seen."""
 
     def __enter__(self) -> None:
@@ -241,7 +243,7 @@ def test_choosing() -> None:
     assert choose("flash", [case]).name == "flash"
     with pytest.raises(BackendError, match="auto, sdpa, reference, triton, flash; got 'fast'"):
         choose("fast", [case])
-    with pytest.raises(BackendError, match="'flash' cannot serve this model: .*192 and 128"):
+    with pytest.raises(BackendError, match=r"'flash' cannot serve this model: .*192 and 128"):
         choose("flash", [Case("cpu", torch.float32, 192, 128)])
 
 
