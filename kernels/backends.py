@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -122,9 +123,11 @@ class Triton(Backend):
         """It needs Triton and CUDA (or Triton's interpreter), heads of at most 256, and at most 256 nodes."""
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
+        if torch.version.hip is not None:
+            return "it is made for CUDA and not tried on ROCm"
         if case.device != "cuda" and not _triton_interpreted():
             return f"it needs a CUDA device, not {case.device} (TRITON_INTERPRET=1 runs it there, very slowly)"
-        if case.device == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        if case.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
             return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 or later)"
         if case.dtype not in (*HALVES, torch.float32):
             return f"it computes in bfloat16, float16 and float32, not {_name(case.dtype)}"
@@ -181,9 +184,7 @@ def choose(name: str, cases: list[Case]) -> Backend:
         BackendError: the name is unknown, or the backend of that name cannot serve.
     """
     if name == "auto":
-        triton = BACKENDS["triton"]
-        serves = all(case.device == "cuda" and triton.why_not(case) is None for case in cases)
-        return triton if serves and cases else BACKENDS["sdpa"]
+        return _best(cases)
     if name not in BACKENDS:
         raise BackendError(f"attention must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
     backend = BACKENDS[name]
@@ -192,6 +193,20 @@ def choose(name: str, cases: list[Case]) -> Backend:
         if reason is not None:
             raise BackendError(f"attention {name!r} cannot serve this model: {reason}")
     return backend
+
+
+def _best(cases: list[Case]) -> Backend:
+    """Triton on CUDA, else sdpa; on CUDA that is the slower path, so it is said."""
+    if not cases or any(case.device != "cuda" for case in cases):
+        return BACKENDS["sdpa"]
+    for case in cases:
+        reason = BACKENDS["triton"].why_not(case)
+        if reason is not None:
+            warnings.warn(
+                f"attention is 'sdpa', which is slower, because 'triton' cannot serve: {reason}", stacklevel=3
+            )
+            return BACKENDS["sdpa"]
+    return BACKENDS["triton"]
 
 
 @lru_cache(maxsize=256)

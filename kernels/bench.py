@@ -112,6 +112,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 (CPU: float32)")
     options.add_argument("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     options.add_argument("--most-gib", type=float, default=16.0, help="skip caches larger than this (default: 16)")
+    options.add_argument("--threads", type=int, help="threads of a CPU (default: PyTorch's choice)")
     options.add_argument("--seconds", type=float, default=0.1, help="time for each measurement (default: 0.1)")
     options.add_argument("--output", type=Path, help="folder for results.json, table.md and bandwidth.png")
     return options
@@ -142,6 +143,10 @@ def fill_defaults(args: argparse.Namespace) -> None:
     for name, value in (("key-heads", args.key_heads), ("dim", args.dim), ("seconds", args.seconds)):
         if value <= 0:
             raise ValueError(f"--{name} must be above 0, got {value}")
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1, got {args.threads}")
+        torch.set_num_threads(args.threads)
     if args.output is not None and args.output.is_file():
         raise ValueError(f"--output {str(args.output)!r} is a file; give a folder")
 

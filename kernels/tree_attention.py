@@ -9,6 +9,7 @@ are read on the device and the grid depends on shapes only, so a launch can be p
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -298,6 +299,7 @@ def _precision(dtype: torch.dtype) -> str:
     return "widened" if dtype == torch.bfloat16 and interpreted() else "ieee"
 
 
+@lru_cache(maxsize=16)
 def _device(device: torch.device) -> tuple[int, bool]:
     """Its number of multiprocessors, and whether a block may have 163 KiB of shared memory."""
     if device.type != "cuda":

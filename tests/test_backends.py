@@ -28,7 +28,7 @@ KERNELS = [pytest.param("triton", marks=needs_triton), "flash", "sdpa", "referen
 
 @dataclass
 class Problem:
-    """Random tensors of one pass; what lies behind a row's nodes is NaN."""
+    """Random tensors of one pass; what lies behind a row's nodes is NaN. The tree is random, or `back` interleaved chains."""
 
     query: Tensor
     key: Tensor
@@ -39,7 +39,7 @@ class Problem:
     @classmethod
     def random(
         cls, lengths: list[int], nodes: int, key_heads: int = 2, group: int = 2, dim: int = 16,
-        value_dim: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, chain: bool = False,
+        value_dim: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, back: int = 0,
     ) -> Problem:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
         batch, columns = len(lengths), max(lengths) + nodes
@@ -49,7 +49,7 @@ class Problem:
 
         parents = torch.zeros(batch, nodes, dtype=torch.long)
         for node in range(1, nodes):
-            parents[:, node] = node - 1 if chain else torch.randint(0, node, (batch,), generator=generator)
+            parents[:, node] = max(0, node - back) if back else torch.randint(0, node, (batch,), generator=generator)
         source = TokenTree.from_parents(torch.zeros(batch, nodes), parents)
         store = [normal(batch, key_heads, columns + 7, size) for size in (dim, value_dim or dim)]
         for tensor in store:
@@ -162,8 +162,7 @@ def test_more_than_one_word(name: str, nodes: int) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_a_chain_is_causal_text(name: str) -> None:
-    problem = Problem.random([10, 10], 12, chain=True)
-    check(name, problem)
+    check(name, Problem.random([10, 10], 12, back=1))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -177,6 +176,15 @@ def test_options(name: str, options: dict[str, Any]) -> None:
     check(name, Problem.random([75, 4], 12), **options)
 
 
+@pytest.mark.parametrize("name", KERNELS)
+def test_a_window_counts_positions_not_columns(name: str) -> None:
+    """Two chains of eight, node by node in turn: a node's position is its depth, which is half of its column.
+
+    The first column that a row's root sees is the last one of a block.
+    """
+    check(name, Problem.random([65, 33, 2], 16, back=2), window=3)
+
+
 @needs_triton
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_any_number_of_splits_gives_the_same(splits: int) -> None:
@@ -188,6 +196,19 @@ def test_any_number_of_splits_gives_the_same(splits: int) -> None:
         args = (problem.query, problem.key, problem.value, problem.tree, scoring)
         out, again = (tree_attention.attention(*args, splits) for _ in range(2))
     assert torch.equal(out, again)  # deterministic
+    torch.testing.assert_close(out.double().cpu(), problem.expected(scoring), atol=2e-5, rtol=2e-5)
+
+
+@needs_triton
+@pytest.mark.parametrize("window", [None, 5])
+def test_splits_of_which_a_node_sees_nothing(window: int | None) -> None:
+    """A piece of keys inside the tree: the first nodes see none of it; with a window, deep nodes see none of the first piece."""
+    from medhead.kernels import tree_attention
+
+    problem = Problem.random([20], 100, key_heads=1, group=1, back=int(window is not None))
+    scoring = Scoring(0.25, window)
+    with poisoned():
+        out = tree_attention.attention(problem.query, problem.key, problem.value, problem.tree, scoring, splits=3)
     torch.testing.assert_close(out.double().cpu(), problem.expected(scoring), atol=2e-5, rtol=2e-5)
 
 
@@ -245,6 +266,14 @@ def test_choosing() -> None:
         choose("fast", [case])
     with pytest.raises(BackendError, match=r"'flash' cannot serve this model: .*192 and 128"):
         choose("flash", [Case("cpu", torch.float32, 192, 128)])
+
+
+@needs_triton
+def test_auto_on_a_gpu() -> None:
+    assert choose("auto", [Case("cuda", torch.bfloat16, 128, 128)]).name == "triton"
+    with pytest.warns(UserWarning, match="'sdpa', which is slower, because 'triton' cannot serve: .* not 576"):
+        assert choose("auto", [Case("cuda", torch.bfloat16, 576, 512)]).name == "sdpa"
+    assert choose("auto", [Case("mps", torch.float16, 128, 128)]).name == "sdpa"
 
 
 def test_nan_in_the_answer_would_be_seen() -> None:
