@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -17,12 +16,12 @@ from hypothesis import strategies as st
 from medhead.kernels.backends import BACKENDS, BackendError, Case, choose, refusal
 from medhead.kernels.columns import Scoring, TreeColumns
 from torch import Tensor
+from triton_here import needs_triton
 
 from medhead.tree import TokenTree
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
 KERNELS = [pytest.param("triton", marks=needs_triton), "flash", "sdpa", "reference"]
 
 

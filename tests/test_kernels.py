@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from transformers.masking_utils import (
     chunked_causal_mask_function,
     sliding_window_causal_mask_function,
 )
+from triton_here import interpreted, needs_triton
 
 import medhead.cache
 import medhead.target
@@ -32,8 +32,6 @@ from medhead.attention import rule_window
 from medhead.cache import _move_rows
 from medhead.target import Target
 
-needs_triton = pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)")
-interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so Triton is not interpreted")
 KERNELS = [pytest.param("triton", marks=[needs_triton, interpreted]), "flash"]
 
 
