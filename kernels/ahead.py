@@ -65,7 +65,12 @@ class Job:
 
 
 def jobs(roomy: bool = True, quick: bool = False) -> Iterator[Job]:
-    """Every kernel in every form that is launched; `roomy` as in `tile_for`, `quick` leaves two types, one head size and one form."""
+    """Every kernel in every form that is launched.
+
+    Args:
+        roomy: as in `tile_for`.
+        quick: two types, one head size and one form are enough.
+    """
     from . import commit
     from . import tree_attention as attention
 

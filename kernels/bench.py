@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -195,9 +196,9 @@ def contestants(
             from . import sdpa
 
             bias = tree.bias(key.shape[2], None, query.dtype)
-            yield name, lambda bias=bias: sdpa.attention(query, key, value, bias, scoring.scale), ""
+            yield name, partial(sdpa.attention, query, key, value, bias, scoring.scale), ""
         else:
-            yield name, lambda backend=backend: backend.attention(query, key, value, tree, scoring), ""
+            yield name, partial(backend.attention, query, key, value, tree, scoring), ""
     if query.device.type == "cuda":
         yield ONE_TOKEN, *_one_token(query, key, value, tree)
 
@@ -205,7 +206,7 @@ def contestants(
 def _one_token(query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns) -> tuple[Callable[[], object] | None, str]:
     """flash-attn's decoding of one token over the same cache: what a tree of one node costs elsewhere."""
     try:
-        from flash_attn import flash_attn_with_kvcache
+        from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found,unused-ignore]
     except ImportError:
         return None, "flash-attn is not installed"
     if query.dtype == torch.float32:

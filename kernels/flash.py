@@ -89,7 +89,7 @@ def _by_flash_attn(
     packed: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring
 ) -> tuple[Tensor, Tensor]:
     """flash-attn 2: lengths are read on the device, and it splits long prefixes over the processors by itself."""
-    from flash_attn import flash_attn_with_kvcache
+    from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found,unused-ignore]
 
     out, size = flash_attn_with_kvcache(
         packed.transpose(1, 2),

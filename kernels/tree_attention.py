@@ -304,5 +304,6 @@ def _device(device: torch.device) -> tuple[int, bool]:
     """Its number of multiprocessors, and whether a block may have 163 KiB of shared memory."""
     if device.type != "cuda":
         return 1, False
-    properties = torch.cuda.get_device_properties(device)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin >= 163 * 1024
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return properties["multiprocessor_count"], properties["max_shared_mem"] >= 163 * 1024
