@@ -6,6 +6,7 @@ rows of the accepted nodes to `length + depth` and advances the lengths; everyth
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -210,5 +211,24 @@ def _move_by_kernel(store: Tensor, path: Tensor, lengths: list[int]) -> None:
 
 @lru_cache(maxsize=8)
 def moves_by_kernel(device: torch.device) -> bool:
-    """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed."""
-    return device.type == "cuda" and torch.version.hip is None and find_spec("triton") is not None
+    """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed and does it rightly."""
+    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    return kernel_moves_rightly(device)
+
+
+def kernel_moves_rightly(device: torch.device) -> bool:
+    """Try the kernel on four rows; a kernel that fails here (no compiler, say) gives way, out loud."""
+    try:
+        store = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)
+        _move_by_kernel(store, torch.tensor([[0, 2]], device=device), [1])
+        found = store[0, 0, 0, :, 0].tolist()
+        if found == [0, 1, 3, 3]:
+            return True
+        reason = f"rows 0 to 3 became {found}"
+    except Exception as error:  # whatever Triton throws, plain copies work
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    warnings.warn(
+        f"the commit kernel does not work on {device} ({reason}); rows are moved by PyTorch, slower", stacklevel=2
+    )
+    return False

@@ -202,8 +202,10 @@ class Target:
         try:
             check_target(self)
         except UnsupportedTargetError as error:
-            if attention != "auto" or self.backend.dense:
+            if self.backend.dense:
                 raise
+            if attention != "auto":
+                raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
             name, self.backend = self.backend.name, BACKENDS["sdpa"]
             check_target(self)
             warnings.warn(

@@ -182,7 +182,7 @@ def test_auto_gives_way_to_sdpa_when_the_kernel_fails(monkeypatch: pytest.Monkey
     monkeypatch.setattr(medhead.target, "choose", lambda *_: Broken())
     with pytest.warns(UserWarning, match="'flash' fails with this model, so it is 'sdpa'"):
         assert Target(tiny_llama(), attention="auto").backend.name == "sdpa"
-    with pytest.raises(MedheadError, match="cannot verify a token tree"):
+    with pytest.raises(MedheadError, match=r"with attention 'flash' \(try 'sdpa'\): .*cannot verify a token tree"):
         Target(tiny_llama(), attention="flash")
 
 
@@ -236,6 +236,20 @@ def test_a_cache_that_commits_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(medhead.cache, "moves_by_kernel", lambda device: launches.append(device) or True)
     assert torch.equal(plain, Decoder(tiny_llama(), "recycling").generate(ids, max_new_tokens=12))
     assert launches
+
+
+@needs_triton
+@interpreted
+def test_a_commit_kernel_that_fails_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    assert medhead.cache.kernel_moves_rightly(cpu)
+    monkeypatch.setattr("medhead.kernels.commit.move", lambda *_: None)
+    with pytest.warns(UserWarning, match=r"does not work on cpu \(rows 0 to 3 became"):
+        assert not medhead.cache.kernel_moves_rightly(cpu)
+    monkeypatch.setattr("medhead.kernels.commit.move", lambda *_: 1 / 0)
+    with pytest.warns(UserWarning, match="ZeroDivisionError"):
+        assert not medhead.cache.kernel_moves_rightly(cpu)
+    assert not medhead.cache.moves_by_kernel(cpu)
 
 
 # ---------------------------------------------------------------- GPUs
