@@ -13,7 +13,7 @@ import torch
 
 def machine(device: str, copy: float) -> dict[str, Any]:
     """What the numbers were measured on; `copy` in bytes per second."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu()}, {torch.get_num_threads()} CPU thread(s)"
     versions = {}
     for package in ("torch", "triton", "flash-attn"):
         try:
