@@ -6,7 +6,10 @@ rows of the accepted nodes to `length + depth` and advances the lengths; everyth
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -121,7 +124,10 @@ class TreeCache(Cache):
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():
-                _move_rows(store, path.to(slot.device), self.lengths, self._start)
+                if moves_by_kernel(slot.device):
+                    _move_by_kernel(store, path.to(slot.device), self.lengths)
+                else:
+                    _move_rows(store, path.to(slot.device), self.lengths, self._start)
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -194,3 +200,35 @@ def _move_rows(store: Tensor, path: Tensor, lengths: list[int], start: int | Non
     source = (base + path)[None, :, None, :, None].expand(shape)
     goal = (base + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
     store.scatter_(3, goal, store.gather(3, source))
+
+
+def _move_by_kernel(store: Tensor, path: Tensor, lengths: list[int]) -> None:
+    """The same in one launch and in place."""
+    from medhead.kernels.commit import move
+
+    move(store, path, torch.tensor(lengths, device=path.device))
+
+
+@lru_cache(maxsize=8)
+def moves_by_kernel(device: torch.device) -> bool:
+    """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed and does it rightly."""
+    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
+        return False
+    return kernel_moves_rightly(device)
+
+
+def kernel_moves_rightly(device: torch.device) -> bool:
+    """Try the kernel on four rows; a kernel that fails here (no compiler, say) gives way, out loud."""
+    try:
+        store = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)
+        _move_by_kernel(store, torch.tensor([[0, 2]], device=device), [1])
+        found = store[0, 0, 0, :, 0].tolist()
+        if found == [0, 1, 3, 3]:
+            return True
+        reason = f"rows 0 to 3 became {found}"
+    except Exception as error:  # whatever Triton throws, plain copies work
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+    warnings.warn(
+        f"the commit kernel does not work on {device} ({reason}); rows are moved by PyTorch, slower", stacklevel=2
+    )
+    return False

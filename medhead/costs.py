@@ -140,7 +140,7 @@ def _fingerprint(target: Target, batch: int) -> str:
         str(target.dtype),
         str(target.device.type),
         device,
-        target.attention,
+        target.backend.name,
         batch,
         torch.get_num_threads(),
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -14,10 +15,11 @@ from transformers import DynamicCache, PreTrainedModel
 from medhead.attention import NAME, TreePass, tree_pass
 from medhead.cache import CacheLayout, Slot, TreeCache
 from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.kernels.backends import BACKENDS, MOST_NODES, Backend, BackendError, Case, choose
 from medhead.tree import TokenTree
 
 PREFILL_CHUNK = 1024
-ATTENTIONS = ("auto", "sdpa", "reference")
+ATTENTIONS = ("auto", *BACKENDS)
 
 
 class Target:
@@ -26,11 +28,13 @@ class Target:
     Args:
         model: what `from_pretrained` returned; a `PeftModel` around one is fine.
         probe: check with a small tree that the model verifies trees correctly.
-        attention: `sdpa` (PyTorch's kernels; what they cannot do, soft-capping and sinks, falls to the reference) or
-            `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `sdpa`.
+        attention: `sdpa` (PyTorch's kernels with a dense mask; what they cannot do, soft-capping and sinks, falls to the
+            reference), `triton` (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged
+            with the tree's own block) or `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `triton`
+            on CUDA where it serves the model, else `sdpa`. Layers that a named backend cannot serve say so once.
 
     Raises:
-        MedheadError: `model` is not a model of transformers, or `attention` is unknown.
+        MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
         UnsupportedTargetError: the model cannot verify a tree (recurrent or convolutional layers, an attention that does
             not go through transformers' registry, an encoder).
     """
@@ -38,7 +42,6 @@ class Target:
     def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        self.attention = attention
         inner: Any = model
         if hasattr(model, "get_base_model"):  # PEFT
             inner = inner.get_base_model()
@@ -66,10 +69,9 @@ class Target:
         self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.layout = self._find_layout()
+        self.backend = self._choose(attention)
         if probe:
-            from medhead.probe import check_target
-
-            check_target(self)
+            self._probe(attention)
 
     # ---------------------------------------------------------------- passes
 
@@ -124,6 +126,9 @@ class Target:
         """
         chain = tree.nodes == 1
         current = self._pass(cache, tree.depth, None if chain else tree.visible)
+        if not self.backend.dense and tree.nodes <= MOST_NODES:
+            current.backend, current.words = self.backend, tree.ancestor_words
+            current.host_lengths = tuple(cache.lengths)
         return self._forward(cache, tree.tokens, tree.depth, current)
 
     def prefill(
@@ -183,10 +188,35 @@ class Target:
 
     # ---------------------------------------------------------------- inside
 
+    def _choose(self, attention: str) -> Backend:
+        cases = [Case(k.device.type, k.dtype, k.dim, v.dim) for k, v in self.layout.layers.values()]
+        try:
+            return choose(attention, cases)
+        except BackendError as error:
+            raise MedheadError(str(error)) from None
+
+    def _probe(self, attention: str) -> None:
+        """Check the target; a kernel that nobody asked for by name gives way, out loud, where it is what fails."""
+        from medhead.probe import check_target
+
+        try:
+            check_target(self)
+        except UnsupportedTargetError as error:
+            if self.backend.dense:
+                raise
+            if attention != "auto":
+                raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
+            name, self.backend = self.backend.name, BACKENDS["sdpa"]
+            check_target(self)
+            warnings.warn(
+                f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}", stacklevel=3
+            )
+
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int | None = None) -> TreePass:
         longest, uniform = max(cache.lengths), min(cache.lengths) == max(cache.lengths)
         lengths = None if uniform else torch.tensor(cache.lengths, device=self.device)
-        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain=self.attention == "reference")
+        plain = self.backend.name == "reference"
+        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain)
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         cache.begin(tokens.shape[1])

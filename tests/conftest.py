@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import os
+
+import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run in Python, on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 from medhead.training.demo.tokenizer import train_tokenizer
 from torch import Tensor

@@ -1,0 +1,30 @@
+"""Marks for tests that run Triton's kernels, compiled on a GPU or interpreted on a CPU."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+
+@cache
+def _why_not() -> str | None:
+    if find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    if torch.cuda.is_available():
+        return None
+    from medhead.kernels.commit import move
+
+    try:
+        move(torch.zeros(1, 1, 1, 1, 16), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))
+    except Exception as error:
+        if "only 0-dimensional arrays" in str(error):
+            return "this triton's interpreter does not work with numpy 2.4 or newer (pip install -U triton)"
+        raise
+    return None
+
+
+needs_triton = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so Triton is not interpreted")
