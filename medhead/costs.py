@@ -133,7 +133,8 @@ def cache_folder() -> Path:
 
 def _fingerprint(target: Target, batch: int) -> str:
     """Everything that decides what a pass costs."""
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else platform.processor()
+    computer = f"{platform.node()} {platform.machine()} {os.cpu_count()}"
+    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else computer
     config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
     parts = [
         config,

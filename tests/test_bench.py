@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import MOE, tiny
 from transformers import PreTrainedTokenizerBase
 
 from medhead import cli
+from medhead.bench import step
 from medhead.bench.command import main
 from medhead.bench.measure import Measured
 from medhead.bench.memory import PeakMemory
@@ -145,3 +147,49 @@ def test_peak_memory_counts_what_is_alive_together() -> None:
         torch.zeros(2000).add_(1)
         torch.ones(500)
     assert memory.peak == 8000
+
+
+def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of step of a tiny shape, batches too; table, JSON and picture."""
+    options = ["--shapes", "tiny", "--context", "16", "--batch", "1", "2", "--nodes", "4", "9", "--repeats", "1"]
+    assert step.main([*options, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    kinds = ["transformers, eager", "medhead, plain", "medhead, 4 nodes", "medhead, 9 nodes"]
+    assert [(row["batch"], row["step"]) for row in rows] == [(batch, kind) for batch in (1, 2) for kind in kinds]
+    assert all(row["ms"] > 0 for row in rows)
+    assert "| tiny | 2 | 16 | medhead, 9 nodes |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "step.png").stat().st_size > 1000
+
+
+def test_bytes_that_a_token_reads() -> None:
+    """The output matrix but not the embedding beside it; of experts the share that is asked."""
+    model = step.build("tiny", torch.device("cpu"), torch.float32)
+    everything = sum(p.numel() * 4 for p in model.parameters())
+    assert step.read_bytes(model) == everything - 1024 * 128 * 4
+    moe = tiny("qwen3_moe", MOE)
+    experts = sum(p.numel() * 4 for name, p in moe.named_parameters() if ".experts." in name)
+    share = moe.config.num_experts_per_tok / moe.config.num_experts
+    rest = sum(p.numel() * 4 for p in moe.parameters()) - experts
+    if moe.get_input_embeddings().weight is not moe.get_output_embeddings().weight:
+        rest -= moe.get_input_embeddings().weight.numel() * 4
+    assert experts
+    assert step.read_bytes(moe) == pytest.approx(rest + share * experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nodes", "1"], "--nodes must be at least 2"),
+        (["--context", "1"], "--context must be at least 2"),
+        (["--nodes", "300"], "at most 256"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--shapes", "huge"], "invalid choice"),
+    ],
+)
+def test_step_benchmark_refuses(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = step.main(options)
+    except SystemExit as error:
+        code = int(str(error.code))
+    assert code == 2
+    assert says in capsys.readouterr().err

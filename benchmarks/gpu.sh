@@ -1,0 +1,24 @@
+#!/bin/bash
+# Everything that wants a GPU, within nine minutes: tests, kernels, whole steps, the demo model.
+#   bash benchmarks/gpu.sh [FOLDER FOR RESULTS]
+# Each part has its own time limit and does not stop the others; the exit code tells whether all went well.
+set -u
+out=${1:-results-gpu}
+python=${PYTHON:-python}
+mkdir -p "$out"
+bad=0
+part() { # name, seconds, command
+    local name=$1 limit=$2
+    shift 2
+    echo "== $name"
+    timeout "$limit" "$@" >"$out/$name.log" 2>&1
+    local code=$?
+    tail -n 3 "$out/$name.log"
+    [ $code -eq 0 ] || { echo "== $name ended with $code, see $out/$name.log"; bad=1; }
+}
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv" 2>&1 || { echo "no GPU here"; exit 2; }
+part tests 150 "$python" -m pytest -q -m gpu
+part kernels 150 "$python" -m medhead.kernels.bench --output "$out/kernels"
+part step 150 "$python" -m medhead.bench.step --shapes 1b 8b --output "$out/step"
+part demo 60 "$python" -m medhead.bench --count 4 --repeats 1 --output "$out/demo"
+exit $bad
