@@ -17,9 +17,10 @@ from medhead.acceptance import TypicalAcceptance
 from medhead.check import CheckReport, check
 from medhead.errors import MedheadError
 from medhead.hook import restore_generate, teach_generate
-from medhead.loop import DecodeLoop, Row, Settings, StepTimes
+from medhead.loop import DecodeLoop, StepTimes
 from medhead.noise import Noise
 from medhead.proposers import Proposer, build_proposer
+from medhead.row import Row, Settings
 from medhead.stopping import Stopper, token_limit
 from medhead.streaming import ColumnStream
 from medhead.target import Target

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medhead.loop import Row
+from medhead.row import Row
 
 
 class ColumnStream:

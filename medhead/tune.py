@@ -26,7 +26,7 @@ from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads import Heads, load_heads
-from medhead.heads.adapter import CONFIG_FILE
+from medhead.heads.config import CONFIG_FILE
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.target import Target
 

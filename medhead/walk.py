@@ -6,17 +6,13 @@ prefix. So stateful processors (grammars, counters) and prefix-dependent ones (p
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from medhead.acceptance import Accepted
+from medhead.row import Row, Settings
 from medhead.sampling import draw
 from medhead.tree import TokenTree
-
-if TYPE_CHECKING:
-    from medhead.loop import Row, Settings
 
 
 def walk(

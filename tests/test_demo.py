@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from medhead import Decoder, generate
 from medhead.bench.prompts import BUILT_IN, encode_prompts
-from medhead.heads.checkpoint import read_config
+from medhead.heads.config import read_config
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 
 MEDUSA = DEMO_HEADS.parent / "heads-medusa"

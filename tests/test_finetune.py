@@ -37,7 +37,7 @@ from medhead import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import build_heads, load_adapted, load_heads, save_heads
 from medhead.heads.adapter import attach, heads_of
-from medhead.heads.checkpoint import read_config
+from medhead.heads.config import read_config
 from medhead.target import Target
 
 ROOT = Path(__file__).parent.parent

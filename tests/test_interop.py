@@ -541,7 +541,7 @@ def test_decoding_gives_the_targets_text(deep: PreTrainedModel, foreign: tuple[P
     mask = torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
     expected = deep.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False)
     assert torch.equal(decoder.generate(ids, attention_mask=mask, max_new_tokens=16, do_sample=False), expected)
-    assert decoder.proposer.name == "heads"
+    assert decoder.proposer.name == "hybrid"
 
 
 def test_stored_types_become_the_targets(deep_target: Target, tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ from conftest import tiny_llama
 from transformers import PreTrainedModel
 
 from medhead import Decoder, MedheadError, TokenTree
-from medhead.loop import Row
 from medhead.noise import Noise
 from medhead.proposers import build_proposer
 from medhead.proposers.lookahead import LookaheadProposer, nodes_needed
 from medhead.proposers.window import Pool, Window
+from medhead.row import Row
 from medhead.target import Target
 
 Grams = dict[int, list[tuple[int, ...]]]

@@ -93,7 +93,7 @@ def padded(batch: int) -> dict[str, Tensor]:
 def test_greedy_text_is_that_of_transformers(case: Case, batch: int) -> None:
     options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": 999 if batch == 1 else 17}
     expected = case.model.generate(**padded(batch), **options)
-    decoder = Decoder(case.target, heads="mtp")
+    decoder = Decoder(case.target, "heads", heads="mtp")
     assert torch.equal(decoder.generate(**padded(batch), **options), expected)
     assert decoder.statistics.accepted_length > 1.3
 
@@ -190,7 +190,7 @@ def test_the_target_is_left_as_it_was(case: Case) -> None:
 @needs_mtp
 def test_the_command_line_knows_them(case: Case) -> None:
     decoder = make_decoder(parser().parse_args(["--model", "somewhere", "--heads", "mtp"]), case.model)
-    assert decoder.proposer.heads.config.kind == "mtp"  # type: ignore[attr-defined]
+    assert decoder.proposer.members[0].heads.config.kind == "mtp"  # type: ignore[attr-defined]
 
 
 @needs_mtp

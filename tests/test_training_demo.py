@@ -12,7 +12,7 @@ from medhead.training.demo import corpus, pretrain
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
-from medhead.heads.checkpoint import read_config
+from medhead.heads.config import read_config
 
 
 @pytest.fixture(scope="module")

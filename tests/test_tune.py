@@ -14,7 +14,7 @@ from conftest import noise_heads
 from medhead import tune
 from medhead.bench import budget
 from medhead.heads import load_heads, save_heads
-from medhead.heads.checkpoint import read_config
+from medhead.heads.config import read_config
 from medhead.load import DEMO_HEADS
 from medhead.target import Target
 

@@ -21,7 +21,8 @@ from transformers.integrations import TensorBoardCallback
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
-from medhead.heads.adapter import ADAPTER_FILE, CONFIG_FILE, WEIGHTS_FILE, save_adapter, wrap
+from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter, wrap
+from medhead.heads.config import CONFIG_FILE
 from medhead.load import DTYPES, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.target import Target
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from medhead.bench.command import Progress
 from medhead.bench.contestants import PLAIN, Contestant
 from medhead.bench.measure import Measured, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.bench.report import machine
+from medhead.bench.report import machine, write_results
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -211,16 +210,8 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     print(f"{heading}\n\n{text}")
     if args.output is None:
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    content = {"machine": where, "options": options, "results": rows}
-    (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (args.output / "table.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
-    try:
-        plot(rows, heading, args.output / "budget.png")
-    except ImportError:
-        say("no picture: matplotlib is not installed (pip install 'medhead[bench]')")
-    say(f"wrote {args.output}/results.json, table.md, budget.png")
+    content = {"machine": where, "options": vars(args), "results": rows}
+    say(write_results(args.output, heading, text, content, "budget.png", lambda path: plot(rows, heading, path)))
 
 
 def main(argv: list[str] | None = None) -> int:

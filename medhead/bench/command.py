@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ import torch
 from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup, contestants
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.bench.report import machine, plot, summary, table
+from medhead.bench.report import machine, plot, summary, table, write_results
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
@@ -138,16 +137,9 @@ def report(args: argparse.Namespace, results: list[Measured]) -> None:
     print(f"{heading}\n\n{text}")
     if args.output is None:
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    options = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-    content: dict[str, Any] = {"machine": where, "options": options, "results": rows}
-    (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (args.output / "table.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
-    try:
-        plot(rows, args.title or heading, args.output / "speed.png")
-    except ImportError:
-        _say("no picture: matplotlib is not installed (pip install 'medhead[bench]')")
-    _say(f"wrote {args.output}/results.json, table.md, speed.png")
+    content = {"machine": where, "options": vars(args), "results": rows}
+    title = args.title or heading
+    _say(write_results(args.output, heading, text, content, "speed.png", lambda path: plot(rows, title, path)))
 
 
 class Progress:

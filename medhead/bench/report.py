@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +91,29 @@ def table(rows: list[dict[str, Any]], compares_texts: bool = True) -> str:
             parts = " | ".join(f"{row['step_ms'][part]:.2f}" for part in PARTS)
             lines.append(f"| {row['name']} | {parts} | {row['outside_forward']:.0%} of it |")
     return "\n".join(lines)
+
+
+def write_results(
+    folder: Path, heading: str, text: str, content: dict[str, Any], picture: str, draw: Callable[[Path], None]
+) -> str:
+    """Write results.json, table.md and a picture; returns one line that says so.
+
+    Args:
+        folder: where; made if it is not there.
+        heading: above the table.
+        text: the table.
+        content: of the JSON file; paths in it become text.
+        picture: name of the picture.
+        draw: draws it into a file.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
+    try:
+        draw(folder / picture)
+    except ImportError:
+        return f"wrote {folder}/results.json, table.md; no picture: matplotlib is not installed (pip install 'medhead[bench]')"
+    return f"wrote {folder}/results.json, table.md, {picture}"
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from medhead.acceptance import accept
-from medhead.bench.report import machine
+from medhead.bench.report import machine, write_results
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.kernels.timing import copy_bandwidth
@@ -238,16 +237,8 @@ def run(args: argparse.Namespace) -> None:
     print(f"{heading}\n\n{text}")
     if args.output is None:
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    options = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}
-    content = {"machine": where, "copy_bytes_per_second": bandwidth, "options": options, "results": rows}
-    (args.output / "results.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (args.output / "table.md").write_text(f"{heading}\n\n{text}\n", encoding="utf-8")
-    try:
-        plot(rows, heading, args.output / "step.png")
-    except ImportError:
-        _say("no picture: matplotlib is not installed (pip install 'medhead[bench]')")
-    _say(f"wrote {args.output}/results.json, table.md, step.png")
+    content = {"machine": where, "copy_bytes_per_second": bandwidth, "options": vars(args), "results": rows}
+    _say(write_results(args.output, heading, text, content, "step.png", lambda path: plot(rows, heading, path)))
 
 
 def _say(line: str) -> None:

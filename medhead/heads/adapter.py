@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 from medhead.errors import MedheadError
 from medhead.heads.base import Heads, build_heads
+from medhead.heads.config import CONFIG_FILE, check_fit, read_config
 
-CONFIG_FILE = "medhead_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
 SUBMODULE = "medhead"
@@ -131,7 +131,6 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from medhead.heads.checkpoint import check_fit, read_config
     from medhead.target import Target
 
     config = read_config(folder)

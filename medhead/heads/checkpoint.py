@@ -6,7 +6,6 @@ is only decoded needs no PEFT wrapper: `load_heads` reads the same file directly
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,9 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
 from medhead.errors import MedheadError
-from medhead.heads.adapter import CONFIG_FILE, SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
-from medhead.heads.base import Heads, HeadsConfig, build_heads
+from medhead.heads.adapter import SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
+from medhead.heads.base import Heads, build_heads
+from medhead.heads.config import CONFIG_FILE, check_fit, read_config
 from medhead.heads.interop import import_heads, is_foreign
 from medhead.heads.mtp import MTP, load_mtp
 
@@ -41,25 +41,6 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
         save_adapter(wrapped, copy, folder, dtype)
     finally:
         unwrap(target, wrapped, trainable)
-
-
-def read_config(folder: str | Path) -> HeadsConfig:
-    """The heads' configuration.
-
-    Raises:
-        MedheadError: the folder, the file or one of its fields is missing or wrong.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise MedheadError(f"heads folder {str(folder)!r} does not exist")
-    path = folder / CONFIG_FILE
-    if not path.is_file():
-        raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        return HeadsConfig(**fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
 
 
 def load_heads(folder: str | Path, target: Any) -> Heads:
@@ -105,22 +86,3 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
 
 def _ready(heads: Heads, target: Any) -> Heads:
     return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
-
-
-def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:
-    """Refuse heads of another model.
-
-    Raises:
-        MedheadError: hidden size, vocabulary or number of layers differ.
-    """
-    pairs = (
-        ("hidden size", config.hidden_size, target.hidden_size),
-        ("vocabulary", config.vocab_size, target.vocab_size),
-        ("layers", config.target_layers, target.layers),
-    )
-    for what, of_heads, of_target in pairs:
-        if of_heads != of_target:
-            raise MedheadError(
-                f"the heads in {str(folder)!r} were trained for another model: their {what} is {of_heads}, "
-                f"{target.name} has {of_target}; train heads for this model or give the right folder"
-            )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from medhead.errors import MedheadError
 
+CONFIG_FILE = "medhead_config.json"
 CORRECTIONS = ("none", "parent", "recurrent")
 
 
@@ -132,3 +135,41 @@ class HeadsConfig:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for JSON."""
         return asdict(self)
+
+
+def read_config(folder: str | Path) -> HeadsConfig:
+    """The heads' configuration.
+
+    Raises:
+        MedheadError: the folder, the file or one of its fields is missing or wrong.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise MedheadError(f"heads folder {str(folder)!r} does not exist")
+    path = folder / CONFIG_FILE
+    if not path.is_file():
+        raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
+    try:
+        fields = json.loads(path.read_text(encoding="utf-8"))
+        return HeadsConfig(**fields)
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+
+
+def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:
+    """Refuse heads of another model.
+
+    Raises:
+        MedheadError: hidden size, vocabulary or number of layers differ.
+    """
+    pairs = (
+        ("hidden size", config.hidden_size, target.hidden_size),
+        ("vocabulary", config.vocab_size, target.vocab_size),
+        ("layers", config.target_layers, target.layers),
+    )
+    for what, of_heads, of_target in pairs:
+        if of_heads != of_target:
+            raise MedheadError(
+                f"the heads in {str(folder)!r} were trained for another model: their {what} is {of_heads}, "
+                f"{target.name} has {of_target}; train heads for this model or give the right folder"
+            )
