@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medhead.errors import MedheadError
-from medhead.proposers.growth import grow_tree
+from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.static_tree import StaticShape, best_static_tree
 from medhead.tree import TokenTree
 
@@ -54,6 +54,34 @@ def test_grown_trees_are_valid(seed: int, nodes: int, width: int, batch: int) ->
     checked = TokenTree.from_parents(tree.tokens, tree.parents)  # raises when invalid
     assert torch.equal(checked.depth, tree.depth)
     assert int(tree.depth.max()) <= 4
+
+
+class Counting(TableExpander):
+    """Counts the levels it was asked for."""
+
+    levels = 0
+
+    def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
+        self.levels += 1
+        return super().expand(state, tokens, depth)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 8), st.integers(1, 3), st.integers(1, 2))
+def test_growing_ends_when_nothing_deeper_can_matter(seed: int, nodes: int, width: int, batch: int) -> None:
+    """The tree is that of all levels; levels are only left out when they cannot change it."""
+    generator = torch.Generator().manual_seed(seed)
+    table = (3 * torch.randn(6, 3, 3, generator=generator)).log_softmax(-1)
+    roots = torch.randint(0, 3, (batch,), generator=generator)
+    expander = Counting(table, batch)
+    tree = grow_tree(roots, expander, nodes, 6, width)
+    whole = grow(roots, TableExpander(table, batch), 6, width).best(roots, nodes)
+    for row in range(batch):
+        assert sorted(tree.paths(row)) == sorted(whole.paths(row))
+    deepest = int(whole.depth.max())
+    assert deepest <= expander.levels <= 6
+    certain = Counting(torch.tensor([0.98, 0.01, 0.01]).log().expand(6, 3, 3), 1)
+    grow(roots[:1], certain, 6, 2, least=-0.05)
+    assert certain.levels == 3  # 0.98 ** 3 is the first below 0.95
 
 
 def test_a_certain_child_never_displaces_its_parent() -> None:

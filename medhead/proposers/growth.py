@@ -37,11 +37,26 @@ class Expander(Protocol):
 
 def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int) -> TokenTree:
     """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes."""
-    return grow(roots, expander, depth, width).best(roots, nodes)
+    return grow(roots, expander, depth, width, nodes).best(roots, nodes)
 
 
-def grow(roots: Tensor, expander: Expander, depth: int, width: int) -> Candidates:
-    """All candidates below `roots` `[batch]` down to `depth`, the likeliest `width` of every level expanded further."""
+def grow(
+    roots: Tensor, expander: Expander, depth: int, width: int, nodes: int | None = None, least: float = -torch.inf
+) -> Candidates:
+    """All candidates below `roots` `[batch]` down to `depth`, the likeliest `width` of every level expanded further.
+
+    On a CPU, where looking costs nothing, growing ends early when nothing deeper can matter. On a GPU it does not: the host
+    would have to wait.
+
+    Args:
+        roots: `[batch]`.
+        expander: names children.
+        depth: levels at most.
+        width: nodes of a frontier.
+        nodes: size of the tree that the candidates are for; what cannot be among its nodes does not matter.
+        least: log-probability below which nothing matters.
+    """
+    looks = roots.device.type == "cpu" and (nodes is not None or least > -torch.inf)
     state, tokens = expander.start(), roots[:, None]
     scores: Tensor | None = None
     frontier = torch.full_like(tokens, -1)  # index among all candidates; -1 is the root
@@ -57,6 +72,8 @@ def grow(roots: Tensor, expander: Expander, depth: int, width: int) -> Candidate
         if level + 1 == depth:
             break
         scores, best = candidates.topk(min(width, candidates.shape[1]), dim=1)
+        if looks and bool((scores[:, 0] < _bar(all_scores, nodes, least)).all()):
+            break
         tokens = children.gather(1, best)
         if state.shape[1] > 1:
             origin = best // branching
@@ -67,3 +84,12 @@ def grow(roots: Tensor, expander: Expander, depth: int, width: int) -> Candidate
         named += candidates.shape[1]
     levels = tuple(candidates.shape[1] for candidates in all_scores)
     return Candidates(torch.cat(all_tokens, 1), torch.cat(above, 1), torch.cat(all_scores, 1), levels)
+
+
+def _bar(all_scores: list[Tensor], nodes: int | None, least: float) -> Tensor:
+    """`[batch]`: what a score has to reach to matter. No child is likelier than its parent, so one look at the frontier tells."""
+    known = torch.cat(all_scores, 1)
+    bar = known.new_full(known.shape[:1], least)
+    if nodes is not None and known.shape[1] >= nodes - 1 > 0:
+        bar = bar.maximum(known.topk(nodes - 1, dim=1).values[:, -1])
+    return bar

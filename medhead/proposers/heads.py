@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,12 +15,14 @@ from medhead.heads.memory import Store
 from medhead.heads.readout import Readout
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
-from medhead.proposers.growth import grow
+from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.static_tree import StaticShape
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
     from medhead.target import Target
+
+LEAST = math.log(0.03)  # what is less likely pays for itself on no machine
 
 
 @register_proposer("heads")
@@ -145,15 +148,15 @@ class HeadsProposer(Proposer):
             return TokenTree.root(state.roots)
         if self.shape is not None:
             return self.shape.fill(state.roots, self._expander(state, self.shape.widest, depth), depth)
-        return self._grow(state, min(self.branching, self.tree_size - 1), depth).best(state.roots, self.tree_size)
+        expander = self._expander(state, min(self.branching, self.tree_size - 1), depth)
+        return grow_tree(state.roots, expander, self.tree_size, depth, self.width)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """What the heads name at every node of the frontiers."""
         depth = min(max_depth, self.max_depth)
-        return self._grow(state, self.branching, depth) if depth > 0 else None
-
-    def _grow(self, state: DecodeState, branching: int, depth: int) -> Candidates:
-        return grow(state.roots, self._expander(state, branching, depth), depth, self.width)
+        if depth < 1:
+            return None
+        return grow(state.roots, self._expander(state, self.branching, depth), depth, self.width, least=LEAST)
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
         self._catch_up()

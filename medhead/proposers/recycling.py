@@ -16,7 +16,7 @@ from torch import Tensor
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
-from medhead.proposers.growth import grow
+from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.recycling_state import load_state, save_state
 from medhead.tree import TokenTree
 
@@ -78,8 +78,11 @@ class RecyclingProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest recycled paths below every root."""
-        found = self.candidates(state, min(max_depth, self.tree_size - 1))
-        return TokenTree.root(state.roots) if found is None else found.best(state.roots, self.tree_size)
+        depth = min(max_depth, self.max_depth, self.tree_size - 1)
+        if depth < 1:
+            return TokenTree.root(state.roots)
+        self._state = state
+        return grow_tree(state.roots, self, self.tree_size, depth, self.width)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """The frontiers' recycled successors."""
