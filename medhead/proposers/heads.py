@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,9 @@ from medhead.tree import TokenTree
 if TYPE_CHECKING:
     from medhead.target import Target
 
-LEAST = math.log(0.03)  # what is less likely pays for itself on no machine
+UNLIKELY, LIKELY = 0.03, 0.2  # between these lies the probability from which on a guess pays for itself
+_WORTH = 0.5  # tokens that a guess which comes true is worth, per level of heads that it took
+_FOLLOW = 0.1  # weight of the newest pass
 
 
 @register_proposer("heads")
@@ -42,6 +45,8 @@ class HeadsProposer(Proposer):
         sharpness: what log-probabilities of the heads are multiplied by when decoding greedily. Heads learn the target's
             whole distribution, but greedy decoding takes its likeliest token, and does so more often than that token's
             probability says. More makes trees deeper and narrower.
+        least: probability of a path below which heads look no further when they name candidates for trees of several
+            proposers, on a CPU; None follows what a level of heads costs beside a token.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -59,6 +64,7 @@ class HeadsProposer(Proposer):
         dtype: torch.dtype | None = None,
         rank_by_noise: bool = True,
         sharpness: float = 1.5,
+        least: float | None = None,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -78,7 +84,10 @@ class HeadsProposer(Proposer):
             raise MedheadError(f"depth, width and branching must be at least 1, got {wanted}, {width} and {branching}")
         if not sharpness > 0:
             raise MedheadError(f"sharpness must be above 0, got {sharpness}")
-        self.sharpness = sharpness
+        if least is not None and not 0 <= least < 1:
+            raise MedheadError(f"least must be a probability from 0 to below 1, got {least}")
+        self.sharpness, self._given_least = sharpness, least
+        self._level, self._token = 0.0, 1.0  # seconds that a level of heads takes, and a token of the target
         self.max_depth = wanted
         self.taps = tuple(config.taps)
         self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
@@ -110,6 +119,9 @@ class HeadsProposer(Proposer):
 
     def observe(self, verified: Verified) -> None:
         """Keep what memory has to know of the accepted nodes; passes of plain decoding wait and are remembered at once."""
+        if verified.seconds:
+            token = verified.seconds * len(verified.counts) / sum(verified.counts)
+            self._token = token if self._token == 1.0 else self._token + _FOLLOW * (token - self._token)
         if self._memory is None:
             return
         if verified.tree.nodes == 1:
@@ -156,7 +168,19 @@ class HeadsProposer(Proposer):
         depth = min(max_depth, self.max_depth)
         if depth < 1:
             return None
-        return grow(state.roots, self._expander(state, self.branching, depth), depth, self.width, least=LEAST)
+        began = time.perf_counter()
+        expander = self._expander(state, self.branching, depth)
+        found = grow(state.roots, expander, depth, self.width, least=math.log(max(self.least, 1e-9)))
+        level = (time.perf_counter() - began) / len(found.levels)
+        self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
+        return found
+
+    @property
+    def least(self) -> float:
+        """Probability of a path below which looking further costs more than it brings."""
+        if self._given_least is not None:
+            return self._given_least
+        return min(LIKELY, max(UNLIKELY, _WORTH * self._level / self._token))
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
         self._catch_up()

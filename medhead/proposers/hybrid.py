@@ -17,6 +17,7 @@ from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
+from medhead.proposers.heads import UNLIKELY
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -58,6 +59,8 @@ class HybridProposer(Proposer):
         lost = sorted(key for key in options if OWNERS.get(key, "heads") not in names)
         if lost:
             raise MedheadError(f"{', '.join(lost)}: no member of the hybrid takes this option")
+        if tree_size is not None and "heads" in names:
+            options = {"least": UNLIKELY} | options  # a size was asked for, so all its nodes are worth a look
         self.members = [self._member(member, target, heads, options) for member in members]
         if not self.members:
             raise MedheadError("a hybrid needs at least one member, got none")

@@ -1,0 +1,133 @@
+"""What goes into the engine and what comes out of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from medhead.errors import MedheadError
+
+Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
+
+
+class EngineError(MedheadError):
+    """The engine could not do what it was asked for; the message is for the person who asked."""
+
+
+class QueueFullError(EngineError):
+    """Too many requests wait already; try again later."""
+
+
+class Stopped(EngineError):
+    """The engine is not running (any more)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One text to be produced.
+
+    Attributes:
+        prompt: token ids.
+        max_new_tokens: most tokens that are produced; cut to what the model's context leaves.
+        temperature: 0 is greedy decoding.
+        top_p: keep the most probable tokens up to this mass; None or 1 for all.
+        top_k: keep so many most probable tokens; None for all.
+        min_p: keep tokens at least so probable, relative to the likeliest; None for all.
+        seed: same seed, same text, whoever else is served at that time; None draws one (see `Result.seed`).
+        stop: texts at which the output ends; the text that is streamed ends before them.
+        proposer: name of a registered proposer; None for the engine's own. `none` is plain decoding.
+        tree_size: nodes of a tree; None for what the proposer chooses.
+        time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
+        trace: fill `Piece.sources` and `Piece.tree`, which costs a little.
+    """
+
+    prompt: list[int]
+    max_new_tokens: int = 256
+    temperature: float = 0.0
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    proposer: str | None = None
+    tree_size: int | None = None
+    time_limit: float | None = None
+    trace: bool = False
+
+
+@dataclass(frozen=True)
+class TreeView:
+    """The tree of one pass, to be drawn.
+
+    Attributes:
+        tokens: token id of every node; node 0 is the root, the newest token before this pass.
+        parents: index of every node's parent, smaller than its own; 0 for the root itself.
+        sources: who proposed a node: `heads`, `ngram`, `recycling`, `lookahead`; `root` for node 0.
+        accepted: the accepted nodes in order, the root first.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    sources: list[str]
+    accepted: list[int]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one pass gave one request.
+
+    Attributes:
+        tokens: new token ids, at least one.
+        text: new text that is certain now; may be empty (half a character, the beginning of a stop text), and may belong to
+            tokens of earlier pieces. The texts of all pieces joined are the output.
+        texts: the text of every token of `tokens` on its own, for showing where tokens came from; joined they are only
+            nearly the output (a character of several tokens is shown at the last of them). Empty without `trace`.
+        sources: for every token who proposed it: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, or
+            `bonus` for the target's own. Empty without `trace`.
+        tree: the tree of this pass, with `trace`.
+        seconds: of this pass.
+    """
+
+    tokens: list[int]
+    text: str
+    texts: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    tree: TreeView | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class Result:
+    """How a request ended, and what it took.
+
+    Attributes:
+        reason: `stop` (end token or stop text), `length` (limit or context), `cancelled`, `timeout`, or `error`.
+        prompt_tokens: of the prompt.
+        new_tokens: that were produced.
+        passes: verify passes it took part in; `new_tokens` for plain decoding.
+        lengths: tokens of every pass, in order.
+        seed: of its noise (0 for greedy decoding).
+        proposer: name of the proposer that served it.
+        queued: seconds it waited.
+        first_token: seconds from submission to the first token; None if there was none.
+        seconds: from submission to its end.
+        busy: seconds of prefill and passes it took part in, without the passes of other lanes between them; the time it
+            would have taken (nearly) had no other lane been served.
+    """
+
+    reason: Reason = "stop"
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    passes: int = 0
+    lengths: list[int] = field(default_factory=list)
+    seed: int = 0
+    proposer: str = "none"
+    queued: float = 0.0
+    first_token: float | None = None
+    seconds: float = 0.0
+    busy: float = 0.0
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens a pass; 1.0 is plain decoding."""
+        return self.new_tokens / self.passes if self.passes else 0.0
