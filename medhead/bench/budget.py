@@ -134,6 +134,7 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    most = max(max(row["seconds"].values()) / row["seconds"][PLAIN] for row in rows)
     figure, axes = plt.subplots(1, len(rows), figsize=(3.4 * len(rows), 3.2), sharey=True, squeeze=False)
     for axis, row in zip(axes[0], rows, strict=True):
         plain = row["seconds"][PLAIN]
@@ -142,7 +143,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         axis.plot(list(fixed), list(fixed.values()), "o-", color="#0072B2", label="fixed tree")
         axis.axhline(row["of_plain"], color="#D55E00", linestyle="--", label="budget")
         axis.set_xscale("log", base=2)
-        axis.set_ylim(bottom=0)
+        axis.set_xticks(list(fixed), [str(nodes) for nodes in fixed])
+        axis.set_ylim(0, 1.08 * max(1.0, most))
         axis.set_title(row["situation"], fontsize=9)
         axis.set_xlabel("nodes")
         axis.spines[["top", "right"]].set_visible(False)

@@ -37,6 +37,12 @@ class Lane(DecodeLoop):
         )
         self.used = 0.0
 
+    def keep(self, places: list[int]) -> None:
+        """Only the rows at these places go on; an empty lane holds no cache."""
+        super().keep(places)
+        if not self.rows and hasattr(self, "cache"):
+            del self.cache
+
     def _noise(self, rows: list[Row]) -> Tensor | None:
         """Noise of the rows that sample, zeros for those that do not."""
         if all(self._settings(row).noise is None for row in rows):
