@@ -66,7 +66,7 @@ class Service:
         with self._lock:
             return list(self.tokenizer(text)["input_ids"])
 
-    def chat(self, messages: Sequence[dict[str, str]], room: int) -> Encoded:
+    def chat(self, messages: Sequence[dict[str, str]], room: int, cut: bool = True) -> Encoded:
         """Token ids of a conversation, by the model's own chat template.
 
         The oldest exchanges (a message of the user's and the answers to it) are left out when there is no place for
@@ -75,20 +75,23 @@ class Service:
         Args:
             messages: with `role` (`system`, `user`, `assistant`) and `content`, oldest first.
             room: tokens that the answer should have; of this, at most half of the context is kept free.
+            cut: leave out what does not fit; else such a conversation is an error.
 
         Raises:
-            PromptTooLongError: the system prompt and the newest message alone do not fit.
+            PromptTooLongError: the system prompt and the newest message alone do not fit, or with `cut=False` the whole
+                conversation does not.
             MedheadError: no messages, or the template refuses them.
         """
         if not messages:
             raise MedheadError("there are no messages")
+        if not cut:
+            ids = self._template(list(messages))
+            self._check_length(ids)
+            return Encoded(ids)
         fits = min(self.max_prompt_tokens, self.context - max(1, min(room, self.context // 2)))
         system, exchanges = split_exchanges(messages)
         kept, ids = self._most_that_fit(system, exchanges, fits)
-        if len(ids) > self.max_prompt_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} fit (the context is {self.context})"
-            )
+        self._check_length(ids)
         return Encoded(ids, sum(map(len, exchanges[: len(exchanges) - kept])))
 
     def request(self, prompt: list[int], max_new_tokens: int | None = None, **fields: Any) -> Request:
@@ -103,10 +106,7 @@ class Service:
             PromptTooLongError: the prompt is longer than allowed.
             MedheadError: the answer may not be so long.
         """
-        if len(prompt) > self.max_prompt_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {len(prompt)} tokens, at most {self.max_prompt_tokens} fit (the context is {self.context})"
-            )
+        self._check_length(prompt)
         asked = self.max_new_tokens if max_new_tokens is None else max_new_tokens
         if not 1 <= asked <= self.max_new_tokens:
             raise MedheadError(f"the longest answer must be 1 to {self.max_new_tokens} tokens, got {asked}")
@@ -118,6 +118,12 @@ class Service:
         self.engine.close()
 
     # ---------------------------------------------------------------- inside
+
+    def _check_length(self, ids: list[int]) -> None:
+        if len(ids) > self.max_prompt_tokens:
+            raise PromptTooLongError(
+                f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} fit (the context is {self.context})"
+            )
 
     def _most_that_fit(
         self, system: list[dict[str, str]], exchanges: list[list[dict[str, str]]], fits: int
