@@ -137,6 +137,16 @@ class TreeCache(Cache):
         self.lengths = [self.lengths[row] for row in rows]
         self._refresh_views()
 
+    def join(self, other: TreeCache) -> None:
+        """Put the rows of another cache of this layout behind these; the other one is used up."""
+        for cache, needed in ((self, other.capacity), (other, self.capacity)):
+            if cache.capacity < needed:
+                cache._grow(needed, double=False)
+        for slot, store in self._stores.items():
+            self._stores[slot] = torch.cat([store, other._stores[slot]], 1)
+        self.lengths = self.lengths + other.lengths
+        self._refresh_views()
+
     def nbytes(self) -> int:
         """Memory of the storage."""
         return sum(store.numel() * store.element_size() for store in self._stores.values())
@@ -179,8 +189,8 @@ class TreeCache(Cache):
         for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
             self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
 
-    def _grow(self, needed: int) -> None:
-        grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)
+    def _grow(self, needed: int, double: bool = True) -> None:
+        grown = max(2 * self.capacity if double else 0, -(-needed // PAGE) * PAGE)
         for slot, store in self._stores.items():
             bigger = store.new_zeros(*store.shape[:3], grown, slot.dim)
             bigger[:, :, :, : self.capacity] = store

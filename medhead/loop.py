@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from medhead.acceptance import Accepted, accept, accept_typical
+from medhead.cache import TreeCache
 from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.row import Row, Settings
 from medhead.sampling import draw, is_local, process_nodes, temperature_of
@@ -38,36 +39,71 @@ class DecodeLoop:
     Args:
         target: the target, active (see `Target.active`).
         proposer: what fills the trees.
-        settings: sampling, stopping and recording.
+        settings: sampling, stopping and recording, for rows that have none of their own.
+
+    Attributes:
+        rows: the rows that still run.
+        verified: what the last step found, by place in `rows` as it was before that step.
     """
 
     def __init__(self, target: Target, proposer: Proposer, settings: Settings) -> None:
         self.target, self.proposer, self.settings = target, proposer, settings
         self.local = is_local(settings.processors)
-        self.temperature = temperature_of(settings.processors)
+        self.temperature: float | Tensor = temperature_of(settings.processors)
         self.times = StepTimes()
         self.prefill_seconds = 0.0
         self.cache_bytes = 0
+        self.rows: list[Row] = []
+        self.verified: Verified | None = None
 
     def run(self, rows: list[Row]) -> None:
         """Decode all rows to their end; their `output` grows as they go."""
-        began = time.perf_counter()
-        target, limit = self.target, self.settings.stopper.limit
-        longest = max(len(row.text) for row in rows)
-        self.cache = target.new_cache(len(rows), longest + min(limit, 256) + self.proposer.tree_size)
-        self.proposer.begin(target, [row.text for row in rows])
-        features = target.prefill(self.cache, [row.text[:-1] for row in rows], self.proposer.read)
-        roots = torch.tensor([row.text[-1] for row in rows], device=target.device)
-        self.prefill_seconds = self._now() - began
-        while rows:
-            rows, roots, features = self._step(rows, roots, features)
+        self.start(rows)
+        while self.rows:
+            self.step()
         self.cache_bytes = self.cache.nbytes()
 
-    def _step(self, rows: list[Row], roots: Tensor, features: Tensor) -> tuple[list[Row], Tensor, Tensor]:
-        """One pass: the rows that go on, their new roots, and the features of the tokens above them."""
-        times, started = self.times, self._now()
+    def start(self, rows: list[Row]) -> None:
+        """Read the prompts of the first rows."""
+        began = self._now()
+        self.rows = rows
+        self.proposer.begin(self.target, [row.text for row in rows])
+        self.cache, self._features = self._prefill(rows, self.proposer)
+        self._roots = self._last_tokens(rows)
+        self.prefill_seconds += self._now() - began
+
+    def join(self, rows: list[Row]) -> None:
+        """Read the prompts of more rows; from the next step on they are decoded with the others."""
+        if not self.rows:
+            return self.start(rows)
+        began = self._now()
+        newcomers = self.proposer.newcomers()
+        newcomers.begin(self.target, [row.text for row in rows])
+        cache, features = self._prefill(rows, newcomers)
+        self.cache.join(cache)
+        self.proposer.absorb(newcomers)
+        self._features = torch.cat([self._features, features.to(self._features.dtype)])
+        self._roots = torch.cat([self._roots, self._last_tokens(rows)])
+        self.rows = self.rows + rows
+        self.prefill_seconds += self._now() - began
+        return None
+
+    def keep(self, places: list[int]) -> None:
+        """Only the rows at these places go on."""
+        if len(places) == len(self.rows):
+            return
+        self.rows = [self.rows[place] for place in places]
+        if places:
+            self._roots, self._features = self._roots[places], self._features[places]
+            self.cache.keep_rows(places)
+            self.proposer.keep_rows(places)
+
+    def step(self) -> None:
+        """One pass: propose, verify, accept, commit; rows that end leave."""
+        times, started, rows = self.times, self._now(), self.rows
         noise = self._noise(rows)
-        state = DecodeState(self.target, [row.text for row in rows], roots, features, noise, self.temperature)
+        texts = [row.text for row in rows]
+        state = DecodeState(self.target, texts, self._roots, self._features, noise, self._temperature(rows))
         began = self._now()
         tree = self.proposer.propose(state, self._depth_limit(rows))
         proposed = self._now()
@@ -78,42 +114,54 @@ class DecodeLoop:
         decided = self._now()
         self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
         committed = self._now()
-        self.proposer.observe(Verified(tree, logits, features, accepted, counts, emitted, decided - proposed))
+        self.verified = Verified(tree, logits, features, accepted, counts, emitted, decided - proposed)
+        self.proposer.observe(self.verified)
         running = self._emit(rows, counts, emitted, accepted, logits, scores)
-        last = accepted.last
-        roots, above = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0], _pick(features, last)
-        if len(running) < len(rows):
-            going = {row.index for row in running}
-            kept = [place for place, row in enumerate(rows) if row.index in going]
-            roots, above = roots[kept], above[kept]
-            if running:
-                self.cache.keep_rows(kept)
-                self.proposer.keep_rows(kept)
+        self._roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
+        self._features = _pick(features, accepted.last)
+        self.keep(running)
         ended = self._now()
         times.propose += proposed - began
         times.forward += verified - proposed
         times.accept += began - started + decided - verified  # making noise and drawing with it
         times.commit += committed - decided
         times.other += ended - committed
-        return running, roots, above
+
+    # ---------------------------------------------------------------- inside
+
+    def _prefill(self, rows: list[Row], proposer: Proposer) -> tuple[TreeCache, Tensor]:
+        """A cache with the prompts but their last tokens, and the features above those."""
+        longest = max(len(row.text) for row in rows)
+        wanted = max(self._settings(row).stopper.limit for row in rows)
+        cache = self.target.new_cache(len(rows), longest + min(wanted, 256) + proposer.tree_size)
+        return cache, self.target.prefill(cache, [row.text[:-1] for row in rows], proposer.read)
+
+    def _last_tokens(self, rows: list[Row]) -> Tensor:
+        return torch.tensor([row.text[-1] for row in rows], device=self.target.device)
+
+    def _settings(self, row: Row) -> Settings:
+        return self.settings if row.own is None else row.own
+
+    def _temperature(self, rows: list[Row]) -> float | Tensor:
+        """What proposers divide logits by, a number or `[rows, 1, 1]`."""
+        return self.temperature
+
+    def _score(self, rows: list[Row], logits: Tensor) -> Tensor:
+        """`[rows, nodes, vocab]`: what the draws are made from. Without processors the logits will do."""
+        return process_nodes(self.settings.processors, logits) if self.settings.processors else logits
 
     def _accept(
         self, rows: list[Row], tree: TokenTree, logits: Tensor, noise: Tensor | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Walk the trees; also the processed scores of every emitted token where somebody wants them."""
-        settings = self.settings
+        settings, rule = self.settings, self.settings.typical
         if not self.local:
             return walk(rows, tree, logits, noise, settings)
-        if not settings.processors and noise is None and settings.typical is None:
-            scores = logits  # greedy: the order of logits is enough
-            accepted = accept(tree, logits.argmax(-1))
-        else:
-            scores = process_nodes(settings.processors, logits)
-            if noise is not None:
-                noise = noise[:, :1] if tree.nodes == 1 else _at_depth(noise, tree)
-            drawn = draw(scores, noise)
-            rule = settings.typical
-            accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores, rule)
+        scores = self._score(rows, logits)
+        if noise is not None:
+            noise = noise[:, :1] if tree.nodes == 1 else _at_depth(noise, tree)
+        drawn = draw(scores, noise)
+        accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores.float(), rule)
         if not (settings.keep_scores or settings.stopper.asks_others):
             return accepted, None
         return accepted, [list(scores[place, path].float()) for place, path in enumerate(accepted.path)]
@@ -126,10 +174,11 @@ class DecodeLoop:
         accepted: Accepted,
         logits: Tensor,
         scores: list[list[Tensor]] | None,
-    ) -> list[Row]:
-        """Hand every row its new tokens, cut where it ends; returns the rows that go on."""
-        settings, running = self.settings, []
+    ) -> list[int]:
+        """Hand every row its new tokens, cut where it ends; returns the places of the rows that go on."""
+        running = []
         for place, row in enumerate(rows):
+            settings = self._settings(row)
             of_tokens = scores[place] if scores is not None else None
             new = emitted[place][: counts[place]]
             new, ended = settings.stopper.take(row.padded + row.output, len(row.output), new, of_tokens)
@@ -143,12 +192,12 @@ class DecodeLoop:
             if settings.on_tokens is not None:
                 settings.on_tokens(row, new, ended)
             if not ended:
-                running.append(row)
+                running.append(place)
         return running
 
     def _depth_limit(self, rows: list[Row]) -> int:
         """No tree is deeper than what rows may still emit, or than the context."""
-        wanted = max(self.settings.stopper.limit - len(row.output) for row in rows) - 1
+        wanted = max(self._settings(row).stopper.limit - len(row.output) for row in rows) - 1
         room = self.target.context - max(len(row.text) for row in rows) - 1
         return max(0, min(self.proposer.max_depth, wanted, room))
 

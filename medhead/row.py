@@ -26,6 +26,7 @@ class Row:
         scores: processed scores of every new token, if asked for.
         logits: raw logits of every new token, if asked for.
         processors: this row's own processors, where they must know which row they serve.
+        own: settings of this row alone, where rows of different requests are decoded together.
     """
 
     index: int
@@ -36,6 +37,7 @@ class Row:
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
     processors: LogitsProcessorList | None = None
+    own: Settings | None = None
 
 
 @dataclass

@@ -156,6 +156,14 @@ class TokenTree:
         shifts = torch.arange(WORD_BITS, device=bits.device)
         return (bits.unflatten(-1, (words, WORD_BITS)) << shifts).sum(-1)
 
+    def paths_to(self, row: int) -> list[tuple[int, ...]]:
+        """Tokens on the way to every node of a row, the root's own left out: `()` for the root."""
+        tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
+        ways: list[tuple[int, ...]] = [()]
+        for token, parent in zip(tokens[1:], parents[1:], strict=True):
+            ways.append((*ways[parent], token))
+        return ways
+
     def paths(self, row: int) -> list[list[int]]:
         """Token paths below the root of one row, one for each leaf. For people and tests, not for the loop."""
         parents, tokens = self.parents[row].tolist(), self.tokens[row].tolist()

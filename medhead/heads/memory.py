@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 Remember = Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -58,6 +59,9 @@ class Store(Protocol):
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all texts but these."""
+
+    def join(self, other: Any) -> None:
+        """Put the texts of another storage of these heads behind these."""
 
     def view(self) -> Any:
         """What `Heads.start` is given."""
@@ -111,6 +115,12 @@ class MemoryStore:
         """Drop all texts but these."""
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
         self.lengths = [self.lengths[row] for row in rows]
+
+    def join(self, other: MemoryStore) -> None:
+        """Put the texts of another storage behind these."""
+        length = max(self._rows.shape[1], other._rows.shape[1])
+        parts = [F.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in (self._rows, other._rows)]
+        self._rows, self.lengths = torch.cat(parts), self.lengths + other.lengths
 
     def view(self) -> Memory:
         """Everything that is part of the texts."""

@@ -185,6 +185,11 @@ class MtpMemory:
         self.cache.keep_rows(rows)
         self.last = [last[rows] for last in self.last]
 
+    def join(self, other: MtpMemory) -> None:
+        """Put the texts of another memory behind these."""
+        self.cache.join(other.cache)
+        self.last = [torch.cat(pair) for pair in zip(self.last, other.last, strict=True)]
+
     def view(self) -> MtpMemory:
         """Itself: a proposal writes behind the text and commits nothing."""
         return self

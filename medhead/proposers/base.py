@@ -7,6 +7,7 @@ token tree, and may look at what the target made of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,7 +34,7 @@ class DecodeState:
             proposer's `taps`.
         noise: `[batch, depths, vocab]` Gumbel noise of the coming positions (index d: the token below depth d), or None
             when decoding is greedy.
-        temperature: what logits are divided by before the noise is added.
+        temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
     """
 
     target: Target
@@ -41,7 +42,7 @@ class DecodeState:
     roots: Tensor
     features: Tensor
     noise: Tensor | None = None
-    temperature: float = 1.0
+    temperature: float | Tensor = 1.0
 
 
 @dataclass
@@ -103,6 +104,20 @@ class Proposer:
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
+
+    def newcomers(self) -> Proposer:
+        """A proposer that shares all that was learnt, for rows that will join: it is begun with their prompts and reads them."""
+        return copy(self)
+
+    def absorb(self, newcomers: Any) -> None:
+        """The rows of `newcomers()` join, behind those that are there."""
+
+    def warm(self, target: Target, rows: int) -> None:
+        """Do now what would else take time when up to so many rows are decoded."""
+
+    def origins(self, tree: TokenTree, row: int) -> list[str]:
+        """Name of the proposer of every node of a row of the last tree; for people who look."""
+        return ["root", *[self.name] * (tree.nodes - 1)]
 
 
 PROPOSERS: dict[str, Callable[..., Proposer]] = {}

@@ -64,6 +64,14 @@ class Candidates:
         count = min(nodes, self.tokens.shape[1])
         return self.scores.topk(count, dim=1).values.exp()
 
+    def paths(self, row: int) -> dict[tuple[int, ...], float]:
+        """Scores of all paths of a row by their tokens; for people who look, it walks over nodes."""
+        tokens, above, scores = (part[row].tolist() for part in (self.tokens, self.above, self.scores))
+        ways: list[tuple[int, ...]] = []
+        for token, parent in zip(tokens, above, strict=True):
+            ways.append((*(ways[parent] if parent >= 0 else ()), token))
+        return {way: score for way, score in zip(ways, scores, strict=True) if score > -torch.inf}
+
     def keys(self) -> Tensor:
         """`[batch, n]` int64: a hash of every candidate's path."""
         done = torch.full_like(self.tokens[:, :1], _ROOT)

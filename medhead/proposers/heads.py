@@ -139,6 +139,12 @@ class HeadsProposer(Proposer):
             self._catch_up()
             self._memory.keep_rows(rows)
 
+    def absorb(self, newcomers: HeadsProposer) -> None:
+        """What they remember joins."""
+        if self._memory is not None:
+            self._catch_up()
+            self._memory.join(newcomers._memory)
+
     def _catch_up(self) -> None:
         """Remember the passes over one node that have not been."""
         if self._memory is None or not self._waiting:

@@ -7,6 +7,7 @@ equal paths are merged; the likeliest nodes are the tree, as many of them as `Tr
 from __future__ import annotations
 
 import time
+from copy import copy
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -91,7 +92,7 @@ class HybridProposer(Proposer):
         """Members begin; the budget starts anew, calibrations go on."""
         for member in self.members:
             member.begin(target, texts)
-        self._target = target
+        self._target, self._rows = target, len(texts)
         if self.adapts:
             self.budget = TreeBudget(self._costs_of(len(texts)), self.tree_size)
 
@@ -148,5 +149,41 @@ class HybridProposer(Proposer):
         """Only these rows go on."""
         for member in self.members:
             member.keep_rows(rows)
+        self._now_rows(len(rows))
+
+    def newcomers(self) -> HybridProposer:
+        """Newcomers of all members."""
+        copied = copy(self)
+        copied.members = [member.newcomers() for member in self.members]
+        return copied
+
+    def absorb(self, newcomers: HybridProposer) -> None:
+        """Rows join all members."""
+        for member, joining in zip(self.members, newcomers.members, strict=True):
+            member.absorb(joining)
+        self._now_rows(self._rows + newcomers._rows)
+
+    def _now_rows(self, rows: int) -> None:
+        self._rows = rows
         if self.budget is not None:
-            self.budget.costs = self._costs_of(len(rows))
+            self.budget.costs = self._costs_of(rows)
+
+    def warm(self, target: Target, rows: int) -> None:
+        """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
+        self._target = target
+        if self.adapts:
+            for exponent in range((rows - 1).bit_length() + 1):
+                self._costs_of(1 << exponent)
+
+    def origins(self, tree: TokenTree, row: int) -> list[str]:
+        """The member that thinks most of a node's path."""
+        known = [
+            (member.name, named.paths(row))
+            for member, named in zip(self.members, self._named, strict=False)
+            if named is not None
+        ]
+        found = ["root"]
+        for path in tree.paths_to(row)[1:]:
+            names = [(paths[path], name) for name, paths in known if path in paths]
+            found.append(max(names)[1] if names else self.name)
+        return found

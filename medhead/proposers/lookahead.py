@@ -132,18 +132,25 @@ class LookaheadProposer(Proposer):
     def _answers(self, verified: Verified) -> list[list[int]]:
         """`[batch][columns]`: the target's token behind each node of the last level."""
         assert self._state is not None
-        nodes = torch.tensor(self._last, device=verified.logits.device)
+        longest = max(map(len, self._last))  # rows that joined later have younger windows
+        padded = [nodes + [0] * (longest - len(nodes)) for nodes in self._last]
+        nodes = torch.tensor(padded, device=verified.logits.device)
         logits = _take(verified.logits, nodes)
         if self._state.noise is not None:
             depth = verified.tree.depth.gather(1, nodes)
             logits = logits.float() / self._state.temperature + _take(self._state.noise, depth)
         answers: list[list[int]] = logits.argmax(-1).tolist()
-        return answers
+        return [row[: len(nodes)] for row, nodes in zip(answers, self._last, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self.pools, self.windows = [self.pools[row] for row in rows], [self.windows[row] for row in rows]
         self._read = [self._read[row] for row in rows]
+
+    def absorb(self, newcomers: LookaheadProposer) -> None:
+        """Their pools and windows join."""
+        self.pools, self.windows = self.pools + newcomers.pools, self.windows + newcomers.windows
+        self._read = self._read + newcomers._read
 
 
 def nodes_needed(window: int, ngram: int, guesses: int) -> int:

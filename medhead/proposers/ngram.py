@@ -94,3 +94,7 @@ class NgramProposer(Proposer):
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self._texts = [self._texts[row] for row in rows]
+
+    def absorb(self, newcomers: NgramProposer) -> None:
+        """Their texts join."""
+        self._texts = self._texts + newcomers._texts

@@ -1,0 +1,64 @@
+"""A decode loop whose rows are requests of different people, each with its own sampling, noise and end."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList, StoppingCriteriaList
+
+from medhead.acceptance import TypicalAcceptance
+from medhead.loop import DecodeLoop
+from medhead.proposers.base import Proposer
+from medhead.row import Row, Settings
+from medhead.sampling import process_nodes, temperature_of
+from medhead.stopping import Stopper
+from medhead.target import Target
+
+
+class Lane(DecodeLoop):
+    """Rows with settings of their own (`Row.own`), which must have local processors only.
+
+    Noise of a row is that of row 0 of a generation with its seed: the text it would get alone.
+
+    Args:
+        target: the target.
+        proposer: what fills the trees of all rows.
+        typical: lossy acceptance of all rows, None for exact decoding.
+
+    Attributes:
+        used: seconds that its turns have taken, for taking turns.
+    """
+
+    def __init__(self, target: Target, proposer: Proposer, typical: TypicalAcceptance | None = None) -> None:
+        nothing = Stopper(StoppingCriteriaList(), 1, target.device)
+        synchronize = torch.cuda.synchronize if target.device.type == "cuda" else None
+        super().__init__(
+            target, proposer, Settings(LogitsProcessorList(), nothing, typical=typical, synchronize=synchronize)
+        )
+        self.used = 0.0
+
+    def _noise(self, rows: list[Row]) -> Tensor | None:
+        """Noise of the rows that sample, zeros for those that do not."""
+        if all(self._settings(row).noise is None for row in rows):
+            return None
+        device, depths = self.target.device, self._depth_limit(rows) + 1
+        zeros = torch.zeros(depths, self.target.vocab_size, device=device)
+        ahead, first = torch.arange(depths, device=device), torch.zeros(1, dtype=torch.long, device=device)
+        made = []
+        for row in rows:
+            noise = self._settings(row).noise
+            made.append(zeros if noise is None else noise.gumbel(first, ahead + len(row.text)))
+        return torch.stack(made)
+
+    def _temperature(self, rows: list[Row]) -> float | Tensor:
+        found = [temperature_of(self._settings(row).processors) for row in rows]
+        return found[0] if len(set(found)) == 1 else torch.tensor(found, device=self.target.device)[:, None, None]
+
+    def _score(self, rows: list[Row], logits: Tensor) -> Tensor:
+        lists = [self._settings(row).processors for row in rows]
+        if not any(lists):
+            return logits
+        return torch.cat(
+            [process_nodes(own, logits[place : place + 1]) if own else logits[place : place + 1].float()
+             for place, own in enumerate(lists)]
+        )  # fmt: skip
