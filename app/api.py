@@ -131,6 +131,7 @@ class Api:
         try:
             return self.service.engine.submit(request)
         except MedheadError as error:
+            self.service.closed = self.service.closed or isinstance(error, serving.Stopped)
             self.metrics.refused(endpoint, said(error).code or "invalid_value", request)
             raise
 
