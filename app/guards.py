@@ -53,7 +53,7 @@ class Auth:
     def _known(self, headers: Headers) -> bool:
         kind, _, given = headers.get("authorization", "").partition(" ")
         if kind.lower() == "bearer":
-            return secrets.compare_digest(given.strip().encode(), self._password)
+            return secrets.compare_digest(given.strip().encode("latin-1"), self._password)
         if kind.lower() != "basic":
             return False
         try:

@@ -180,6 +180,8 @@ def read_body(kind: type[Body], body: bytes) -> Body:
     """
     try:
         fields = json.loads(body, parse_constant=_refuse_constant)
+        if b"\\u" in body:  # half a surrogate pair is JSON, but no text
+            json.dumps(fields, ensure_ascii=False).encode()
     except (ValueError, RecursionError):
         raise ApiError("the body is not valid JSON", code="invalid_json") from None
     if not isinstance(fields, dict):
