@@ -80,9 +80,9 @@ def run(args: argparse.Namespace) -> None:
     try:
         service = load_service(args, PROG)
         try:
-            page = None if args.no_page else _page(service)
+            page, look = (None, None) if args.no_page else _page(service)
             hosts = LOCAL_HOSTS if args.host in LOCAL and not args.share else None
-            server = Server(build_app(service, page, auth=auth, hosts=hosts), service)
+            server = Server(build_app(service, page, look, auth=auth, hosts=hosts), service)
             address = address_of(bound, args.host if args.host in LOCAL else None)
             _say(address, args, _shared(bound.getsockname()[1]) if args.share else None)
             server.run(sockets=[bound])
@@ -99,10 +99,11 @@ def _check_installed(page: bool) -> None:
             raise MedheadError(f"{name} is not installed: pip install 'medhead[app]'{alone}")
 
 
-def _page(service: Any) -> Any:
+def _page(service: Any) -> tuple[Any, dict[str, Any]]:
+    from .look import look
     from .page import build_page
 
-    return build_page(service)
+    return build_page(service), look()
 
 
 def _shared(port: int) -> str:

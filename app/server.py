@@ -24,6 +24,7 @@ SAMPLE_EVERY = 1.0  # seconds
 def build_app(
     service: Service,
     page: Any = None,
+    look: dict[str, Any] | None = None,
     *,
     auth: tuple[str, str] | None = None,
     hosts: tuple[str, ...] | None = LOCAL_HOSTS,
@@ -33,8 +34,8 @@ def build_app(
 
     Args:
         service: what is served.
-        page: a `gradio.Blocks`, mounted at `/`; its attribute `mount_options`, if it has one, is a dictionary of arguments
-            for `gradio.mount_gradio_app` (theme, css, head, ...).
+        page: a `gradio.Blocks`, mounted at `/`.
+        look: arguments of the page's for `gradio.mount_gradio_app` (theme, css, head, ...).
         auth: user and password that page, API and metrics then need.
         hosts: names that the server may be called by; None for any. Other names, and pages of other sites, are refused.
         max_body: most bytes of a request.
@@ -53,7 +54,7 @@ def build_app(
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _unexpected)
     if page is not None:
-        app = _with_page(app, page)
+        app = _with_page(app, page, look or {})
     app.add_middleware(BodyLimit, most=max_body)
     if auth is not None:
         app.add_middleware(Auth, user=auth[0], password=auth[1])
@@ -63,7 +64,7 @@ def build_app(
     return app
 
 
-def _with_page(app: FastAPI, page: Any) -> FastAPI:
+def _with_page(app: FastAPI, page: Any, look: dict[str, Any]) -> FastAPI:
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     import gradio as gr
 
@@ -80,7 +81,7 @@ def _with_page(app: FastAPI, page: Any) -> FastAPI:
         "enable_monitoring": False,
         "max_file_size": "1mb",
     }
-    return gr.mount_gradio_app(app, page, path="/", **(chosen | getattr(page, "mount_options", {})))
+    return gr.mount_gradio_app(app, page, path="/", **(chosen | look))
 
 
 async def _sample(metrics: Metrics) -> None:
