@@ -18,7 +18,7 @@ from medhead.errors import MedheadError
 
 from .service import Service
 
-GRACE = 3  # seconds that open connections have at the end
+GRACE = 1.0  # seconds that answers have to end properly; then their connections are cut
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
                 log_level="warning",
                 access_log=False,
                 server_header=False,
-                timeout_graceful_shutdown=GRACE,
+                timeout_graceful_shutdown=10,
                 ws="none",
             )
         )
@@ -76,7 +76,17 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called by uvicorn when it was told to stop."""
         await asyncio.to_thread(self._service.close)
+        hanging_up = asyncio.create_task(self._hang_up())
         await super().shutdown(sockets)
+        hanging_up.cancel()
+
+    async def _hang_up(self) -> None:
+        """Pages in browsers keep a connection open for as long as they are there."""
+        await asyncio.sleep(GRACE)
+        for connection in list(self.server_state.connections):
+            transport = getattr(connection, "transport", None)
+            if transport is not None:
+                transport.close()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import random
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,8 @@ def check(args: argparse.Namespace, rest: list[str]) -> None:
         raise MedheadError(f"{' '.join(rest)}: options of a server that is started; --url names one that runs already")
     if args.url is not None and not args.url.startswith(("http://", "https://")):
         raise MedheadError(f"--url must begin with http:// or https://, got {args.url!r}")
+    if args.url is None and find_spec("psutil") is None:
+        raise MedheadError("psutil is not installed, which reads the server's memory: pip install 'medhead[app,bench]'")
     for name, value, good in (
         ("--clients", min(args.clients), min(args.clients) >= 1),
         ("--seconds", args.seconds, 0 < args.seconds < float("inf")),

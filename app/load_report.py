@@ -64,14 +64,11 @@ def summary(
 
 
 def memory_summary(memory: Memory, seconds: float) -> dict[str, Any]:
-    """Resident memory: the largest over the smallest after the first half minute (or the first half of a short run)."""
-    after = min(SETTLES, seconds / 2)
-    spread = memory.spread(after)
-    later = [size / MIB for at, size in memory.seen if at >= after]
+    """Resident memory, and how much its largest is above its smallest after the first half minute (None in shorter runs)."""
+    spread = memory.spread(SETTLES) if seconds > SETTLES else None
     return {
-        "after_seconds": after,
         "spread": None if spread is None else round(spread, 4),
-        "mib": [round(later[0], 1), round(max(later), 1), round(later[-1], 1)] if later else [],
+        "last_mib": round(memory.seen[-1][1] / MIB, 1) if memory.seen else None,
         "over_time": [[round(at, 1), round(size / MIB, 1)] for at, size in memory.seen],
     }
 
@@ -87,7 +84,7 @@ def faults(rows: list[dict[str, Any]]) -> list[str]:
             found.append(f"{where}: {row['checked'] - row['same']} of {row['checked']} texts are others than alone")
         spread = row.get("memory", {}).get("spread")
         if spread is not None and spread > FLAT:
-            found.append(f"{where}: memory went up and down by {spread:.1%}")
+            found.append(f"{where}: memory changed by {spread:.1%}")
     return found
 
 
@@ -97,7 +94,8 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|" + "--:|" * (len(COLUMNS) + len(TIMES) + 1))
     for row in rows:
         memory = row.get("memory", {})
-        mib = f"{memory['mib'][2]:.0f} ({memory['spread']:.1%})" if memory.get("mib") else "-"
+        change = "" if memory.get("spread") is None else f" ({memory['spread']:.1%})"
+        mib = f"{memory['last_mib']:.0f}{change}" if memory.get("last_mib") else "-"
         times = [row[key][which] for key in ("first_token_ms", "per_token_ms") for which in ("median", "p95")]
         cells = [
             row["clients"],

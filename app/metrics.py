@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Iterator
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -58,7 +59,7 @@ class Metrics:
         self._engine, self._rate = engine, Rate()
         self._endpoints: dict[int, str] = {}
         self.registry = CollectorRegistry()
-        given = {"namespace": "medhead", "registry": self.registry}
+        given: Any = {"namespace": "medhead", "registry": self.registry}
         self._requests = Counter(
             "requests", "Requests by where they came from and how they ended", ["endpoint", "reason"], **given
         )

@@ -247,6 +247,7 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
             "invalid_value",
         ),
         ({"messages": [{"role": "user", "content": "dragon " * 100}]}, None, "context_length_exceeded"),
+        ({"messages": MESSAGES * 30}, None, "context_length_exceeded"),  # nothing is left out unasked
     ],
 )
 def test_what_cannot_be_is_refused_by_name(serve: Serve, fields: dict[str, Any], param: str | None, code: str) -> None:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -214,6 +215,19 @@ def test_the_page_gives_and_takes_no_files(page: Any, tokenizer: Any, tmp_path: 
         uploaded = httpx.post(f"{address}/gradio_api/upload", files={"files": ("a.txt", b"text")})
         assert uploaded.status_code == 404
         assert httpx.get(address, headers={"Host": "evil.example"}).status_code == 400
+
+
+def test_open_pages_do_not_keep_it_from_ending(page: Any, tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+    service = Service(FakeEngine().start(), tokenizer, "tiny")  # type: ignore[arg-type]
+    with in_thread(build_app(service, page), service) as address:
+        host, port = address.removeprefix("http://").split(":")
+        browser = socket.create_connection((host, int(port)))  # listens for as long as it is there
+        browser.sendall(b"GET /gradio_api/heartbeat/somebody HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert b"200 OK" in browser.recv(1000)
+        began = time.perf_counter()
+    with browser:
+        assert time.perf_counter() - began < 5
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
 
 
 def test_the_page_asks_for_the_password_too(page: Any, tokenizer: Any) -> None:
