@@ -83,7 +83,7 @@ class Api:
 
     async def health(self, http: Request) -> Response:
         """`GET /health`: 200 while requests are served, else 503."""
-        if self.service.closed:
+        if self.service.closed or not self.service.engine.running:
             return JSONResponse({"status": "stopped", "model": self.service.name}, 503)
         now = self.service.engine.statistics()
         return JSONResponse(
@@ -131,7 +131,6 @@ class Api:
         try:
             return self.service.engine.submit(request)
         except MedheadError as error:
-            self.service.closed = self.service.closed or isinstance(error, serving.Stopped)
             self.metrics.refused(endpoint, said(error).code or "invalid_value", request)
             raise
 

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from medhead.errors import MedheadError
+from medhead.generate import add_model_options as add_decoding_options
 from medhead.generate import make_decoder
 from medhead.heads.adapter import adapts_target, heads_of
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
-from medhead.proposers import PROPOSERS
 from medhead.serving.engine import Engine
-from medhead.target import ATTENTIONS
 
 from .fit import check_fits
 from .service import Service
@@ -29,18 +28,8 @@ DEMO_NAME = "medhead-demo"
 def add_model_options(options: argparse.ArgumentParser) -> None:
     """What is served, as in `medhead.generate`."""
     what = options.add_argument_group("what to decode with")
-    what.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    add_decoding_options(what)
     what.add_argument("--name", help="what the model is called on the page and in the API (default: from --model)")
-    what.add_argument(
-        "--heads",
-        help="heads checkpoint folder, or mtp for layers in the model's own (default: demo heads with the demo model)",
-    )
-    what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: hybrid, all there is)")
-    what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
-    what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
-    what.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend")
-    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
 
 def add_limit_options(options: argparse.ArgumentParser) -> None:

@@ -46,6 +46,21 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
 
 
+def add_model_options(what: Any) -> None:
+    """Model, proposer and device, for every command that decodes."""
+    what.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    what.add_argument(
+        "--heads",
+        help="heads checkpoint folder, or mtp for layers in the model's own (default: demo heads with the demo model)",
+    )
+    what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: hybrid, all there is)")
+    what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
+    what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    what.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend")
+    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
+
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
     options = Parser(
@@ -55,13 +70,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = options.add_argument_group("what to decode with")
-    what.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
-    what.add_argument(
-        "--heads",
-        help="heads checkpoint folder, or mtp for layers in the model's own (default: demo heads with the demo model)",
-    )
-    what.add_argument("--proposer", choices=sorted(PROPOSERS), help="what guesses (default: hybrid, all there is)")
-    what.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
+    add_model_options(what)
     what.add_argument("--datastore", metavar="FOLDER", help="text of your own that ngram looks things up in")
     what.add_argument(
         "--lookahead", type=int, nargs=3, metavar=("W", "N", "G"), help="window, n-gram and guesses of lookahead"
@@ -70,10 +79,6 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--save-recycling-state", action="store_true", help="write what recycling has learnt back to that file"
     )
-    what.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
-    what.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
-    what.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend")
-    what.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")
     text.add_argument("--prompt-file", help="file with the prompt; - or nothing: standard input")

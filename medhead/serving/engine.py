@@ -115,6 +115,11 @@ class Engine:
         """Whether requests may name the proposer `heads`."""
         return self.heads is not None
 
+    @property
+    def running(self) -> bool:
+        """Whether requests are taken."""
+        return self._running
+
     def start(self) -> Engine:
         """Start the thread; measures the costs of passes first where they are not known yet (a second or two).
 
