@@ -7,6 +7,7 @@ import sys
 
 COMMANDS = {  # name: module with a `main`, what it does
     "generate": ("medhead.generate", "answer a prompt in the terminal"),
+    "chat": ("medhead.app.command", "open the chat page, and an OpenAI-compatible API beside it"),
     "bench": ("medhead.bench", "measure against plain decoding and transformers"),
     "tune": ("medhead.tune", "find the fastest tree for some heads on this machine"),
     "datastore": ("medhead.datastore.command", "make text of your own searchable for the proposer ngram"),
@@ -23,6 +24,10 @@ def usage() -> str:
     return f"usage: medhead COMMAND [options]\n\n{lines}\n\n`medhead generate --help` tells more.\n"
 
 
+def _extra(command: str) -> str:
+    return "app" if command == "chat" else "train"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand; returns its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
@@ -33,7 +38,10 @@ def main(argv: list[str] | None = None) -> int:
         except ModuleNotFoundError as error:
             if (error.name or "").startswith("medhead"):
                 raise
-            print(f"medhead: error: {error.name} is not installed: pip install 'medhead[train]'", file=sys.stderr)
+            print(
+                f"medhead: error: {error.name} is not installed: pip install 'medhead[{_extra(command)}]'",
+                file=sys.stderr,
+            )
             return 2
         return int(module.main(rest))
     if command in ("", "-h", "--help"):
