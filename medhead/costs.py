@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 import platform
-import statistics
 import time
 import warnings
 from bisect import bisect_left
@@ -23,10 +22,11 @@ from medhead.tree import TokenTree
 if TYPE_CHECKING:
     from medhead.target import Target
 
-GRID = (1, 16, 64, 4, 32, 8, 2)  # in the order of measuring; the first three in any case
+GRID = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in the order of measuring; the first three in any case
 MOST = max(GRID)
 PREFIX = 128  # committed tokens of every row while measuring
 SECONDS = 2.0  # the measurement ends after about so long
+_TURNS = 12
 _WORTHLESS = 6.0  # no tree is worth a pass that takes so many times as long as a pass over one node
 _FOLLOW = 0.1  # weight of the newest pass
 _FARTHEST = 10.0  # no pass counts as more than so many times as slow (or fast) as measured
@@ -74,27 +74,35 @@ class PassCosts:
 
 
 def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:
-    """Time passes of `target` (active) over `batch` rows; ends early when nodes get too dear to be worth it."""
+    """Time passes of `target` (active) over `batch` rows.
+
+    All sizes are timed in turn, several times over, so that a busy moment of the machine does not fall on one of them. Sizes
+    too dear to be worth it are left out, and it ends early where passes take long.
+    """
     cache = target.new_cache(batch, PREFIX + most)
     cache.lengths = [min(PREFIX, max(1, target.context - most - 1))] * batch
-    began, found = time.perf_counter(), dict[int, float]()
-    for place, nodes in enumerate(n for n in GRID if n <= most):
-        if place > 2 and time.perf_counter() - began > SECONDS:
-            break
-        if any(known < nodes and found[known] > _WORTHLESS * found[1] for known in found):
-            continue
-        tokens = torch.zeros(batch, nodes, dtype=torch.long, device=target.device)
-        tree = TokenTree.root(tokens[:, 0]) if nodes == 1 else TokenTree.chain(tokens)
-        found[nodes] = _median(lambda tree=tree: _seconds(target, lambda: target.verify(cache, tree)))  # type: ignore[misc]
-    return PassCosts(found)
+    began, found = time.perf_counter(), dict[int, list[float]]()
+    sizes = [nodes for nodes in GRID if nodes <= most]
+    trees = {nodes: _tree(target, batch, nodes) for nodes in sizes}
+    for turn in range(_TURNS):
+        for place, nodes in enumerate(sizes):
+            late = time.perf_counter() - began > SECONDS
+            if late and (turn > 0 or place > 2):
+                break
+            if any(known < nodes and min(found[known]) > _WORTHLESS * min(found[1]) for known in found):
+                continue
+            found.setdefault(nodes, []).append(_seconds(target, lambda nodes=nodes: target.verify(cache, trees[nodes])))  # type: ignore[misc]
+    return PassCosts({nodes: _typical(times) for nodes, times in found.items()})
 
 
-def _median(measured: Callable[[], float]) -> float:
-    """Median of five after two to warm up; of fewer where one takes long."""
-    times: list[float] = []
-    while len(times) < 7 and sum(times) < SECONDS / len(GRID):
-        times.append(measured())
-    return statistics.median(times[min(2, len(times) - 1) :])
+def _tree(target: Target, batch: int, nodes: int) -> TokenTree:
+    tokens = torch.zeros(batch, nodes, dtype=torch.long, device=target.device)
+    return TokenTree.root(tokens[:, 0]) if nodes == 1 else TokenTree.chain(tokens)
+
+
+def _typical(times: list[float]) -> float:
+    """The lower quartile after the first turns, which warm up."""
+    return sorted(times[min(2, len(times) - 1) :])[len(times[2:]) // 4]
 
 
 def _seconds(target: Target, action: Callable[[], Any]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,10 +89,25 @@ def test_slow_models_are_measured_shortly(monkeypatch: pytest.MonkeyPatch, targe
     monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
     monkeypatch.setattr("medhead.costs._seconds", lambda target, action: action() or float(passes[-1]))
     monkeypatch.setattr("medhead.costs.SECONDS", -1.0)
-    monkeypatch.setattr("medhead.costs._median", lambda measured: measured())
     assert measure_costs(target, 1).nodes == [1, 16]
+    assert passes == [1, 16]
     monkeypatch.setattr("medhead.costs._WORTHLESS", 20)
     assert measure_costs(target, 1).nodes == [1, 16, 64]
+
+
+def test_a_busy_moment_does_not_make_a_size_dear(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Every size costs its square root, but 4 passes in a row, some time after the first turns, take ten times as long."""
+    passes: list[int] = []
+    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
+
+    def seconds(_: Target, action: Callable[[], None]) -> float:
+        action()
+        return passes[-1] ** 0.5 * (10 if 30 <= len(passes) < 34 else 1)
+
+    monkeypatch.setattr("medhead.costs._seconds", seconds)
+    found = measure_costs(target, 1).measured
+    assert found == {nodes: pytest.approx(nodes**0.5) for nodes in found}
+    assert set(found) == {1, 2, 4, 8, 12, 16, 24, 32, 64}
 
 
 # --- calibration ---
