@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from html import escape
 from typing import Any
 
 import gradio as gr
@@ -85,19 +86,19 @@ class Handlers:
         conversation, text = talk.undo(conversation)
         return {**self._shown(conversation, show, keep=True), self.parts.message: text}
 
-    def clear(self, request: gr.Request, conversation: Conversation, show: bool) -> Changes:
+    async def clear(self, request: gr.Request, conversation: Conversation, show: bool) -> Changes:
         """All messages gone."""
-        self.stop(request)
+        await self.sessions.leave(_session(request))
         return self._shown(talk.cleared(conversation), show, keep=True)
 
-    def fresh(self, request: gr.Request, show: bool) -> Changes:
+    async def fresh(self, request: gr.Request, show: bool) -> Changes:
         """A new conversation."""
-        self.stop(request)
+        await self.sessions.leave(_session(request))
         return self._shown(talk.new_conversation(), show)
 
-    def open(self, request: gr.Request, event: gr.EventData, show: bool) -> Changes:
+    async def open(self, request: gr.Request, event: gr.EventData, show: bool) -> Changes:
         """Another conversation of this browser."""
-        self.stop(request)
+        await self.sessions.leave(_session(request))
         return self.load(event.conversation, show)
 
     def load(self, raw: Any, show: bool) -> Changes:
@@ -107,7 +108,7 @@ class Handlers:
 
     def show(self, request: gr.Request, conversation: Conversation, show: bool) -> Changes:
         """Tinted or readable."""
-        busy = self.sessions.busy(_session(request), "chat")
+        busy = self.sessions.busy(_session(request))
         return {} if busy else {self.parts.chat: view_of(conversation, show_sources=show)}
 
     def stop(self, request: gr.Request) -> None:
@@ -162,30 +163,35 @@ class Handlers:
         clear_box: bool = True,
     ) -> AsyncIterator[Changes]:
         """Change the conversation, then let the model answer it."""
-        parts, session, now = self.parts, _session(request), before
-        if self.sessions.busy(session, "chat"):
-            gr.Warning("An answer is still being written: stop it first.")
+        session, now = _session(request), before
+        turn = self.sessions.begin(session)
+        if turn is None:
+            _warn("An answer is still being written: stop it first.")
             return
         try:
             chosen = self._settings(settings)
             now = change()
-            boxes = {parts.message: ""} if clear_box else {}
+            boxes = {self.parts.message: ""} if clear_box else {}
             yield self._shown(now, show, busy=True, keep=True) | boxes
-            async with aclosing(
-                answer(self.service, now, chosen, self.sessions.holder(session, "chat"))
-            ) as updates:
+            hold = self.sessions.holder(session, "chat")
+            async with aclosing(answer(self.service, now, chosen, hold)) as updates:
                 drawn = 0.0
                 async for update in updates:
+                    if turn.left:
+                        return
                     now = update.conversation
                     pictures = update.done or time.perf_counter() - drawn >= PICTURES_EVERY
                     drawn = time.perf_counter() if pictures else drawn
                     if update.failed:
-                        gr.Warning(update.failed)
+                        _warn(update.failed)
                     yield self._progress(update, show, pictures)
         except Exception as error:
             line = _line(error)
-            gr.Warning(line)
-            yield self._shown(now, show, keep=now is not before, state=line)
+            if not turn.left:
+                _warn(line)
+                yield self._shown(now, show, keep=now is not before, state=line)
+        finally:
+            self.sessions.finish(session)
 
     def _progress(self, update: Update, show: bool, pictures: bool) -> Changes:
         parts, conversation = self.parts, update.conversation
@@ -241,6 +247,10 @@ class Handlers:
 
 def _session(request: gr.Request) -> str:
     return str(request.session_hash)
+
+
+def _warn(line: str) -> None:
+    gr.Warning(escape(line), duration=6)  # gradio would read HTML in it
 
 
 def _line(error: Exception) -> str:

@@ -139,8 +139,9 @@ def _chat() -> dict[str, Any]:
             elem_id="mh-message",
             max_length=100_000,
         )
-        send = gr.Button("Send", variant="primary", scale=0, min_width=84, elem_id="mh-send")
-        stop = gr.Button("Stop", variant="stop", scale=0, min_width=84, visible=False, elem_id="mh-stop")
+        with gr.Column(scale=0, min_width=84, elem_classes="mh-go"):
+            send = gr.Button("Send", variant="primary", elem_id="mh-send")
+            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="mh-stop")
         clear = gr.Button("Clear", variant="secondary", scale=0, min_width=72, elem_id="mh-clear")
     return {"chat": chat, "live": live, "message": message, "send": send, "stop": stop, "clear": clear}
 
@@ -159,8 +160,9 @@ def _race() -> dict[str, Any]:
             elem_id="mh-race-prompt",
             max_length=100_000,
         )
-        start = gr.Button("Race", variant="primary", scale=0, min_width=84, elem_id="mh-race")
-        stop = gr.Button("Stop", variant="stop", scale=0, min_width=84, visible=False, elem_id="mh-race-stop")
+        with gr.Column(scale=0, min_width=84, elem_classes="mh-go"):
+            start = gr.Button("Race", variant="primary", elem_id="mh-race")
+            stop = gr.Button("Stop", variant="stop", visible=False, elem_id="mh-race-stop")
     with gr.Row(elem_classes="mh-lanes"):
         plain = gr.HTML(race_card("Plain decoding", None), elem_id="mh-race-plain", apply_default_css=False)
         guessing = gr.HTML(race_card("Thinking ahead", None), elem_id="mh-race-guessing", apply_default_css=False)

@@ -36,24 +36,17 @@ def _wire_chat(page: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
     state = [parts.conversation, parts.show_sources]
     asks = [*state, *parts.settings]
 
-    turns = [
-        gr.on(
-            [parts.message.submit, parts.send.click],
-            handlers.send,
-            [*state, parts.message, *parts.settings],
-            turn_outputs,
-            **quiet,
-        ),
-        parts.chat.example(handlers.example, asks, turn_outputs, **quiet),
-        parts.chat.edit(handlers.edit, asks, turn_outputs, **quiet),
-        parts.chat.retry(handlers.retry, asks, turn_outputs, **quiet),
-    ]
-    parts.stop.click(handlers.stop, None, None, queue=False, **quiet)
+    sends = [parts.message.submit, parts.send.click]
+    gr.on(sends, handlers.send, [*state, parts.message, *parts.settings], turn_outputs, **quiet)
+    parts.chat.example(handlers.example, asks, turn_outputs, **quiet)
+    parts.chat.edit(handlers.edit, asks, turn_outputs, **quiet)
+    parts.chat.retry(handlers.retry, asks, turn_outputs, **quiet)
     parts.chat.undo(handlers.undo, state, turn_outputs, **quiet)
-    parts.clear.click(handlers.clear, state, view, cancels=turns, **quiet)
-    parts.chats.fresh(handlers.fresh, [parts.show_sources], view, cancels=turns, **quiet)
+    parts.stop.click(handlers.stop, None, None, queue=False, **quiet)
     opened = [*view, *parts.settings]
-    parts.chats.open(handlers.open, [parts.show_sources], opened, cancels=turns, **quiet)
+    parts.clear.click(handlers.clear, state, view, **quiet)
+    parts.chats.fresh(handlers.fresh, [parts.show_sources], view, **quiet)
+    parts.chats.open(handlers.open, [parts.show_sources], opened, **quiet)
     parts.show_sources.change(handlers.show, state, [parts.chat], **quiet)
     page.load(handlers.load, [parts.stored, parts.show_sources], opened, js=READ_CURRENT, **quiet)
 

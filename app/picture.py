@@ -172,13 +172,18 @@ def _node(row: int, depth: int, text: str, source: str, accepted: bool, root: bo
     who = "the newest token before this pass" if root else f"{kind}, {'accepted' if accepted else 'not accepted'}"
     return (
         f'<g class="mh-node {css_classes(kind)} {state}">{shape}<text x="{x + 10}" y="{y + 4}">{escape(label)}</text>'
-        f"<title>{escape(text)} ({who})</title></g>"
+        f"<title>{escape(_visible(text))} ({who})</title></g>"
     )
 
 
+def _visible(text: str) -> str:
+    """With signs for what cannot be seen; XML does not allow all characters."""
+    named = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"
+    return "".join(char if char.isprintable() else "�" for char in named)
+
+
 def _label(text: str) -> str:
-    visible = text.replace("\n", "↵").replace("\t", "⇥").replace(" ", "·") or "∅"
-    visible = "".join(char if char.isprintable() else "�" for char in visible)
+    visible = _visible(text)
     return visible if len(visible) <= LABEL else visible[: LABEL - 1] + "…"
 
 

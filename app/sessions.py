@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
+import time
 from collections.abc import Callable
 from typing import Literal
 
@@ -11,11 +13,22 @@ from medhead.serving.ticket import Ticket
 Kind = Literal["chat", "race"]
 
 
+class Turn:
+    """An answer that a page waits for.
+
+    Attributes:
+        left: the person has gone on to something else; nothing more may be shown.
+    """
+
+    left = False
+
+
 class Sessions:
-    """Tickets by session and kind. May be used from any thread."""
+    """Tickets and turns by session. May be used from any thread."""
 
     def __init__(self) -> None:
         self._tickets: dict[tuple[str, str], list[Ticket]] = {}
+        self._turns: dict[str, Turn] = {}
         self._lock = threading.Lock()
 
     def holder(self, session: str, kind: Kind) -> Callable[[Ticket], None]:
@@ -37,7 +50,30 @@ class Sessions:
             ticket.cancel()
         return len(tickets)
 
-    def busy(self, session: str, kind: Kind) -> bool:
-        """Whether a session has a request that has not ended."""
+    def begin(self, session: str) -> Turn | None:
+        """A turn of a session; None if one goes on already."""
         with self._lock:
-            return any(not ticket.done for ticket in self._tickets.get((session, kind), []))
+            if session in self._turns:
+                return None
+            turn = self._turns[session] = Turn()
+            return turn
+
+    def finish(self, session: str) -> None:
+        """The session's turn is over."""
+        with self._lock:
+            self._turns.pop(session, None)
+
+    def busy(self, session: str) -> bool:
+        """Whether a session waits for an answer."""
+        with self._lock:
+            return session in self._turns
+
+    async def leave(self, session: str, patience: float = 5.0) -> None:
+        """Give up a session's answer; returns once nothing more of it can reach the page, after `patience` seconds at most."""
+        with self._lock:
+            if (turn := self._turns.get(session)) is not None:
+                turn.left = True
+        end = time.perf_counter() + patience
+        while self.busy(session) and time.perf_counter() < end:
+            self.cancel(session, "chat")  # it may be about to get its ticket
+            await asyncio.sleep(0.01)
