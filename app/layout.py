@@ -75,7 +75,12 @@ def _left(service: Service) -> dict[str, Any]:
     default = Settings()
     with gr.Sidebar(width=264, elem_classes="mh-side mh-left"):
         gr.HTML(brand(service.name), elem_classes="mh-brand", apply_default_css=False)
-        chats = gr.HTML({"current": ""}, html_template='<div class="mh-chats"></div>', js_on_load=asset("chats.js"), apply_default_css=False)
+        chats = gr.HTML(
+            {"current": ""},
+            html_template='<div class="mh-chats"></div>',
+            js_on_load=asset("chats.js"),
+            apply_default_css=False,
+        )
         with gr.Accordion("Answers", open=True, elem_classes="mh-group"):
             system = gr.Textbox(label="System prompt", lines=2, max_lines=4, placeholder="none", max_length=20_000)
             temperature = gr.Slider(0, 2, value=default.temperature, step=0.05, label="Temperature", buttons=[])
@@ -123,7 +128,9 @@ def _right(service: Service) -> dict[str, Any]:
 
 def _chat() -> dict[str, Any]:
     empty = {"id": "", "title": "", "busy": False, "messages": [], "keep": None}
-    chat = gr.HTML(empty, html_template=chat_template(), js_on_load=asset("chat.js"), elem_id="mh-chat", apply_default_css=False)
+    chat = gr.HTML(
+        empty, html_template=chat_template(), js_on_load=asset("chat.js"), elem_id="mh-chat", apply_default_css=False
+    )
     with gr.Row(elem_classes="mh-strip"):
         live = gr.HTML(live_line(None), elem_classes="mh-live-box", apply_default_css=False)
         gr.HTML(legend(), elem_classes="mh-legend-box", apply_default_css=False)

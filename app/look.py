@@ -1,4 +1,4 @@
-"""How the page looks: theme, style sheet, and what the two components of our own are made of. Nothing is fetched from elsewhere."""
+"""How the page looks: theme and style sheet, and what the chat component is made of. Nothing is fetched from elsewhere."""
 
 from __future__ import annotations
 
@@ -29,12 +29,22 @@ BLUE = gr.themes.Color(
     c950="#082a41",
     name="medhead-blue",
 )
-FONT = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Liberation Sans", "sans-serif")
+FONT = (
+    "ui-sans-serif",
+    "system-ui",
+    "Segoe UI",
+    "Roboto",
+    "Helvetica Neue",
+    "Noto Sans",
+    "Liberation Sans",
+    "sans-serif",
+)
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 # for `demo.load`: the conversation this browser looked at last
-READ_CURRENT = """() => {
-  try { return [JSON.parse(localStorage.getItem('medhead:c:' + localStorage.getItem('medhead:current')))]; }
-  catch (error) { return [null]; }
+READ_CURRENT = """(stored, show) => {
+  try { stored = JSON.parse(localStorage.getItem('medhead:c:' + localStorage.getItem('medhead:current'))); }
+  catch (error) { stored = null; }
+  return [stored, show];
 }"""
 
 

@@ -29,7 +29,12 @@ def facts(result: Result) -> str:
     """One line about how an answer was made."""
     if not result.new_tokens:
         return ""
-    parts = [f"{result.new_tokens} tokens", f"{speed(result):.0f}/s", f"{result.accepted_length:.1f} a pass", result.proposer]
+    parts = [
+        f"{result.new_tokens} tokens",
+        f"{speed(result):.0f}/s",
+        f"{result.accepted_length:.1f} a pass",
+        result.proposer,
+    ]
     if result.seed:
         parts.append(f"seed {result.seed}")
     return " · ".join(parts)
@@ -40,7 +45,10 @@ def live_line(result: Result | None, state: str = "") -> str:
     values = ("–", "–", "–") if result is None or not result.new_tokens else _values(result)
     names = ("tokens/s", "tokens a pass", "passes saved")
     cells = "".join(f"<span><b>{value}</b> {name}</span>" for value, name in zip(values, names, strict=True))
-    return f'<div class="mh-live" role="status"><div class="mh-numbers">{cells}</div><div class="mh-state">{escape(state)}</div></div>'
+    return (
+        f'<div class="mh-live" role="status"><div class="mh-numbers">{cells}</div>'
+        f'<div class="mh-state">{escape(state)}</div></div>'
+    )
 
 
 def _values(result: Result) -> tuple[str, str, str]:

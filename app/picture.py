@@ -38,12 +38,11 @@ def is_tree(tree: Any) -> bool:
     """Whether something that comes from a browser can be drawn."""
     if not isinstance(tree, dict):
         return False
-    texts, parents, sources = tree.get("texts"), tree.get("parents"), tree.get("sources")
-    accepted = tree.get("accepted")
-    if not all(isinstance(part, list) for part in (texts, parents, sources, accepted)):
+    texts, parents, sources, accepted = (tree.get(name) for name in ("texts", "parents", "sources", "accepted"))
+    if not (isinstance(texts, list) and isinstance(parents, list)):
         return False
-    assert isinstance(texts, list) and isinstance(parents, list) and isinstance(sources, list)
-    assert isinstance(accepted, list)
+    if not (isinstance(sources, list) and isinstance(accepted, list)):
+        return False
     size = len(texts)
     return (
         0 < size <= 4096
@@ -77,7 +76,7 @@ def draw_tree(tree: Tree | None) -> str:
         nodes.append(_node(last_row, depths[last] + 1, tree["bonus"], "bonus", True, False))
     height = (len(order) + below) * ROW + 8
     words = f"{len(parents) - 1} guesses, {len(accepted) - 1} accepted"
-    width = max(WIDTH, LEFT + max(depths + [0]) * INDENT + 150)
+    width = max(WIDTH, LEFT + max([*depths, 0]) * INDENT + 150)
     return (
         f'<svg class="mh-tree" width="{width}" height="{height}" viewBox="0 0 {width} {height}" role="img" '
         f'aria-label="{words}" xmlns="http://www.w3.org/2000/svg">{"".join(lines)}{"".join(nodes)}</svg>'

@@ -129,7 +129,9 @@ async def _together(runners: list[Runner], tokenizer: Any, every: float) -> Asyn
         shown = 0.0
         while not all(task.done() for task in tasks):
             waiter = asyncio.ensure_future(changed.wait())
-            await asyncio.wait([waiter, *(task for task in tasks if not task.done())], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                [waiter, *(task for task in tasks if not task.done())], return_when=asyncio.FIRST_COMPLETED
+            )
             waiter.cancel()
             changed.clear()
             for task in tasks:

@@ -10,7 +10,9 @@ from .readable import readable
 from .tint import tinted
 
 
-def view_of(conversation: Conversation, *, show_sources: bool, busy: bool = False, keep: bool = False) -> dict[str, Any]:
+def view_of(
+    conversation: Conversation, *, show_sources: bool, busy: bool = False, keep: bool = False
+) -> dict[str, Any]:
     """The component's value.
 
     Args:

@@ -131,5 +131,3 @@ class ScriptedEngine:
             accepted=path,
         )
         ticket.put(Piece(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))
-
-

@@ -13,9 +13,13 @@ import pytest
 from medhead.app.service import Service
 from page_engine import STORY, ScriptedEngine
 
-CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 if CHROMIUM is None:
-    pytest.skip("no chromium here (apt-get install chromium): the page is not tested in a browser", allow_module_level=True)
+    pytest.skip(
+        "no chromium here (apt-get install chromium): the page is not tested in a browser", allow_module_level=True
+    )
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 pytest.importorskip("gradio", reason="gradio is not installed")
 uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
@@ -32,7 +36,10 @@ FLAGS = [
 ]
 DESKTOP = {"viewport": {"width": 1280, "height": 800}}
 PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
-ATTACK = "see <b>bold</b> and <script>window.pwned = 1</script> & <img src=x onerror='window.pwned = 2'>\n\n```html\n<i>code</i>\n```\n"
+ATTACK = (
+    "see <b>bold</b> and <script>window.pwned = 1</script> & <img src=x onerror='window.pwned = 2'>"
+    "\n\n```html\n<i>code</i>\n```\n"
+)
 BOX, SEND, STOP = "#mh-message textarea", "#mh-send", "#mh-stop"
 LAST = ".mh-assistant:last-child"
 WORDS = len(ScriptedEngine().tokenizer(STORY)["input_ids"])
@@ -57,7 +64,7 @@ class Site:
 
         self.engine = ScriptedEngine()
         service = Service(self.engine, self.engine.tokenizer, "scripted model")  # type: ignore[arg-type]
-        config = uvicorn.Config(build_app(service, build_page(service), look()), port=0, log_level="warning")
+        config = uvicorn.Config(build_app(service, build_page(service), look()), port=0, log_level="warning", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -65,7 +72,7 @@ class Site:
         self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
 
     def close(self) -> None:
-        self.server.should_exit = self.server.force_exit = True
+        self.server.should_exit = True
         self.thread.join(10)
 
 
@@ -237,7 +244,9 @@ def test_regenerate_edit_undo_clear_copy(opened: Any, engine: ScriptedEngine) ->
     first = engine.requests[-1]
     engine.script = "Another answer. "
     page.click(f"{LAST} [data-tool=retry]")
-    page.wait_for_function("() => document.querySelector('.mh-assistant .mh-body')?.innerText.trim() === 'Another answer.'")
+    page.wait_for_function(
+        "() => document.querySelector('.mh-assistant .mh-body')?.innerText.trim() === 'Another answer.'"
+    )
     done(page)
     assert engine.requests[-1].prompt == first.prompt
     assert engine.requests[-1].seed != first.seed
@@ -432,7 +441,7 @@ def test_the_phone_opens_and_closes_its_sides(opened: Any) -> None:
         page.click(f".mh-{side} .toggle-button")
         page.wait_for_timeout(500)
         box = page.locator(inside).bounding_box()
-        assert 0 <= box["x"]
+        assert box["x"] >= 0
         assert box["x"] + box["width"] <= 390
         page.click(f".mh-{side} .toggle-button")
         page.wait_for_timeout(500)

@@ -9,6 +9,7 @@ import time
 import xml.etree.ElementTree as ET
 from collections.abc import Awaitable
 from html import unescape
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -139,7 +140,11 @@ def test_a_kept_conversation_comes_back() -> None:
     assert back["id"] == conversation["id"]
     assert [m["content"] for m in back["messages"]] == [m["content"] for m in conversation["messages"]]
     assert back["messages"][1]["tokens"] == [["re", "heads 1"]]
-    odd = {"messages": [{"role": "assistant", "content": "x", "tokens": [["a"], 3, ["b", "ngram"]], "lengths": [1, "2", -1]}]}
+    odd = {
+        "messages": [
+            {"role": "assistant", "content": "x", "tokens": [["a"], 3, ["b", "ngram"]], "lengths": [1, "2", -1]}
+        ]
+    }
     message = talk.checked(odd)["messages"][0]
     assert (message["tokens"], message["lengths"]) == ([["b", "ngram"]], [1])
 
@@ -152,7 +157,14 @@ def text_of(html: str) -> str:
 
 
 def test_tinted_tokens_are_escaped_and_complete() -> None:
-    tokens = [["Once", "heads 1"], [" upon", "heads 2"], [ATTACK, "ngram"], ["\n\n", "bonus"], ["", "bonus"], ["a b", "no one"]]
+    tokens = [
+        ["Once", "heads 1"],
+        [" upon", "heads 2"],
+        [ATTACK, "ngram"],
+        ["\n\n", "bonus"],
+        ["", "bonus"],
+        ["a b", "no one"],
+    ]
     html = tinted(tokens)
     assert text_of(html) == "".join(text for text, _ in tokens)
     assert set(re.findall(r"<(\w+)", html)) == {"span"}
@@ -182,8 +194,17 @@ def test_html_in_markdown_is_shown_as_text() -> None:
 
 def test_markdown_is_readable_and_fetches_nothing() -> None:
     readable = pytest.importorskip("medhead.app.readable", reason="markdown-it-py is not installed").readable
-    html = readable("# T\n\n- **a**\n- b\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[l](http://a.b) ![i](http://c.d/e.png)")
-    for part in ("<h1>", "<li>", "<strong>", '<code class="language-python">', "<table>", 'rel="noopener noreferrer nofollow"'):
+    html = readable(
+        "# T\n\n- **a**\n- b\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[l](http://a.b) ![i](http://c.d/e.png)"
+    )
+    for part in (
+        "<h1>",
+        "<li>",
+        "<strong>",
+        '<code class="language-python">',
+        "<table>",
+        'rel="noopener noreferrer nofollow"',
+    ):
         assert part in html
     assert "<img" not in html
     assert "<a" not in readable("[x](javascript:alert(1))")
@@ -234,7 +255,14 @@ def test_a_tree_whose_text_ended_has_no_own_token() -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"texts": []}, {"parents": [0, 0, 0, 1, 9]}, {"parents": [0, 1, 0, 1, 3]}, {"accepted": [7]}, {"sources": [1] * 5}, {"bonus": 3}],
+    [
+        {"texts": []},
+        {"parents": [0, 0, 0, 1, 9]},
+        {"parents": [0, 1, 0, 1, 3]},
+        {"accepted": [7]},
+        {"sources": [1] * 5},
+        {"bonus": 3},
+    ],
 )
 def test_a_broken_tree_is_not_drawn(change: dict[str, Any]) -> None:
     tree = tree_of(TREE, list("abcde"), "f")
@@ -262,7 +290,7 @@ def test_an_answer_comes_in_updates() -> None:
     updates: list[Update] = within(all_of(answer(service, asked(), settings, every=0)))
     texts = [update.conversation["messages"][-1]["content"] for update in updates]
     assert len(set(texts)) >= 8
-    assert all(after.startswith(before) for before, after in zip(texts, texts[1:], strict=False))
+    assert all(after.startswith(before) for before, after in pairwise(texts))
     assert [update.done for update in updates] == [False] * (len(updates) - 1) + [True]
     message = updates[-1].conversation["messages"][-1]
     assert STORY.startswith(message["content"])
@@ -341,7 +369,14 @@ def test_failures_are_said_in_one_line() -> None:
 
 
 def test_settings_from_the_fields() -> None:
-    raw = {"temperature": 1, "top_p": "0.5", "max_new_tokens": 5000, "seed": " 12 ", "proposer": "none", "tree_size": "16"}
+    raw = {
+        "temperature": 1,
+        "top_p": "0.5",
+        "max_new_tokens": 5000,
+        "seed": " 12 ",
+        "proposer": "none",
+        "tree_size": "16",
+    }
     settings = Settings.of(raw, 100)
     assert settings == Settings("", 1.0, 0.5, 100, 12, "none", 16)
     assert Settings.of({"seed": "", "tree_size": "automatic"}, 100).seed is None
@@ -361,7 +396,9 @@ def test_each_answer_without_a_seed_draws_one() -> None:
 
 def test_written_text_ignores_trees_without_guesses() -> None:
     written, engine = Written(), ScriptedEngine()
-    piece = SimpleNamespace(text="a", tokens=[0], texts=["a"], sources=["bonus"], tree=TreeView([0], [0], ["root"], [0]))
+    piece = SimpleNamespace(
+        text="a", tokens=[0], texts=["a"], sources=["bonus"], tree=TreeView([0], [0], ["root"], [0])
+    )
     written.take(piece, engine.tokenizer)  # type: ignore[arg-type]
     assert written.tree is None
     assert written.tokens == [["a", "bonus"]]
@@ -401,10 +438,13 @@ def test_a_race_that_is_stopped_has_no_result() -> None:
 
     async def stop() -> Standing:
         held: list[Ticket] = []
-        async for standing in race(service, "x", Settings(max_new_tokens=200), held.append, every=0):
-            for ticket in held:
-                ticket.cancel()
-        return standing
+        standings = race(service, "x", Settings(max_new_tokens=200), held.append, every=0)
+        last = await anext(standings)
+        for ticket in held:
+            ticket.cancel()
+        async for last in standings:  # noqa: B007
+            pass
+        return last
 
     last = within(stop())
     assert (last.ratio, last.identical) == (None, None)
