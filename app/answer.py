@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -103,17 +103,23 @@ class Written:
     text: str = ""
     ids: list[int] = field(default_factory=list)
     tokens: list[list[str]] = field(default_factory=list)
-    tree: Tree | None = None
+    last: Piece | None = None  # the last one with guesses; passes without have nothing to draw
 
-    def take(self, piece: Piece, tokenizer: Any) -> None:
+    def take(self, piece: Piece) -> None:
         """Add a piece."""
         self.text += piece.text
         self.ids += piece.tokens
         self.tokens += [[text, source] for text, source in zip(piece.texts, piece.sources, strict=False)]
-        if piece.tree is not None and len(piece.tree.tokens) > 1:  # passes that guess nothing have nothing to draw
-            texts = [tokenizer.decode([token]) for token in piece.tree.tokens]
-            own = bool(piece.sources) and piece.sources[-1] == "bonus"
-            self.tree = tree_of(piece.tree, texts, piece.texts[-1] if own else "")
+        if piece.tree is not None and len(piece.tree.tokens) > 1:
+            self.last = piece
+
+    def tree(self, tokenizer: Any) -> Tree | None:
+        """The last tree with guesses, to be drawn."""
+        if self.last is None or self.last.tree is None:
+            return None
+        texts = [tokenizer.decode([token]) for token in self.last.tree.tokens]
+        own = self.last.sources[-1:] == ["bonus"]
+        return tree_of(self.last.tree, texts, self.last.texts[-1] if own else "")
 
 
 @dataclass(frozen=True)
@@ -141,7 +147,7 @@ async def answer(
     settings: Settings,
     hold: Callable[[Ticket], None] = lambda ticket: None,
     every: float = EVERY,
-) -> AsyncIterator[Update]:
+) -> AsyncGenerator[Update, None]:
     """Let the model answer the last message.
 
     Closing the generator cancels the request.
@@ -164,12 +170,14 @@ async def answer(
 
     def update(state: str, **fields: Any) -> Update:
         message = _message(written, ticket.result, encoded.dropped, fields.get("done", False))
-        return Update(with_answer(conversation, message, written.tree), ticket.result, state, **fields)
+        return Update(
+            with_answer(conversation, message, written.tree(service.tokenizer)), ticket.result, state, **fields
+        )
 
     try:
         yield update("in the queue")
         async for piece in ticket.stream():
-            written.take(piece, service.tokenizer)
+            written.take(piece)
             if (now := time.perf_counter()) - shown >= every:
                 shown = now
                 yield update("writing")

@@ -121,14 +121,17 @@ def _checked_message(raw: Any) -> Message | None:
     message: Message = {"role": raw["role"], "content": raw["content"][:MOST_CHARACTERS]}
     if raw["role"] == "user":
         return message
-    tokens = raw.get("tokens") if isinstance(raw.get("tokens"), list) else []
-    lengths = raw.get("lengths") if isinstance(raw.get("lengths"), list) else []
+    tokens, lengths = _list(raw.get("tokens")), _list(raw.get("lengths"))
     message["tokens"] = [[pair[0], pair[1]] for pair in tokens if _is_pair(pair)]
     message["lengths"] = [length for length in lengths if type(length) is int and length > 0]
     message["dropped"] = raw["dropped"] if type(raw.get("dropped")) is int else 0
     for name in ("facts", "note"):
         message[name] = raw[name][:200] if isinstance(raw.get(name), str) else ""
     return message
+
+
+def _list(raw: Any) -> list[Any]:
+    return raw if isinstance(raw, list) else []
 
 
 def _is_pair(pair: Any) -> bool:

@@ -46,8 +46,7 @@ def live_line(result: Result | None, state: str = "") -> str:
     names = ("tokens/s", "tokens a pass", "passes saved")
     cells = "".join(f"<span><b>{value}</b> {name}</span>" for value, name in zip(values, names, strict=True))
     return (
-        f'<div class="mh-live" role="status"><div class="mh-numbers">{cells}</div>'
-        f'<div class="mh-state">{escape(state)}</div></div>'
+        f'<div class="mh-live"><div class="mh-numbers">{cells}</div><div class="mh-state">{escape(state)}</div></div>'
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import gradio as gr
 
 from .handlers import Handlers
@@ -10,6 +12,7 @@ from .look import READ_CURRENT, look
 from .service import Service
 
 __all__ = ["build_page", "look"]
+QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 QUEUE = 512  # events that may wait; the engine's own queue is what bounds the requests
 
 
@@ -30,35 +33,33 @@ def build_page(service: Service) -> gr.Blocks:
 
 
 def _wire_chat(page: gr.Blocks, parts: Parts, handlers: Handlers) -> None:
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
     view = [parts.conversation, parts.chat, parts.live, parts.send, parts.stop, parts.tree, parts.lengths]
     turn_outputs = [*view, parts.message]
     state = [parts.conversation, parts.show_sources]
     asks = [*state, *parts.settings]
 
     sends = [parts.message.submit, parts.send.click]
-    gr.on(sends, handlers.send, [*state, parts.message, *parts.settings], turn_outputs, **quiet)
-    parts.chat.example(handlers.example, asks, turn_outputs, **quiet)
-    parts.chat.edit(handlers.edit, asks, turn_outputs, **quiet)
-    parts.chat.retry(handlers.retry, asks, turn_outputs, **quiet)
-    parts.chat.undo(handlers.undo, state, turn_outputs, **quiet)
-    parts.stop.click(handlers.stop, None, None, queue=False, **quiet)
+    gr.on(sends, handlers.send, [*state, parts.message, *parts.settings], turn_outputs, **QUIET)
+    parts.chat.example(handlers.example, asks, turn_outputs, **QUIET)
+    parts.chat.edit(handlers.edit, asks, turn_outputs, **QUIET)
+    parts.chat.retry(handlers.retry, asks, turn_outputs, **QUIET)
+    parts.chat.undo(handlers.undo, state, turn_outputs, **QUIET)
+    parts.stop.click(handlers.stop, None, None, queue=False, **QUIET)
     opened = [*view, *parts.settings]
-    parts.clear.click(handlers.clear, state, view, **quiet)
-    parts.chats.fresh(handlers.fresh, [parts.show_sources], view, **quiet)
-    parts.chats.open(handlers.open, [parts.show_sources], opened, **quiet)
-    parts.show_sources.change(handlers.show, state, [parts.chat], **quiet)
-    page.load(handlers.load, [parts.stored, parts.show_sources], opened, js=READ_CURRENT, **quiet)
+    parts.clear.click(handlers.clear, state, view, **QUIET)
+    parts.chats.fresh(handlers.fresh, [parts.show_sources], view, **QUIET)
+    parts.chats.open(handlers.open, [parts.show_sources], opened, **QUIET)
+    parts.show_sources.change(handlers.show, state, [parts.chat], **QUIET)
+    page.load(handlers.load, [parts.stored, parts.show_sources], opened, js=READ_CURRENT, **QUIET)
 
 
 def _wire_race(parts: Parts, handlers: Handlers) -> None:
-    quiet = {"show_progress": "hidden", "api_visibility": "private"}
     outputs = [parts.race_start, parts.race_stop, parts.race_plain, parts.race_guessing, parts.race_verdict]
     gr.on(
         [parts.race_start.click, parts.race_prompt.submit],
         handlers.race,
         [parts.race_prompt, *parts.settings],
         outputs,
-        **quiet,
+        **QUIET,
     )
-    parts.race_stop.click(handlers.stop_race, None, None, queue=False, **quiet)
+    parts.race_stop.click(handlers.stop_race, None, None, queue=False, **QUIET)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass, field
-from typing import Any
 
 from medhead.errors import MedheadError
 from medhead.serving.requests import Result
@@ -82,8 +81,8 @@ async def race(
     prompt: str,
     settings: Settings,
     hold: Callable[[Ticket], None] = lambda ticket: None,
-    every: float = EVERY,
-) -> AsyncIterator[Standing]:
+    every: float = 2 * EVERY,
+) -> AsyncGenerator[Standing, None]:
     """Let both answer. Closing the generator cancels both.
 
     Both have the same settings and seed. The engine lets them take turns, so each is measured by the seconds that were
@@ -106,21 +105,21 @@ async def race(
             ticket = service.engine.submit(settings.request(service, ids, seed=seed, **changes))
             hold(ticket)
             runners.append(Runner(name, ticket))
-        async with aclosing(_together(runners, service.tokenizer, every)) as rounds:
+        async with aclosing(_together(runners, every)) as rounds:
             async for _ in rounds:
-                yield Standing(*runners)
-        yield Standing(*runners, done=True)
+                yield Standing(runners[0], runners[1])
+        yield Standing(runners[0], runners[1], done=True)
     finally:
         for runner in runners:
             runner.ticket.cancel()
 
 
-async def _together(runners: list[Runner], tokenizer: Any, every: float) -> AsyncIterator[None]:
+async def _together(runners: list[Runner], every: float) -> AsyncGenerator[None, None]:
     """Follow all; something to show at most every so often, until all have ended."""
 
     async def follow(runner: Runner) -> None:
         async for piece in runner.ticket.stream():
-            runner.written.take(piece, tokenizer)
+            runner.written.take(piece)
             changed.set()
 
     changed = asyncio.Event()

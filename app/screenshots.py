@@ -25,7 +25,6 @@ from .service import Service
 PROMPT = "Tell me a story about a brave little dog."
 SEED = "7"
 DESKTOP, PHONE = (1280, 800), (390, 844)
-COLOURS = 128  # of a picture; a quarter of the bytes
 FLAGS = [
     "--no-sandbox",
     "--disable-gpu",
@@ -69,9 +68,8 @@ def served() -> Iterator[str]:
     tokenizer = load_tokenizer(DEMO_MODEL)
     with Engine(Decoder(model, heads=DEMO_HEADS), tokenizer, heads=DEMO_HEADS) as engine:
         service = Service(engine, tokenizer, "medhead demo model")
-        server = uvicorn.Server(
-            uvicorn.Config(build_app(service, build_page(service), look()), port=0, log_level="error", timeout_graceful_shutdown=1)
-        )
+        app = build_app(service, build_page(service), look())
+        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
         thread = threading.Thread(target=server.run, daemon=True)
         thread.start()
         while not server.started:
@@ -150,8 +148,7 @@ def save(page: Any, path: Path) -> None:
         whole = Path(folder) / "page.png"
         page.screenshot(path=whole)
         with Image.open(whole) as picture:
-            small = picture.convert("RGB").quantize(COLOURS, dither=Image.Dither.NONE)
-            small.save(path, optimize=True)
+            picture.convert("RGB").save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1024:.0f} kB", file=sys.stderr)
 
 

@@ -64,7 +64,8 @@ class Site:
 
         self.engine = ScriptedEngine()
         service = Service(self.engine, self.engine.tokenizer, "scripted model")  # type: ignore[arg-type]
-        config = uvicorn.Config(build_app(service, build_page(service), look()), port=0, log_level="warning", timeout_graceful_shutdown=1)
+        app = build_app(service, build_page(service), look())
+        config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
         self.server = uvicorn.Server(config)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
@@ -446,3 +447,60 @@ def test_the_phone_opens_and_closes_its_sides(opened: Any) -> None:
         page.click(f".mh-{side} .toggle-button")
         page.wait_for_timeout(500)
     assert fits(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tinted_text_is_easy_to_read(opened: Any, scheme: str) -> None:
+    page = opened({**DESKTOP, "color_scheme": scheme})
+    say(page, "Tell me a story.")
+    contrasts = page.evaluate(
+        CONTRASTS, ["heads mh-depth-8", "heads mh-depth-1", "ngram", "recycling", "lookahead", "bonus"]
+    )
+    assert min(contrasts.values()) >= 4.5, contrasts
+    lines = page.evaluate(
+        "() => [...document.querySelectorAll('.mh-legend-item i:last-of-type')].map(i => getComputedStyle(i).borderBottomStyle)"
+    )
+    assert len(set(lines[:4])) == 4  # not told apart by colour alone
+
+
+# contrast (WCAG 2) of the text on each tint; colours are painted, because computed styles come in many notations
+CONTRASTS = """kinds => {
+  const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const painted = (...layers) => {
+    for (const layer of layers) { context.fillStyle = layer; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => {
+      part /= 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+  };
+  const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  const ground = getComputedStyle(document.body).backgroundColor, found = {};
+  const body = document.querySelector('.mh-assistant .mh-body');
+  for (const kind of kinds) {
+    const span = document.createElement('span');
+    span.className = 'mh-token mh-' + kind;
+    body.append(span);
+    const style = getComputedStyle(span);
+    const text = light(painted(ground, style.color)), back = light(painted(ground, style.backgroundColor));
+    found[kind] = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+    span.remove();
+  }
+  return found;
+}"""
+
+
+def test_the_demo_model_races(browser: Any) -> None:
+    from medhead.app.screenshots import open_page, served
+
+    with served() as url:
+        page = open_page(browser, url, (1280, 800), "light")
+        page.fill("[aria-label='number input for Longest answer']", "40")
+        page.press("[aria-label='number input for Longest answer']", "Tab")
+        page.get_by_role("tab", name="Race").click()
+        page.click("#mh-race")
+        page.wait_for_selector(".mh-ratio", timeout=60_000)
+        assert float(page.inner_text(".mh-ratio").rstrip("×")) > 0
+        assert page.inner_text(".mh-identical") == "yes"
+        assert page.inner_text("#mh-race-plain .mh-card-text") == page.inner_text("#mh-race-guessing .mh-card-text")
+        assert page.locator("#mh-race-guessing .mh-heads").count() > 0
+        page.context.close()

@@ -395,12 +395,12 @@ def test_each_answer_without_a_seed_draws_one() -> None:
 
 
 def test_written_text_ignores_trees_without_guesses() -> None:
-    written, engine = Written(), ScriptedEngine()
+    written = Written()
     piece = SimpleNamespace(
         text="a", tokens=[0], texts=["a"], sources=["bonus"], tree=TreeView([0], [0], ["root"], [0])
     )
-    written.take(piece, engine.tokenizer)  # type: ignore[arg-type]
-    assert written.tree is None
+    written.take(piece)  # type: ignore[arg-type]
+    assert written.tree(ScriptedEngine().tokenizer) is None
     assert written.tokens == [["a", "bonus"]]
 
 
