@@ -1,0 +1,133 @@
+"""A stand-in for the engine: emits a text that was written before, with sources and trees, as slowly as one likes."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+from medhead.errors import MedheadError
+from medhead.serving import Piece, QueueFullError, Request, Result, Ticket, TreeView
+from medhead.serving.engine import EngineStatistics
+
+STORY = "Once upon a time there was a little dog named Max. Max was brave, and he loved the big red ball. " * 6
+
+
+class WordTokenizer:
+    """Words with the space before them; ids are given as words are met."""
+
+    chat_template = "yes"
+
+    def __init__(self) -> None:
+        self.words: list[str] = ["<end>"]
+        self.ids: dict[str, int] = {"<end>": 0}
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        found = []
+        for word in re.findall(r"\s?\S+|\s+", text):
+            if word not in self.ids:
+                self.ids[word] = len(self.words)
+                self.words.append(word)
+            found.append(self.ids[word])
+        return {"input_ids": found}
+
+    def apply_chat_template(self, messages: list[dict[str, str]], **_: Any) -> dict[str, list[int]]:
+        return self(" ".join(f"<{message['role']}> {message['content']}" for message in messages) + " <answer>")
+
+    def decode(self, ids: list[int], **_: Any) -> str:
+        return "".join(self.words[token] for token in ids)
+
+
+class ScriptedEngine:
+    """Same methods as `Engine`. Each request has its own thread; `none` needs a pass per token, others one per three.
+
+    Args:
+        script: the text of every answer, or a function of the request that gives it.
+        delay: seconds of a pass.
+        max_rows: requests beyond these wait, `max_queue` of them.
+        fail: an error that every request ends with after its first piece.
+    """
+
+    def __init__(
+        self,
+        script: str | Callable[[Request], str] = STORY,
+        delay: float = 0.0,
+        context: int = 1024,
+        max_rows: int = 8,
+        max_queue: int = 8,
+        fail: str | None = None,
+        crash: bool = False,
+    ) -> None:
+        self.tokenizer = WordTokenizer()
+        self.script, self.delay, self.fail, self.crash = script, delay, fail, crash
+        self.decoder = SimpleNamespace(target=SimpleNamespace(context=context), proposer=SimpleNamespace(name="hybrid"))
+        self.listeners: list[Callable[[Request, Result], None]] = []
+        self.max_rows, self.max_queue, self.has_heads = max_rows, max_queue, True
+        self.requests: list[Request] = []
+        self.running = self.waiting = 0
+        self._lock = threading.Lock()
+
+    def start(self) -> ScriptedEngine:
+        return self
+
+    def close(self) -> None:
+        pass
+
+    def submit(self, request: Request) -> Ticket:
+        if self.crash:
+            raise RuntimeError("a secret inside")
+        if not request.prompt:
+            raise MedheadError("the prompt is empty: give at least one token")
+        with self._lock:
+            if self.running >= self.max_rows + self.max_queue:
+                raise QueueFullError(f"{self.max_queue} requests are waiting already, try again in a moment")
+            self.running += 1
+        self.requests.append(request)
+        ticket = Ticket(request)
+        threading.Thread(target=self._serve, args=(ticket,), daemon=True).start()
+        return ticket
+
+    def statistics(self) -> EngineStatistics:
+        return EngineStatistics(running=self.running, waiting=self.waiting)
+
+    def _serve(self, ticket: Ticket) -> None:
+        result, request = ticket.result, ticket.request
+        script = self.script if isinstance(self.script, str) else self.script(request)
+        ids = self.tokenizer(script)["input_ids"][: request.max_new_tokens]
+        result.proposer = request.proposer or "hybrid"
+        result.seed = request.seed or (7 if request.temperature else 0)
+        result.reason = "length" if len(ids) == request.max_new_tokens else "stop"
+        size, began = (1 if request.proposer == "none" else 3), time.perf_counter()
+        for start in range(0, len(ids), size):
+            time.sleep(self.delay)
+            if ticket.cancelled:
+                result.reason = "cancelled"
+                break
+            if self.fail and start:
+                result.reason = "error"
+                break
+            self._emit(ticket, ids[start : start + size])
+            result.seconds = time.perf_counter() - began
+        with self._lock:
+            self.running -= 1
+        ticket.end(self.fail if result.reason == "error" else None)
+
+    def _emit(self, ticket: Ticket, ids: list[int]) -> None:
+        result, source = ticket.result, ticket.request.proposer or "heads"
+        result.new_tokens += len(ids)
+        result.passes += 1
+        result.lengths.append(len(ids))
+        result.busy += self.delay or 0.001
+        texts = [self.tokenizer.decode([token]) for token in ids]
+        names = [f"heads {depth}" if source == "heads" else source for depth in range(1, len(ids))] + ["bonus"]
+        path = list(range(len(ids)))
+        tree = TreeView(
+            tokens=[0, *ids[:-1], 0, 0],
+            parents=[0, *path[:-1], 0, max(len(ids) - 2, 0)],
+            sources=["root", *[source] * (len(ids) + 1)],
+            accepted=path,
+        )
+        ticket.put(Piece(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))
