@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from .api import Api
-from .errors import LOG, ApiError, internal
+from .api_errors import LOG, ApiError, internal
 from .guards import LOCAL_HOSTS, MAX_BODY, Auth, BodyLimit, SameOrigin
 from .metrics import Metrics
 from .service import Service
