@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -146,15 +147,14 @@ def prompts_said(tasks: list[Task], args: argparse.Namespace) -> str:
     return "prompts: " + "; ".join(parts)
 
 
-def measure(args: argparse.Namespace, field: Field, tasks: list[Task]) -> list[dict[str, Any]]:
-    """Run everybody on everything; rows of all tasks of a setting, then its totals."""
+def measure(args: argparse.Namespace, field: Field, tasks: list[Task]) -> Iterator[list[dict[str, Any]]]:
+    """Run everybody on everything; for every setting the rows of all tasks and the totals."""
     settings = [
         Setting(temperature, batch, args.new_tokens, args.repeats, args.seed)
         for temperature in dict.fromkeys(args.temperatures)
         for batch in dict.fromkeys(args.batches)
     ]
     answers = len(settings) * len(field.names) * args.repeats * sum(len(task.prompts) for task in tasks)
-    rows: list[dict[str, Any]] = []
     wait = 0.5 if sys.stderr.isatty() else 10
     with tqdm(total=answers, unit="answer", mininterval=wait, leave=False) as bar:
         for setting in settings:
@@ -163,9 +163,7 @@ def measure(args: argparse.Namespace, field: Field, tasks: list[Task]) -> list[d
             for task in tasks:
                 bar.set_postfix_str(f"{task.name}, T={setting.temperature:g}, batch {setting.batch}", refresh=False)
                 here += rows_of(task.name, field.run(task.prompts, setting, lambda done: bar.update(done)), setting)
-            here += totals(here)
-            rows += here
-    return rows
+            yield here + totals(here)
 
 
 def heading_of(args: argparse.Namespace, where: dict[str, Any]) -> str:
@@ -194,17 +192,26 @@ def run(args: argparse.Namespace) -> None:
     said = prompts_said(all_tasks, args)
     print(said, file=sys.stderr, flush=True)
     field = field_of(args, target)
-    rows = measure(args, field, [task for task in all_tasks if task.prompts])
+    rows: list[dict[str, Any]] = []
+    for found in measure(args, field, [task for task in all_tasks if task.prompts]):
+        rows += found
+        text, line = report(args, said, rows)  # after every setting: what is measured is not lost
+    print(text)
+    if line:
+        print(line, file=sys.stderr, flush=True)
+
+
+def report(args: argparse.Namespace, said: str, rows: list[dict[str, Any]]) -> tuple[str, str]:
+    """Text of everything so far; also into the folder, if there is one, with a line that says so."""
     where = machine()
     heading = heading_of(args, where)
     notes = [said, *findings(rows), sameness(rows)]
     text = "\n".join([table(rows), "", *(f"- {note}" for note in notes)])
-    print(f"{heading}\n\n{text}")
-    if args.output is None:
-        return
-    content = {"machine": where, "options": vars(args), "notes": notes, "results": rows}
-    line = write_results(args.output, heading, text, content, "tasks.png", lambda path: plot(rows, heading, path))
-    print(line, file=sys.stderr, flush=True)
+    line = ""
+    if args.output is not None:
+        content = {"machine": where, "options": vars(args), "notes": notes, "results": rows}
+        line = write_results(args.output, heading, text, content, "tasks.png", lambda path: plot(rows, heading, path))
+    return f"{heading}\n\n{text}", line
 
 
 def main(argv: list[str] | None = None) -> int:
