@@ -233,7 +233,7 @@ def test_it_says_where_the_hybrid_loses() -> None:
     (line,) = findings(
         [row for row in rows if row["task"] == "short"] + totals([r for r in rows if r["task"] == "short"])
     )
-    assert "at least its best member everywhere" in line
+    assert "at least as much as its best member everywhere" in line
     assert findings([row for row in rows if row["proposer"] != "hybrid"]) == []
     assert sameness(rows).startswith("1 of 6 texts DIFFER")
 

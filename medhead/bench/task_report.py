@@ -125,7 +125,9 @@ def findings(rows: list[Row]) -> list[str]:
                 below.append(f"{task} ({against})")
         if total:
             where = (
-                f"less than its best member on {', '.join(below)}" if below else "at least its best member everywhere"
+                f"less than its best member on {', '.join(below)}"
+                if below
+                else "at least as much as its best member everywhere"
             )
             lines.append(f"{named(temperature, batch)}: the hybrid accepts {where}; in total {total}")
     return lines
