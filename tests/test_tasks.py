@@ -221,6 +221,8 @@ def test_totals_are_of_all_tokens_and_all_passes() -> None:
     assert whole["heads"]["step_ms"] == pytest.approx(1000 / 55, abs=1e-3)
     assert whole["ngram"]["different"] == 1
     assert "| all | 2 | 4.00 (2.00x) | 2.00 (4.00x) | 3.44 (1.00x) | 1/6 |" in table(rows)
+    short = [row for row in rows if row["task"] == "short"]
+    assert "| all |" not in table(short + totals(short))  # one task is all there is
 
 
 def test_it_says_where_the_hybrid_loses() -> None:

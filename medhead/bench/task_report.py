@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,14 @@ def table(rows: list[Row]) -> str:
         lines += [f"**{named(temperature, batch)}**: tokens a pass (times plain decoding's tokens a second)", ""]
         lines += ["| task | prompts | " + " | ".join(names) + " | different texts |"]
         lines += ["|---|--:|" + "--:|" * (len(names) + 1)]
+        whole = here[TOTAL]
+        if len(here) == 2:  # one task is all there is
+            del here[TOTAL]
         for task, by_name in here.items():
             cells = [f"{by_name[name]['tokens_per_pass']:.2f} ({by_name[name]['x_plain']:.2f}x)" for name in names]
             different = sum(row["different"] for row in by_name.values())
             prompts = by_name[PLAIN]["prompts"]
             lines.append(f"| {task} | {prompts} | " + " | ".join(cells) + f" | {different}/{prompts * len(names)} |")
-        whole = list(here.values())[-1]
         steps = ", ".join(f"{'plain' if name == PLAIN else name} {row['step_ms']:.1f}" for name, row in whole.items())
         lines += ["", f"Milliseconds a step: {steps}.", ""]
     return "\n".join(lines).rstrip()
@@ -164,6 +167,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
     settings = settings_of(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
+    tasks = tasks[:1] if len(tasks) == 2 else tasks  # one task is all there is
     names = [name for name in dict.fromkeys(row["proposer"] for row in rows) if name != PLAIN]
     colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
     size = (min(16.0, 4 + 1.2 * len(tasks)), 2.4 * len(settings) + 1)
@@ -182,7 +186,7 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
             axis.spines[["top", "right"]].set_visible(False)
     handles, labels = axes[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(names), loc="lower center")
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(textwrap.fill(title, int(15 * size[0])), fontsize=8)
     figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
     figure.savefig(path, dpi=110)
     plt.close(figure)
