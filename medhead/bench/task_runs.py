@@ -106,11 +106,16 @@ class Field:
         return build_proposer(name, self.target, tree_size=size, **self.options[name])
 
     def warm_up(self, prompts: list[list[int]], setting: Setting) -> None:
-        """Everybody decodes a little, unmeasured: kernels, memory, and the costs that budgets are chosen by."""
-        for name in self.names:
-            ids, mask = padded(prompts, self.target.device)
-            decoder = Decoder(self.target, self.make(name))
-            decoder.generate(ids, attention_mask=mask, **(setting.sampling() | {"max_new_tokens": 4}))
+        """Everybody decodes a little, unmeasured: kernels, memory, and the costs that budgets are chosen by.
+
+        Those are kept for 1, 2, 4 ... rows, and batches shrink when answers end.
+        """
+        sizes = [1 << power for power in range(setting.batch.bit_length())]
+        for size in dict.fromkeys((*sizes, setting.batch)):
+            ids, mask = padded((prompts * size)[:size], self.target.device)
+            for name in self.names:
+                decoder = Decoder(self.target, self.make(name))
+                decoder.generate(ids, attention_mask=mask, **(setting.sampling() | {"max_new_tokens": 4}))
 
     def run(self, prompts: list[list[int]], setting: Setting, progress: Callable[[int], None]) -> list[Tally]:
         """All proposers on all prompts, batch by batch in an order that rotates.
