@@ -71,9 +71,7 @@ class Engine:
         time_limit: float = 300.0,
     ) -> None:
         self.decoder, self.tokenizer = decoder, tokenizer
-        self.listeners: list[
-            Callable[[Request, Result], None]
-        ] = []  # called in the engine's thread as each request ends
+        self.listeners: list[Callable[[Request, Result], None]] = []  # called in the engine's thread as each request ends
         raise NotImplementedError("being written")
 
     def start(self) -> Engine:
