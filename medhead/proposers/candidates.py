@@ -64,6 +64,17 @@ class Candidates:
         count = min(nodes, self.tokens.shape[1])
         return self.scores.topk(count, dim=1).values.exp()
 
+    def keys(self) -> Tensor:
+        """`[batch, n]` int64: a hash of every candidate's path."""
+        done = torch.full_like(self.tokens[:, :1], _ROOT)
+        begin = 0
+        for size in self.levels:  # position 0 is the root, so that -1 + 1 finds it
+            level = slice(begin, begin + size)
+            of_parent = done.gather(1, self.above[:, level] + 1)
+            key = (of_parent ^ (of_parent >> 29)) * _MIX + self.tokens[:, level] + 1
+            done, begin = torch.cat([done, key], 1), begin + size
+        return done[:, 1:]
+
     def seen_with(self, noise: Tensor) -> Candidates:
         """The same candidates, likelier where the noise of their positions favours them.
 
@@ -84,17 +95,6 @@ class Candidates:
         ):  # sums along the paths: every round reaches twice as far up
             seen, parents = seen + seen.gather(1, parents), parents.gather(1, parents)
         return Candidates(self.tokens, self.above, seen[:, 1:].masked_fill(share == 0, -torch.inf), self.levels)
-
-    def keys(self) -> Tensor:
-        """`[batch, n]` int64: a hash of every candidate's path."""
-        done = torch.full_like(self.tokens[:, :1], _ROOT)
-        begin = 0
-        for size in self.levels:  # position 0 is the root, so that -1 + 1 finds it
-            level = slice(begin, begin + size)
-            of_parent = done.gather(1, self.above[:, level] + 1)
-            key = (of_parent ^ (of_parent >> 29)) * _MIX + self.tokens[:, level] + 1
-            done, begin = torch.cat([done, key], 1), begin + size
-        return done[:, 1:]
 
 
 def merge(members: list[Candidates]) -> Candidates:
