@@ -102,3 +102,43 @@ def test_nothing_found() -> None:
     assert nodes_of(tree, 1) == {(5,), (5, 6)}
     assert found.gains(2)[0].tolist() == [0, 0]
     assert found.best(torch.tensor([1, 2]), 1).nodes == 1
+
+
+def test_chances_seen_with_noise() -> None:
+    """A token is drawn as often as the noise at its place promises; a path is as likely as its tokens together."""
+    torch.manual_seed(0)
+    share = torch.tensor([0.6, 0.3, 0.08, 0.02])
+    draws, depths = 4000, 3
+    noise = -(-torch.rand(draws, depths, 4, dtype=torch.float64).log()).log()
+    drawn = (share.log() + noise).argmax(-1)
+    paths: Paths = [([0, 1, 0], [0.0] * 3), ([1, 0], [0.0] * 2), ([2], [0.0])]
+    for tokens, scores in paths:
+        scores[:] = share[tokens].log().cumsum(0).tolist()
+    one = candidates_from_paths([paths])
+    assert one is not None
+    named = Candidates(*(part.expand(draws, -1) for part in (one.tokens, one.above, one.scores)), one.levels)
+    chances = named.seen_with(noise.float()).scores.exp()
+    right: list[torch.Tensor] = []
+    for place, (token, above) in enumerate(zip(one.tokens[0].tolist(), one.above[0].tolist(), strict=True)):
+        depth = next(d for d in range(depths) if place < sum(one.levels[: d + 1]))
+        hit = drawn[:, depth] == token
+        right.append(hit if above < 0 else right[above] & hit)
+    assert len(right) == 6
+    for place, hits in enumerate(right):
+        promised = chances[:, place]
+        assert torch.allclose(promised.mean(), hits.double().mean().float(), atol=0.02)
+        for low, high in ((0.0, 0.2), (0.2, 0.8), (0.8, 1.0)):
+            among = (promised >= low) & (promised <= high)
+            if among.sum() > 200:
+                assert abs(float(promised[among].mean() - hits[among].float().mean())) < 0.06
+    assert float(chances[:, 0].std()) > 0.2  # the noise does tell
+
+
+def test_rows_without_guesses_stay_without() -> None:
+    """What only fills a row up is not brought to life by noise."""
+    named = candidates_from_paths([[([1, 2], [-0.5, -0.7])], []])
+    assert named is not None
+    seen = named.seen_with(torch.full((2, 2, 4), 9.0))
+    assert bool((seen.scores[1] == -torch.inf).all())
+    assert bool((seen.scores[0] > -0.01).all())
+    assert nodes_of(seen.best(torch.tensor([0, 0]), 3), 0) == {(1,), (1, 2)}

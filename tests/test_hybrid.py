@@ -206,6 +206,26 @@ def test_members_are_merged(target: Target) -> None:
     assert nothing.propose(state, 8).nodes == 1
 
 
+@pytest.mark.parametrize("sampling", [False, True])
+@torch.inference_mode()
+def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, sampling: bool) -> None:
+    """Before anything was learnt, the tree of heads in a hybrid is the tree of heads alone, however unlikely its nodes."""
+    heads = noise_heads(target, "recurrent", depth=4)
+    options: dict[str, Any] = {"heads": heads, "tree_size": 24, "width": 6, "branching": 3, "dtype": torch.float32}
+    alone = build_proposer("heads", target, **options)
+    hybrid = build_proposer("hybrid", target, members=["heads"], **options)
+    torch.manual_seed(0)
+    noise = -(-torch.rand(2, 8, target.vocab_size).log()).log() if sampling else None
+    features = torch.randn(2, target.hidden_size)
+    state = DecodeState(target, [[5, 9], [13, 7]], torch.tensor([9, 7]), features, noise)
+    for proposer in (alone, hybrid):
+        proposer.begin(target, state.texts)
+    one, other = alone.propose(state, 8), hybrid.propose(state, 8)
+    assert one.nodes == other.nodes == 24
+    for row in range(2):
+        assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))
+
+
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
     """Guesses that cost and never come true end in plain decoding."""
     model = tiny_llama()

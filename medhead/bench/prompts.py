@@ -35,19 +35,33 @@ def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str
     """
     if path is None:
         return [[{"role": "user", "content": text}] for text in BUILT_IN[:count]]
+    return [chat for _, chat in read_records(path, count)]
+
+
+def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
+    """Records of a prompts file, each with its chat; at most `count`.
+
+    Args:
+        path: JSON lines, see `read_prompts`.
+        count: how many to take from the beginning; None for all.
+
+    Raises:
+        MedheadError: as `read_prompts`.
+    """
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise MedheadError(f"prompts file {str(path)!r} cannot be read: {reason}") from None
-    found: list[list[dict[str, str]]] = []
+    found: list[tuple[dict[str, Any], list[dict[str, str]]]] = []
     for number, line in enumerate(lines, 1):
         if len(found) == count:
             break
         if not line.strip():
             continue
         try:
-            found.append(_chat(json.loads(line)))
+            record = json.loads(line)
+            found.append((record, _chat(record)))
         except (json.JSONDecodeError, KeyError, TypeError, IndexError, AttributeError, StopIteration):
             raise MedheadError(f"{path}, line {number}: expected a JSON object with {_FIELDS}") from None
     if not found:

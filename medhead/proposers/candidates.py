@@ -83,6 +83,27 @@ class Candidates:
             done, begin = torch.cat([done, key], 1), begin + size
         return done[:, 1:]
 
+    def seen_with(self, noise: Tensor) -> Candidates:
+        """The same candidates, likelier where the noise of their positions favours them.
+
+        A token of probability p is drawn when its `log p + noise` beats all others'. Those have 1 - p together, so the
+        largest of them is `log(1 - p)` plus Gumbel noise too, and stays below with the probability
+        `exp(-exp(-noise) (1 - p) / p)`.
+
+        Args:
+            noise: `[batch, depths, vocab]` Gumbel noise, see `DecodeState.noise`.
+        """
+        depth, _ = _depths(self.levels, self.scores.device)
+        parents = F.pad(self.above + 1, (1, 0))  # position 0 is the root
+        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, parents[:, 1:])).exp()
+        seen = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
+        seen = F.pad(-(-seen).exp() * (1 - share).clamp(min=0) / share, (1, 0))
+        for _ in range(
+            (len(self.levels) - 1).bit_length()
+        ):  # sums along the paths: every round reaches twice as far up
+            seen, parents = seen + seen.gather(1, parents), parents.gather(1, parents)
+        return Candidates(self.tokens, self.above, seen[:, 1:].masked_fill(share == 0, -torch.inf), self.levels)
+
 
 def merge(members: list[Candidates]) -> Candidates:
     """One set of candidates with every path once; of equal paths the best score counts.

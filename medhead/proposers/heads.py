@@ -86,7 +86,7 @@ class HeadsProposer(Proposer):
             raise MedheadError(f"sharpness must be above 0, got {sharpness}")
         if least is not None and not 0 <= least < 1:
             raise MedheadError(f"least must be a probability from 0 to below 1, got {least}")
-        self.sharpness, self._given_least = sharpness, least
+        self.sharpness, self._given_least, self._sized = sharpness, least, tree_size is not None
         self._level, self._token = 0.0, 1.0  # seconds that a level of heads takes, and a token of the target
         self.max_depth = wanted
         self.taps = tuple(config.taps)
@@ -170,13 +170,14 @@ class HeadsProposer(Proposer):
         return grow_tree(state.roots, expander, self.tree_size, depth, self.width)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """What the heads name at every node of the frontiers."""
+        """What the heads name at every node of the frontiers; with a given size, as deep as its nodes may reach."""
         depth = min(max_depth, self.max_depth)
         if depth < 1:
             return None
         began = time.perf_counter()
         expander = self._expander(state, self.branching, depth)
-        found = grow(state.roots, expander, depth, self.width, least=math.log(max(self.least, 1e-9)))
+        nodes = self.tree_size if self._sized else None
+        found = grow(state.roots, expander, depth, self.width, nodes, least=math.log(max(self.least, 1e-9)))
         level = (time.perf_counter() - began) / len(found.levels)
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found

@@ -18,7 +18,6 @@ from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
-from medhead.proposers.heads import UNLIKELY
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class HybridProposer(Proposer):
         if lost:
             raise MedheadError(f"{', '.join(lost)}: no member of the hybrid takes this option")
         if tree_size is not None and "heads" in names:
-            options = {"least": UNLIKELY} | options  # a size was asked for, so all its nodes are worth a look
-        self.members = [self._member(member, target, heads, options) for member in members]
+            options = {"least": 0.0} | options  # a size was asked for: the heads look as deep as its nodes may reach
+        self.members = [self._member(member, target, heads, options, tree_size) for member in members]
         if not self.members:
             raise MedheadError("a hybrid needs at least one member, got none")
         self.calibrations = [Calibration() for _ in self.members]
@@ -80,10 +79,14 @@ class HybridProposer(Proposer):
         self._proposing = 0.0
 
     @staticmethod
-    def _member(member: str | Proposer, target: Target, heads: Any, options: dict[str, Any]) -> Proposer:
+    def _member(
+        member: str | Proposer, target: Target, heads: Any, options: dict[str, Any], tree_size: int | None
+    ) -> Proposer:
         if isinstance(member, str):
             mine = {key: value for key, value in options.items() if OWNERS.get(key, "heads") == member}
-            member = build_proposer(member, target, **(mine | {"heads": heads} if member == "heads" else mine))
+            if member == "heads":
+                mine |= {"heads": heads, "tree_size": tree_size}
+            member = build_proposer(member, target, **mine)
         if type(member).candidates is Proposer.candidates:
             raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
         return member
