@@ -6,9 +6,10 @@ import math
 import random
 
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, from_guesses, merge
 from medhead.proposers.guesses import Guesses
 from medhead.tree import TokenTree
@@ -142,3 +143,29 @@ def test_rows_without_guesses_stay_without() -> None:
     assert bool((seen.scores[1] == -torch.inf).all())
     assert bool((seen.scores[0] > -0.01).all())
     assert nodes_of(seen.best(torch.tensor([0, 0]), 3), 0) == {(1,), (1, 2)}
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 14), st.lists(st.floats(0.2, 6.0), min_size=4, max_size=4))
+def test_corrected_candidates_still_make_trees(seed: int, nodes: int, ratios: list[float]) -> None:
+    """Whatever the corrections, every node of the tree stands below its own parent: all paths are among the candidates."""
+    random = torch.Generator().manual_seed(seed)
+    levels, above, scores = (3, 4, 4, 3), [], []
+    begin = 0
+    for depth, size in enumerate(levels):
+        for _ in range(size):
+            parent = (
+                -1
+                if depth == 0
+                else begin - levels[depth - 1] + int(torch.randint(levels[depth - 1], (), generator=random))
+            )
+            above.append(parent)
+            scores.append((0.0 if parent < 0 else scores[parent]) + float(torch.rand((), generator=random).log()) * 0.3)
+        begin += size
+    tokens = torch.arange(len(above))[None] + 100
+    named = Candidates(tokens, torch.tensor([above]), torch.tensor([scores]), levels)
+    calibration = Calibration()
+    calibration._right, calibration._predicted = list(ratios), [1.0] * 4
+    tree = calibration.correct(named).best(torch.tensor([7]), nodes)
+    assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
+    assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))

@@ -40,7 +40,8 @@ class Calibration:
         if not any(steps):
             return candidates
         scores = candidates.scores + torch.tensor(steps, device=candidates.scores.device)
-        return Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
+        corrected = Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
+        return corrected.falling()  # more than promised may have made a child likelier than its parent
 
     def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
         """See what the text went on with.

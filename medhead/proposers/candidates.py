@@ -83,6 +83,17 @@ class Candidates:
             done, begin = torch.cat([done, key], 1), begin + size
         return done[:, 1:]
 
+    def falling(self) -> Candidates:
+        """The same candidates, none likelier than its parent, as `best` needs them: a node comes with all above it."""
+        scores = F.pad(self.scores, (1, 0))  # position 0 is the root
+        begin = 1 + (self.levels[0] if self.levels else 0)
+        for size in self.levels[1:]:
+            level = slice(begin, begin + size)
+            of_parent = scores.gather(1, self.above[:, begin - 1 : begin - 1 + size] + 1)
+            scores[:, level] = torch.minimum(scores[:, level], of_parent)
+            begin += size
+        return Candidates(self.tokens, self.above, scores[:, 1:], self.levels)
+
     def seen_with(self, noise: Tensor) -> Candidates:
         """The same candidates, likelier where the noise of their positions favours them.
 
