@@ -19,7 +19,7 @@ _STEP = 1.05  # passes of plain decoding take this much longer than the model's 
 
 
 class TreeBudget:
-    """The budget of one generation.
+    """The budget of one generation after the other.
 
     Args:
         costs: of a pass over n nodes a row.
@@ -40,6 +40,16 @@ class TreeBudget:
     def resting(self) -> bool:
         """Whether the next pass is one of plain decoding, without asking anybody."""
         return self._rest > 0
+
+    def again(self, costs: PassCosts) -> None:
+        """Another text begins, or there are more or fewer rows: one look, with the patience that was left.
+
+        Args:
+            costs: of a pass over the rows that there are now.
+        """
+        self.costs = costs
+        if self._pause > _FIRST_REST:
+            self._rest, self._tokens, self._spent = 0, _DOUBT, _AGAIN * _DOUBT
 
     def choose(self, gains: Sequence[float], rows: int, proposing: float) -> int:
         """Nodes of the next tree.

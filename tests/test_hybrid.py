@@ -226,6 +226,31 @@ def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, samplin
         assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))
 
 
+def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
+    """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
+    costs = PassCosts({1: 1.0, 8: 4.0})
+    budget, rests = TreeBudget(costs, 8), []
+    for _ in range(2):
+        while not budget.resting():
+            budget.saw(8, 1.0, 4.0, 0.1)
+        rest = 0
+        while budget.resting():
+            rest += 1
+            budget.saw(1, 1.0, 1.0, 0.0)
+        rests.append(rest)
+    assert rests == [16, 32]
+    budget.saw(8, 1.0, 4.0, 0.1)
+    assert budget.resting()
+    budget.again(costs)
+    assert not budget.resting()
+    budget.saw(8, 1.0, 4.0, 0.1)
+    assert budget.resting()
+    budget.again(costs)
+    for _ in range(40):
+        budget.saw(8, 6.0, 4.0, 0.1)
+        assert not budget.resting()
+
+
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
     """Guesses that cost and never come true end in plain decoding."""
     model = tiny_llama()

@@ -92,12 +92,15 @@ class HybridProposer(Proposer):
         return member
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """Members begin; the budget starts anew, calibrations go on."""
+        """Members begin; budget and calibrations go on with what they learnt."""
         for member in self.members:
             member.begin(target, texts)
         self._target, self._rows = target, len(texts)
         if self.adapts:
-            self.budget = TreeBudget(self._costs_of(len(texts)), self.tree_size)
+            costs = self._costs_of(len(texts))
+            if self.budget is None:
+                self.budget = TreeBudget(costs, self.tree_size)
+            self.budget.again(costs)
 
     def _costs_of(self, rows: int) -> PassCosts:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
@@ -157,7 +160,7 @@ class HybridProposer(Proposer):
     def newcomers(self) -> HybridProposer:
         """Newcomers of all members."""
         copied = copy(self)
-        copied.members = [member.newcomers() for member in self.members]
+        copied.members, copied.budget = [member.newcomers() for member in self.members], None
         return copied
 
     def absorb(self, newcomers: HybridProposer) -> None:
@@ -168,8 +171,8 @@ class HybridProposer(Proposer):
 
     def _now_rows(self, rows: int) -> None:
         self._rows = rows
-        if self.budget is not None:
-            self.budget.costs = self._costs_of(rows)
+        if self.budget is not None and self._costs_of(rows) is not self.budget.costs:
+            self.budget.again(self._costs_of(rows))
 
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
