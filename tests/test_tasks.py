@@ -237,6 +237,8 @@ def test_it_says_where_the_hybrid_loses() -> None:
     )
     assert "at least as much as its best member everywhere" in line
     assert findings([row for row in rows if row["proposer"] != "hybrid"]) == []
+    (line,) = findings([row | {"nodes": 64} if row["proposer"] == "hybrid" else row for row in rows])
+    assert "the hybrid (trees of different sizes) accepts less" in line
     assert sameness(rows).startswith("1 of 6 texts DIFFER")
 
 

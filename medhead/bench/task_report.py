@@ -113,7 +113,7 @@ def findings(rows: list[Row]) -> list[str]:
     """One line for each setting: on which tasks the hybrid accepts less than its best member alone, and in total."""
     lines = []
     for temperature, batch in settings_of(rows):
-        below, total = [], ""
+        below, total, sizes = [], "", ""
         for task, by_name in _by_task(rows, temperature, batch).items():
             hybrid = by_name.get("hybrid")
             members = [by_name[name] for name in hybrid["members"] if name in by_name] if hybrid else []
@@ -122,6 +122,8 @@ def findings(rows: list[Row]) -> list[str]:
             best = max(members, key=lambda row: row["tokens_per_pass"])
             mine, other = hybrid["tokens_per_pass"], best["tokens_per_pass"]
             against = f"{mine:.2f} against {other:.2f} of {best['proposer']}"
+            if any(row["nodes"] != hybrid["nodes"] for row in members):
+                sizes = " (trees of different sizes)"
             if task == TOTAL:
                 total = against
             elif mine < other:
@@ -132,7 +134,7 @@ def findings(rows: list[Row]) -> list[str]:
                 if below
                 else "at least as much as its best member everywhere"
             )
-            lines.append(f"{named(temperature, batch)}: the hybrid accepts {where}; in total {total}")
+            lines.append(f"{named(temperature, batch)}: the hybrid{sizes} accepts {where}; in total {total}")
     return lines
 
 
