@@ -51,7 +51,8 @@ class Handlers:
         self, request: gr.Request, conversation: Conversation, show: bool, text: str, *settings: Any
     ) -> AsyncIterator[Changes]:
         """The person's message, and the answer."""
-        async for changes in self._turn(request, lambda: talk.send(conversation, text), conversation, show, settings):
+        turn = self._turn(request, lambda: talk.send(conversation, text), conversation, show, settings, text)
+        async for changes in turn:
             yield changes
 
     async def example(
@@ -68,7 +69,7 @@ class Handlers:
         """A message of the person's changed, and answered again."""
         index, text = int(event.index), str(event.text)
         async for changes in self._turn(
-            request, lambda: talk.edit(conversation, index, text), conversation, show, settings, clear_box=False
+            request, lambda: talk.edit(conversation, index, text), conversation, show, settings
         ):
             yield changes
 
@@ -76,9 +77,7 @@ class Handlers:
         self, request: gr.Request, conversation: Conversation, show: bool, *settings: Any
     ) -> AsyncIterator[Changes]:
         """Another answer in place of the last one."""
-        async for changes in self._turn(
-            request, lambda: talk.regenerate(conversation), conversation, show, settings, clear_box=False
-        ):
+        async for changes in self._turn(request, lambda: talk.regenerate(conversation), conversation, show, settings):
             yield changes
 
     def undo(self, conversation: Conversation, show: bool) -> Changes:
@@ -160,10 +159,11 @@ class Handlers:
         before: Conversation,
         show: bool,
         settings: tuple[Any, ...],
-        clear_box: bool = True,
+        text: str | None = None,
     ) -> AsyncIterator[Changes]:
-        """Change the conversation, then let the model answer it."""
-        session, now = _session(request), before
+        """Change the conversation, then let the model answer it; `text` is what stands in the box."""
+        session, now, answering = _session(request), before, False
+        boxes: Changes = {} if text is None else {self.parts.message: ""}
         turn = self.sessions.begin(session)
         if turn is None:
             _warn("An answer is still being written: stop it first.")
@@ -171,12 +171,12 @@ class Handlers:
         try:
             chosen = self._settings(settings)
             now = change()
-            boxes = {self.parts.message: ""} if clear_box else {}
             yield self._shown(now, show, busy=True, keep=True) | boxes
             hold = self.sessions.holder(session, "chat")
             async with aclosing(answer(self.service, now, chosen, hold)) as updates:
                 drawn = 0.0
                 async for update in updates:
+                    answering, boxes = True, {}
                     if turn.left:
                         return
                     now = update.conversation
@@ -189,7 +189,9 @@ class Handlers:
             line = _line(error)
             if not turn.left:
                 _warn(line)
-                yield self._shown(now, show, keep=now is not before, state=line)
+                if not answering:  # it was refused: everything is as it was, the message in its box
+                    now, boxes = before, {self.parts.message: text} if text else {}
+                yield self._shown(now, show, keep=True) | boxes | {self.parts.live: live_line(None, line, failed=True)}
         finally:
             self.sessions.finish(session)
 
@@ -197,7 +199,8 @@ class Handlers:
         parts, conversation = self.parts, update.conversation
         if update.done:
             state = update.failed or update.state
-            return self._shown(conversation, show, keep=True) | {parts.live: live_line(update.result, state)}
+            line = live_line(update.result, state, failed=bool(update.failed))
+            return self._shown(conversation, show, keep=True) | {parts.live: line}
         changes: Changes = {
             parts.conversation: conversation,
             parts.chat: view_of(conversation, show_sources=show, busy=True, keep=pictures),
@@ -205,14 +208,12 @@ class Handlers:
         }
         return changes | (self._pictures(conversation) if pictures else {})
 
-    def _shown(
-        self, conversation: Conversation, show: bool, busy: bool = False, keep: bool = False, state: str = ""
-    ) -> Changes:
+    def _shown(self, conversation: Conversation, show: bool, busy: bool = False, keep: bool = False) -> Changes:
         parts = self.parts
         return {
             parts.conversation: conversation,
             parts.chat: view_of(conversation, show_sources=show, busy=busy, keep=keep),
-            parts.live: live_line(None, state),
+            parts.live: live_line(None),
             parts.send: gr.update(visible=not busy),
             parts.stop: gr.update(visible=busy),
             **self._pictures(conversation),

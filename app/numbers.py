@@ -40,8 +40,10 @@ def facts(result: Result) -> str:
     return " · ".join(parts)
 
 
-def live_line(result: Result | None, state: str = "") -> str:
-    """HTML of the line that follows a request; with dashes where nothing runs."""
+def live_line(result: Result | None, state: str = "", failed: bool = False) -> str:
+    """HTML of the line that follows a request; with dashes where nothing runs, and nothing else beside a failure."""
+    if failed:
+        return f'<div class="mh-live"><div class="mh-state mh-failed" role="alert">{escape(state)}</div></div>'
     values = ("–", "–", "–") if result is None or not result.new_tokens else _values(result)
     names = ("tokens/s", "tokens a pass", "passes saved")
     cells = "".join(f"<span><b>{value}</b> {name}</span>" for value, name in zip(values, names, strict=True))

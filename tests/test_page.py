@@ -560,7 +560,8 @@ def test_what_goes_wrong_inside_is_logged_and_said_without_detail(caplog: pytest
     changes = within(all_of(handlers.send(PERSON, talk.new_conversation(), True, "Hello", *FIELDS)))
     assert "a secret inside" not in str(changes)
     assert "Something went wrong inside" in changes[-1][handlers.parts.live]
-    assert changes[-1][handlers.parts.chat]["messages"][0]["text"] == "Hello"  # the message is not lost
+    assert changes[-1][handlers.parts.chat]["messages"] == []
+    assert changes[-1][handlers.parts.message] == "Hello"  # the message is not lost
     assert "a secret inside" in caplog.text
     assert "Traceback" in caplog.text
     raced = within(all_of(handlers.race(PERSON, "Hello", *FIELDS)))
@@ -571,6 +572,10 @@ def test_a_full_queue_is_said_on_the_page() -> None:
     handlers = handlers_of(service_of(max_rows=0, max_queue=0))
     changes = within(all_of(handlers.send(PERSON, talk.new_conversation(), True, "Hello", *FIELDS)))
     assert "waiting already, try again" in changes[-1][handlers.parts.live]
+    before = answered("one")
+    again = within(all_of(handlers.retry(PERSON, before, True, *FIELDS)))
+    assert again[-1][handlers.parts.conversation] == before  # the old answer stays
+    assert handlers.parts.message not in again[-1]
     assert changes[-1][handlers.parts.send]["visible"] is True
 
 
