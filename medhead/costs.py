@@ -115,12 +115,22 @@ def _seconds(target: Target, action: Callable[[], Any]) -> float:
 
 def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:
     """The costs from the user's cache, or measured now and kept there."""
+    found = known_costs(target, batch, most)
+    if found is not None:
+        return found
+    measured = measure_costs(target, batch)
+    store_costs(target, batch, measured)
+    return _up_to(most, measured.measured)
+
+
+def known_costs(target: Target, batch: int, most: int = MOST) -> PassCosts | None:
+    """The costs from the user's cache; None if they are not there."""
     known = _read(_file(target, batch))
-    if known is None:
-        costs = measure_costs(target, batch)
-        store_costs(target, batch, costs)
-        known = costs.measured
-    return PassCosts({nodes: seconds for nodes, seconds in known.items() if nodes <= max(most, 1)})
+    return None if known is None else _up_to(most, known)
+
+
+def _up_to(most: int, seconds: dict[int, float]) -> PassCosts:
+    return PassCosts({nodes: spent for nodes, spent in seconds.items() if nodes <= max(most, 1)})
 
 
 def store_costs(target: Target, batch: int, costs: PassCosts) -> None:

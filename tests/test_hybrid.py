@@ -226,6 +226,26 @@ def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, samplin
         assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))
 
 
+def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
+    """Costs for fewer rows are taken from the cache if they are there; else those of before serve on."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
+    asked: list[int] = []
+
+    def measured(_: Target, batch: int, most: int = 64) -> PassCosts:
+        asked.append(batch)
+        return PassCosts({1: 1e-3 * batch, 8: 2e-3 * batch})
+
+    monkeypatch.setattr("medhead.costs.measure_costs", measured)
+    hybrid: Any = build_proposer("hybrid", target, members=["ngram"])
+    costs_of(target, 1)
+    hybrid.begin(target, [[5, 6]] * 4)
+    hybrid.keep_rows([0, 1])
+    assert hybrid.budget.costs(1) == 4e-3
+    hybrid.keep_rows([0])
+    assert hybrid.budget.costs(1) == 1e-3
+    assert asked == [1, 4]
+
+
 def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
     """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
     costs = PassCosts({1: 1.0, 8: 4.0})

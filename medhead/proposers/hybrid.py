@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from medhead.budget import TreeBudget
-from medhead.costs import PassCosts, costs_of
+from medhead.costs import PassCosts, costs_of, known_costs
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
@@ -171,7 +171,15 @@ class HybridProposer(Proposer):
 
     def _now_rows(self, rows: int) -> None:
         self._rows = rows
-        if self.budget is not None and self._costs_of(rows) is not self.budget.costs:
+        if self.budget is None:
+            return
+        batch = 1 << (rows - 1).bit_length()
+        if batch not in self._costs and self._given is None:
+            known = known_costs(self._target, batch, self.tree_size)
+            if known is None:
+                return  # in the midst of a text nothing is measured; the costs of before are near enough
+            self._costs[batch] = known
+        if self._costs_of(rows) is not self.budget.costs:
             self.budget.again(self._costs_of(rows))
 
     def warm(self, target: Target, rows: int) -> None:
