@@ -9,6 +9,7 @@ COMMANDS = {  # name: module with a `main`, what it does
     "generate": ("medhead.generate", "answer a prompt in the terminal"),
     "chat": ("medhead.app.command", "open the chat page, and an OpenAI-compatible API beside it"),
     "bench": ("medhead.bench", "measure against plain decoding and transformers"),
+    "bench-tasks": ("medhead.bench.tasks", "measure every proposer on every kind of task"),
     "tune": ("medhead.tune", "find the fastest tree for some heads on this machine"),
     "datastore": ("medhead.datastore.command", "make text of your own searchable for the proposer ngram"),
     "finetune": ("medhead.training.finetune", "train heads for a model of your own"),
