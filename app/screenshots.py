@@ -148,7 +148,9 @@ def save(page: Any, path: Path) -> None:
         whole = Path(folder) / "page.png"
         page.screenshot(path=whole)
         with Image.open(whole) as picture:
-            picture.convert("RGB").save(path, optimize=True)
+            # by coverage, so that small patches such as the legend's keep their colour
+            few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+            few.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1024:.0f} kB", file=sys.stderr)
 
 
