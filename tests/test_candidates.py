@@ -169,3 +169,20 @@ def test_corrected_candidates_still_make_trees(seed: int, nodes: int, ratios: li
     tree = calibration.correct(named).best(torch.tensor([7]), nodes)
     assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
     assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 12))
+def test_children_as_likely_as_their_parents_never_stand_alone(seed: int, nodes: int) -> None:
+    """Heads may be certain: paths of equal scores, however unlikely, enter a tree from above."""
+    random = torch.Generator().manual_seed(seed)
+    levels = (4, 4, 4, 4)
+    order = torch.cat([torch.randperm(4, generator=random) for _ in range(3)]).tolist()
+    above = [-1] * 4 + [4 * (place // 4) + parent for place, parent in enumerate(order)]
+    scores: list[float] = [-1e4 * float(torch.rand((), generator=random)) - 2e4 for _ in range(4)]
+    for parent in above[4:]:
+        scores.append(scores[parent])
+    named = Candidates(torch.arange(16)[None] + 100, torch.tensor([above]), torch.tensor([scores]), levels)
+    tree = named.best(torch.tensor([7]), nodes)
+    assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
+    assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))

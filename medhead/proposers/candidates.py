@@ -49,7 +49,7 @@ class Candidates:
         if count < 1:
             return TokenTree.root(roots)
         depth, ties = _depths(self.levels, roots.device)
-        ranked = (self.scores + ties).topk(count, dim=1)
+        ranked = (self.scores * (1 - ties) + ties).topk(count, dim=1)
         unknown = ranked.values == -torch.inf
         likeliest = ranked.indices[:, :1].masked_fill(unknown[:, :1], 0)  # the first candidate is always below the root
         chosen = torch.where(unknown, likeliest, ranked.indices)  # a row that knows too little repeats its best
