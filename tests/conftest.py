@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 
 import torch
 
@@ -132,3 +133,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedToken
     for kind in kinds:
         save_heads(noise_heads(target, kind), model, root / kind)
     return {name: root / name for name in ("model", *kinds)}
+
+
+def hear_ctrl_c() -> None:
+    """In a child process: SIGINT as in a terminal, also where the tests run in a background job that ignores it."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)

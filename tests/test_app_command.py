@@ -18,6 +18,7 @@ from typing import Any
 import httpx
 import pytest
 from app_engine import FakeEngine
+from conftest import hear_ctrl_c
 from medhead.app import command
 from medhead.app.listen import address_of, bind, in_thread
 from medhead.app.server import build_app
@@ -138,7 +139,7 @@ def started(*arguments: str) -> Iterator[tuple[subprocess.Popen[str], str, list[
     """The program in a process of its own, when it listens: process, address, and what it says."""
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     line = [sys.executable, "-m", "medhead.app", "--port", "0", *arguments]
-    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True, env=environment, preexec_fn=hear_ctrl_c)
     said: list[str] = []
     try:
         assert process.stderr is not None

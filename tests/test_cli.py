@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import hear_ctrl_c
 
 from medhead import cli, generate
 from medhead.datastore import build_datastore
@@ -265,7 +266,12 @@ def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
     slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [sys.executable, "-c", slow], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", slow],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=hear_ctrl_c,
     )
     assert process.stdout is not None
     first = process.stdout.read(1)
