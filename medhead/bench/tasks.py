@@ -174,7 +174,8 @@ def heading_of(args: argparse.Namespace, where: dict[str, Any]) -> str:
         if args.tree_size
         else "trees of each proposer's own size"
     )
-    parts = [args.title, args.model or "demo model", Path(args.prompts).name, f"at most {args.new_tokens} tokens"]
+    model = "demo model" if not args.model else Path(args.model).name if Path(args.model).is_dir() else args.model
+    parts = [args.title, model, Path(args.prompts).name, f"at most {args.new_tokens} tokens"]
     return ", ".join(part for part in [*parts, size, args.dtype, place, where["date"]] if part)
 
 

@@ -104,7 +104,7 @@ class HybridProposer(Proposer):
 
     def _costs_of(self, rows: int) -> PassCosts:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
-        batch = 1 << (rows - 1).bit_length()
+        batch = _batch(rows)
         if batch not in self._costs:
             self._costs[batch] = self._given or costs_of(self._target, batch, self.tree_size)
         return self._costs[batch]
@@ -173,7 +173,7 @@ class HybridProposer(Proposer):
         self._rows = rows
         if self.budget is None:
             return
-        batch = 1 << (rows - 1).bit_length()
+        batch = _batch(rows)
         if batch not in self._costs and self._given is None:
             known = known_costs(self._target, batch, self.tree_size)
             if known is None:
@@ -186,8 +186,8 @@ class HybridProposer(Proposer):
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
         self._target = target
         if self.adapts:
-            for exponent in range((rows - 1).bit_length() + 1):
-                self._costs_of(1 << exponent)
+            for batch in {_batch(count) for count in range(1, rows + 1)}:
+                self._costs_of(batch)
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
         """The member that thinks most of a node's path."""
@@ -201,3 +201,8 @@ class HybridProposer(Proposer):
             names = [(paths[path], name) for name, paths in known if path in paths]
             found.append(max(names)[1] if names else self.name)
         return found
+
+
+def _batch(rows: int) -> int:
+    """The number of rows whose costs serve: the next power of two."""
+    return 1 << (rows - 1).bit_length()
