@@ -100,8 +100,8 @@ def _check_installed(page: bool) -> None:
 
 
 def _page(service: Any) -> tuple[Any, dict[str, Any]]:
-    from .look import look
-    from .page import build_page
+    from .page.build import build_page
+    from .page.look import look
 
     return build_page(service), look()
 

@@ -60,8 +60,8 @@ def served() -> Iterator[str]:
     """The demo model's page on a free port of this machine; its address."""
     import uvicorn
 
-    from .look import look
-    from .page import build_page
+    from .page.build import build_page
+    from .page.look import look
     from .server import build_app
 
     model = load_model(DEMO_MODEL, torch.device("cpu"), torch.float32)

@@ -12,8 +12,8 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
-from .api import Api
-from .api_errors import LOG, ApiError, internal
+from .api.errors import LOG, ApiError, internal
+from .api.routes import Api
 from .guards import LOCAL_HOSTS, MAX_BODY, Auth, BodyLimit, SameOrigin
 from .metrics import Metrics
 from .service import Service

@@ -139,11 +139,17 @@ class TreeCache(Cache):
 
     def join(self, other: TreeCache) -> None:
         """Put the rows of another cache of this layout behind these; the other one is used up."""
-        for cache, needed in ((self, other.capacity), (other, self.capacity)):
-            if cache.capacity < needed:
-                cache._grow(needed, double=False)
+        here, there = max(self.lengths), max(other.lengths)
+        capacity = max(
+            other.capacity, -(-(here + PAGE) // PAGE) * PAGE
+        )  # what long rows that left had needed is given back
+        rows = len(self.lengths)
         for slot, store in self._stores.items():
-            self._stores[slot] = torch.cat([store, other._stores[slot]], 1)
+            joined = store.new_zeros(store.shape[0], rows + len(other.lengths), slot.heads, capacity, slot.dim)
+            joined[:, :rows, :, :here] = store[:, :, :, :here]
+            joined[:, rows:, :, :there] = other._stores.pop(slot)[:, :, :, :there]
+            self._stores[slot] = joined
+        self.capacity = capacity
         self.lengths = self.lengths + other.lengths
         self._refresh_views()
 
@@ -189,8 +195,8 @@ class TreeCache(Cache):
         for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
             self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
 
-    def _grow(self, needed: int, double: bool = True) -> None:
-        grown = max(2 * self.capacity if double else 0, -(-needed // PAGE) * PAGE)
+    def _grow(self, needed: int) -> None:
+        grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)
         for slot, store in self._stores.items():
             bigger = store.new_zeros(*store.shape[:3], grown, slot.dim)
             bigger[:, :, :, : self.capacity] = store

@@ -29,6 +29,8 @@ SECONDS = 2.0  # the measurement ends after about so long
 _TURNS = 12
 _WORTHLESS = 6.0  # no tree is worth a pass that takes so many times as long as a pass over one node
 _FOLLOW = 0.1  # weight of the newest pass
+_FORGET = 0.01  # how much of the trees' own dearness every pass takes back
+_DEAREST = 1.6  # no tree is so many times dearer (or cheaper) than measured, beside a pass over one node
 _FARTHEST = 10.0  # no pass counts as more than so many times as slow (or fast) as measured
 
 
@@ -37,6 +39,10 @@ class PassCosts:
 
     Args:
         seconds: measured seconds by number of nodes; 1 is among them.
+
+    Attributes:
+        drift: how much longer all passes take than measured: longer texts and busy machines make them dearer alike.
+        skew: how much longer passes over trees take besides: rows of different lengths, memory that a batch has to fetch.
     """
 
     def __init__(self, seconds: dict[int, float]) -> None:
@@ -44,7 +50,7 @@ class PassCosts:
         self._seconds = [seconds[n] for n in self.nodes]
         for place in range(1, len(self._seconds)):  # noise must not make more nodes look cheaper
             self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
-        self.drift = 1.0
+        self.drift = self.skew = 1.0
 
     @property
     def measured(self) -> dict[int, float]:
@@ -58,19 +64,29 @@ class PassCosts:
 
     def __call__(self, nodes: int) -> float:
         """Seconds of a pass over so many nodes a row, as things are now."""
+        return self.drift * (1.0 if nodes == 1 else self.skew) * self._between(nodes)
+
+    def _between(self, nodes: int) -> float:
         place = bisect_left(self.nodes, nodes)
         if place == len(self.nodes):
-            return self.drift * self._seconds[-1] * nodes / self.most
+            return self._seconds[-1] * nodes / self.most
         if self.nodes[place] == nodes:
-            return self.drift * self._seconds[place]
+            return self._seconds[place]
         left, right = self.nodes[place - 1], self.nodes[place]
         share = (nodes - left) / (right - left)
-        return self.drift * (self._seconds[place - 1] * (1 - share) + self._seconds[place] * share)
+        return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
     def saw(self, nodes: int, seconds: float) -> None:
-        """A pass took so long: longer texts and busy machines make all passes dearer alike."""
-        now = min(_FARTHEST, max(1 / _FARTHEST, seconds * self.drift / self(nodes)))
-        self.drift += _FOLLOW * (now - self.drift)
+        """A pass took so long. What only passes over trees tell is half theirs, and in the long run everybody's."""
+        measured = self._between(nodes)
+        seconds = min(_FARTHEST * measured, max(measured / _FARTHEST, seconds))
+        change = 1 + _FOLLOW * (seconds / self(nodes) - 1)
+        if nodes == 1:
+            self.drift *= change
+            self.skew **= 1 - _FORGET
+            return
+        skew = min(_DEAREST, max(1 / _DEAREST, (self.skew * change**0.5) ** (1 - _FORGET)))
+        self.drift, self.skew = self.drift * change * self.skew / skew, skew
 
 
 def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:

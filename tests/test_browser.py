@@ -58,8 +58,8 @@ class Site:
     """A served page over a scripted engine whose script and pace can be changed."""
 
     def __init__(self) -> None:
-        from medhead.app.look import look
-        from medhead.app.page import build_page
+        from medhead.app.page.build import build_page
+        from medhead.app.page.look import look
         from medhead.app.server import build_app
 
         self.engine = ScriptedEngine()

@@ -17,7 +17,7 @@ LAYOUT = CacheLayout(
 
 @given(st.integers(0, 100_000), st.integers(1, 4))
 def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
-    """Passes, commits of random paths, growth and dropped rows, against plain Python lists."""
+    """Passes, commits of random paths, growth, dropped and joining rows, against plain Python lists."""
     generator = torch.Generator().manual_seed(seed)
 
     def number(low: int, high: int) -> int:
@@ -57,6 +57,18 @@ def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
             cache.keep_rows(rows)
             kept = {key: [value[row] for row in rows] for key, value in kept.items()}
             batch -= 1
+        if number(0, 4) == 0:
+            newcomer, length = TreeCache(LAYOUT, 1, capacity=8), number(1, 90)
+            newcomer.begin(length)
+            for layer, pair in LAYOUT.layers.items():
+                new = [torch.randn(1, slot.heads, length, slot.dim, generator=generator) for slot in pair]
+                newcomer.update(new[0], new[1], layer)
+                for kv in (0, 1):
+                    kept[layer, kv].append(list(new[kv][0].unbind(1)))
+            newcomer.commit([length])
+            cache.join(newcomer)
+            batch += 1
+            assert cache.lengths == [len(rows) for rows in kept[0, 0]]
 
 
 def test_the_storage_holds_what_was_generated() -> None:
@@ -65,3 +77,18 @@ def test_the_storage_holds_what_was_generated() -> None:
     assert cache.nbytes() == 2 * 128 * LAYOUT.bytes_per_token()
     cache.begin(200)
     assert cache.capacity >= 200
+
+
+def test_what_a_long_row_needed_is_given_back() -> None:
+    """A cache whose rows come and go for hours is no larger than its rows need."""
+    cache, newcomer = TreeCache(LAYOUT, 2, capacity=70), TreeCache(LAYOUT, 1, capacity=70)
+    for joining in (cache, newcomer):
+        joining.begin(20)
+        joining.commit([20] * joining.batch_size)
+    cache.begin(1000)
+    cache.commit([1000, 1])
+    assert cache.capacity >= 1020
+    cache.keep_rows([1])
+    cache.join(newcomer)
+    assert cache.capacity == newcomer.capacity == 128
+    assert cache.nbytes() == 2 * 128 * LAYOUT.bytes_per_token()

@@ -47,7 +47,29 @@ def test_costs_follow_the_passes() -> None:
     assert costs(1) < 2
     for _ in range(100):
         costs.saw(8, 2.4)
-    assert [costs(1), costs(32)] == pytest.approx([2.0, 4.0], rel=1e-3)
+    assert costs(32) == pytest.approx(4.0, rel=1e-3)
+    assert 1.4 < costs(1) < 2.0  # trees alone may have become dearer
+    for _ in range(900):
+        costs.saw(8, 2.4)
+    assert [costs(1), costs(32)] == pytest.approx([2.0, 4.0], rel=1e-2)
+
+
+def test_trees_dearer_than_measured_do_not_make_plain_decoding_look_dear() -> None:
+    """Ragged batches: passes over trees take longer than measured, passes over one node do not; a busy machine slows both."""
+    costs = PassCosts({1: 1.0, 8: 2.0})
+    for _ in range(30):
+        costs.saw(8, 2.8)
+        costs.saw(1, 1.0)
+    assert costs(1) == pytest.approx(1.0, abs=0.1)
+    assert costs(8) == pytest.approx(2.8, abs=0.3)
+    for _ in range(200):
+        costs.saw(1, 3.0)
+    assert costs(1) == pytest.approx(3.0, rel=0.01)
+    assert costs(8) == pytest.approx(6.0, rel=0.1)  # and what was so dear back then is forgotten
+    for _ in range(50):
+        costs.saw(8, 600.0)
+    assert costs(8) <= 1.01 * 10 * 2.0
+    assert costs.skew <= 1.6
 
 
 def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:

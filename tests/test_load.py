@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 from app_engine import FakeEngine
-from medhead.app import load, load_report, load_server
 from medhead.app.listen import in_thread
-from medhead.app.load_clients import Answered, Crowd
-from medhead.app.load_server import Memory
+from medhead.app.load import command as load
+from medhead.app.load import report as load_report
+from medhead.app.load import server as load_server
+from medhead.app.load.clients import Answered, Crowd
+from medhead.app.load.server import Memory
 from medhead.app.server import build_app
 from medhead.app.service import Service
 

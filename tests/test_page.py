@@ -14,15 +14,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from medhead.app import conversation as talk
-from medhead.app.answer import Settings, Update, Written, answer
-from medhead.app.numbers import facts, live_line, saved, speed
-from medhead.app.picture import describe_lengths, describe_tree, draw_lengths, draw_tree, is_tree, tree_of
-from medhead.app.race import Standing, race
-from medhead.app.race_view import cards, race_card, verdict_line
+from medhead.app.page import conversation as talk
+from medhead.app.page.answer import Settings, Update, Written, answer
+from medhead.app.page.numbers import facts, live_line, saved, speed
+from medhead.app.page.picture import describe_lengths, describe_tree, draw_lengths, draw_tree, is_tree, tree_of
+from medhead.app.page.race import Standing, race
+from medhead.app.page.race_view import cards, race_card, verdict_line
+from medhead.app.page.sessions import Sessions
+from medhead.app.page.tint import SOURCES, css_classes, legend, tinted
 from medhead.app.service import Service
-from medhead.app.sessions import Sessions
-from medhead.app.tint import SOURCES, css_classes, legend, tinted
 from page_engine import STORY, ScriptedEngine
 
 from medhead.errors import MedheadError
@@ -185,7 +185,7 @@ def test_every_source_has_a_class_of_its_own_and_a_place_in_the_legend() -> None
 
 
 def test_html_in_markdown_is_shown_as_text() -> None:
-    readable = pytest.importorskip("medhead.app.readable", reason="markdown-it-py is not installed").readable
+    readable = pytest.importorskip("medhead.app.page.readable", reason="markdown-it-py is not installed").readable
     html = readable(ATTACK + "\n\n```html\n<b>&lt;</b>\n```\n\n`<i>`")
     assert not {"b", "script", "img", "i"} & set(re.findall(r"<(\w+)", html))
     assert "<b>bold</b><script>window.pwned = 1</script>" in text_of(html)
@@ -193,7 +193,7 @@ def test_html_in_markdown_is_shown_as_text() -> None:
 
 
 def test_markdown_is_readable_and_fetches_nothing() -> None:
-    readable = pytest.importorskip("medhead.app.readable", reason="markdown-it-py is not installed").readable
+    readable = pytest.importorskip("medhead.app.page.readable", reason="markdown-it-py is not installed").readable
     html = readable(
         "# T\n\n- **a**\n- b\n\n```python\nx = 1\n```\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n[l](http://a.b) ![i](http://c.d/e.png)"
     )
@@ -356,7 +356,7 @@ def test_a_long_conversation_is_cut_and_says_so() -> None:
     message = updates[-1].conversation["messages"][-1]
     assert message["dropped"] > 0
     assert len(updates[-1].conversation["messages"]) == 42  # nothing is lost on the page
-    view = pytest.importorskip("medhead.app.view", reason="markdown-it-py is not installed").message_view
+    view = pytest.importorskip("medhead.app.page.view", reason="markdown-it-py is not installed").message_view
     assert f"{message['dropped']} older messages were left out" in view(message, True)["above"]
 
 
@@ -521,8 +521,8 @@ def test_a_turn_that_is_left_shows_nothing_more() -> None:
 
 def handlers_of(service: Service) -> Any:
     gr = pytest.importorskip("gradio", reason="gradio is not installed")
-    from medhead.app.handlers import Handlers
-    from medhead.app.layout import lay_out
+    from medhead.app.page.handlers import Handlers
+    from medhead.app.page.layout import lay_out
 
     with gr.Blocks():
         return Handlers(service, lay_out(service))

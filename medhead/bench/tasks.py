@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
                          help="who takes part beside plain decoding (default: all there are)")  # fmt: skip
     options.add_argument("--tree-size", type=int, help="nodes of every tree, 2 to 256 (default: each proposer's own)")
     options.add_argument("--tasks", nargs="+", metavar="TASK", help="only these tasks (default: all in the file)")
-    options.add_argument("--per-task", type=int, default=8, help="prompts of each task that fit (default: 8)")
+    options.add_argument("--per-task", type=int, default=16, help="prompts of each task that fit (default: 16)")
     options.add_argument(
         "--cut", type=int, metavar="TOKENS", help="keep so many tokens of a longer question (default: all)"
     )

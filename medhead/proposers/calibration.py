@@ -33,15 +33,18 @@ class Calibration:
 
     def correct(self, candidates: Candidates) -> Candidates:
         """The same candidates with corrected scores."""
-        total, steps = 0.0, []
+        total, steps, rises = 0.0, [], False
         for depth, size in enumerate(candidates.levels):
-            total += math.log(self.ratio(depth))
+            step = math.log(self.ratio(depth))
+            total, rises = total + step, rises or (depth > 0 and step > 0)
             steps += [total] * size
         if not any(steps):
             return candidates
         scores = candidates.scores + torch.tensor(steps, device=candidates.scores.device)
         corrected = Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
-        return corrected.falling()  # more than promised may have made a child likelier than its parent
+        return (
+            corrected.falling() if rises else corrected
+        )  # more than promised: a child may be likelier than its parent
 
     def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
         """See what the text went on with.

@@ -74,6 +74,7 @@ class HybridProposer(Proposer):
             raise MedheadError(f"members of a hybrid read one set of layers of the target, got {sorted(taps)}")
         self.taps = next(iter(taps), ())
         self._given, self._costs = costs, dict[int, PassCosts]()
+        self._unknown: set[int] = set()  # numbers of rows whose costs nobody has measured
         self.budget: TreeBudget | None = None
         self._named: list[Candidates | None] = []
         self._proposing = 0.0
@@ -106,6 +107,7 @@ class HybridProposer(Proposer):
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
         batch = _batch(rows)
         if batch not in self._costs:
+            self._unknown.discard(batch)
             self._costs[batch] = self._given or costs_of(self._target, batch, self.tree_size)
         return self._costs[batch]
 
@@ -174,10 +176,13 @@ class HybridProposer(Proposer):
         if self.budget is None:
             return
         batch = _batch(rows)
+        if batch in self._unknown:
+            return
         if batch not in self._costs and self._given is None:
             known = known_costs(self._target, batch, self.tree_size)
-            if known is None:
-                return  # in the midst of a text nothing is measured; the costs of before are near enough
+            if known is None:  # in the midst of a text nothing is measured; the costs of before are near enough
+                self._unknown.add(batch)
+                return
             self._costs[batch] = known
         if self._costs_of(rows) is not self.budget.costs:
             self.budget.again(self._costs_of(rows))

@@ -6,10 +6,10 @@ from typing import Any
 
 import gradio as gr
 
+from ..service import Service
 from .handlers import Handlers
 from .layout import Parts, lay_out
 from .look import READ_CURRENT, look
-from .service import Service
 
 __all__ = ["build_page", "look"]
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

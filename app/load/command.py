@@ -16,9 +16,9 @@ from medhead.bench.report import machine, write_results
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 
-from . import load_report as report
-from .load_clients import Answered, Crowd
-from .load_server import Memory, server
+from . import report
+from .clients import Answered, Crowd
+from .server import Memory, server
 
 PROG = "medhead.app.load"
 EXAMPLES = """\

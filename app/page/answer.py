@@ -12,10 +12,10 @@ from medhead.errors import MedheadError
 from medhead.serving.requests import Piece, Request, Result
 from medhead.serving.ticket import Ticket
 
+from ..service import Service
 from .conversation import Conversation, Message, prompt_messages, with_answer
 from .numbers import ENDS, facts
 from .picture import Tree, tree_of
-from .service import Service
 
 EVERY = 0.05  # seconds between updates; faster passes are shown together
 AUTOMATIC = "automatic"

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .load_clients import Answered
-from .load_server import Memory
+from .clients import Answered
+from .server import Memory
 
 MIB = 2**20
 FLAT = 0.05  # memory may grow by that share

@@ -12,8 +12,8 @@ from medhead.errors import MedheadError
 from medhead.serving.requests import Result
 from medhead.serving.ticket import Ticket
 
+from ..service import Service
 from .answer import AUTOMATIC, EVERY, Settings, Written, draw_seed
-from .service import Service
 
 
 @dataclass

@@ -16,12 +16,12 @@ from medhead.errors import MedheadError
 from medhead.serving import requests as serving
 from medhead.serving.ticket import Ticket
 
-from .api_answers import CHAT, COMPLETION, Answer, Shape
-from .api_errors import LOG, ApiError, internal, said
-from .api_schema import ChatRequest, Common, CompletionRequest, read_body
-from .api_streams import HEADERS, events, whole_text
-from .metrics import Metrics
-from .service import Service
+from ..metrics import Metrics
+from ..service import Service
+from .answers import CHAT, COMPLETION, Answer, Shape
+from .errors import LOG, ApiError, internal, said
+from .schema import ChatRequest, Common, CompletionRequest, read_body
+from .streams import HEADERS, events, whole_text
 
 CLIENT_GONE = 499  # nginx's number; nobody reads it
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]

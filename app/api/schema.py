@@ -9,7 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from medhead.proposers import PROPOSERS
 
-from .api_errors import ApiError
+from .errors import ApiError
 
 MAX_STOPS = 4
 IDENTIFIERS = ("user", "safety_identifier", "prompt_cache_key")  # strings that change nothing

@@ -8,13 +8,13 @@ from typing import Any
 
 import gradio as gr
 
+from ..service import Service
 from .answer import AUTOMATIC, PROPOSERS, TREE_SIZES, Settings
 from .conversation import new_conversation
 from .look import EXAMPLES, asset, chat_template
 from .numbers import live_line
 from .picture import describe_lengths, describe_tree, draw_lengths, draw_tree
 from .race_view import race_card, verdict_line
-from .service import Service
 from .tint import legend
 
 

@@ -17,6 +17,7 @@ import gradio as gr
 
 from medhead.errors import MedheadError
 
+from ..service import Service
 from . import conversation as talk
 from .answer import AUTOMATIC, PROPOSERS, TREE_SIZES, Settings, Update, answer
 from .conversation import Conversation
@@ -24,7 +25,6 @@ from .layout import SETTINGS, Parts, lengths_panel, tree_panel
 from .numbers import live_line
 from .race import race
 from .race_view import cards, race_card, verdict_line
-from .service import Service
 from .sessions import Sessions
 from .view import view_of
 

@@ -13,8 +13,8 @@ from starlette.requests import Request as HttpRequest
 from medhead.serving.requests import EngineError
 from medhead.serving.ticket import Ticket
 
-from .api_answers import Answer
-from .api_errors import LOG, ApiError, internal
+from .answers import Answer
+from .errors import LOG, ApiError, internal
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 STOPPED = ApiError("the server is stopping", code="engine_stopped", status=503)

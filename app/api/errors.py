@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse
 from medhead.errors import MedheadError
 from medhead.serving.requests import QueueFullError, Stopped
 
-from .service import PromptTooLongError
+from ..service import PromptTooLongError
 
 LOG = logging.getLogger("medhead.app")
 RETRY_AFTER = 2  # seconds after which a client may come back when the queue was full

@@ -1,0 +1,7 @@
+"""`python -m medhead.app`."""
+
+import sys
+
+from .command import main
+
+sys.exit(main())
