@@ -63,11 +63,13 @@ def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
 
 def test_the_numbers_are_those_of_a_decoder(folders: dict[str, Path], tmp_path: Path) -> None:
     options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--nodes", "7", "--seed", "5"]
-    options += ["--max-depth", "2", "--proposers", "--temperatures", "0.8", "--output", str(tmp_path)]
+    options += ["--max-depth", "2", "--width", "3", "--branching", "2"]
+    options += ["--proposers", "--temperatures", "0.8", "--output", str(tmp_path)]
     assert main([*options, *QUICK]) == 0
     (row,) = results(tmp_path)
     target = Target(LlamaForCausalLM.from_pretrained(folders["model"]).eval())
-    decoder = Decoder(target, heads=load_heads(folders["recurrent"], target), tree_size=7, max_depth=2)
+    tree = {"tree_size": 7, "max_depth": 2, "width": 3, "branching": 2}
+    decoder = Decoder(target, "heads", heads=load_heads(folders["recurrent"], target), **tree)
     tokenizer, lengths, passes = load_tokenizer(folders["model"]), [], 0
     for prompt in evaluate.read_prompts(None, 3):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
@@ -136,6 +138,8 @@ def test_demo_heads_that_do_not_load_are_left_out(
     [
         (["--count", "0"], "--count must be at least 1"),
         (["--max-depth", "0"], "--max-depth must be at least 1"),
+        (["--width", "0"], "--width must be at least 1"),
+        (["--branching", "-1"], "--branching must be at least 1"),
         (["--nodes", "1"], "--nodes must be from 2 to 256"),
         (["--temperatures", "-1"], "--temperatures must be"),
         (["--seed", "-1"], "--seed must be"),

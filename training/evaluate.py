@@ -154,6 +154,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="(default: 0 1)")
     options.add_argument("--batch", type=int, default=1, help="prompts decoded together (default: 1)")
     options.add_argument("--max-depth", type=int, help="deepest tree of the heads (default: what they say)")
+    options.add_argument("--width", type=int, help="nodes of a frontier of the heads' trees (default: what they say)")
+    options.add_argument(
+        "--branching", type=int, help="children that heads name of every frontier node (default: what they say)"
+    )
     options.add_argument("--static", action="store_true", help="static trees of the heads as well")
     options.add_argument("--seed", type=int, default=0, help="of the sampling")
     options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -171,7 +175,7 @@ def check_options(args: argparse.Namespace) -> None:
     Raises:
         MedheadError: names the option.
     """
-    for name in ("count", "new_tokens", "batch", "max_depth"):
+    for name in ("count", "new_tokens", "batch", "max_depth", "width", "branching"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise MedheadError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
@@ -232,11 +236,12 @@ def ways_of(args: argparse.Namespace, target: Target) -> list[list[Way]]:
     for name, heads, of in heads_by_target(args, target):
         dtype = None  # the faster one is measured once
         for nodes in args.nodes:
-            dynamic = build_proposer("heads", of, heads=heads, tree_size=nodes, max_depth=args.max_depth, dtype=dtype)
+            size = {"tree_size": nodes, "width": args.width, "branching": args.branching}
+            dynamic = build_proposer("heads", of, heads=heads, max_depth=args.max_depth, dtype=dtype, **size)
             dtype = dynamic.readout.dtype  # type: ignore[attr-defined]
             add(name, dynamic, of, heads)
             if "hybrid" in args.proposers:
-                add(f"{name} in a hybrid", build_proposer("hybrid", of, heads=heads, tree_size=nodes), of, heads)
+                add(f"{name} in a hybrid", build_proposer("hybrid", of, heads=heads, **size), of, heads)
             shape = static_shape(heads, nodes, args.max_depth) if args.static else None
             if shape:
                 add(name, build_proposer("heads", of, heads=heads, shape=shape, dtype=dtype), of, heads, static=True)
