@@ -370,7 +370,7 @@ def test_leaving_a_conversation_stops_its_answer(opened: Any, engine: ScriptedEn
     say(page, "About dogs", until_done=False)
     page.wait_for_selector(f"{LAST} .mh-token >> nth=9")
     page.click(".mh-new")
-    wait_for(lambda: engine.running == 0, 1.0)
+    wait_for(lambda: engine.running == 0, 5.0)  # the promise of a second is for closed pages
     page.wait_for_selector(".mh-hello:visible")
     page.wait_for_timeout(500)
     assert page.locator(".mh-message").count() == 0
