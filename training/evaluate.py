@@ -86,7 +86,8 @@ class Way:
         for start in range(0, len(prompts), batch):
             part = prompts[start : start + batch]
             ids, mask = padded(part, device)
-            passes, texts = [0] * len(part), [[] for _ in part]
+            passes = [0] * len(part)
+            texts: list[list[int]] = [[] for _ in part]
 
             def count(row: Any, new: list[int], passes: list[int] = passes, texts: list[list[int]] = texts) -> None:
                 passes[row.index] += 1
