@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -58,8 +56,7 @@ def shoot(folder: Path) -> None:
 @contextmanager
 def served() -> Iterator[str]:
     """The demo model's page on a free port of this machine; its address."""
-    import uvicorn
-
+    from .listen import in_thread
     from .page.build import build_page
     from .page.look import look
     from .server import build_app
@@ -68,17 +65,8 @@ def served() -> Iterator[str]:
     tokenizer = load_tokenizer(DEMO_MODEL)
     with Engine(Decoder(model, heads=DEMO_HEADS), tokenizer, heads=DEMO_HEADS) as engine:
         service = Service(engine, tokenizer, "medhead demo model")
-        app = build_app(service, build_page(service), look())
-        server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", timeout_graceful_shutdown=1))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        while not server.started:
-            if not thread.is_alive():
-                raise MedheadError("the page's server did not start")
-            time.sleep(0.05)
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-        server.should_exit = True
-        thread.join(10)
+        with in_thread(build_app(service, build_page(service), look()), service) as url:
+            yield url
 
 
 @contextmanager

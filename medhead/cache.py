@@ -140,9 +140,8 @@ class TreeCache(Cache):
     def join(self, other: TreeCache) -> None:
         """Put the rows of another cache of this layout behind these; the other one is used up."""
         here, there = max(self.lengths), max(other.lengths)
-        capacity = max(
-            other.capacity, -(-(here + PAGE) // PAGE) * PAGE
-        )  # what long rows that left had needed is given back
+        # what long rows that left had needed is given back
+        capacity = max(other.capacity, -(-(here + PAGE) // PAGE) * PAGE)
         rows = len(self.lengths)
         for slot, store in self._stores.items():
             joined = store.new_zeros(store.shape[0], rows + len(other.lengths), slot.heads, capacity, slot.dim)

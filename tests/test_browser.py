@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import shutil
-import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,7 +22,7 @@ if CHROMIUM is None:
     )
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
 pytest.importorskip("gradio", reason="gradio is not installed")
-uvicorn = pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
 
 pytestmark = pytest.mark.slow
 FLAGS = [
@@ -54,34 +54,25 @@ def browser() -> Iterator[Any]:
         chromium.close()
 
 
+@dataclass
 class Site:
     """A served page over a scripted engine whose script and pace can be changed."""
 
-    def __init__(self) -> None:
-        from medhead.app.page.build import build_page
-        from medhead.app.page.look import look
-        from medhead.app.server import build_app
-
-        self.engine = ScriptedEngine()
-        service = Service(self.engine, self.engine.tokenizer, "scripted model")  # type: ignore[arg-type]
-        app = build_app(service, build_page(service), look())
-        config = uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=1)
-        self.server = uvicorn.Server(config)
-        self.thread = threading.Thread(target=self.server.run, daemon=True)
-        self.thread.start()
-        wait_for(lambda: self.server.started, 30)
-        self.url = f"http://127.0.0.1:{self.server.servers[0].sockets[0].getsockname()[1]}"
-
-    def close(self) -> None:
-        self.server.should_exit = True
-        self.thread.join(10)
+    engine: ScriptedEngine
+    url: str
 
 
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
-    served = Site()
-    yield served
-    served.close()
+    from medhead.app.listen import in_thread
+    from medhead.app.page.build import build_page
+    from medhead.app.page.look import look
+    from medhead.app.server import build_app
+
+    engine = ScriptedEngine()
+    service = Service(engine, engine.tokenizer, "scripted model")  # type: ignore[arg-type]
+    with in_thread(build_app(service, build_page(service), look()), service) as url:
+        yield Site(engine, url)
 
 
 @pytest.fixture

@@ -10,11 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
-from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.bench.prompts import encode_prompts, padded, read_prompts
 from medhead.bench.report import machine
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -305,14 +303,6 @@ def write(folder: Path, heading: str, text: str, content: dict[str, Any]) -> Non
     if plot_evaluation(folder / "accepted.png", content["results"], heading):
         files.append("accepted.png")
     _say(f"wrote {folder}/{', '.join(files)}")
-
-
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[batch, longest]`, padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
-    return ids, mask
 
 
 def _say(line: str) -> None:

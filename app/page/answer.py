@@ -109,7 +109,7 @@ class Written:
         """Add a piece."""
         self.text += piece.text
         self.ids += piece.tokens
-        self.tokens += [[text, source] for text, source in zip(piece.texts, piece.sources, strict=False)]
+        self.tokens += [[text, source] for text, source in zip(piece.texts, piece.sources, strict=True)]
         if piece.tree is not None and len(piece.tree.tokens) > 1:
             self.last = piece
 

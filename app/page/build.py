@@ -9,9 +9,8 @@ import gradio as gr
 from ..service import Service
 from .handlers import Handlers
 from .layout import Parts, lay_out
-from .look import READ_CURRENT, look
+from .look import READ_CURRENT
 
-__all__ = ["build_page", "look"]
 QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 QUEUE = 512  # events that may wait; the engine's own queue is what bounds the requests
 

@@ -237,7 +237,7 @@ class Handlers:
             kept = Settings.of(raw, self.service.max_new_tokens)
         except MedheadError:
             return {}
-        heads = getattr(self.service.engine, "has_heads", True)
+        heads = self.service.engine.has_heads
         known = kept.proposer in PROPOSERS and (kept.proposer != "heads" or heads)
         changes: Changes = {getattr(self.parts, name): getattr(kept, name) for name in SETTINGS}
         changes[self.parts.seed] = "" if kept.seed is None else str(kept.seed)

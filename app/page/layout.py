@@ -1,4 +1,4 @@
-"""The parts of the page and where they stand; what they do is in `page.py`."""
+"""The parts of the page and where they stand; what they do is in `handlers.py`."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def _left(service: Service) -> dict[str, Any]:
 
 def _right(service: Service) -> dict[str, Any]:
     """Who guesses, and what came of it."""
-    names = [name for name in PROPOSERS if name != "heads" or getattr(service.engine, "has_heads", True)]
+    names = [name for name in PROPOSERS if name != "heads" or service.engine.has_heads]
     with gr.Sidebar(width=328, position="right", elem_classes="mh-side mh-right"):
         gr.HTML("<h3>Thinking ahead</h3>", elem_classes="mh-heading", apply_default_css=False)
         with gr.Row(elem_classes="mh-pair"):

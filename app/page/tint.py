@@ -39,9 +39,9 @@ def tinted(tokens: Iterable[Sequence[str]]) -> str:
     return "".join(_span(text, source) for text, source in tokens if text)
 
 
-def legend(kinds: Iterable[str] = SOURCES) -> str:
+def legend() -> str:
     """What the tints mean, in one line."""
-    items = "".join(_item(kind) for kind in kinds)
+    items = "".join(_item(kind) for kind in SOURCES)
     return f'<div class="mh-legend" aria-label="Where tokens came from">{items}</div>'
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
@@ -90,3 +92,11 @@ def encode_prompts(
     else:
         rows = [tokenizer(chat[-1]["content"])["input_ids"] for chat in chats]
     return [list(row[-longest:]) for row in rows]
+
+
+def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids and mask `[batch, longest]`, padded on the left."""
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
+    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
+    return ids, mask

@@ -8,9 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from medhead.bench.prompts import padded
 from medhead.decoder import Decoder
 from medhead.heads import Heads
 from medhead.proposers import Proposer, build_proposer
@@ -181,11 +179,3 @@ def _answer(decoder: Decoder, part: list[list[int]], setting: Setting, tally: Ta
     tally.propose += given.times.propose
     tally.forward += given.times.forward
     return texts, spent
-
-
-def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[batch, longest]`, padded on the left."""
-    longest = max(map(len, prompts))
-    ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
-    mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)
-    return ids, mask

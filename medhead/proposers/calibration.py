@@ -42,9 +42,8 @@ class Calibration:
             return candidates
         scores = candidates.scores + torch.tensor(steps, device=candidates.scores.device)
         corrected = Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
-        return (
-            corrected.falling() if rises else corrected
-        )  # more than promised: a child may be likelier than its parent
+        # more than promised: a child may be likelier than its parent
+        return corrected.falling() if rises else corrected
 
     def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
         """See what the text went on with.

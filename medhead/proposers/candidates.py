@@ -109,9 +109,8 @@ class Candidates:
         share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, parents[:, 1:])).exp()
         seen = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
         seen = F.pad(-(-seen).exp() * (1 - share).clamp(min=0) / share, (1, 0))
-        for _ in range(
-            (len(self.levels) - 1).bit_length()
-        ):  # sums along the paths: every round reaches twice as far up
+        # sums along the paths: every round reaches twice as far up
+        for _ in range((len(self.levels) - 1).bit_length()):
             seen, parents = seen + seen.gather(1, parents), parents.gather(1, parents)
         return Candidates(self.tokens, self.above, seen[:, 1:].masked_fill(share == 0, -torch.inf), self.levels)
 

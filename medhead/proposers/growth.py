@@ -72,7 +72,7 @@ def grow(
         if level + 1 == depth:
             break
         scores, best = candidates.topk(min(width, candidates.shape[1]), dim=1)
-        if looks and bool((scores[:, 0] < _bar(all_scores, nodes, least)).all()):
+        if looks and bool((scores[:, 0] < _bar(all_scores, nodes, least)).all()):  # on a CPU only: no waiting
             break
         tokens = children.gather(1, best)
         if state.shape[1] > 1:
@@ -86,10 +86,12 @@ def grow(
     return Candidates(torch.cat(all_tokens, 1), torch.cat(above, 1), torch.cat(all_scores, 1), levels)
 
 
-def _bar(all_scores: list[Tensor], nodes: int | None, least: float) -> Tensor:
+def _bar(all_scores: list[Tensor], nodes: int | None, least: float) -> Tensor | float:
     """`[batch]`: what a score has to reach to matter. No child is likelier than its parent, so one look at the frontier tells."""
+    if nodes is None:
+        return least
     known = torch.cat(all_scores, 1)
     bar = known.new_full(known.shape[:1], least)
-    if nodes is not None and known.shape[1] >= nodes - 1 > 0:
+    if known.shape[1] >= nodes - 1 > 0:
         bar = bar.maximum(known.topk(nodes - 1, dim=1).values[:, -1])
     return bar

@@ -46,7 +46,7 @@ class HeadsProposer(Proposer):
             whole distribution, but greedy decoding takes its likeliest token, and does so more often than that token's
             probability says. More makes trees deeper and narrower.
         least: probability of a path below which heads look no further when they name candidates for trees of several
-            proposers, on a CPU; None follows what a level of heads costs beside a token.
+            proposers, on a CPU; None follows what a level of heads costs beside a token, and is 0 where `tree_size` is given.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -187,6 +187,8 @@ class HeadsProposer(Proposer):
         """Probability of a path below which looking further costs more than it brings."""
         if self._given_least is not None:
             return self._given_least
+        if self._sized:
+            return 0.0
         return min(LIKELY, max(UNLIKELY, _WORTH * self._level / self._token))
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:

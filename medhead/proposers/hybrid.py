@@ -59,8 +59,6 @@ class HybridProposer(Proposer):
         lost = sorted(key for key in options if OWNERS.get(key, "heads") not in names)
         if lost:
             raise MedheadError(f"{', '.join(lost)}: no member of the hybrid takes this option")
-        if tree_size is not None and "heads" in names:
-            options = {"least": 0.0} | options  # a size was asked for: the heads look as deep as its nodes may reach
         self.members = [self._member(member, target, heads, options, tree_size) for member in members]
         if not self.members:
             raise MedheadError("a hybrid needs at least one member, got none")
@@ -73,10 +71,9 @@ class HybridProposer(Proposer):
         if len(taps) > 1:
             raise MedheadError(f"members of a hybrid read one set of layers of the target, got {sorted(taps)}")
         self.taps = next(iter(taps), ())
-        self._given, self._costs = costs, dict[int, PassCosts]()
-        self._unknown: set[int] = set()  # numbers of rows whose costs nobody has measured
+        self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
         self.budget: TreeBudget | None = None
-        self._named: list[Candidates | None] = []
+        self._named: list[Candidates | None] = [None] * len(self.members)
         self._proposing = 0.0
 
     @staticmethod
@@ -98,17 +95,23 @@ class HybridProposer(Proposer):
             member.begin(target, texts)
         self._target, self._rows = target, len(texts)
         if self.adapts:
-            costs = self._costs_of(len(texts))
+            costs = self._measured(len(texts))
             if self.budget is None:
                 self.budget = TreeBudget(costs, self.tree_size)
             self.budget.again(costs)
 
-    def _costs_of(self, rows: int) -> PassCosts:
+    def _measured(self, rows: int) -> PassCosts:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
         batch = _batch(rows)
+        costs = self._costs.get(batch) or self._given or costs_of(self._target, batch, self.tree_size)
+        self._costs[batch] = costs
+        return costs
+
+    def _known(self, rows: int) -> PassCosts | None:
+        """The same where nothing may be measured: in the midst of a text."""
+        batch = _batch(rows)
         if batch not in self._costs:
-            self._unknown.discard(batch)
-            self._costs[batch] = self._given or costs_of(self._target, batch, self.tree_size)
+            self._costs[batch] = self._given or known_costs(self._target, batch, self.tree_size)
         return self._costs[batch]
 
     def read(self, features: Tensor, start: int) -> None:
@@ -118,7 +121,7 @@ class HybridProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
-        self._named, self._proposing = [], 0.0
+        self._named, self._proposing = [None] * len(self.members), 0.0
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
         began = time.perf_counter()
@@ -146,7 +149,7 @@ class HybridProposer(Proposer):
         """Members see the pass; calibrations and budget learn from it."""
         for member in self.members:
             member.observe(verified)
-        for calibration, named in zip(self.calibrations, self._named, strict=False):
+        for calibration, named in zip(self.calibrations, self._named, strict=True):
             if named is not None:
                 calibration.learn(named, verified.emitted, verified.counts)
         if self.budget is not None:
@@ -175,30 +178,22 @@ class HybridProposer(Proposer):
         self._rows = rows
         if self.budget is None:
             return
-        batch = _batch(rows)
-        if batch in self._unknown:
-            return
-        if batch not in self._costs and self._given is None:
-            known = known_costs(self._target, batch, self.tree_size)
-            if known is None:  # in the midst of a text nothing is measured; the costs of before are near enough
-                self._unknown.add(batch)
-                return
-            self._costs[batch] = known
-        if self._costs_of(rows) is not self.budget.costs:
-            self.budget.again(self._costs_of(rows))
+        costs = self._known(rows)
+        if costs is not None and costs is not self.budget.costs:  # without, the costs of before are near enough
+            self.budget.again(costs)
 
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
         self._target = target
         if self.adapts:
             for batch in {_batch(count) for count in range(1, rows + 1)}:
-                self._costs_of(batch)
+                self._measured(batch)
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
         """The member that thinks most of a node's path."""
         known = [
             (member.name, named.paths(row))
-            for member, named in zip(self.members, self._named, strict=False)
+            for member, named in zip(self.members, self._named, strict=True)
             if named is not None
         ]
         found = ["root"]
