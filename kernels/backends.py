@@ -137,8 +137,10 @@ class Triton(Backend):
 
     def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
         """See `Backend.attention`."""
-        from . import tree_attention
+        from . import ops, tree_attention
 
+        if not tree.host_lengths:  # a captured step
+            return ops.attention(query, key, value, tree, scoring)
         with torch.cuda.device_of(query):
             return tree_attention.attention(query, key, value, tree, scoring)
 

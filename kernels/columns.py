@@ -34,7 +34,7 @@ class TreeColumns:
 
     Attributes:
         lengths: `[batch]` int32, committed tokens of every row, on the device.
-        host_lengths: the same numbers on the host.
+        host_lengths: the same numbers on the host; empty where only the device knows them, as in a captured step.
         words: `[batch or 1, nodes, ceil(nodes / 64)]` int64: bit j % 64 of word j // 64 is set when j is the node or an
             ancestor of it.
         depth: `[batch or 1, nodes]` int64, depth of every node; its position is `length + depth`.
@@ -63,7 +63,7 @@ class TreeColumns:
 
     def bias(self, columns: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """The same as a dense additive mask, `[batch, 1, nodes, columns]`: 0 where seen, the lowest number elsewhere."""
-        batch, nodes, device = len(self.host_lengths), self.nodes, self.words.device
+        batch, nodes, device = self.lengths.shape[0], self.nodes, self.words.device
         lengths = self.lengths.long()[:, None]
         place = torch.arange(columns, device=device)
         seen = (place < lengths)[:, None].repeat(1, nodes, 1)

@@ -88,6 +88,13 @@ def accept_typical(tree: TokenTree, drawn: Tensor, scores: Tensor, rule: Typical
     return found
 
 
+def pick(features: Tensor, last: Tensor) -> Tensor:
+    """`[batch, size]`: the features of each row's last accepted node."""
+    if features.shape[1] == 1:
+        return features[:, 0]
+    return features[torch.arange(features.shape[0], device=features.device), last]
+
+
 def _deepest(tree: TokenTree, right: Tensor, tie: Tensor | None = None) -> Tensor:
     """`[batch]`: the deepest node whose whole path is right; among equals the one with the largest `tie` in (0, 1]."""
     kept = ~(tree.visible & ~right[:, None]).any(-1)

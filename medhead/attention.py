@@ -43,13 +43,13 @@ class TreePass:
 
     Attributes:
         lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `longest`.
-        longest: the largest of them, on the host.
+        longest: the largest of them, on the host; more where only the device knows them.
         depth: `[batch or 1, nodes]`, depth of every node.
         visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
         nodes: nodes in this pass.
         plain: use the reference attention throughout, for comparison.
         backend: a kernel backend for the layers that it can serve, or None.
-        host_lengths: committed tokens of every row, on the host; needed by a backend.
+        host_lengths: committed tokens of every row, on the host; empty where only the device knows them.
         words: ancestor words of the nodes; needed by a backend.
     """
 
@@ -74,7 +74,11 @@ class TreePass:
         """What the key columns are, for a backend, on a layer's device."""
         if device not in self._columns:
             assert self.words is not None, "a pass with a backend has ancestor words"
-            lengths = torch.tensor(self.host_lengths, dtype=torch.int32, device=device)
+            if self.host_lengths:
+                lengths = torch.tensor(self.host_lengths, dtype=torch.int32, device=device)
+            else:
+                assert self.lengths is not None, "somebody knows the lengths"
+                lengths = self.lengths.to(device, torch.int32)
             self._columns[device] = TreeColumns(
                 lengths, self.host_lengths, self.words.to(device), self.depth.to(device)
             )

@@ -46,22 +46,18 @@ class TreeCache(Cache):
         layout: what the target caches, as found by probing it.
         batch: number of rows.
         capacity: tokens a row is expected to hold; the storage doubles when that was too few.
+        stores: storage that is there already, as `stores` of another cache gives it.
     """
 
-    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+    def __init__(
+        self, layout: CacheLayout, batch: int, capacity: int, stores: dict[Slot, Tensor] | None = None
+    ) -> None:
         super().__init__(layers=[])
         self.layout = layout
         self.lengths = [0] * batch  # committed tokens of every row, on the host
-        self._places: dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]] = {}
-        counts: dict[Slot, int] = {}
-        for layer, pair in layout.layers.items():
-            places = []
-            for slot in pair:
-                places.append((slot, counts.get(slot, 0)))
-                counts[slot] = counts.get(slot, 0) + 1
-            self._places[layer] = (places[0], places[1])
+        self._places, counts = _places_of(layout)
         self.capacity = -(-capacity // PAGE) * PAGE
-        self._stores = {
+        self._stores = stores or {
             slot: torch.zeros(n, batch, slot.heads, self.capacity, slot.dim, dtype=slot.dtype, device=slot.device)
             for slot, n in counts.items()
         }
@@ -85,6 +81,31 @@ class TreeCache(Cache):
             where = torch.tensor(self.lengths)[:, None] + torch.arange(nodes)  # [batch, nodes]
             devices = {slot.device for slot in self._stores}
             self._rows_index = {device: where.to(device)[:, None, :, None] for device in devices}
+
+    def begin_at(self, lengths: Tensor, nodes: int) -> None:
+        """Prepare a pass behind prefixes whose lengths `[batch]` only the device knows; attention sees all columns.
+
+        There must be room for the nodes: nobody looks.
+        """
+        self._nodes, self._used, self._start = nodes, self.capacity, None
+        where = (lengths[:, None] + torch.arange(nodes, device=lengths.device))[:, None, :, None]
+        self._rows_index = {device: where.to(device) for device in {slot.device for slot in self._stores}}
+
+    def commit_at(self, lengths: Tensor, path: Tensor, counts: Tensor) -> None:
+        """`commit` after `begin_at`: lengths and counts `[batch]` stay on the device, and the caller adds one to the other."""
+        for slot, store in self._stores.items():
+            on_slot = path.to(slot.device), lengths.to(slot.device)
+            if moves_by_kernel(slot.device):
+                from medhead.kernels import ops
+
+                ops.move(store, *on_slot, counts.to(slot.device))
+            else:
+                _move_rows(store, *on_slot)
+
+    @property
+    def stores(self) -> dict[Slot, Tensor]:
+        """`[slots, batch, heads, capacity, dim]` of every shape."""
+        return self._stores
 
     @property
     def used(self) -> int:
@@ -124,10 +145,11 @@ class TreeCache(Cache):
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():
-                if moves_by_kernel(slot.device):
-                    _move_by_kernel(store, path.to(slot.device), self.lengths)
-                else:
-                    _move_rows(store, path.to(slot.device), self.lengths, self._start)
+                if self._start is not None and path.shape[0] == 1 and not moves_by_kernel(slot.device):
+                    _move_few(store, path[0].to(slot.device), self._start)
+                    continue
+                move = _move_by_kernel if moves_by_kernel(slot.device) else _move_rows
+                move(store, path.to(slot.device), torch.tensor(self.lengths, device=slot.device))
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -204,24 +226,38 @@ class TreeCache(Cache):
         self._refresh_views()
 
 
-def _move_rows(store: Tensor, path: Tensor, lengths: list[int], start: int | None) -> None:
+def _places_of(layout: CacheLayout) -> tuple[dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]], dict[Slot, int]]:
+    """Where every layer's keys and values lie: a shape and a place in its storage; and how many places each shape has."""
+    found: dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]] = {}
+    counts: dict[Slot, int] = {}
+    for layer, pair in layout.layers.items():
+        places = []
+        for slot in pair:
+            places.append((slot, counts.get(slot, 0)))
+            counts[slot] = counts.get(slot, 0) + 1
+        found[layer] = (places[0], places[1])
+    return found, counts
+
+
+def _move_few(store: Tensor, path: Tensor, start: int) -> None:
+    """Copy the rows `start + path[d]` of a store `[slots, 1, heads, tokens, dim]` to `start + d`."""
+    store[:, :, :, start : start + len(path)] = store.index_select(3, path + start)
+
+
+def _move_rows(store: Tensor, path: Tensor, lengths: Tensor) -> None:
     """Copy the rows `length + path[d]` of a store `[slots, batch, heads, tokens, dim]` to `length + d`."""
     batch, steps = path.shape
-    if start is not None and batch == 1:
-        store[:, :, :, start : start + steps] = store.index_select(3, path[0] + start)
-        return
-    base = torch.tensor(lengths, device=path.device)[:, None]
     shape = (store.shape[0], batch, store.shape[2], steps, store.shape[4])
-    source = (base + path)[None, :, None, :, None].expand(shape)
-    goal = (base + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
+    source = (lengths[:, None] + path)[None, :, None, :, None].expand(shape)
+    goal = (lengths[:, None] + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
     store.scatter_(3, goal, store.gather(3, source))
 
 
-def _move_by_kernel(store: Tensor, path: Tensor, lengths: list[int]) -> None:
+def _move_by_kernel(store: Tensor, path: Tensor, lengths: Tensor) -> None:
     """The same in one launch and in place."""
     from medhead.kernels.commit import move
 
-    move(store, path, torch.tensor(lengths, device=path.device))
+    move(store, path, lengths)
 
 
 @lru_cache(maxsize=8)
@@ -236,7 +272,7 @@ def kernel_moves_rightly(device: torch.device) -> bool:
     """Try the kernel on four rows; a kernel that fails here (no compiler, say) gives way, out loud."""
     try:
         store = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)
-        _move_by_kernel(store, torch.tensor([[0, 2]], device=device), [1])
+        _move_by_kernel(store, torch.tensor([[0, 2]], device=device), torch.tensor([1], device=device))
         found = store[0, 0, 0, :, 0].tolist()
         if found == [0, 1, 3, 3]:
             return True

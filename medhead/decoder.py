@@ -14,6 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import options
 from medhead.acceptance import TypicalAcceptance
+from medhead.captured import CapturedLoop, Plans
 from medhead.check import CheckReport, check
 from medhead.errors import MedheadError
 from medhead.hook import restore_generate, teach_generate
@@ -39,6 +40,7 @@ class Statistics:
         decode_seconds: time of all steps.
         times: the steps' time by part.
         cache_bytes: memory of the key/value cache at the end.
+        capture_seconds: time to make captured steps ready; the next generation of the same form has them.
         lengths: tokens emitted by every pass of every row, in order, for distributions.
     """
 
@@ -50,6 +52,7 @@ class Statistics:
     decode_seconds: float = 0.0
     times: StepTimes = field(default_factory=StepTimes)
     cache_bytes: int = 0
+    capture_seconds: float = 0.0
     lengths: list[int] = field(default_factory=list)
 
     @property
@@ -59,7 +62,7 @@ class Statistics:
 
     @property
     def seconds(self) -> float:
-        """Prefill and all steps."""
+        """Prefill and all steps; not the time to capture steps."""
         return self.prefill_seconds + self.decode_seconds
 
     @property
@@ -80,6 +83,9 @@ class Decoder:
         typical: lossy acceptance (Medusa's); None, the default, is exact.
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
+        step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
+            step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
+            or `recorded` (the same step without a GPU or a compiler, for tests). See `medhead.captured`.
         options: further options of the proposer.
 
     Raises:
@@ -101,6 +107,7 @@ class Decoder:
         typical: TypicalAcceptance | None = None,
         probe: bool = True,
         attention: str = "auto",
+        step: str = "loop",
         **options: Any,
     ) -> None:
         self.target = model if isinstance(model, Target) else Target(model, probe, attention)
@@ -115,6 +122,7 @@ class Decoder:
             given = sorted([*options, *(["tree_size"] if tree_size is not None else [])])
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
         self.proposer, self.typical = proposer, typical
+        self.plans = None if step == "loop" else Plans(self.target, self.proposer, step)
         self.statistics = Statistics()
         self.on_pass: Callable[[Row, list[int]], None] | None = None  # called with a row and the tokens of each pass
         self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None
@@ -193,7 +201,7 @@ class Decoder:
             on_tokens=_listener(stream, lengths, self.on_pass),
             synchronize=self.synchronize,
         )
-        loop = DecodeLoop(self.target, self.proposer, settings)
+        loop = self._loop(settings)
         try:
             with self.target.active(self.proposer.taps):
                 loop.run(list(rows))
@@ -210,7 +218,9 @@ class Decoder:
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
-        """Leave the model as it was loaded."""
+        """Leave the model as it was loaded, and give back what captured steps hold."""
+        if self.plans is not None:
+            self.plans.clear()
         restore_generate(self.model)
 
     def __enter__(self) -> Decoder:
@@ -232,6 +242,12 @@ class Decoder:
 
     # ---------------------------------------------------------------- inside
 
+    def _loop(self, settings: Settings) -> DecodeLoop:
+        """Captured steps serve the proposer that they were made for; with another one (`using`) the loop is the ordinary one."""
+        if self.plans is None or self.plans.proposer is not self.proposer:
+            return DecodeLoop(self.target, self.proposer, settings)
+        return CapturedLoop(self.plans, settings)
+
     def _noise(self, config: GenerationConfig, seed: int | None) -> Noise | None:
         if not config.do_sample:
             if seed is not None:
@@ -249,6 +265,7 @@ class Decoder:
             decode_seconds=loop.times.total(),
             times=loop.times,
             cache_bytes=loop.cache_bytes,
+            capture_seconds=loop.capture_seconds,
             lengths=lengths,
         )
 

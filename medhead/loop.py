@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medhead.acceptance import Accepted, accept, accept_typical
+from medhead.acceptance import Accepted, accept, accept_typical, pick
 from medhead.cache import TreeCache
 from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.row import Row, Settings
-from medhead.sampling import draw, is_local, process_nodes, temperature_of
+from medhead.sampling import draw_nodes, is_local, process_nodes, temperature_of
 from medhead.target import Target
 from medhead.tree import TokenTree
 from medhead.walk import walk
@@ -20,17 +20,18 @@ from medhead.walk import walk
 
 @dataclass
 class StepTimes:
-    """Seconds spent in each part of all steps."""
+    """Seconds spent in each part of all steps; captured steps, which are not taken apart, count as `whole`."""
 
     propose: float = 0.0
     forward: float = 0.0
     accept: float = 0.0
     commit: float = 0.0
     other: float = 0.0
+    whole: float = 0.0
 
     def total(self) -> float:
         """All parts together."""
-        return self.propose + self.forward + self.accept + self.commit + self.other
+        return self.propose + self.forward + self.accept + self.commit + self.other + self.whole
 
 
 class DecodeLoop:
@@ -51,7 +52,7 @@ class DecodeLoop:
         self.local = is_local(settings.processors)
         self.temperature: float | Tensor = temperature_of(settings.processors)
         self.times = StepTimes()
-        self.prefill_seconds = 0.0
+        self.prefill_seconds, self.capture_seconds = 0.0, 0.0
         self.cache_bytes = 0
         self.rows: list[Row] = []
         self.verified: Verified | None = None
@@ -116,9 +117,14 @@ class DecodeLoop:
         committed = self._now()
         self.verified = Verified(tree, logits, features, accepted, counts, emitted, decided - proposed)
         self.proposer.observe(self.verified)
-        running = self._emit(rows, counts, emitted, accepted, logits, scores)
+        raw = (
+            [logits[place, path].float() for place, path in enumerate(accepted.path)]
+            if self.settings.keep_logits
+            else None
+        )
+        running = self._emit(rows, counts, emitted, scores, raw)
         self._roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
-        self._features = _pick(features, accepted.last)
+        self._features = pick(features, accepted.last)
         self.keep(running)
         ended = self._now()
         times.propose += proposed - began
@@ -158,9 +164,7 @@ class DecodeLoop:
         if not self.local:
             return walk(rows, tree, logits, noise, settings)
         scores = self._score(rows, logits)
-        if noise is not None:
-            noise = noise[:, :1] if tree.nodes == 1 else _at_depth(noise, tree)
-        drawn = draw(scores, noise)
+        drawn = draw_nodes(tree, scores, noise)
         accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores.float(), rule)
         if not (settings.keep_scores or settings.stopper.asks_others):
             return accepted, None
@@ -171,9 +175,8 @@ class DecodeLoop:
         rows: list[Row],
         counts: list[int],
         emitted: list[list[int]],
-        accepted: Accepted,
-        logits: Tensor,
-        scores: list[list[Tensor]] | None,
+        scores: list[list[Tensor]] | None = None,
+        raw: list[Tensor] | None = None,
     ) -> list[int]:
         """Hand every row its new tokens, cut where it ends; returns the places of the rows that go on."""
         running = []
@@ -184,8 +187,8 @@ class DecodeLoop:
             new, ended = settings.stopper.take(row.padded + row.output, len(row.output), new, of_tokens)
             if settings.keep_scores and of_tokens is not None:
                 row.scores += of_tokens[: len(new)]
-            if settings.keep_logits:
-                row.logits += list(logits[place, accepted.path[place, : len(new)]].float())
+            if settings.keep_logits and raw is not None:
+                row.logits += list(raw[place][: len(new)])
             row.passes += 1
             row.output += new
             row.text += new
@@ -216,15 +219,3 @@ class DecodeLoop:
         if self.settings.synchronize is not None:
             self.settings.synchronize()
         return time.perf_counter()
-
-
-def _at_depth(noise: Tensor, tree: TokenTree) -> Tensor:
-    """`[batch, nodes, vocab]`: the noise that every node draws its next token with."""
-    return noise.gather(1, tree.depth[..., None].expand(-1, -1, noise.shape[-1]))
-
-
-def _pick(features: Tensor, last: Tensor) -> Tensor:
-    """`[batch, size]`: the features of each row's last accepted node."""
-    if features.shape[1] == 1:
-        return features[:, 0]
-    return features[torch.arange(features.shape[0], device=features.device), last]

@@ -8,6 +8,8 @@ the positions it proposes for (coupling without communication, Daliri et al. 202
 
 from __future__ import annotations
 
+from copy import copy
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,11 @@ def _mix_(x: Tensor) -> Tensor:
     return x
 
 
+def halves(seed: int) -> tuple[int, int]:
+    """The lower and the upper 32 bits of a seed."""
+    return seed & _MASK, (seed >> 32) & _MASK
+
+
 class Noise:
     """Gumbel noise for the rows of one generation.
 
@@ -38,9 +45,17 @@ class Noise:
 
     def __init__(self, seed: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
         self.seed = seed
-        self._low, self._high = seed & _MASK, (seed >> 32) & _MASK
+        self._low: int | Tensor
+        self._high: int | Tensor
+        self._low, self._high = halves(seed)
         index = torch.arange(vocab_size, dtype=torch.int64, device=device)
         self._lanes = _mix_(index * _GOLDEN & _MASK)
+
+    def seeded_by(self, seed: Tensor) -> Noise:
+        """The same generator with a seed that only the device knows: what `halves` makes of it, `[2]` int64."""
+        other = copy(self)
+        other._low, other._high = seed.unbind()
+        return other
 
     def uniform(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Uniform numbers strictly between 0 and 1, `[*positions.shape, V]` float32.

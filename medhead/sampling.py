@@ -7,6 +7,8 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from medhead.tree import TokenTree
+
 # Processors that look at one distribution alone. All others are given each node's own text, one node after the other.
 _LOCAL = tuple(
     getattr(lp, name)
@@ -49,6 +51,19 @@ def process_nodes(processors: LogitsProcessorList, logits: Tensor) -> Tensor:
     flat = logits.flatten(0, 1)
     no_text = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=flat.device)
     return processors(no_text, flat).view_as(logits)
+
+
+def draw_nodes(tree: TokenTree, scores: Tensor, noise: Tensor | None) -> Tensor:
+    """The target's token at every node of a tree, `[batch, nodes]`.
+
+    Args:
+        tree: the verified tree.
+        scores: `[batch, nodes, vocab]` processed logits.
+        noise: `[batch, depths, vocab]`, of the tokens below every depth; None for greedy decoding.
+    """
+    if noise is None or tree.nodes == 1:
+        return draw(scores, None if noise is None else noise[:, :1])
+    return draw(scores, noise.gather(1, tree.depth[..., None].expand(-1, -1, noise.shape[-1])))
 
 
 def draw(scores: Tensor, noise: Tensor | None) -> Tensor:

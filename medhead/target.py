@@ -124,12 +124,21 @@ class Target:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
             sees), or the outputs of the tapped layers behind each other.
         """
-        chain = tree.nodes == 1
-        current = self._pass(cache, tree.depth, None if chain else tree.visible)
-        if not self.backend.dense and tree.nodes <= MOST_NODES:
-            current.backend, current.words = self.backend, tree.ancestor_words
-            current.host_lengths = tuple(cache.lengths)
-        return self._forward(cache, tree.tokens, tree.depth, current)
+        current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
+        current.host_lengths = tuple(cache.lengths)
+        cache.begin(tree.nodes)
+        return self._forward(cache, tree.tokens, tree.depth, self._with_backend(current, tree))
+
+    def verify_at(self, cache: TreeCache, tree: TokenTree, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same pass behind prefixes whose lengths `[batch]` only the device knows: over all columns of the cache.
+
+        All shapes depend on those of the arguments alone and the host reads nothing, so it can be part of a CUDA graph.
+        """
+        visible, longest = None if tree.nodes == 1 else tree.visible, cache.capacity - tree.nodes
+        plain = self.backend.name == "reference"
+        current = TreePass(lengths, longest, tree.depth, visible, tree.nodes, plain)
+        cache.begin_at(lengths, tree.nodes)
+        return self._forward(cache, tree.tokens, tree.depth, self._with_backend(current, tree))
 
     def prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
@@ -158,6 +167,7 @@ class Target:
             depth = torch.arange(nodes, device=self.device)[None]
             last = (lengths - 1 - start).clamp(0, nodes - 1)
             self._select = last
+            cache.begin(nodes)
             _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
             self._select = None
             if on_chunk is not None:
@@ -218,8 +228,12 @@ class Target:
         plain = self.backend.name == "reference"
         return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain)
 
+    def _with_backend(self, current: TreePass, tree: TokenTree) -> TreePass:
+        if not self.backend.dense and tree.nodes <= MOST_NODES:
+            current.backend, current.words = self.backend, tree.ancestor_words
+        return current
+
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
-        cache.begin(tokens.shape[1])
         start = current.longest if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
         with tree_pass(current):

@@ -214,7 +214,7 @@ def test_commit_moves_what_the_plain_one_moves(seed: int, kind: tuple[torch.dtyp
     store[..., 22:, :] = float("nan")  # never read, never written
     path, counts = random_paths(batch, nodes, generator)
     expected, free, exact = store.clone(), store.clone(), store.clone()
-    _move_rows(expected, path, lengths.tolist(), None)
+    _move_rows(expected, path, lengths)
     move(free, path, lengths)
     move(exact, path, lengths, torch.tensor(counts))
     for row, (length, count) in enumerate(zip(lengths.tolist(), counts, strict=True)):

@@ -70,7 +70,7 @@ def test_commit_at_real_sizes(dim: int, dtype: torch.dtype) -> None:
     path[:, 0] = 0
     lengths = torch.tensor([400, 3, 0], device="cuda")
     expected = store.clone()
-    _move_rows(expected, path, lengths.tolist(), None)
+    _move_rows(expected, path, lengths)
     move(store, path, lengths)
     assert torch.equal(store, expected)
 

@@ -43,6 +43,7 @@ class Heads(nn.Module):
         fuses: whether the kind reads several layers of the target at once (`config.taps`).
         encodes_by_depth: whether `encode` depends on the depth.
         memory_size: numbers kept for every committed token (`remember`); 0 if the heads do not look back.
+        plain_memory: whether `new_memory` is a `MemoryStore`, or None.
         draft_tokens: `[draft_vocab]` int64, token ids that the heads may name; None for all.
     """
 
@@ -51,6 +52,7 @@ class Heads(nn.Module):
     fuses = False
     encodes_by_depth = False
     memory_size = 0
+    plain_memory = True
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()

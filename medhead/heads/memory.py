@@ -84,6 +84,13 @@ class MemoryStore:
         self.lengths = [0] * batch  # on the host, like the target's cache
         self._rows = torch.zeros(batch, -(-capacity // PAGE) * PAGE, size, dtype=dtype, device=device)
 
+    @classmethod
+    def of(cls, rows: Tensor, lengths: list[int]) -> MemoryStore:
+        """Storage that is there already, `[batch, capacity, size]`, with so many rows of every text in it."""
+        store = cls(0, rows.shape[2], rows.dtype, rows.device, 0)
+        store._rows, store.lengths = rows, list(lengths)
+        return store
+
     def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
         """Put new rows behind every text; they are part of it once `advance` says so.
 
@@ -98,14 +105,12 @@ class MemoryStore:
             bigger = self._rows.new_zeros(len(self.lengths), grown, self._rows.shape[2])
             bigger[:, : self._rows.shape[1]] = self._rows
             self._rows = bigger
-        offsets = torch.arange(count, device=self._rows.device)
         if min(self.lengths) == longest:
+            offsets = torch.arange(count, device=self._rows.device)
             rows = remember(features, token, offsets[None] + longest, longest + count)
             self._rows[:, longest : longest + count] = rows
             return
-        where = self._end()[:, None] + offsets
-        rows = remember(features, token, where, longest + count)
-        self._rows.scatter_(1, where[..., None].expand_as(rows), rows.to(self._rows.dtype))
+        write_behind(self._rows, self._end(), remember, features, token)
 
     def advance(self, counts: list[int]) -> None:
         """This many of the rows written last are part of each text now."""
@@ -127,9 +132,24 @@ class MemoryStore:
         longest = max(self.lengths)
         return Memory(self._rows[:, :longest], self._end()[:, None], full=min(self.lengths) == longest)
 
+    @property
+    def rows(self) -> Tensor:
+        """`[batch, capacity, size]`, the storage itself."""
+        return self._rows
+
     def nbytes(self) -> int:
         """Memory of the storage."""
         return self._rows.numel() * self._rows.element_size()
 
     def _end(self) -> Tensor:
         return torch.tensor(self.lengths, device=self._rows.device)
+
+
+def write_behind(rows: Tensor, lengths: Tensor, remember: Remember, features: Tensor, token: Tensor) -> None:
+    """Put new rows into `rows` `[batch, capacity, size]` behind texts whose lengths `[batch]` the device knows.
+
+    There must be room: nobody looks.
+    """
+    where = lengths[:, None] + torch.arange(features.shape[1], device=rows.device)
+    made = remember(features, token, where, rows.shape[1])
+    rows.scatter_(1, where[..., None].expand_as(made), made.to(rows.dtype))

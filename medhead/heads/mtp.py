@@ -71,6 +71,8 @@ class MtpHeads(Heads):
         target: the model whose layers they are.
     """
 
+    plain_memory = False
+
     def __init__(self, mtp: Any, target: Target) -> None:
         layers = len(mtp.layers)
         config = HeadsConfig(

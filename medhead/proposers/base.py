@@ -77,6 +77,8 @@ class Proposer:
         tree_size: number of nodes it names, root included.
         uses_noise: whether it ranks by the noise of the coming positions.
         taps: layers of the target whose outputs it reads; none for the last hidden state.
+        capturable: whether its part of a step can be captured (`medhead.captured`): shapes that never change, nothing that
+            the host has to know. Then it has the methods that end in `_at`.
     """
 
     name = "none"
@@ -84,6 +86,7 @@ class Proposer:
     tree_size = 1
     uses_noise = False
     taps: tuple[int, ...] = ()
+    capturable = False
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """A generation starts with these prompts; forget the last one."""
@@ -114,6 +117,33 @@ class Proposer:
 
     def warm(self, target: Target, rows: int) -> None:
         """Do now what would else take time when up to so many rows are decoded."""
+
+    def memory(self) -> Tensor | None:
+        """`[batch, capacity, size]`: what it keeps of every committed token; None if nothing. For captured steps."""
+        return None
+
+    def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
+        """`propose` as part of a captured step, always as deep and as large as it can be.
+
+        Args:
+            state: without `texts`, which the host knows late.
+            memory: storage of the form of `memory()`, with room behind `lengths`.
+            lengths: `[batch]` committed tokens of every row.
+        """
+        return TokenTree.root(state.roots)
+
+    def observe_at(self, memory: Tensor, lengths: Tensor, features: Tensor, emitted: Tensor) -> None:
+        """Write what has to be kept of accepted nodes into `memory` behind `lengths`; only proposers with a memory are asked.
+
+        Args:
+            memory: as in `propose_at`.
+            lengths: `[batch]`.
+            features: `[batch, steps, size]` of the nodes on the accepted path.
+            emitted: `[batch, steps]` tokens behind them.
+        """
+
+    def resume(self, memory: Tensor | None, lengths: list[int]) -> None:
+        """Captured steps are over: the rows go on with this memory and these committed lengths."""
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
         """Name of the proposer of every node of a row of the last tree; for people who look."""

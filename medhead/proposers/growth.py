@@ -35,9 +35,12 @@ class Expander(Protocol):
         """
 
 
-def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int) -> TokenTree:
-    """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes."""
-    return grow(roots, expander, depth, width, nodes).best(roots, nodes)
+def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int, looks: bool = True) -> TokenTree:
+    """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes.
+
+    With `looks`, growing on a CPU ends where nothing deeper can be in the tree; without, shapes never change.
+    """
+    return grow(roots, expander, depth, width, nodes if looks else None).best(roots, nodes)
 
 
 def grow(

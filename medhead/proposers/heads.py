@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
-from medhead.heads.memory import Store
+from medhead.heads.memory import Memory, MemoryStore, Store, write_behind
 from medhead.heads.readout import Readout
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
@@ -164,10 +164,13 @@ class HeadsProposer(Proposer):
         depth = min(max_depth, self.max_depth, self.tree_size - 1)
         if depth < 1:
             return TokenTree.root(state.roots)
+        return self._tree(state, self._view(), depth)
+
+    def _tree(self, state: DecodeState, memory: Any, depth: int, looks: bool = True) -> TokenTree:
         if self.shape is not None:
-            return self.shape.fill(state.roots, self._expander(state, self.shape.widest, depth), depth)
-        expander = self._expander(state, min(self.branching, self.tree_size - 1), depth)
-        return grow_tree(state.roots, expander, self.tree_size, depth, self.width)
+            return self.shape.fill(state.roots, self._expander(state, memory, self.shape.widest, depth), depth)
+        expander = self._expander(state, memory, min(self.branching, self.tree_size - 1), depth)
+        return grow_tree(state.roots, expander, self.tree_size, depth, self.width, looks)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """What the heads name at every node of the frontiers; with a given size, as deep as its nodes may reach."""
@@ -175,12 +178,44 @@ class HeadsProposer(Proposer):
         if depth < 1:
             return None
         began = time.perf_counter()
-        expander = self._expander(state, self.branching, depth)
+        expander = self._expander(state, self._view(), self.branching, depth)
         nodes = self.tree_size if self._sized else None
         found = grow(state.roots, expander, depth, self.width, nodes, least=math.log(max(self.least, 1e-9)))
         level = (time.perf_counter() - began) / len(found.levels)
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found
+
+    # ---------------------------------------------------------------- captured steps
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """Heads whose memory is plain rows, or that have none."""
+        return self.heads.plain_memory
+
+    def memory(self) -> Tensor | None:
+        """The rows of the heads' memory."""
+        self._catch_up()
+        return None if self._memory is None else self._memory.rows
+
+    def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
+        """A tree of `tree_size` nodes, `max_depth` deep."""
+        depth = min(self.max_depth, self.tree_size - 1)
+        if depth < 1:
+            return TokenTree.root(state.roots)
+        view = None if memory is None else Memory(memory, lengths[:, None])
+        return self._tree(state, view, depth, looks=False)
+
+    def observe_at(self, memory: Tensor, lengths: Tensor, features: Tensor, emitted: Tensor) -> None:
+        """The heads remember."""
+        dtype, token = self.readout.dtype, self.readout.token(emitted, 0)
+        write_behind(memory, lengths, self.heads.remember, features.to(dtype), token)
+
+    def resume(self, memory: Tensor | None, lengths: list[int]) -> None:
+        """A store of these rows."""
+        if memory is not None:
+            self._memory = MemoryStore.of(memory, lengths)
+
+    # ---------------------------------------------------------------- inside
 
     @property
     def least(self) -> float:
@@ -191,9 +226,12 @@ class HeadsProposer(Proposer):
             return 0.0
         return min(LIKELY, max(UNLIKELY, _WORTH * self._level / self._token))
 
-    def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
+    def _view(self) -> Any:
+        """What the heads look back on."""
         self._catch_up()
-        memory = None if self._memory is None else self._memory.view()
+        return None if self._memory is None else self._memory.view()
+
+    def _expander(self, state: DecodeState, memory: Any, branching: int, depth: int) -> HeadsExpander:
         noise, sharpness = (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
         return HeadsExpander(self.readout, state, memory, branching, depth, noise, sharpness)
 

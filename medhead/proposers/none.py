@@ -11,5 +11,7 @@ from medhead.proposers.base import Proposer, register_proposer
 class PlainProposer(Proposer):
     """Names nothing but the root. A tree size is accepted and means nothing."""
 
+    capturable = True
+
     def __init__(self, target: Any = None, **options: Any) -> None:
         self.tree_size = 1

@@ -1,0 +1,114 @@
+"""What a captured step reads and writes: tensors that stay where they are, on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medhead.cache import Slot, TreeCache
+from medhead.noise import halves
+from medhead.target import Target
+
+
+@dataclass(eq=False)
+class Buffers:
+    """The state of a batch between two steps.
+
+    Attributes:
+        stores: the target's keys and values, as `TreeCache.stores`.
+        memory: `[batch, columns, size]` what the proposer keeps of committed tokens, or None.
+        lengths: `[batch]` int64, committed tokens of every row; 0 for a row that has ended.
+        alive: `[batch]` int64, 1 for a row that runs, else 0.
+        roots: `[batch]` int64, the newest token of every row.
+        features: `[batch, size]` of the target at the token before the root.
+        index: `[batch]` int64, row of the user's batch, for the sampling noise.
+        seed: `[2]` int64, the halves of the sampling seed.
+        out: `[batch, 1 + steps]` int64, what the last step emitted: how many tokens, then the tokens.
+    """
+
+    stores: dict[Slot, Tensor]
+    memory: Tensor | None
+    lengths: Tensor
+    alive: Tensor
+    roots: Tensor
+    features: Tensor
+    index: Tensor
+    seed: Tensor
+    out: Tensor
+
+    @classmethod
+    def empty(
+        cls, target: Target, batch: int, columns: int, steps: int, features: Tensor, memory: Tensor | None
+    ) -> Buffers:
+        """Buffers for rows of up to `columns` tokens and nodes; features and memory say in which size and type."""
+        device, cache = target.device, target.new_cache(batch, columns)
+        if memory is not None:
+            memory = memory.new_zeros(batch, cache.capacity, memory.shape[2])
+        numbers = torch.zeros(4, batch, dtype=torch.long, device=device)
+        lengths, alive, roots, index = numbers.unbind()
+        return cls(
+            cache.stores,
+            memory,
+            lengths,
+            alive,
+            roots,
+            features.new_zeros(batch, features.shape[1]),
+            index,
+            torch.zeros(2, dtype=torch.long, device=device),
+            torch.zeros(batch, 1 + steps, dtype=torch.long, device=device),
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """All of them in a fixed order, as `over` takes them."""
+        memory = [] if self.memory is None else [self.memory]
+        rest = [self.lengths, self.alive, self.roots, self.features, self.index, self.seed, self.out]
+        return [*self.stores.values(), *memory, *rest]
+
+    def over(self, tensors: list[Tensor]) -> Buffers:
+        """The same form over other tensors."""
+        stores = dict(zip(self.stores, tensors[: len(self.stores)], strict=True))
+        rest = tensors[len(self.stores) :]
+        return Buffers(stores, *([None] if self.memory is None else []), *rest)
+
+    def load(
+        self,
+        cache: TreeCache,
+        memory: Tensor | None,
+        roots: Tensor,
+        features: Tensor,
+        index: list[int],
+        seed: int,
+    ) -> None:
+        """Take over running rows; those that the batch has room for beyond them count as ended."""
+        rows, used = len(cache.lengths), max(cache.lengths)
+        for slot, store in self.stores.items():
+            store[:, :rows, :, :used].copy_(cache.stores[slot][:, :, :, :used])
+        if self.memory is not None:
+            assert memory is not None, "the proposer had a memory when the buffers were made"
+            self.memory[:rows, :used].copy_(memory[:, :used])
+        idle = [0] * (len(self.lengths) - rows)
+        self.lengths.copy_(torch.tensor([*cache.lengths, *idle]))
+        self.alive.copy_(torch.tensor([1] * rows + idle))
+        self.index.copy_(torch.tensor([*index, *idle]))
+        self.seed.copy_(torch.tensor(halves(seed)))
+        self.roots[:rows].copy_(roots)
+        self.features[:rows].copy_(features)
+
+    def end(self, place: int) -> None:
+        """This row has ended: it stays where it is and costs as little as it can."""
+        self.alive[place].zero_()
+        self.lengths[place].zero_()
+
+    def unload(self, cache: TreeCache, places: list[int], lengths: list[int]) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Give the rows at these places, with these committed lengths, to an empty cache.
+
+        Returns:
+            Their memory, roots and features.
+        """
+        picked, used = torch.tensor(places, device=self.lengths.device), max(lengths)
+        for slot, store in self.stores.items():
+            cache.stores[slot][:, :, :, :used].copy_(store[:, picked.to(store.device), :, :used])
+        cache.lengths = list(lengths)
+        return None if self.memory is None else self.memory[picked], self.roots[picked], self.features[picked]
