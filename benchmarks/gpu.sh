@@ -17,8 +17,9 @@ part() { # name, seconds, command
     [ $code -eq 0 ] || { echo "== $name ended with $code, see $out/$name.log"; bad=1; }
 }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv" 2>&1 || { echo "no GPU here"; exit 2; }
-part tests 150 "$python" -m pytest -q -m gpu
-part kernels 150 "$python" -m medhead.kernels.bench --output "$out/kernels"
-part step 150 "$python" -m medhead.bench.step --shapes 1b 8b --output "$out/step"
-part demo 60 "$python" -m medhead.bench --count 4 --repeats 1 --output "$out/demo"
+part tests 130 "$python" -m pytest -q -m gpu
+part kernels 140 "$python" -m medhead.kernels.bench --output "$out/kernels"
+part step 130 "$python" -m medhead.bench.step --shapes 1b 8b --nodes 16 64 --output "$out/step"
+part compiled 60 "$python" -m medhead.bench.step --shapes 1b --nodes 64 --steps compiled --heads recurrent --output "$out/compiled"
+part demo 60 "$python" -m medhead.bench --count 4 --repeats 1 --steps graph --proposers hybrid --output "$out/demo"
 exit $bad

@@ -22,6 +22,7 @@ from medhead.proposers.recycling import RecyclingProposer
 from medhead.target import ATTENTIONS
 from medhead.terminal import TerminalPrinter
 
+STEPS = ("loop", "graph", "compiled")  # those that serve users; see `medhead.captured`
 EXAMPLES = """\
 examples:
   python -m medhead.generate --prompt "Tell me a story about a dragon."
@@ -32,6 +33,7 @@ examples:
   python -m medhead.generate --prompt "Hello!" --proposer recycling --recycling-state seen.safetensors --save-recycling-state
   echo "Once upon a time" | python -m medhead.generate --raw --max-new-tokens 50
   python -m medhead.generate --prompt "Tell me a short story." --compare
+  python -m medhead.generate --prompt "Tell me a short story." --step compiled --compare
   python -m medhead.generate --prompt "Tell me a short story." --trace     (green: guessed and accepted)
 
 exit codes: 0 done, 2 wrong input, 1 failure, 130 stopped with Ctrl-C
@@ -79,6 +81,11 @@ def parser() -> argparse.ArgumentParser:
     what.add_argument(
         "--save-recycling-state", action="store_true", help="write what recycling has learnt back to that file"
     )
+    what.add_argument(
+        "--step", default="loop", choices=STEPS,
+        help="how a step is run; with the proposers heads and none it can be a CUDA graph, or compiled (a minute or two "
+        "the first time; then the compiler remembers)",
+    )  # fmt: skip
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")
     text.add_argument("--prompt-file", help="file with the prompt; - or nothing: standard input")
@@ -149,13 +156,18 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     """
     owner, options = proposer_options(args, tokenizer)
     heads = args.heads or (str(DEMO_HEADS) if args.model is None else None)
-    proposer = args.proposer or owner or "hybrid"
+    step = getattr(args, "step", "loop")  # other commands decode in the ordinary loop
+    proposer = args.proposer or owner or ("heads" if heads and step != "loop" else "hybrid")
     used: Any = heads if proposer in ("heads", "hybrid") else None
     if used and adapts_target(used):
         model = load_adapted(model, used)
         used = heads_of(model)
         print(f"medhead.generate: {heads} adapts the model itself: the text is the adapted model's", file=sys.stderr)
-    return Decoder(model, proposer, heads=used, tree_size=args.tree_size, attention=args.attention, **options)
+    given = {"tree_size": args.tree_size, "attention": args.attention, "step": step, **options}
+    decoder = Decoder(model, proposer, heads=used, **given)
+    if decoder.plans is not None:
+        decoder.plans.say = lambda line: print(f"medhead.generate: {line}", file=sys.stderr)
+    return decoder
 
 
 def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | None, dict[str, Any]]:
@@ -261,8 +273,9 @@ def statistics_line(decoder: Decoder) -> str:
     """One line about the last generation."""
     s, proposer = decoder.statistics, decoder.proposer
     most = "up to " if getattr(proposer, "adapts", False) else ""
+    step = f", step {decoder.plans.way}" if s.times.whole and decoder.plans is not None else ""
     return (
-        f"[{proposer.name}, {most}{proposer.tree_size} nodes] {s.new_tokens} tokens in {s.seconds:.2f} s, "
+        f"[{proposer.name}, {most}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "
         f"{s.tokens_per_second:.1f} tokens/s, {s.passes} verify passes, accepted length {s.accepted_length:.2f}"
     )
 

@@ -17,6 +17,7 @@ from medhead.bench.measure import Measured
 from medhead.bench.memory import PeakMemory
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import summary
+from medhead.bench.step_ratios import ratios
 from medhead.errors import MedheadError
 
 
@@ -159,6 +160,45 @@ def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert all(row["ms"] > 0 for row in rows)
     assert "| tiny | 2 | 16 | medhead, 9 nodes |" in capsys.readouterr().out
     assert (tmp_path / "out" / "step.png").stat().st_size > 1000
+
+
+def test_step_benchmark_of_captured_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shapes", "tiny", "--context", "16", "--nodes", "4", "--repeats", "1", "--steps", "recorded"]
+    assert step.main([*options, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [row["step"] for row in rows][3:] == [
+        "medhead, plain, recorded",
+        "medhead, 4 nodes, recorded, the pass alone",
+        "medhead, 4 nodes, recorded",
+        "medhead, 4 nodes by block heads, recorded",
+        "medhead, 4 nodes by recurrent heads, recorded",
+    ]
+    said = capsys.readouterr().out
+    assert "- tiny, batch 1, 16 tokens, loop: plain step" in said
+    assert "recurrent heads, 4 nodes:" in said.rsplit("- tiny", 1)[1]
+
+
+def test_ratios_of_steps() -> None:
+    times = {"transformers, eager": 6.0, "medhead, plain": 3.0, "medhead, plain, graph": 1.0}
+    times |= {"medhead, 8 nodes, graph": 1.05, "medhead, 64 nodes, graph, the pass alone": 1.14}
+    times |= {"medhead, 64 nodes, graph": 1.1, "medhead, 64 nodes by block heads, graph": 1.2}
+    place = {"shape": "8b", "batch": 1, "context": 2048}
+    rows = [{**place, "step": name, "ms": ms, "of_reading": ms / 0.8} for name, ms in times.items()]
+    assert ratios(rows) == [
+        "8b, batch 1, 2048 tokens, loop: plain step 3.75 x reading the weights; 2.00 x the speed of transformers generate",
+        "8b, batch 1, 2048 tokens, graph: plain step 1.25 x reading the weights; 6.00 x the speed of transformers generate; "
+        "64 nodes cost 1.10 plain steps; block heads, 64 nodes: 5% of the step outside the pass",
+    ]
+
+
+def test_captured_steps_take_part(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--proposers", "--count", "1"]
+    options += ["--new-tokens", "12", "--repeats", "1", "--dtypes", "float32", "--steps", "recorded"]
+    assert main(options) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", recorded |" in line]
+    assert [line.split(" | ")[0] for line in lines[:2]] == ["| medhead plain, recorded", "| medhead heads, recorded"]
+    assert all(" 1/1 " in line for line in lines[:2])
+    assert all(line.endswith("| - |") for line in lines[2:])  # a captured step is not taken apart
 
 
 def test_bytes_that_a_token_reads() -> None:

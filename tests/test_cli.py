@@ -77,6 +77,21 @@ def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], caps
     assert {out} != texts
 
 
+def test_a_captured_step(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recorded` stands for the two that users are offered, which need a GPU or a compiler."""
+    monkeypatch.setattr(generate, "STEPS", ("loop", "recorded"))
+    plain = run(command(folders), capsys)[1]
+    code, out, err = run(command(folders, "--heads", str(folders["recurrent"]), "--step", "recorded"), capsys)
+    assert (code, out) == (0, plain)
+    assert err.startswith("[heads, ")
+    assert "step recorded]" in err
+    code, _, err = run(command(folders, "--proposer", "ngram", "--step", "recorded"), capsys)
+    assert code == 2
+    assert "'ngram' works on the host" in err
+
+
 def test_raw_differs_from_chat(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     chat = json.loads(run(command(folders, "--json"), capsys)[1])
     raw = json.loads(run(command(folders, "--json", "--raw"), capsys)[1])

@@ -13,6 +13,7 @@ from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import machine, plot, summary, table, write_results
+from medhead.captured import WAYS
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
@@ -24,6 +25,7 @@ examples:
   python -m medhead.bench --prompts held_out.jsonl --count 24 --output results
   python -m medhead.bench --temperature 1                  sampling, with and without a look at the noise
   python -m medhead.bench --tree-sizes 4 8 16 32 64        which tree is best here?
+  python -m medhead.bench --steps compiled                 captured and compiled steps too (compiling takes minutes)
   python -m medhead.bench --model Qwen/Qwen3-8B --heads my/heads --dtypes bfloat16
 
 Every prompt is answered by every contestant in turn (interleaved, order rotating), each in the faster of the types;
@@ -56,6 +58,8 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--repeats", type=int, default=3, help="runs of each prompt (default: 3)")
     options.add_argument("--tree-size", type=int, help="nodes of every proposer's tree (default: each one's own)")
     options.add_argument("--tree-sizes", type=int, nargs="+", default=[], help="further trees of the first heads")
+    options.add_argument("--steps", nargs="+", choices=sorted(WAYS), default=[], metavar="WAY",
+                         help="captured steps too: compiled, graph (and transformers compiled beside them)")  # fmt: skip
     options.add_argument("--dtypes", nargs="+", default=None, metavar="TYPE",
                          help="types to choose the faster from (default: float32 bfloat16 on a CPU, else bfloat16)")  # fmt: skip
     options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -95,6 +99,7 @@ def lineup_of(args: argparse.Namespace) -> Lineup:
         proposers=tuple(args.proposers),
         tree_sizes=tuple(args.tree_sizes),
         tree_size=args.tree_size,
+        steps=tuple(args.steps),
     )
 
 

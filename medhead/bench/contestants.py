@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import CompileConfig, PreTrainedModel
 
 from medhead.decoder import Decoder, Statistics
 from medhead.heads import load_heads
@@ -17,6 +17,9 @@ from medhead.target import Target
 
 PROPOSERS_SHOWN = ("ngram", "lookahead", "recycling", "hybrid")
 TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
+_ANYWHERE = CompileConfig(fullgraph=False)
+_ANYWHERE._compile_all_devices = True  # by itself generate compiles on GPUs only
+COMPILED: dict[str, Any] = {"cache_implementation": "static", "compile_config": _ANYWHERE}
 
 
 @dataclass
@@ -50,6 +53,7 @@ class Lineup:
         proposers: names of further proposers; `hybrid` gets the first heads.
         tree_sizes: further trees of the first heads.
         tree_size: tree of all proposers; each one's own default if None.
+        steps: ways to run a captured step (`medhead.captured`), each for plain decoding and for the first heads.
     """
 
     new_tokens: int = 200
@@ -59,6 +63,7 @@ class Lineup:
     proposers: tuple[str, ...] = PROPOSERS_SHOWN
     tree_sizes: tuple[int, ...] = ()
     tree_size: int | None = None
+    steps: tuple[str, ...] = ()
 
 
 def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
@@ -96,6 +101,13 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
         if lineup.temperature > 0:
             blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
             found.append(ours(f"{name}, blind to the noise", "heads", **blind))
+    for step in lineup.steps:
+        if step in ("compiled", "graph"):
+            found.append(peer(f"{TRANSFORMERS}, compiled", **COMPILED))
+        found.append(ours(f"{PLAIN}, {step}", "none", step=step))
+        if lineup.heads:
+            options = {"heads": load_heads(lineup.heads[0], target), "tree_size": lineup.tree_size, "step": step}
+            found.append(ours(f"medhead heads, {step}", "heads", **options))
     for size in lineup.tree_sizes:
         found.append(ours(f"medhead heads, {size} nodes", "heads", heads=lineup.heads[0], tree_size=size))
     return found

@@ -14,7 +14,7 @@ from medhead.bench.contestants import Contestant
 from medhead.bench.memory import PeakMemory
 from medhead.decoder import Statistics
 
-PARTS = ("forward", "propose", "accept", "commit", "other")
+PARTS = ("forward", "propose", "accept", "commit", "other", "whole")
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Measured:
 
     def step_ms(self) -> dict[str, float]:
         """Milliseconds of one step by part."""
-        return {part: 1000 * seconds / max(self.steps, 1) for part, seconds in self.parts.items()}
+        return {part: 1000 * self.parts.get(part, 0.0) / max(self.steps, 1) for part in PARTS}
 
 
 def faster_types(

@@ -89,7 +89,8 @@ def table(rows: list[dict[str, Any]], compares_texts: bool = True) -> str:
     for row in rows:
         if row["nodes"]:
             parts = " | ".join(f"{row['step_ms'][part]:.2f}" for part in PARTS)
-            lines.append(f"| {row['name']} | {parts} | {row['outside_forward']:.0%} of it |")
+            outside = "-" if row["step_ms"]["whole"] else f"{row['outside_forward']:.0%} of it"
+            lines.append(f"| {row['name']} | {parts} | {outside} |")
     return "\n".join(lines)
 
 

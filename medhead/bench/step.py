@@ -1,8 +1,9 @@
 """What one step costs at the sizes of real models: `python -m medhead.bench.step`.
 
 Models have random weights (nothing is downloaded) and the shapes of Llama-3.2-1B, Llama-3.1-8B or Qwen3-30B-A3B. A step of
-`transformers` generate (eager, and with a static cache, which it compiles on CUDA), our plain step, and our verify step at
-several tree sizes are set against the time it takes to read the weights once at the bandwidth of a copy measured here.
+`transformers` generate (eager, and with a static cache, which it compiles on CUDA), our plain step, our verify step at
+several tree sizes, and captured steps (`medhead.captured`), with heads of noise as well, are set against the time it takes
+to read the weights once at the bandwidth of a copy measured here.
 """
 
 from __future__ import annotations
@@ -22,9 +23,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
 from medhead.acceptance import accept
+from medhead.bench import captured_steps
 from medhead.bench.report import machine, write_results
+from medhead.bench.step_ratios import ratios
+from medhead.captured import WAYS
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
+from medhead.heads.base import KINDS
 from medhead.kernels.timing import copy_bandwidth
 from medhead.load import pick_device, pick_dtype
 from medhead.target import ATTENTIONS, Target
@@ -40,6 +45,10 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
     "tiny": lambda: LlamaConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2,
+    ),
+    "demo": lambda: LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=6, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
     ),
     "1b": lambda: LlamaConfig(
         hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
@@ -104,6 +113,16 @@ def steps_of(case: Case, nodes: list[int]) -> dict[str, float]:
         for count in (1, *nodes):
             name = "medhead, plain" if count == 1 else f"medhead, {count} nodes"
             found[name] = median(lambda count=count: whole_step(case.target, cache, count), case)  # type: ignore[misc]
+    return found
+
+
+def captured_steps_of(case: Case, nodes: list[int], ways: list[str], kinds: list[str]) -> dict[str, float]:
+    """The same for captured steps."""
+    rows, context = case.ids.shape
+    found = {}
+    for way in ways:
+        for name, step in captured_steps.steps_of(case.target, rows, context, nodes, way, kinds):
+            found[f"medhead, {name}"] = median(step, case)
     return found
 
 
@@ -194,6 +213,10 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch", type=int, nargs="+", default=[1], help="rows (default: 1)")
     options.add_argument("--context", type=int, nargs="+", default=[2048], help="committed tokens (default: 2048)")
     options.add_argument("--nodes", type=int, nargs="+", default=[8, 16, 32, 64], help="trees (default: 8 16 32 64)")
+    options.add_argument("--steps", nargs="*", choices=sorted(WAYS), default=None, metavar="WAY",
+                         help="captured steps: graph, compiled, ... (default: graph on CUDA, else none)")  # fmt: skip
+    options.add_argument("--heads", nargs="*", choices=sorted(KINDS), default=["block", "recurrent"],
+                         metavar="KIND", help="heads of noise in captured steps, 8 deep (default: block recurrent)")  # fmt: skip
     options.add_argument("--repeats", type=int, default=20, help="of every step of ours (default: 20)")
     options.add_argument("--attention", choices=ATTENTIONS, default="auto", help="backend (default: auto)")
     options.add_argument("--dtype", default="auto", help="type (default: bfloat16 on CUDA, float32 on a CPU)")
@@ -214,6 +237,8 @@ def run(args: argparse.Namespace) -> None:
     if args.output is not None and args.output.is_file():
         raise MedheadError(f"--output {str(args.output)!r} is a file; give a folder")
     device = pick_device(args.device)
+    if args.steps is None:
+        args.steps = ["graph"] if device.type == "cuda" else []
     dtype = pick_dtype("bfloat16" if args.dtype == "auto" and device.type == "cuda" else args.dtype, device)
     bandwidth, rows = copy_bandwidth(device.type), list[dict[str, Any]]()
     for shape in args.shapes:
@@ -224,7 +249,9 @@ def run(args: argparse.Namespace) -> None:
             for context in args.context:
                 _say(f"{shape}: batch {batch}, context {context}")
                 ids = torch.randint(target.vocab_size, (batch, context), device=device)
-                for step, seconds in steps_of(Case(shape, model, target, ids, args.repeats), args.nodes).items():
+                case = Case(shape, model, target, ids, args.repeats)
+                steps = steps_of(case, args.nodes) | captured_steps_of(case, args.nodes, args.steps, args.heads)
+                for step, seconds in steps.items():
                     rows.append(
                         {"shape": shape, "batch": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
                          "of_reading": round(seconds / reading, 3), "reading_ms": round(1000 * reading, 4)}
@@ -233,7 +260,7 @@ def run(args: argparse.Namespace) -> None:
     where = machine()
     place = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {where['threads']} threads"
     heading = f"{str(dtype).removeprefix('torch.')}, {place}, copy {bandwidth / 1e9:.0f} GB/s, {where['date']}"
-    text = table(rows)
+    text = "\n".join([table(rows), "", *(f"- {line}" for line in ratios(rows))])
     print(f"{heading}\n\n{text}")
     if args.output is None:
         return

@@ -60,6 +60,15 @@ class Buffers:
             torch.zeros(batch, 1 + steps, dtype=torch.long, device=device),
         )
 
+    @property
+    def columns(self) -> int:
+        """Tokens and nodes of a row that there is room for."""
+        return int(next(iter(self.stores.values())).shape[3])
+
+    def cache(self, target: Target) -> TreeCache:
+        """The target's cache over these stores."""
+        return TreeCache(target.layout, len(self.lengths), self.columns, self.stores)
+
     def tensors(self) -> list[Tensor]:
         """All of them in a fixed order, as `over` takes them."""
         memory = [] if self.memory is None else [self.memory]

@@ -39,7 +39,7 @@ class CapturedLoop(DecodeLoop):
                 self._run_captured()
         while self.rows:
             self.step()
-        self.cache_bytes = self.cache.nbytes()
+        self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
 
     def _can_go_on(self) -> bool:
         """Whether captured steps serve these settings, and the context has room for them."""
@@ -82,7 +82,7 @@ class CapturedLoop(DecodeLoop):
         return going
 
     def _room(self, plan: Plan) -> bool:
-        return max(len(row.text) for row in self.rows) + self._margin <= plan.columns
+        return max(len(row.text) for row in self.rows) + self._margin <= plan.buffers.columns
 
     def _load(self) -> Plan:
         """A plan with the running rows in it."""
@@ -95,6 +95,7 @@ class CapturedLoop(DecodeLoop):
         seed = settings.noise.seed if settings.noise is not None else 0
         index = [row.index for row in self.rows]
         plan.buffers.load(self.cache, memory, self._roots, self._features, index, seed)
+        self.cache_bytes = sum(store.nbytes for store in plan.buffers.stores.values())
         self.capture_seconds += self._now() - began
         return plan
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,11 +29,6 @@ class Plan:
     step: FixedStep
     buffers: Buffers
     run: Run
-
-    @property
-    def columns(self) -> int:
-        """Tokens and nodes of a row that there is room for."""
-        return next(iter(self.buffers.stores.values())).shape[3]
 
 
 class Plans:
@@ -65,6 +60,7 @@ class Plans:
         if devices != {target.device}:
             raise MedheadError(f"step {way!r} needs the whole model on one device, it is on {len(devices)}")
         self.target, self.proposer, self.way = target, proposer, way
+        self.say: Callable[[str], None] = lambda line: None  # told when something is made that takes a while
         self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
 
     def get(
@@ -84,6 +80,8 @@ class Plans:
         columns = columns_for(room)
         key = (rows, columns, samples, _signature(processors), features.dtype, _model_state(self.target))
         if key not in self._plans:
+            if self.way == "compiled":
+                self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens; the compiler remembers it")
             step = FixedStep(self.target, self.proposer, processors, samples)
             with torch.inference_mode(False), torch.no_grad():
                 buffers = Buffers.empty(self.target, rows, columns, step.steps, features, memory)

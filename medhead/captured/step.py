@@ -7,7 +7,6 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.acceptance import accept, pick
-from medhead.cache import TreeCache
 from medhead.captured.buffers import Buffers
 from medhead.noise import Noise
 from medhead.proposers.base import DecodeState, Proposer
@@ -39,8 +38,7 @@ class FixedStep:
     def __call__(self, buffers: Buffers) -> None:
         """Decode one step further; a row that is not alive stays as it is."""
         target, proposer, lengths = self.target, self.proposer, buffers.lengths
-        capacity = next(iter(buffers.stores.values())).shape[3]
-        cache = TreeCache(target.layout, len(lengths), capacity, buffers.stores)
+        cache = buffers.cache(target)
         noise = self._noise(buffers)
         state = DecodeState(target, [], buffers.roots, buffers.features, noise, self.temperature)
         tree = proposer.propose_at(state, buffers.memory, lengths)

@@ -1,0 +1,110 @@
+"""Captured steps on a model of random weights: the pass alone, whole steps over given trees, and whole steps with heads.
+
+Nothing is decoded: the buffers say that the rows have ended, so that every run is the same step at the same context.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import LogitsProcessorList
+
+from medhead.captured.buffers import Buffers
+from medhead.captured.plans import columns_for
+from medhead.captured.step import FixedStep
+from medhead.captured.ways import make
+from medhead.heads import HeadsConfig, build_heads
+from medhead.proposers.base import DecodeState, Proposer
+from medhead.proposers.heads import HeadsProposer
+from medhead.proposers.none import PlainProposer
+from medhead.tree import TokenTree
+
+if TYPE_CHECKING:
+    from medhead.target import Target
+
+DEPTH = 8  # of the heads
+ALONE = "the pass alone"
+
+
+class GivenTree(Proposer):
+    """A binary tree with tokens that mean nothing."""
+
+    capturable = True
+
+    def __init__(self, target: Target, nodes: int) -> None:
+        index = torch.arange(nodes, device=target.device)
+        tree = TokenTree.from_parents(index, ((index - 1) // 2).clamp(min=0))
+        self.tokens, self.parents, self.depth = tree.tokens[:, 1:], tree.parents, tree.depth
+        self.tree_size, self.max_depth = nodes, tree.max_depth
+
+    def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
+        """The tree under the roots."""
+        rows = len(state.roots)
+        tokens = torch.cat([state.roots[:, None], self.tokens.expand(rows, -1)], 1)
+        return TokenTree(tokens, self.parents.expand(rows, -1), self.depth.expand(rows, -1), self.max_depth)
+
+
+class PassAlone(FixedStep):
+    """The target's pass over the tree, and nothing else of a step."""
+
+    def __call__(self, buffers: Buffers) -> None:
+        """Verify."""
+        state = DecodeState(self.target, [], buffers.roots, buffers.features)
+        tree = self.proposer.propose_at(state, None, buffers.lengths)
+        logits, _ = self.target.verify_at(buffers.cache(self.target), tree, buffers.lengths)
+        buffers.out[:, 0].copy_(logits[:, 0, 0].long())  # somebody has to want the result
+
+
+def steps_of(
+    target: Target, rows: int, context: int, nodes: list[int], way: str, kinds: list[str]
+) -> Iterator[tuple[str, Callable[[], object]]]:
+    """Every kind of step with its name, ready to run; each is dropped before the next is made."""
+    proposers: dict[str, Proposer] = {"plain": PlainProposer()}
+    proposers |= {f"{count} nodes": GivenTree(target, count) for count in nodes}
+    with target.active():
+        for name, proposer in proposers.items():
+            if proposer.tree_size > 1:
+                yield f"{name}, {way}, {ALONE}", _ready(PassAlone(target, proposer, *_GREEDY), rows, context, way)
+            yield f"{name}, {way}", _ready(FixedStep(target, proposer, *_GREEDY), rows, context, way)
+    for kind in kinds:
+        heads = build_heads(shape_of(target, kind))
+        for count in nodes:
+            with_heads = HeadsProposer(target, heads, tree_size=count, dtype=target.dtype)
+            with target.active(with_heads.taps):
+                step = FixedStep(target, with_heads, *_GREEDY)
+                yield f"{count} nodes by {kind} heads, {way}", _ready(step, rows, context, way)
+
+
+_GREEDY = (LogitsProcessorList(), False)
+
+
+def shape_of(target: Target, kind: str) -> HeadsConfig:
+    """Heads as `medhead.training.finetune` makes them by default, for this target."""
+    size = target.hidden_size
+    taps = sorted({target.layers // 4, target.layers // 2, target.layers - 1}) if kind in ("block", "attention") else []
+    heads = max(1, size // 128)
+    return HeadsConfig(
+        kind=kind, depth=DEPTH, hidden_size=size, vocab_size=target.vocab_size, target_layers=target.layers,
+        inner_size=2 * size, correction_size=3 * size // 2, correction="recurrent" if kind == "block" else "none",
+        blocks=2, taps=taps, num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
+    )  # fmt: skip
+
+
+def _ready(step: FixedStep, rows: int, context: int, way: str) -> Callable[[], object]:
+    target, proposer = step.target, step.proposer
+    with torch.inference_mode(False), torch.no_grad():
+        proposer.begin(target, [[0] * context] * rows)
+        features = torch.zeros(rows, target.feature_size, dtype=target.dtype, device=target.device)
+        room = columns_for(context + proposer.tree_size + step.steps)
+        buffers = Buffers.empty(target, rows, room, step.steps, features, proposer.memory())
+        run = make(way, step, buffers)
+        buffers.lengths.fill_(context)
+
+    def once() -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            run()
+
+    return once
