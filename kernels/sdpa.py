@@ -9,7 +9,7 @@ from torch import Tensor
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
     """Masked attention; shapes as in `reference.attention`. Without a bias, several queries are causal."""
     causal = bias is None and query.shape[2] > 1
-    grouped = query.shape[1] != key.shape[1]
+    grouped = bool(query.shape[1] != key.shape[1])
     out = F.scaled_dot_product_attention(
         query, key, value, attn_mask=bias, is_causal=causal, scale=scale, enable_gqa=grouped
     )

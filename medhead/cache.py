@@ -10,6 +10,7 @@ import warnings
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,11 +29,18 @@ class Slot:
     device: torch.device
 
 
+Stores = dict[Slot, Any]  # `[slots, batch, heads, tokens, dim]` of every shape, or a list of its slots
+
+
 @dataclass(frozen=True)
 class CacheLayout:
     """What a target caches: for every layer with a cache of its own, the slots of its keys and values."""
 
     layers: dict[int, tuple[Slot, Slot]]
+
+    def slots(self) -> dict[Slot, int]:
+        """Every shape, in the order of `TreeCache.stores`, and how many layers' keys or values have it."""
+        return _places_of(self)[1]
 
     def bytes_per_token(self) -> int:
         """Memory of one token of one row."""
@@ -46,21 +54,33 @@ class TreeCache(Cache):
         layout: what the target caches, as found by probing it.
         batch: number of rows.
         capacity: tokens a row is expected to hold; the storage doubles when that was too few.
-        stores: storage that is there already, as `stores` of another cache gives it.
     """
 
-    def __init__(
-        self, layout: CacheLayout, batch: int, capacity: int, stores: dict[Slot, Tensor] | None = None
-    ) -> None:
-        super().__init__(layers=[])
-        self.layout = layout
-        self.lengths = [0] * batch  # committed tokens of every row, on the host
-        self._places, counts = _places_of(layout)
-        self.capacity = -(-capacity // PAGE) * PAGE
-        self._stores = stores or {
-            slot: torch.zeros(n, batch, slot.heads, self.capacity, slot.dim, dtype=slot.dtype, device=slot.device)
-            for slot, n in counts.items()
+    def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
+        capacity = -(-capacity // PAGE) * PAGE
+        stores = {
+            slot: torch.zeros(n, batch, slot.heads, capacity, slot.dim, dtype=slot.dtype, device=slot.device)
+            for slot, n in layout.slots().items()
         }
+        self._hold(layout, stores)
+        self.lengths = [0] * batch  # committed tokens of every row, on the host
+
+    @classmethod
+    def over(cls, layout: CacheLayout, stores: Stores) -> TreeCache:
+        """A cache over storage that is there already, as `stores` of another gives it; only the device knows its lengths.
+
+        Storage may be taken apart (`store.unbind()`): a compiler that sees one tensor change in many places copies all of it.
+        """
+        cache = cls.__new__(cls)
+        cache._hold(layout, stores)
+        cache.lengths = [0]
+        return cache
+
+    def _hold(self, layout: CacheLayout, stores: Stores) -> None:
+        super().__init__(layers=[])
+        self.layout, self._stores = layout, stores
+        self.capacity: int = next(iter(stores.values()))[0].shape[2]
+        self._places = _places_of(layout)[0]
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
         self._refresh_views()
         self._nodes = 0
@@ -70,24 +90,29 @@ class TreeCache(Cache):
 
     # ---------------------------------------------------------------- one pass
 
-    def begin(self, nodes: int) -> None:
-        """Prepare a pass over `nodes` nodes behind the committed prefix of every row; grows the storage if needed."""
+    def begin(self, nodes: int, spare: int = 0) -> None:
+        """Prepare a pass over `nodes` nodes behind the committed prefix of every row; grows the storage if needed.
+
+        Args:
+            nodes: of every row.
+            spare: columns that are to be left behind the nodes of the longest row.
+        """
         longest = max(self.lengths)
         self._nodes, self._used = nodes, longest + nodes
         self._start = longest if min(self.lengths) == longest else None
-        if self._used > self.capacity:
-            self._grow(self._used)
+        if self._used + spare > self.capacity:
+            self._grow(self._used + spare)
         if self._start is None:
             where = torch.tensor(self.lengths)[:, None] + torch.arange(nodes)  # [batch, nodes]
             devices = {slot.device for slot in self._stores}
             self._rows_index = {device: where.to(device)[:, None, :, None] for device in devices}
 
-    def begin_at(self, lengths: Tensor, nodes: int) -> None:
-        """Prepare a pass behind prefixes whose lengths `[batch]` only the device knows; attention sees all columns.
+    def begin_at(self, lengths: Tensor, nodes: int, columns: int | None = None) -> None:
+        """Prepare a pass behind prefixes whose lengths `[batch]` only the device knows.
 
-        There must be room for the nodes: nobody looks.
+        Attention sees so many columns, all if None. There must be room for the nodes: nobody looks.
         """
-        self._nodes, self._used, self._start = nodes, self.capacity, None
+        self._nodes, self._used, self._start = nodes, self.capacity if columns is None else columns, None
         where = (lengths[:, None] + torch.arange(nodes, device=lengths.device))[:, None, :, None]
         self._rows_index = {device: where.to(device) for device in {slot.device for slot in self._stores}}
 
@@ -95,7 +120,10 @@ class TreeCache(Cache):
         """`commit` after `begin_at`: lengths and counts `[batch]` stay on the device, and the caller adds one to the other."""
         for slot, store in self._stores.items():
             on_slot = path.to(slot.device), lengths.to(slot.device)
-            if moves_by_kernel(slot.device):
+            if isinstance(store, list):
+                for part in store:
+                    _move_rows(part[None], *on_slot)
+            elif moves_by_kernel(slot.device):
                 from medhead.kernels import ops
 
                 ops.move(store, *on_slot, counts.to(slot.device))
@@ -103,7 +131,7 @@ class TreeCache(Cache):
                 _move_rows(store, *on_slot)
 
     @property
-    def stores(self) -> dict[Slot, Tensor]:
+    def stores(self) -> Stores:
         """`[slots, batch, heads, capacity, dim]` of every shape."""
         return self._stores
 

@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import options
 from medhead.acceptance import TypicalAcceptance
-from medhead.captured import CapturedLoop, Plans
+from medhead.captured import CapturedLoop, CompiledTarget, Plans
 from medhead.check import CheckReport, check
 from medhead.errors import MedheadError
 from medhead.hook import restore_generate, teach_generate
@@ -110,7 +110,10 @@ class Decoder:
         step: str = "loop",
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe, attention)
+        if isinstance(model, Target):
+            self.target = model
+        else:
+            self.target = (CompiledTarget if step == "compiled" else Target)(model, probe, attention)
         self.model = self.target.model
         if proposer is None:
             proposer = "heads" if "shape" in options else "hybrid"
@@ -122,7 +125,8 @@ class Decoder:
             given = sorted([*options, *(["tree_size"] if tree_size is not None else [])])
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
         self.proposer, self.typical = proposer, typical
-        self.plans = None if step == "loop" else Plans(self.target, self.proposer, step)
+        in_pieces = step == "compiled" and not self.proposer.capturable and isinstance(self.target, CompiledTarget)
+        self.plans = None if step == "loop" or in_pieces else Plans(self.target, self.proposer, step)
         self.statistics = Statistics()
         self.on_pass: Callable[[Row, list[int]], None] | None = None  # called with a row and the tokens of each pass
         self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None

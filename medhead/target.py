@@ -39,6 +39,8 @@ class Target:
             not go through transformers' registry, an encoder).
     """
 
+    name_of_pass = ""  # what tells its passes from plain ones, for those who remember what they cost
+
     def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -127,18 +129,45 @@ class Target:
         current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
         current.host_lengths = tuple(cache.lengths)
         cache.begin(tree.nodes)
-        return self._forward(cache, tree.tokens, tree.depth, self._with_backend(current, tree))
+        if self._takes_words(tree.nodes):
+            current.backend, current.words = self.backend, tree.ancestor_words
+        return self._forward(cache, tree.tokens, tree.depth, current)
 
-    def verify_at(self, cache: TreeCache, tree: TokenTree, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The same pass behind prefixes whose lengths `[batch]` only the device knows: over all columns of the cache.
+    def verify_at(
+        self, cache: TreeCache, tree: TokenTree, lengths: Tensor, columns: int | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The same pass behind prefixes whose lengths `[batch]` only the device knows.
 
         All shapes depend on those of the arguments alone and the host reads nothing, so it can be part of a CUDA graph.
+
+        Args:
+            cache: with room for the nodes.
+            tree: what to verify.
+            lengths: committed tokens of every row.
+            columns: columns of the cache that attention looks at, prefix and nodes among them; all of them if None.
         """
-        visible, longest = None if tree.nodes == 1 else tree.visible, cache.capacity - tree.nodes
+        words = tree.ancestor_words if self._takes_words(tree.nodes) else None
+        return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths, columns)
+
+    def verify_nodes(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        depth: Tensor,
+        visible: Tensor,
+        words: Tensor | None,
+        lengths: Tensor,
+        columns: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`verify_at` for the parts of a tree; `words` where the backend wants them."""
+        nodes = tokens.shape[1]
+        longest = (cache.capacity if columns is None else columns) - nodes
         plain = self.backend.name == "reference"
-        current = TreePass(lengths, longest, tree.depth, visible, tree.nodes, plain)
-        cache.begin_at(lengths, tree.nodes)
-        return self._forward(cache, tree.tokens, tree.depth, self._with_backend(current, tree))
+        current = TreePass(lengths, longest, depth, None if nodes == 1 else visible, nodes, plain)
+        if words is not None:
+            current.backend, current.words = self.backend, words
+        cache.begin_at(lengths, nodes, columns)
+        return self._forward(cache, tokens, depth, current)
 
     def prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
@@ -228,10 +257,9 @@ class Target:
         plain = self.backend.name == "reference"
         return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain)
 
-    def _with_backend(self, current: TreePass, tree: TokenTree) -> TreePass:
-        if not self.backend.dense and tree.nodes <= MOST_NODES:
-            current.backend, current.words = self.backend, tree.ancestor_words
-        return current
+    def _takes_words(self, nodes: int) -> bool:
+        """Whether a kernel backend serves a pass over so many nodes."""
+        return not self.backend.dense and nodes <= MOST_NODES
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.longest if current.lengths is None else current.lengths[:, None]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medhead.cache import Slot, TreeCache
+from medhead.cache import Stores, TreeCache
 from medhead.noise import halves
 from medhead.target import Target
 
@@ -28,7 +28,7 @@ class Buffers:
         out: `[batch, 1 + steps]` int64, what the last step emitted: how many tokens, then the tokens.
     """
 
-    stores: dict[Slot, Tensor]
+    stores: Stores
     memory: Tensor | None
     lengths: Tensor
     alive: Tensor
@@ -63,23 +63,25 @@ class Buffers:
     @property
     def columns(self) -> int:
         """Tokens and nodes of a row that there is room for."""
-        return int(next(iter(self.stores.values())).shape[3])
+        return int(next(iter(self.stores.values()))[0].shape[2])
 
     def cache(self, target: Target) -> TreeCache:
         """The target's cache over these stores."""
-        return TreeCache(target.layout, len(self.lengths), self.columns, self.stores)
+        return TreeCache.over(target.layout, self.stores)
 
-    def tensors(self) -> list[Tensor]:
-        """All of them in a fixed order, as `over` takes them."""
+    def tensors(self, apart: bool = False) -> list[Tensor]:
+        """All of them in a fixed order, as `over` takes them; with every layer's keys and values on their own if `apart`."""
+        stores = [part for store in self.stores.values() for part in (store.unbind() if apart else [store])]
         memory = [] if self.memory is None else [self.memory]
         rest = [self.lengths, self.alive, self.roots, self.features, self.index, self.seed, self.out]
-        return [*self.stores.values(), *memory, *rest]
+        return [*stores, *memory, *rest]
 
-    def over(self, tensors: list[Tensor]) -> Buffers:
+    def over(self, tensors: list[Tensor], apart: bool = False) -> Buffers:
         """The same form over other tensors."""
-        stores = dict(zip(self.stores, tensors[: len(self.stores)], strict=True))
-        rest = tensors[len(self.stores) :]
-        return Buffers(stores, *([None] if self.memory is None else []), *rest)
+        left, stores = iter(tensors), {}
+        for slot, store in self.stores.items():
+            stores[slot] = [next(left) for _ in store] if apart else next(left)
+        return Buffers(stores, None if self.memory is None else next(left), *left)
 
     def load(
         self,

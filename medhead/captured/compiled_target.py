@@ -1,0 +1,94 @@
+"""A target whose verify pass is compiled, for proposers that work on the host: their steps cannot be one piece.
+
+The pass is recorded with sizes that stay open (nodes, columns, capacity), so that one compiled pass serves trees of every
+size and texts of every length; another one serves plain decoding, and two more serve batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from medhead.cache import TreeCache
+from medhead.captured.ways import compile_open
+from medhead.errors import MedheadError
+from medhead.target import Target
+from medhead.tree import TokenTree
+
+_PRIMES = (1009, 521, 257, 131, 67, 37, 23, 17, 13, 11, 7, 5)  # sizes to record with; no two that may differ are equal
+
+
+class CompiledTarget(Target):
+    """See `Target`.
+
+    Attributes:
+        say: told when something is compiled, which takes a while.
+    """
+
+    name_of_pass = ", compiled"
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._ready = False  # the probe's passes are not worth compiling
+        super().__init__(*args, **kwargs)
+        self.say: Callable[[str], None] = lambda line: None
+        self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._ready = self.backend.name != "flash"  # which asks the host
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """See `Target.verify`.
+
+        Raises:
+            MedheadError: the pass is compiled now, and cannot be.
+        """
+        if not self._ready:
+            return super().verify(cache, tree)
+        cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
+        words = [tree.ancestor_words] if self._takes_words(tree.nodes) else []
+        lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
+        stores = [part for store in cache.stores.values() for part in store.unbind()]
+        given = [tree.tokens, tree.depth, tree.visible, lengths, places, *words, *stores]
+        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps)
+        if key not in self._passes:
+            self._passes[key] = self._compile(tree, bool(words), given)
+        return self._passes[key](*given)
+
+    def _compile(self, tree: TokenTree, with_words: bool, given: list[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+        rows = "one text" if tree.batch == 1 else "batches"
+        self.say(
+            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows}; the compiler remembers it"
+        )
+        slots = self.layout.slots()
+
+        def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, places: Tensor, *rest: Tensor) -> Any:
+            words, stores = (rest[0], rest[1:]) if with_words else (None, rest)
+            left = iter(stores)
+            cache = TreeCache.over(self.layout, {slot: [next(left) for _ in range(n)] for slot, n in slots.items()})
+            return self.verify_nodes(cache, tokens, depth, visible, words, lengths, places.shape[0])
+
+        try:
+            with torch.inference_mode(False):
+                examples = list(self._examples(tree, given))
+            compiled = compile_open(run, examples, given)  # what this writes, the pass that follows writes again
+        except Exception as error:  # whatever a model or the compiler throws
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            raise MedheadError(
+                f"the pass of {self.name} cannot be compiled ({reason}); decode with step='loop'"
+            ) from error
+        return compiled
+
+    def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
+        """Tensors like those given, of sizes that tell nodes, rows, columns and capacity apart from everything else."""
+        taken = {size for tensor in given for size in tensor.shape} | {self.hidden_size, self.vocab_size}
+        capacity, columns, nodes, rows = [prime for prime in _PRIMES if prime not in taken][:4]
+        rows, nodes = 1 if tree.batch == 1 else rows, 1 if tree.nodes == 1 else nodes
+        sizes = [(rows, nodes), (rows, nodes), (rows, nodes, nodes), (rows,), (columns,)]
+        stores = sum(self.layout.slots().values())
+        if len(given) > len(sizes) + stores:
+            sizes.append((rows, nodes, given[len(sizes)].shape[2]))
+        for tensor, size in zip(given, sizes, strict=False):
+            yield tensor.new_zeros(size)
+        for store in given[-stores:]:
+            yield store.new_zeros(rows, store.shape[1], capacity, store.shape[3])
