@@ -83,8 +83,8 @@ def parser() -> argparse.ArgumentParser:
     )
     what.add_argument(
         "--step", default="loop", choices=STEPS,
-        help="how a step is run; with the proposers heads and none it can be a CUDA graph, or compiled (a minute or two "
-        "the first time; then the compiler remembers)",
+        help="how a step is run; with the proposers heads and none it can be a CUDA graph; with any, "
+        "what can be is compiled, which takes a minute and pays for long work",
     )  # fmt: skip
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")

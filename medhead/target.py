@@ -39,6 +39,7 @@ class Target:
             not go through transformers' registry, an encoder).
     """
 
+    compiles = False  # whether `compiled` compiles
     name_of_pass = ""  # what tells its passes from plain ones, for those who remember what they cost
 
     def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
@@ -132,6 +133,16 @@ class Target:
         if self._takes_words(tree.nodes):
             current.backend, current.words = self.backend, tree.ancestor_words
         return self._forward(cache, tree.tokens, tree.depth, current)
+
+    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
+        """A compiled function of tensors of just these sizes, for proposers; None where nothing is compiled.
+
+        Args:
+            what: its name, for people.
+            run: must not read tensors.
+            given: arguments that it is called with while it is compiled.
+        """
+        return None
 
     def verify_at(
         self, cache: TreeCache, tree: TokenTree, lengths: Tensor, columns: int | None = None

@@ -80,7 +80,7 @@ class Buffers:
         """The same form over other tensors."""
         left, stores = iter(tensors), {}
         for slot, store in self.stores.items():
-            stores[slot] = [next(left) for _ in store] if apart else next(left)
+            stores[slot] = [next(left) for _ in range(len(store))] if apart else next(left)
         return Buffers(stores, None if self.memory is None else next(left), *left)
 
     def load(

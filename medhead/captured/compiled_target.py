@@ -7,13 +7,14 @@ size and texts of every length; another one serves plain decoding, and two more 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from medhead.cache import TreeCache
-from medhead.captured.ways import compile_open
+from medhead.captured.compiling import compile_fixed, compile_open
 from medhead.errors import MedheadError
 from medhead.target import Target
 from medhead.tree import TokenTree
@@ -28,7 +29,7 @@ class CompiledTarget(Target):
         say: told when something is compiled, which takes a while.
     """
 
-    name_of_pass = ", compiled"
+    compiles, name_of_pass = True, ", compiled"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._ready = False  # the probe's passes are not worth compiling
@@ -55,11 +56,15 @@ class CompiledTarget(Target):
             self._passes[key] = self._compile(tree, bool(words), given)
         return self._passes[key](*given)
 
+    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
+        """See `Target.compiled`."""
+        self.say(f"compiling {what}")
+        with _one_line(what):
+            return compile_fixed(run, given)
+
     def _compile(self, tree: TokenTree, with_words: bool, given: list[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
-        self.say(
-            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows}; the compiler remembers it"
-        )
+        self.say(f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)")
         slots = self.layout.slots()
 
         def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, places: Tensor, *rest: Tensor) -> Any:
@@ -68,16 +73,10 @@ class CompiledTarget(Target):
             cache = TreeCache.over(self.layout, {slot: [next(left) for _ in range(n)] for slot, n in slots.items()})
             return self.verify_nodes(cache, tokens, depth, visible, words, lengths, places.shape[0])
 
-        try:
-            with torch.inference_mode(False):
-                examples = list(self._examples(tree, given))
-            compiled = compile_open(run, examples, given)  # what this writes, the pass that follows writes again
-        except Exception as error:  # whatever a model or the compiler throws
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-            raise MedheadError(
-                f"the pass of {self.name} cannot be compiled ({reason}); decode with step='loop'"
-            ) from error
-        return compiled
+        with torch.inference_mode(False):
+            examples = list(self._examples(tree, given))
+        with _one_line(f"the pass of {self.name}"):
+            return compile_open(run, examples, given)  # what this writes, the pass that follows writes again
 
     def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
         """Tensors like those given, of sizes that tell nodes, rows, columns and capacity apart from everything else."""
@@ -92,3 +91,13 @@ class CompiledTarget(Target):
             yield tensor.new_zeros(size)
         for store in given[-stores:]:
             yield store.new_zeros(rows, store.shape[1], capacity, store.shape[3])
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Whatever a model or the compiler throws, as a MedheadError."""
+    try:
+        yield
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise MedheadError(f"{what} cannot be compiled ({reason}); decode with step='loop'") from error

@@ -81,7 +81,7 @@ class Plans:
         key = (rows, columns, samples, _signature(processors), features.dtype, _model_state(self.target))
         if key not in self._plans:
             if self.way == "compiled":
-                self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens; the compiler remembers it")
+                self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens (a minute)")
             step = FixedStep(self.target, self.proposer, processors, samples)
             with torch.inference_mode(False), torch.no_grad():
                 buffers = Buffers.empty(self.target, rows, columns, step.steps, features, memory)

@@ -7,25 +7,20 @@ operations without running them and plays them back, proves that on any machine.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._inductor import config as inductor
 from torch.fx import GraphModule
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from medhead.captured.buffers import Buffers
+from medhead.captured.compiling import compile_tape, write_down
 from medhead.captured.step import FixedStep
 from medhead.errors import MedheadError
 
 Run = Callable[[], object]
 _WARM = 3  # runs before a capture: kernels are compiled and tuned, tables are made
-# Weights are packed once for the few rows of a tree, and the compiler's own products read them at the speed of memory; BLAS
-# packs them anew in every product. Measured on AVX2: a pass over 12 nodes of the demo model in 4.5 ms instead of 7.8 ms.
-_FOR_CPU = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 _pools: dict[torch.device, Any] = {}  # graphs of a device share memory
 
 
@@ -44,7 +39,7 @@ def compiled(step: FixedStep, buffers: Buffers) -> Run:
     """Let PyTorch's compiler fuse what was recorded; on CUDA the result is captured."""
     apart = step.target.device.type == "cpu"  # on CUDA a kernel moves the rows of all layers at once
     tensors = buffers.tensors(apart)
-    compiles = _compile(record(step, buffers, apart), tensors, dynamic=False)
+    compiles = compile_tape(record(step, buffers, apart), tensors, dynamic=False)
 
     def run() -> None:
         compiles(*tensors)
@@ -92,47 +87,7 @@ def record(step: FixedStep, buffers: Buffers, apart: bool = False) -> GraphModul
     def run(*tensors: Tensor) -> None:
         step(buffers.over(list(tensors), apart))
 
-    return _record(run, buffers.tensors(apart), "fake")
-
-
-def compile_open(run: Callable[..., Any], examples: list[Tensor], given: list[Tensor]) -> Callable[..., Any]:
-    """Compile a function of tensors whose sizes stay open.
-
-    Args:
-        run: what to compile; it must not read tensors.
-        examples: arguments. Their sizes above 1 stay open, and sizes that are equal here must always be.
-        given: arguments that it is called with now, so that it is compiled when this returns.
-    """
-    with torch.inference_mode(False), torch.no_grad():
-        tape = _record(run, examples, "symbolic")
-    return _compile(tape, given, dynamic=True)
-
-
-def _compile(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
-    """The compiled tape, after its first call."""
-    tape._lineno_map = None  # the compiler (2.13) looks lines up in it that are not there
-    compiles: Callable[..., Any] = torch.compile(tape, dynamic=dynamic)
-    if given[0].device.type != "cpu":
-        compiles(*given)
-        return compiles
-    try:
-        with inductor.patch(_FOR_CPU):
-            compiles(*given)
-    except Exception as error:  # a type that the compiler has no product of its own for
-        if "NoValidChoices" not in str(error):
-            raise
-        compiles = torch.compile(tape, dynamic=dynamic)
-        compiles(*given)
-    return compiles
-
-
-def _record(run: Callable[..., Any], examples: list[Tensor], mode: str) -> GraphModule:
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True  # what fails is said in one line by those who ask
-    try:
-        return make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(*examples)
-    finally:
-        log.disabled = before
+    return write_down(run, buffers.tensors(apart), "fake")
 
 
 def _captured(run: Run, device: torch.device) -> Run:

@@ -96,6 +96,7 @@ class HeadsProposer(Proposer):
         self.readout = Readout(self.heads, target, dtype)
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
+        self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
         self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
@@ -178,9 +179,7 @@ class HeadsProposer(Proposer):
         if depth < 1:
             return None
         began = time.perf_counter()
-        expander = self._expander(state, self._view(), self.branching, depth)
-        nodes = self.tree_size if self._sized else None
-        found = grow(state.roots, expander, depth, self.width, nodes, least=math.log(max(self.least, 1e-9)))
+        found = self._grown(state, depth)
         level = (time.perf_counter() - began) / len(found.levels)
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found
@@ -216,6 +215,33 @@ class HeadsProposer(Proposer):
             self._memory = MemoryStore.of(memory, lengths)
 
     # ---------------------------------------------------------------- inside
+
+    def _grown(self, state: DecodeState, depth: int) -> Candidates:
+        if len(state.roots) == 1 and self._memory is None and depth == self.max_depth and state.target.compiles:
+            return self._grown_compiled(state, depth)
+        expander = self._expander(state, self._view(), self.branching, depth)
+        nodes = self.tree_size if self._sized else None
+        return grow(state.roots, expander, depth, self.width, nodes, least=math.log(max(self.least, 1e-9)))
+
+    def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
+        """The same as one compiled function, which always looks as deep as it can."""
+        given = [state.roots, state.features]
+        if state.noise is not None:
+            temperature = torch.as_tensor(state.temperature, device=state.roots.device)
+            given += [state.noise[:, :depth].contiguous(), temperature]
+
+        def run(roots: Tensor, features: Tensor, noise: Tensor | None = None, temperature: Tensor | None = None) -> Any:
+            over = DecodeState(state.target, [], roots, features, noise, 1.0 if temperature is None else temperature)
+            found = grow(roots, self._expander(over, None, self.branching, depth), depth, self.width)
+            return found.tokens, found.above, found.scores, found.levels
+
+        if len(given) not in self._compiled:
+            levels = run(*given)[3]  # eagerly, before anything is written down: tables are made
+            compiled = state.target.compiled("the guesses of the heads", lambda *tensors: run(*tensors)[:3], given)
+            assert compiled is not None, "a target that compiles"
+            self._compiled[len(given)] = compiled, levels
+        compiled, levels = self._compiled[len(given)]
+        return Candidates(*compiled(*given), levels)
 
     @property
     def least(self) -> float:
