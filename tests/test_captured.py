@@ -231,6 +231,7 @@ def test_other_proposers_for_a_while_use_the_ordinary_loop(target: Target) -> No
     assert captured.check(prompts()["input_ids"], max_new_tokens=10).identical
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++, which is not installed")
 def test_compiled() -> None:
     target = Target(tiny_llama(num_hidden_layers=1), probe=False)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import CompileConfig, PreTrainedModel
 
+from medhead.captured import CompiledTarget
 from medhead.decoder import Decoder, Statistics
 from medhead.heads import load_heads
 from medhead.target import Target
@@ -82,7 +83,7 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
 
     target = Target(model)
 
-    def ours(name: str, proposer: str, **options: Any) -> Contestant:
+    def ours(name: str, proposer: str, target: Target = target, **options: Any) -> Contestant:
         decoder = Decoder(target, proposer, **options)
 
         def run(ids: Tensor) -> Tensor:
@@ -108,6 +109,10 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
         if lineup.heads:
             options = {"heads": load_heads(lineup.heads[0], target), "tree_size": lineup.tree_size, "step": step}
             found.append(ours(f"medhead heads, {step}", "heads", **options))
+        if step == "compiled" and "hybrid" in lineup.proposers:  # in pieces: its members work on the host
+            options = {"heads": lineup.heads[0]} if lineup.heads else {}
+            hybrid = {"target": CompiledTarget(model), "tree_size": lineup.tree_size, "step": step}
+            found.append(ours(f"medhead hybrid, {step}", "hybrid", **hybrid, **options))
     for size in lineup.tree_sizes:
         found.append(ours(f"medhead heads, {size} nodes", "heads", heads=lineup.heads[0], tree_size=size))
     return found

@@ -50,7 +50,7 @@ def compile_open(run: Callable[..., Any], examples: list[Tensor], given: list[Te
 
 def compile_tape(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
     """The compiled tape, after its first call."""
-    tape = _tidy(tape)
+    tape = _tidy(tape, given)
     compiles: Callable[..., Any] = torch.compile(tape, dynamic=dynamic)
     if given[0].device.type != "cpu":
         compiles(*given)
@@ -82,14 +82,17 @@ def write_down(run: Callable[..., Any], examples: list[Tensor], mode: str) -> Gr
         log.disabled = before
 
 
-def _tidy(tape: GraphModule) -> GraphModule:
-    """The same without what nobody uses: packing weights, the compiler (2.13) takes one for another if some are not used."""
+def _tidy(tape: GraphModule, given: list[Tensor]) -> GraphModule:
+    """The same without what nobody uses.
+
+    Packing weights, the compiler (2.13) takes one for another where a constant shares memory with an argument that changes.
+    """
+    changing = {tensor.untyped_storage().data_ptr() for tensor in given}
     tape.graph.eliminate_dead_code(_acts)
-    tape = GraphModule(tape, tape.graph)  # takes over what the graph names
-    for name, constant in list(vars(tape).items()):
-        if isinstance(constant, Tensor):  # as buffers they are packed too
-            delattr(tape, name)
-            tape.register_buffer(name, constant, persistent=False)
+    tape = GraphModule(tape, tape.graph)  # takes over what the graph names, parameters and buffers
+    for name, constant in [*tape.named_parameters(), *tape.named_buffers()]:
+        if constant.untyped_storage().data_ptr() in changing:
+            raise ValueError(f"the constant {name} shares memory with an argument")
     tape._lineno_map = None  # the compiler looks lines up in it that are not there
     return tape
 

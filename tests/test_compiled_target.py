@@ -1,0 +1,114 @@
+"""Compiled pieces for proposers that work on the host: one pass for trees of all sizes, and the text of plain decoding."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from conftest import noise_heads, tiny_llama
+from test_captured import SAMPLED, plain_text, prompts
+from torch import Tensor
+
+from medhead import Decoder, MedheadError
+from medhead.captured import CompiledTarget
+from medhead.captured.compiling import compile_tape, write_down
+from medhead.costs import measure_costs
+from medhead.target import Target
+from medhead.tree import TokenTree
+
+needs_compiler = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++, which is not installed"
+)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> CompiledTarget:
+    return CompiledTarget(tiny_llama(num_hidden_layers=1, context=400), probe=False)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_one_pass_serves_all_sizes(compiled: CompiledTarget) -> None:
+    """Trees of every size, texts of every length, caches that grow: logits of the ordinary pass, compiled once."""
+    said: list[str] = []
+    compiled.say = said.append
+    plain = Target(compiled.model, probe=False)
+    for length, nodes in ((5, 4), (9, 1), (70, 9), (62, 2), (128, 33), (63, 1)):
+        trees = TokenTree.from_parents(torch.arange(3, 3 + nodes), (torch.arange(nodes) - 1).clamp(min=0) // 2)
+        found = []
+        for target in (plain, compiled):
+            with torch.inference_mode(), target.active():
+                cache = target.new_cache(1, length + nodes)
+                target.prefill(cache, [[7 + token % 40 for token in range(length)]])
+                again = len(said) == 2  # both are compiled
+                with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
+                    found.append(target.verify(cache, trees))
+        for ours, theirs in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    assert len(said) == 2  # trees, one node
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[str, Any]) -> None:
+    heads = noise_heads(compiled, depth=2)
+    decoder = Decoder(compiled, "hybrid", heads=heads, step="compiled", tree_size=9)
+    assert decoder.plans is None
+    given = {**prompts(rows=1), "max_new_tokens": 40, "eos_token_id": None, **sampling}
+    assert torch.equal(decoder.generate(**given), plain_text(Target(compiled.model, probe=False), **given))
+
+
+@needs_compiler
+def test_costs_do_not_count_the_compiling(compiled: CompiledTarget) -> None:
+    with torch.inference_mode(), compiled.active():
+        assert measure_costs(compiled, 1, 8)(1) < 0.1
+
+
+def test_a_decoder_compiles_what_its_proposer_lets_it() -> None:
+    model = tiny_llama()
+    assert isinstance(Decoder(model, "ngram", step="compiled").target, CompiledTarget)
+    assert Decoder(model, "none", step="compiled").plans is not None
+    assert type(Decoder(model, "ngram").target) is Target
+
+
+def test_a_pass_that_asks_the_host_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = CompiledTarget(tiny_llama(), probe=False)
+    before = target.verify_nodes
+
+    def asks(cache: Any, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        assert int(tokens.max()) >= 0
+        return before(cache, tokens, *rest)
+
+    monkeypatch.setattr(target, "verify_nodes", asks)
+    with pytest.raises(MedheadError, match=r"the pass of LlamaForCausalLM cannot be compiled .*step='loop'"):
+        Decoder(target, "ngram", step="compiled").generate(**prompts(), max_new_tokens=4)
+
+
+@needs_compiler
+def test_what_nobody_uses_does_not_confuse_the_packing() -> None:
+    """The store's parts are arguments that change; a dead look at the store itself would make weights change places."""
+    weights, store = [torch.nn.Parameter(torch.randn(16, 16)) for _ in range(2)], torch.zeros(2, 3, 16)
+
+    def run(x: Tensor, first: Tensor, second: Tensor) -> None:
+        store.unbind()
+        first.copy_(x @ weights[0].t())
+        second.copy_(first @ weights[1].t())
+
+    given = [torch.randn(3, 16), *store.unbind()]
+    with torch.no_grad():
+        compile_tape(write_down(run, given, "fake"), given, dynamic=False)
+        torch.testing.assert_close(store[1], given[0] @ weights[0].t() @ weights[1].t())
+
+
+def test_a_constant_that_changes_is_refused() -> None:
+    store = torch.zeros(2, 3)
+
+    def run(first: Tensor, second: Tensor) -> None:
+        first.copy_(store[1] + second)
+
+    given = list(store.unbind())
+    with torch.no_grad(), pytest.raises(ValueError, match="shares memory with an argument"):
+        compile_tape(write_down(run, given, "fake"), given, dynamic=False)
