@@ -112,7 +112,7 @@ class TreePass:
         lengths = self.lengths.to(device)
         seen = (torch.arange(keys, device=device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
         where = lengths[:, None, None] + torch.arange(nodes, device=device)
-        tree = tree.expand(len(lengths), nodes, nodes)
+        tree = tree.expand(lengths.shape[0], nodes, nodes)  # `len` would fix the batch of a recorded pass
         return seen.scatter_(2, where.expand_as(tree), tree)
 
     def _allowed(self, rule: Callable, device: torch.device) -> Tensor:

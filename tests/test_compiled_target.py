@@ -52,6 +52,28 @@ def test_one_pass_serves_all_sizes(compiled: CompiledTarget) -> None:
 
 @pytest.mark.slow
 @needs_compiler
+def test_one_pass_serves_all_batches(compiled: CompiledTarget) -> None:
+    """Batches of two, three and five ragged texts, with trees that differ from row to row."""
+    said: list[str] = []
+    compiled.say = said.append
+    plain = Target(compiled.model, probe=False)
+    for lengths, nodes in (([5, 9], 4), ([3, 70, 20], 6), ([1, 2, 3, 64, 5], 3)):
+        parents = torch.stack([(torch.arange(nodes) - 1 - row % 2).clamp(min=0) for row in range(len(lengths))])
+        trees = TokenTree.from_parents(torch.arange(3, 3 + nodes).expand(len(lengths), -1), parents)
+        found = []
+        for target in (plain, compiled):
+            with torch.inference_mode(), target.active():
+                cache = target.new_cache(len(lengths), max(lengths) + nodes)
+                target.prefill(cache, [[7 + token % 40 for token in range(length)] for length in lengths])
+                with torch.compiler.set_stance("fail_on_recompile" if said else "default"):
+                    found.append(target.verify(cache, trees))
+        for ours, theirs in zip(found[1], found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+    assert len(said) == 1
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[str, Any]) -> None:
     heads = noise_heads(compiled, depth=2)

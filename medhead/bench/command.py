@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--tree-size", type=int, help="nodes of every proposer's tree (default: each one's own)")
     options.add_argument("--tree-sizes", type=int, nargs="+", default=[], help="further trees of the first heads")
     options.add_argument("--steps", nargs="+", choices=sorted(WAYS), default=[], metavar="WAY",
-                         help="captured steps too: compiled, graph (and transformers compiled beside them)")  # fmt: skip
+                         help="captured steps too: compiled, graph; in the first type alone")  # fmt: skip
     options.add_argument("--dtypes", nargs="+", default=None, metavar="TYPE",
                          help="types to choose the faster from (default: float32 bfloat16 on a CPU, else bfloat16)")  # fmt: skip
     options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
@@ -117,7 +118,8 @@ def run(args: argparse.Namespace) -> None:
         model = load_model(model_name, device, dtype, args.trust_remote_code)
         if args.ignore_end:
             model.generation_config.eos_token_id = None
-        by_type[str(dtype).removeprefix("torch.")] = contestants(model, lineup)
+        taking_part = lineup if dtype == dtypes[0] else replace(lineup, steps=())  # compiling takes minutes
+        by_type[str(dtype).removeprefix("torch.")] = contestants(model, taking_part)
     longest = _context(model) - args.new_tokens
     if longest < 1:
         raise MedheadError(

@@ -74,8 +74,13 @@ def faster_types(
     """Each contestant in the type in which it decodes faster, measured on a few prompts, interleaved."""
     if len(by_type) == 1:
         return next(iter(by_type.values()))
-    chosen = []
-    for same in zip(*by_type.values(), strict=True):
+    chosen, named = [], dict[str, list[Contestant]]()
+    for one in (one for field_ in by_type.values() for one in field_):
+        named.setdefault(one.name, []).append(one)
+    for same in named.values():
+        if len(same) == 1:  # in one type alone
+            chosen.append(same[0])
+            continue
         rates: dict[str, list[float]] = {one.dtype: [] for one in same}
         for turn in range(repeats + 1):
             for one in same:
@@ -107,7 +112,7 @@ def measure(
         field_: the contestants.
         references: for each type, the one whose text the others' must be (plain decoding); not timed.
         prompts: ids `[1, tokens]` each.
-        repeats: runs of each prompt; its time is their median.
+        repeats: runs of each prompt; its time is their median, the time to capture steps taken out.
         progress: called after every run.
     """
     found = [Measured(one.name, one.dtype, one.nodes) for one in field_]
@@ -122,8 +127,9 @@ def measure(
                 began = time.perf_counter()
                 texts[at] = field_[at].run(ids)
                 _synchronize(ids)
-                seconds[at].append(time.perf_counter() - began)
-                add_statistics(found[at], field_[at].statistics())
+                spent, given = time.perf_counter() - began, field_[at].statistics()
+                seconds[at].append(spent - (given.capture_seconds if given else 0.0))
+                add_statistics(found[at], given)
                 progress()
         expected = {dtype: one.run(ids) for dtype, one in references.items()}
         for at, result in enumerate(found):

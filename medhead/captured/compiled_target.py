@@ -19,7 +19,7 @@ from medhead.errors import MedheadError
 from medhead.target import Target
 from medhead.tree import TokenTree
 
-_PRIMES = (1009, 521, 257, 131, 67, 37, 23, 17, 13, 11, 7, 5)  # sizes to record with; no two that may differ are equal
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to compile with; no two that may differ are equal
 
 
 class CompiledTarget(Target):
@@ -50,7 +50,8 @@ class CompiledTarget(Target):
         words = [tree.ancestor_words] if self._takes_words(tree.nodes) else []
         lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
         stores = [part for store in cache.stores.values() for part in store.unbind()]
-        given = [tree.tokens, tree.depth, tree.visible, lengths, places, *words, *stores]
+        parts = [part.contiguous() for part in (tree.tokens, tree.depth, tree.visible, *words)]  # strides are not open
+        given = [*parts[:3], lengths, places, *parts[3:], *stores]
         key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps)
         if key not in self._passes:
             self._passes[key] = self._compile(tree, bool(words), given)
@@ -76,12 +77,12 @@ class CompiledTarget(Target):
         with torch.inference_mode(False):
             examples = list(self._examples(tree, given))
         with _one_line(f"the pass of {self.name}"):
-            return compile_open(run, examples, given)  # what this writes, the pass that follows writes again
+            return compile_open(run, examples)
 
     def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
         """Tensors like those given, of sizes that tell nodes, rows, columns and capacity apart from everything else."""
         taken = {size for tensor in given for size in tensor.shape} | {self.hidden_size, self.vocab_size}
-        capacity, columns, nodes, rows = [prime for prime in _PRIMES if prime not in taken][:4]
+        rows, nodes, columns, capacity = [prime for prime in _PRIMES if prime not in taken][:4]
         rows, nodes = 1 if tree.batch == 1 else rows, 1 if tree.nodes == 1 else nodes
         sizes = [(rows, nodes), (rows, nodes), (rows, nodes, nodes), (rows,), (columns,)]
         stores = sum(self.layout.slots().values())

@@ -35,17 +35,18 @@ def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[...,
     return compile_tape(tape, given, dynamic=False)
 
 
-def compile_open(run: Callable[..., Any], examples: list[Tensor], given: list[Tensor]) -> Callable[..., Any]:
-    """Compile a function of tensors whose sizes stay open.
+def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
+    """Compile a function of tensors whose sizes stay open, and call it once.
 
     Args:
         run: what to compile; it must not read tensors.
         examples: arguments. Their sizes above 1 stay open, and sizes that are equal here must always be.
-        given: arguments that it is called with now, so that it is compiled when this returns.
     """
     with torch.inference_mode(False), torch.no_grad():
         tape = write_down(run, examples, "symbolic")
-    return compile_tape(tape, given, dynamic=True)
+    return compile_tape(
+        tape, [example.clone() for example in examples], dynamic=True
+    )  # tensors of the mode that rules here
 
 
 def compile_tape(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
