@@ -31,7 +31,7 @@ class MuonAdamW(torch.optim.AdamW):
     """AdamW whose groups with `muon=True` hold matrices and are updated by Muon instead."""
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> Any:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> Any:
         """One update of all groups."""
         loss = None
         if closure is not None:

@@ -90,14 +90,14 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
 
     found = [peer(TRANSFORMERS), peer(LOOKUP, prompt_lookup_num_tokens=10), ours(PLAIN, "none")]
     for name in lineup.proposers:
-        with_heads = {"heads": lineup.heads[0]} if name == "hybrid" and lineup.heads else {}
+        with_heads: dict[str, Any] = {"heads": lineup.heads[0]} if name == "hybrid" and lineup.heads else {}
         found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size, **with_heads))
     for place, folder in enumerate(lineup.heads):
         heads = load_heads(folder, target)
         name = f"medhead heads ({heads.config.label})" if place else "medhead heads"
         found.append(ours(name, "heads", heads=heads, tree_size=lineup.tree_size))
         if lineup.temperature > 0:
-            blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
+            blind: dict[str, Any] = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
             found.append(ours(f"{name}, blind to the noise", "heads", **blind))
     for step in lineup.steps:
         if (
@@ -106,11 +106,15 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
             found.append(peer(f"{TRANSFORMERS}, static cache", cache_implementation="static"))
         found.append(ours(f"{PLAIN}, {step}", "none", step=step))
         if lineup.heads:
-            options = {"heads": load_heads(lineup.heads[0], target), "tree_size": lineup.tree_size, "step": step}
+            options: dict[str, Any] = {
+                "heads": load_heads(lineup.heads[0], target),
+                "tree_size": lineup.tree_size,
+                "step": step,
+            }
             found.append(ours(f"medhead heads, {step}", "heads", **options))
         if step == "compiled" and "hybrid" in lineup.proposers:  # in pieces: its members work on the host
             options = {"heads": lineup.heads[0]} if lineup.heads else {}
-            hybrid = {"target": CompiledTarget(model), "tree_size": lineup.tree_size, "step": step}
+            hybrid: dict[str, Any] = {"target": CompiledTarget(model), "tree_size": lineup.tree_size, "step": step}
             found.append(ours(f"medhead hybrid, {step}", "hybrid", **hybrid, **options))
     for size in lineup.tree_sizes:
         found.append(ours(f"medhead heads, {size} nodes", "heads", heads=lineup.heads[0], tree_size=size))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,7 +67,7 @@ def compile_tape(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Calla
     return compiles
 
 
-def write_down(run: Callable[..., Any], examples: list[Tensor], mode: str) -> GraphModule:
+def write_down(run: Callable[..., Any], examples: list[Tensor], mode: Literal["fake", "symbolic"]) -> GraphModule:
     """The operations of `run`, written down with tensors that hold nothing: it fails if it reads one.
 
     Args:

@@ -36,7 +36,7 @@ class PlainOutbox:
 
     def take(self) -> list[list[int]]:
         """See `Outbox`."""
-        return self._waiting.popleft().tolist()  # type: ignore[no-any-return]
+        return self._waiting.popleft().tolist()
 
 
 class PinnedOutbox:
@@ -61,4 +61,4 @@ class PinnedOutbox:
         place, arrived = self._waiting.popleft()
         arrived.synchronize()
         self._free.append((place, arrived))
-        return place.tolist()  # type: ignore[no-any-return]
+        return place.tolist()

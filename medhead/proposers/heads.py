@@ -194,7 +194,7 @@ class HeadsProposer(Proposer):
     def memory(self) -> Tensor | None:
         """The rows of the heads' memory."""
         self._catch_up()
-        return None if self._memory is None else self._memory.rows
+        return self._memory.rows if isinstance(self._memory, MemoryStore) else None
 
     def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
         """A tree of `tree_size` nodes, `max_depth` deep."""
@@ -241,7 +241,8 @@ class HeadsProposer(Proposer):
             assert compiled is not None, "a target that compiles"
             self._compiled[len(given)] = compiled, levels
         compiled, levels = self._compiled[len(given)]
-        return Candidates(*compiled(*given), levels)
+        tokens, above, scores = compiled(*given)
+        return Candidates(tokens, above, scores, levels)
 
     @property
     def least(self) -> float:
