@@ -21,7 +21,7 @@ from .columns import Scoring, TreeColumns
 from .timing import copy_bandwidth, seconds_of
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-ONE_TOKEN = "flash-attn, one token"
+ONE_TOKEN, FLEX = "flash-attn, one token", "FlexAttention"
 EXAMPLES = """\
 examples:
   python -m medhead.kernels.bench                                       everything (on a CPU: a small selection)
@@ -30,7 +30,8 @@ examples:
 
 Each row is one layer's attention: tokens in the cache (context), nodes of the tree, query heads per key head (group),
 batch rows. GB/s counts each key and value once, as a perfect kernel would read them; the share beside it is of a copy on
-the same device, measured in the same run (its bytes counted read and written). FlexAttention is not among the backends.
+the same device, measured in the same run (its bytes counted read and written). --flex adds PyTorch's FlexAttention, which
+is compiled anew for many sizes and is no backend of medhead's.
 """
 
 
@@ -110,6 +111,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--dim", type=int, default=128, help="size of a head (default: 128)")
     options.add_argument("--backends", nargs="+", default=["sdpa", "triton", "flash"], choices=sorted(BACKENDS),
                          metavar="NAME", help=f"of {', '.join(sorted(BACKENDS))} (default: sdpa triton flash)")  # fmt: skip
+    options.add_argument("--flex", action="store_true", help="PyTorch's FlexAttention as well, compiled")
     options.add_argument("--dtype", choices=sorted(DTYPES), help="default: bfloat16 (CPU: float32)")
     options.add_argument("--device", default="auto", help="cuda or cpu (default: cuda if there is one)")
     options.add_argument("--most-gib", type=float, default=16.0, help="skip caches larger than this (default: 16)")
@@ -183,7 +185,7 @@ def inputs(shape: Shape, device: str) -> tuple[Tensor, Tensor, Tensor, TreeColum
 
 
 def contestants(
-    names: list[str], query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns
+    names: list[str], query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, with_flex: bool = False
 ) -> Iterator[tuple[str, Callable[[], object] | None, str]]:
     """Name, call and reason of every contestant; the call is None where it cannot serve. Dense masks are made beforehand."""
     scoring = Scoring(query.shape[3] ** -0.5)
@@ -199,6 +201,10 @@ def contestants(
             yield name, partial(sdpa.attention, query, key, value, bias, scoring.scale), ""
         else:
             yield name, partial(backend.attention, query, key, value, tree, scoring), ""
+    if with_flex:
+        from . import flex
+
+        yield FLEX, flex.prepared(query, key, value, tree, scoring.scale), ""
     if query.device.type == "cuda":
         yield ONE_TOKEN, *_one_token(query, key, value, tree)
 
@@ -222,7 +228,7 @@ def measure(args: argparse.Namespace) -> list[Result]:
     for done, shape in enumerate(todo):
         _progress(done, len(todo), shape)
         tensors = inputs(shape, args.device)
-        for name, call, reason in contestants(args.backends, *tensors):
+        for name, call, reason in contestants(args.backends, *tensors, with_flex=args.flex):
             if call is None:
                 results.append(Result(name, shape, why_not=reason))
                 continue

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from medhead.kernels import bench
+from medhead.kernels.columns import TreeColumns
 
 SMALL = [
     "--device",
@@ -52,6 +53,18 @@ def test_every_contestant_computes_the_same() -> None:
     first, *others = (call() for call in calls)
     for other in others:
         torch.testing.assert_close(first, other, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_flex_attention_computes_the_same(group: int) -> None:
+    """Ragged rows; plain, not compiled, which takes minutes on a CPU."""
+    from medhead.kernels import flex, reference
+
+    query, key, value, tree = bench.inputs(bench.Shape(40, 7, group, 3, 2, 16, "float32"), "cpu")
+    lengths = (40, 3, 17)
+    tree = TreeColumns(torch.tensor(lengths, dtype=torch.int32), lengths, tree.words, tree.depth)
+    expected = reference.attention(query, key, value, tree.bias(key.shape[2], None, torch.float32), 0.25)
+    torch.testing.assert_close(flex.prepared(query, key, value, tree, 0.25, compiles=False)(), expected)
 
 
 @pytest.mark.parametrize(
