@@ -62,7 +62,7 @@ class Witness(HeadsProposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         depths, vocab = self.heads.config.depth, self.readout.weight.shape[0]
-        expander = self._expander(state, vocab, depths)
+        expander = self._expander(state, self._view(), vocab, depths)
         hidden = expander.start()
         for depth in range(depths):
             tokens, reached = [], []
