@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import noise_heads, tiny_llama
+from peft import LoraConfig, get_peft_model
 from test_captured import SAMPLED, plain_text, prompts
 from torch import Tensor
 
@@ -81,6 +82,21 @@ def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[st
     assert decoder.plans is None
     given = {**prompts(rows=1), "max_new_tokens": 40, "eos_token_id": None, **sampling}
     assert torch.equal(decoder.generate(**given), plain_text(Target(compiled.model, probe=False), **given))
+
+
+def test_a_pass_is_compiled_for_the_adapters_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    adapted = get_peft_model(tiny_llama(seed=5), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+    target = CompiledTarget(adapted, probe=False)
+    monkeypatch.setattr("medhead.captured.compiled_target.compile_open", lambda run, examples: run)
+    ids = prompts(rows=1)["input_ids"]
+    decoder = Decoder(target, "ngram", step="compiled")
+    decoder.generate(ids, max_new_tokens=6)
+    made = len(target._passes)
+    with adapted.disable_adapter():
+        decoder.generate(ids, max_new_tokens=6)
+    assert len(target._passes) == 2 * made
+    decoder.generate(ids, max_new_tokens=6)
+    assert len(target._passes) == 2 * made
 
 
 @needs_compiler

@@ -6,7 +6,7 @@ size and texts of every length; another one serves plain decoding, and two more 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from medhead.cache import TreeCache
 from medhead.captured.compiling import compile_fixed, compile_open
+from medhead.captured.model_state import model_state
 from medhead.errors import MedheadError
 from medhead.target import Target
 from medhead.tree import TokenTree
@@ -32,11 +33,17 @@ class CompiledTarget(Target):
     compiles, name_of_pass = True, ", compiled"
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        self._state: Hashable = None
         self._ready = False  # the probe's passes are not worth compiling
         super().__init__(*args, **kwargs)
         self.say: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host
+
+    def new_cache(self, batch: int, capacity: int) -> TreeCache:
+        """See `Target.new_cache`; a text begins, perhaps with other adapters than the one before."""
+        self._state = model_state(self)
+        return super().new_cache(batch, capacity)
 
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """See `Target.verify`.
@@ -52,7 +59,7 @@ class CompiledTarget(Target):
         stores = [part for store in cache.stores.values() for part in store.unbind()]
         parts = [part.contiguous() for part in (tree.tokens, tree.depth, tree.visible, *words)]  # strides are not open
         given = [*parts[:3], lengths, places, *parts[3:], *stores]
-        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps)
+        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps), self._state
         if key not in self._passes:
             self._passes[key] = self._compile(tree, bool(words), given)
         return self._passes[key](*given)

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.captured.buffers import Buffers
+from medhead.captured.model_state import model_state
 from medhead.captured.step import FixedStep
 from medhead.captured.ways import WAYS, Run, make
 from medhead.errors import MedheadError
@@ -78,7 +79,7 @@ class Plans:
             MedheadError: the step cannot be captured.
         """
         columns = columns_for(room)
-        key = (rows, columns, samples, _signature(processors), features.dtype, _model_state(self.target))
+        key = (rows, columns, samples, _signature(processors), features.dtype, model_state(self.target))
         if key not in self._plans:
             if self.way == "compiled":
                 self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens (a minute)")
@@ -112,13 +113,3 @@ def _signature(processors: LogitsProcessorList) -> Hashable:
 
 def _plain(value: Any) -> str:
     return str(value.tolist() if isinstance(value, Tensor) else value)
-
-
-def _model_state(target: Target) -> Hashable:
-    """What changes when the model is moved, or when its adapters are switched; a captured step would not notice."""
-    adapters = tuple(
-        (module.disable_adapters, str(module.active_adapters), str(getattr(module, "merged", False)))
-        for module in target.model.modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
-    )
-    return target.embedding.weight.data_ptr(), target.output.weight.data_ptr(), adapters
