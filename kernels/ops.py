@@ -11,19 +11,13 @@ from .columns import Scoring, TreeColumns
 
 def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
     """`tree_attention.attention` as the operator `medhead::tree_attention`."""
-    out: Tensor = torch.ops.medhead.tree_attention(
-        query, key, value, tree.lengths, tree.words, tree.depth, scoring.scale, scoring.window, scoring.softcap, scoring.sinks
-    )  # fmt: skip
+    options = scoring.scale, scoring.window, scoring.softcap, scoring.sinks
+    out: Tensor = _attention(query, key, value, tree.lengths, tree.words, tree.depth, *options)
     return out
 
 
-def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
-    """`commit.move` as the operator `medhead::move_rows`, which changes `store`."""
-    torch.ops.medhead.move_rows(store, path, lengths, counts)
-
-
 @torch.library.custom_op("medhead::tree_attention", mutates_args=())
-def _tree_attention(
+def _attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,17 +34,18 @@ def _tree_attention(
         return tree_attention.attention(query, key, value, tree, scoring)
 
 
-@_tree_attention.register_fake
+@_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
     batch, heads, nodes, _ = query.shape
     return query.new_empty(batch, nodes, heads, value.shape[3])
 
 
 @torch.library.custom_op("medhead::move_rows", mutates_args=("store",))
-def _move_rows(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
+def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
+    """`commit.move` as the operator `medhead::move_rows`, which changes `store`."""
     commit.move(store, path, lengths, counts)
 
 
-@_move_rows.register_fake
+@move.register_fake
 def _(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
     return None

@@ -136,6 +136,13 @@ class TreeCache(Cache):
         return self._stores
 
     @property
+    def parts(self) -> list[Tensor]:
+        """`[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `stores`."""
+        if not self._parts:
+            self._parts = [part for store in self._stores.values() for part in store]
+        return self._parts
+
+    @property
     def used(self) -> int:
         """Columns of keys that attention sees in the pass that was begun: longest prefix plus nodes."""
         return self._used
@@ -173,11 +180,12 @@ class TreeCache(Cache):
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():
-                if self._start is not None and path.shape[0] == 1 and not moves_by_kernel(slot.device):
-                    _move_few(store, path[0].to(slot.device), self._start)
-                    continue
-                move = _move_by_kernel if moves_by_kernel(slot.device) else _move_rows
-                move(store, path.to(slot.device), torch.tensor(self.lengths, device=slot.device))
+                by_kernel, here = moves_by_kernel(slot.device), path.to(slot.device)
+                if not by_kernel and self._start is not None and len(path) == 1:
+                    _move_few(store, here[0], self._start)
+                else:
+                    move = _move_by_kernel if by_kernel else _move_rows
+                    move(store, here, torch.tensor(self.lengths, device=slot.device))
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -241,6 +249,7 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- storage
 
     def _refresh_views(self) -> None:
+        self._parts: list[Tensor] = []
         for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
             self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
 

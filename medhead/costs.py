@@ -177,7 +177,7 @@ def _fingerprint(target: Target, batch: int) -> str:
         str(target.dtype),
         str(target.device.type),
         device,
-        f"{target.backend.name}{target.name_of_pass}",
+        target.backend.name + (", compiled" if target.compiles else ""),
         batch,
         torch.get_num_threads(),
     ]

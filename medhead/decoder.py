@@ -85,7 +85,8 @@ class Decoder:
         attention: backend of the target, see `Target`.
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
-            or `recorded` (the same step without a GPU or a compiler, for tests). See `medhead.captured`.
+            or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
+            the target's pass and the heads' guesses. See `medhead.captured`.
         options: further options of the proposer.
 
     Raises:
@@ -110,10 +111,7 @@ class Decoder:
         step: str = "loop",
         **options: Any,
     ) -> None:
-        if isinstance(model, Target):
-            self.target = model
-        else:
-            self.target = (CompiledTarget if step == "compiled" else Target)(model, probe, attention)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention)
         self.model = self.target.model
         if proposer is None:
             proposer = "heads" if "shape" in options else "hybrid"
@@ -125,8 +123,13 @@ class Decoder:
             given = sorted([*options, *(["tree_size"] if tree_size is not None else [])])
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
         self.proposer, self.typical = proposer, typical
-        in_pieces = step == "compiled" and not self.proposer.capturable and isinstance(self.target, CompiledTarget)
-        self.plans = None if step == "loop" or in_pieces else Plans(self.target, self.proposer, step)
+        self._own_proposer = self.proposer
+        self.plans: Plans | None = None
+        self.compiled_target: CompiledTarget | None = None
+        if step == "compiled" and not self.proposer.capturable:
+            self.compiled_target = CompiledTarget(self.model, probe=False, attention=self.target.backend.name)
+        elif step != "loop":
+            self.plans = Plans(self.target, self.proposer, step)
         self.statistics = Statistics()
         self.on_pass: Callable[[Row, list[int]], None] | None = None  # called with a row and the tokens of each pass
         self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None
@@ -207,7 +210,7 @@ class Decoder:
         )
         loop = self._loop(settings)
         try:
-            with self.target.active(self.proposer.taps):
+            with loop.target.active(self.proposer.taps):
                 loop.run(list(rows))
         finally:
             self._count(rows, loop, prompt_tokens, lengths)
@@ -225,6 +228,8 @@ class Decoder:
         """Leave the model as it was loaded, and give back what captured steps hold."""
         if self.plans is not None:
             self.plans.clear()
+        if self.compiled_target is not None:
+            self.compiled_target.clear()
         restore_generate(self.model)
 
     def __enter__(self) -> Decoder:
@@ -247,10 +252,12 @@ class Decoder:
     # ---------------------------------------------------------------- inside
 
     def _loop(self, settings: Settings) -> DecodeLoop:
-        """Captured steps serve the proposer that they were made for; with another one (`using`) the loop is the ordinary one."""
-        if self.plans is None or self.plans.proposer is not self.proposer:
+        """What is captured or compiled serves the decoder's own proposer; another one (`using`) has the ordinary loop."""
+        if self.proposer is not self._own_proposer:
             return DecodeLoop(self.target, self.proposer, settings)
-        return CapturedLoop(self.plans, settings)
+        if self.plans is not None:
+            return CapturedLoop(self.plans, settings)
+        return DecodeLoop(self.compiled_target or self.target, self.proposer, settings)
 
     def _noise(self, config: GenerationConfig, seed: int | None) -> Noise | None:
         if not config.do_sample:

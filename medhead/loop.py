@@ -117,11 +117,7 @@ class DecodeLoop:
         committed = self._now()
         self.verified = Verified(tree, logits, features, accepted, counts, emitted, decided - proposed)
         self.proposer.observe(self.verified)
-        raw = (
-            [logits[place, path].float() for place, path in enumerate(accepted.path)]
-            if self.settings.keep_logits
-            else None
-        )
+        raw = _along(accepted, logits) if self.settings.keep_logits else None
         running = self._emit(rows, counts, emitted, scores, raw)
         self._roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
         self._features = pick(features, accepted.last)
@@ -168,7 +164,7 @@ class DecodeLoop:
         accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores.float(), rule)
         if not (settings.keep_scores or settings.stopper.asks_others):
             return accepted, None
-        return accepted, [list(scores[place, path].float()) for place, path in enumerate(accepted.path)]
+        return accepted, _along(accepted, scores)
 
     def _emit(
         self,
@@ -176,7 +172,7 @@ class DecodeLoop:
         counts: list[int],
         emitted: list[list[int]],
         scores: list[list[Tensor]] | None = None,
-        raw: list[Tensor] | None = None,
+        raw: list[list[Tensor]] | None = None,
     ) -> list[int]:
         """Hand every row its new tokens, cut where it ends; returns the places of the rows that go on."""
         running = []
@@ -188,7 +184,7 @@ class DecodeLoop:
             if settings.keep_scores and of_tokens is not None:
                 row.scores += of_tokens[: len(new)]
             if settings.keep_logits and raw is not None:
-                row.logits += list(raw[place][: len(new)])
+                row.logits += raw[place][: len(new)]
             row.passes += 1
             row.output += new
             row.text += new
@@ -219,3 +215,8 @@ class DecodeLoop:
         if self.settings.synchronize is not None:
             self.settings.synchronize()
         return time.perf_counter()
+
+
+def _along(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:
+    """Float32 values of the nodes on every row's path, from `[batch, nodes, vocab]`."""
+    return [list(values[place, path].float()) for place, path in enumerate(accepted.path)]

@@ -39,8 +39,7 @@ class Target:
             not go through transformers' registry, an encoder).
     """
 
-    compiles = False  # whether `compiled` compiles
-    name_of_pass = ""  # what tells its passes from plain ones, for those who remember what they cost
+    compiles = False  # whether passes, and what `compiled` is given, are compiled
 
     def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
         if attention not in ATTENTIONS:
@@ -134,19 +133,17 @@ class Target:
             current.backend, current.words = self.backend, tree.ancestor_words
         return self._forward(cache, tree.tokens, tree.depth, current)
 
-    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
-        """A compiled function of tensors of just these sizes, for proposers; None where nothing is compiled.
+    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
+        """A function of tensors of just these sizes, for proposers; compiled where passes are.
 
         Args:
             what: its name, for people.
             run: must not read tensors.
             given: arguments that it is called with while it is compiled.
         """
-        return None
+        return run
 
-    def verify_at(
-        self, cache: TreeCache, tree: TokenTree, lengths: Tensor, columns: int | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def verify_at(self, cache: TreeCache, tree: TokenTree, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The same pass behind prefixes whose lengths `[batch]` only the device knows.
 
         All shapes depend on those of the arguments alone and the host reads nothing, so it can be part of a CUDA graph.
@@ -155,10 +152,9 @@ class Target:
             cache: with room for the nodes.
             tree: what to verify.
             lengths: committed tokens of every row.
-            columns: columns of the cache that attention looks at, prefix and nodes among them; all of them if None.
         """
         words = tree.ancestor_words if self._takes_words(tree.nodes) else None
-        return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths, columns)
+        return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths)
 
     def verify_nodes(
         self,
@@ -170,7 +166,17 @@ class Target:
         lengths: Tensor,
         columns: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """`verify_at` for the parts of a tree; `words` where the backend wants them."""
+        """`verify_at` for the parts of a tree.
+
+        Args:
+            cache: with room for the nodes.
+            tokens: `[batch, nodes]`.
+            depth: `[batch, nodes]`.
+            visible: `[batch, nodes, nodes]`.
+            words: ancestor words, where the backend wants them.
+            lengths: `[batch]`.
+            columns: columns of the cache that attention looks at, prefix and nodes among them; all of them if None.
+        """
         nodes = tokens.shape[1]
         longest = (cache.capacity if columns is None else columns) - nodes
         plain = self.backend.name == "reference"

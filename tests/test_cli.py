@@ -92,6 +92,18 @@ def test_a_captured_step(
     assert "'ngram' works on the host" in err
 
 
+def test_compiled_pieces_are_announced(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes half a minute in silence, so it is said; here nothing is compiled."""
+    monkeypatch.setattr("medhead.captured.compiled_target.compile_open", lambda function, examples: function)
+    plain = run(command(folders), capsys)[1]
+    code, out, err = run(command(folders, "--proposer", "ngram", "--step", "compiled"), capsys)
+    assert (code, out) == (0, plain)
+    assert "medhead.generate: compiling the pass over one node for one text" in err
+    assert ", compiled pass]" in err
+
+
 def test_raw_differs_from_chat(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
     chat = json.loads(run(command(folders, "--json"), capsys)[1])
     raw = json.loads(run(command(folders, "--json", "--raw"), capsys)[1])

@@ -29,25 +29,28 @@ def compiled() -> CompiledTarget:
     return CompiledTarget(tiny_llama(num_hidden_layers=1, context=400), probe=False)
 
 
+def same_pass(compiled: CompiledTarget, lengths: list[int], trees: TokenTree, again: bool) -> None:
+    """The compiled pass finds what the ordinary one does; `again` forbids that anything is compiled for it."""
+    found = []
+    for target in (Target(compiled.model, probe=False), compiled):
+        with torch.inference_mode(), target.active():
+            cache = target.new_cache(len(lengths), max(lengths) + trees.nodes)
+            target.prefill(cache, [[7 + token % 40 for token in range(length)] for length in lengths])
+            with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
+                found.append(target.verify(cache, trees))
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+
+
 @pytest.mark.slow
 @needs_compiler
 def test_one_pass_serves_all_sizes(compiled: CompiledTarget) -> None:
     """Trees of every size, texts of every length, caches that grow: logits of the ordinary pass, compiled once."""
     said: list[str] = []
     compiled.say = said.append
-    plain = Target(compiled.model, probe=False)
     for length, nodes in ((5, 4), (9, 1), (70, 9), (62, 2), (128, 33), (63, 1)):
         trees = TokenTree.from_parents(torch.arange(3, 3 + nodes), (torch.arange(nodes) - 1).clamp(min=0) // 2)
-        found = []
-        for target in (plain, compiled):
-            with torch.inference_mode(), target.active():
-                cache = target.new_cache(1, length + nodes)
-                target.prefill(cache, [[7 + token % 40 for token in range(length)]])
-                again = len(said) == 2  # both are compiled
-                with torch.compiler.set_stance("fail_on_recompile" if again else "default"):
-                    found.append(target.verify(cache, trees))
-        for ours, theirs in zip(found[1], found[0], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+        same_pass(compiled, [length], trees, again=len(said) == 2)
     assert len(said) == 2  # trees, one node
 
 
@@ -57,19 +60,10 @@ def test_one_pass_serves_all_batches(compiled: CompiledTarget) -> None:
     """Batches of two, three and five ragged texts, with trees that differ from row to row."""
     said: list[str] = []
     compiled.say = said.append
-    plain = Target(compiled.model, probe=False)
     for lengths, nodes in (([5, 9], 4), ([3, 70, 20], 6), ([1, 2, 3, 64, 5], 3)):
         parents = torch.stack([(torch.arange(nodes) - 1 - row % 2).clamp(min=0) for row in range(len(lengths))])
         trees = TokenTree.from_parents(torch.arange(3, 3 + nodes).expand(len(lengths), -1), parents)
-        found = []
-        for target in (plain, compiled):
-            with torch.inference_mode(), target.active():
-                cache = target.new_cache(len(lengths), max(lengths) + nodes)
-                target.prefill(cache, [[7 + token % 40 for token in range(length)] for length in lengths])
-                with torch.compiler.set_stance("fail_on_recompile" if said else "default"):
-                    found.append(target.verify(cache, trees))
-        for ours, theirs in zip(found[1], found[0], strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=2e-5)
+        same_pass(compiled, lengths, trees, again=bool(said))
     assert len(said) == 1
 
 
@@ -78,7 +72,8 @@ def test_one_pass_serves_all_batches(compiled: CompiledTarget) -> None:
 @pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
 def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[str, Any]) -> None:
     heads = noise_heads(compiled, depth=2)
-    decoder = Decoder(compiled, "hybrid", heads=heads, step="compiled", tree_size=9)
+    decoder = Decoder(compiled.model, "hybrid", heads=heads, step="compiled", tree_size=9)
+    decoder.compiled_target = compiled  # which has compiled some of it
     assert decoder.plans is None
     given = {**prompts(rows=1), "max_new_tokens": 40, "eos_token_id": None, **sampling}
     assert torch.equal(decoder.generate(**given), plain_text(Target(compiled.model, probe=False), **given))
@@ -86,10 +81,11 @@ def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[st
 
 def test_a_pass_is_compiled_for_the_adapters_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = get_peft_model(tiny_llama(seed=5), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    target = CompiledTarget(adapted, probe=False)
     monkeypatch.setattr("medhead.captured.compiled_target.compile_open", lambda run, examples: run)
     ids = prompts(rows=1)["input_ids"]
-    decoder = Decoder(target, "ngram", step="compiled")
+    decoder = Decoder(adapted, "ngram", step="compiled")
+    target = decoder.compiled_target
+    assert target is not None
     decoder.generate(ids, max_new_tokens=6)
     made = len(target._passes)
     with adapted.disable_adapter():
@@ -105,15 +101,29 @@ def test_costs_do_not_count_the_compiling(compiled: CompiledTarget) -> None:
         assert measure_costs(compiled, 1, 8)(1) < 0.1
 
 
-def test_a_decoder_compiles_what_its_proposer_lets_it() -> None:
-    model = tiny_llama()
-    assert isinstance(Decoder(model, "ngram", step="compiled").target, CompiledTarget)
-    assert Decoder(model, "none", step="compiled").plans is not None
-    assert type(Decoder(model, "ngram").target) is Target
+def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole steps, or the pass; and what it is compared with, plain decoding, is the ordinary one."""
+    monkeypatch.setattr("medhead.captured.compiled_target.compile_open", lambda run, examples: run)
+    model, ids = tiny_llama(), prompts(rows=1)["input_ids"]
+    decoder = Decoder(model, "ngram", step="compiled")
+    assert decoder.plans is None
+    assert decoder.compiled_target is not None
+    with decoder.using("none"):
+        decoder.generate(ids, max_new_tokens=4)
+    assert not decoder.compiled_target._passes
+    decoder.generate(ids, max_new_tokens=4)
+    assert decoder.compiled_target._passes
+    decoder.close()
+    assert not decoder.compiled_target._passes
+    whole = Decoder(model, "none", step="compiled")
+    assert whole.plans is not None
+    assert whole.compiled_target is None
 
 
 def test_a_pass_that_asks_the_host_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    target = CompiledTarget(tiny_llama(), probe=False)
+    decoder = Decoder(tiny_llama(), "ngram", step="compiled")
+    target = decoder.compiled_target
+    assert target is not None
     before = target.verify_nodes
 
     def asks(cache: Any, tokens: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -122,7 +132,7 @@ def test_a_pass_that_asks_the_host_is_refused_in_one_line(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(target, "verify_nodes", asks)
     with pytest.raises(MedheadError, match=r"the pass of LlamaForCausalLM cannot be compiled .*step='loop'"):
-        Decoder(target, "ngram", step="compiled").generate(**prompts(), max_new_tokens=4)
+        decoder.generate(**prompts(), max_new_tokens=4)
 
 
 @needs_compiler

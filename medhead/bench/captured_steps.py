@@ -61,7 +61,7 @@ class PassAlone(FixedStep):
 def steps_of(
     target: Target, rows: int, context: int, nodes: list[int], way: str, kinds: list[str]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of step with its name, ready to run; each is dropped before the next is made."""
+    """Every kind of step with its name, ready to run."""
     proposers: dict[str, Proposer] = {"plain": PlainProposer()}
     proposers |= {f"{count} nodes": GivenTree(target, count) for count in nodes}
     with target.active():
@@ -98,8 +98,8 @@ def _ready(step: FixedStep, rows: int, context: int, way: str) -> Callable[[], o
     with torch.inference_mode(False), torch.no_grad():
         proposer.begin(target, [[0] * context] * rows)
         features = torch.zeros(rows, target.feature_size, dtype=target.dtype, device=target.device)
-        room = columns_for(context + proposer.tree_size + step.steps)
-        buffers = Buffers.empty(target, rows, room, step.steps, features, proposer.memory())
+        room = columns_for(context + proposer.tree_size + proposer.steps)
+        buffers = Buffers.empty(target, rows, room, proposer.steps, features, proposer.memory())
         run = make(way, step, buffers)
         buffers.lengths.fill_(context)
 

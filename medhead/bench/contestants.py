@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from medhead.captured import CompiledTarget
 from medhead.decoder import Decoder, Statistics
 from medhead.heads import load_heads
 from medhead.target import Target
@@ -80,7 +79,7 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
 
     target = Target(model)
 
-    def ours(name: str, proposer: str, target: Target = target, **options: Any) -> Contestant:
+    def ours(name: str, proposer: str, **options: Any) -> Contestant:
         decoder = Decoder(target, proposer, **options)
 
         def run(ids: Tensor) -> Tensor:
@@ -90,32 +89,26 @@ def contestants(model: PreTrainedModel, lineup: Lineup) -> list[Contestant]:
 
     found = [peer(TRANSFORMERS), peer(LOOKUP, prompt_lookup_num_tokens=10), ours(PLAIN, "none")]
     for name in lineup.proposers:
-        with_heads: dict[str, Any] = {"heads": lineup.heads[0]} if name == "hybrid" and lineup.heads else {}
+        with_heads = {"heads": lineup.heads[0]} if name == "hybrid" and lineup.heads else {}
         found.append(ours(f"medhead {name}", name, tree_size=lineup.tree_size, **with_heads))
     for place, folder in enumerate(lineup.heads):
         heads = load_heads(folder, target)
         name = f"medhead heads ({heads.config.label})" if place else "medhead heads"
         found.append(ours(name, "heads", heads=heads, tree_size=lineup.tree_size))
         if lineup.temperature > 0:
-            blind: dict[str, Any] = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
+            blind = {"heads": folder, "tree_size": lineup.tree_size, "rank_by_noise": False}
             found.append(ours(f"{name}, blind to the noise", "heads", **blind))
+    if lineup.steps and target.device.type == "cuda":  # on a CPU generate does not compile
+        found.append(peer(f"{TRANSFORMERS}, static cache", cache_implementation="static"))
     for step in lineup.steps:
-        if (
-            target.device.type == "cuda"
-        ):  # on a CPU generate does not compile; made to, it does so for every length anew
-            found.append(peer(f"{TRANSFORMERS}, static cache", cache_implementation="static"))
         found.append(ours(f"{PLAIN}, {step}", "none", step=step))
+        first_heads: dict[str, Any] = {"heads": lineup.heads[0]} if lineup.heads else {}
         if lineup.heads:
-            options: dict[str, Any] = {
-                "heads": load_heads(lineup.heads[0], target),
-                "tree_size": lineup.tree_size,
-                "step": step,
-            }
-            found.append(ours(f"medhead heads, {step}", "heads", **options))
+            found.append(ours(f"medhead heads, {step}", "heads", tree_size=lineup.tree_size, step=step, **first_heads))
         if step == "compiled" and "hybrid" in lineup.proposers:  # in pieces: its members work on the host
-            options = {"heads": lineup.heads[0]} if lineup.heads else {}
-            hybrid: dict[str, Any] = {"target": CompiledTarget(model), "tree_size": lineup.tree_size, "step": step}
-            found.append(ours(f"medhead hybrid, {step}", "hybrid", **hybrid, **options))
+            found.append(
+                ours(f"medhead hybrid, {step}", "hybrid", tree_size=lineup.tree_size, step=step, **first_heads)
+            )
     for size in lineup.tree_sizes:
         found.append(ours(f"medhead heads, {size} nodes", "heads", heads=lineup.heads[0], tree_size=size))
     return found

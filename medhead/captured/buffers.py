@@ -71,7 +71,7 @@ class Buffers:
 
     def tensors(self, apart: bool = False) -> list[Tensor]:
         """All of them in a fixed order, as `over` takes them; with every layer's keys and values on their own if `apart`."""
-        stores = [part for store in self.stores.values() for part in (store.unbind() if apart else [store])]
+        stores = [part for store in self.stores.values() for part in (store if apart else [store])]
         memory = [] if self.memory is None else [self.memory]
         rest = [self.lengths, self.alive, self.roots, self.features, self.index, self.seed, self.out]
         return [*stores, *memory, *rest]
@@ -92,20 +92,19 @@ class Buffers:
         index: list[int],
         seed: int,
     ) -> None:
-        """Take over running rows; those that the batch has room for beyond them count as ended."""
-        rows, used = len(cache.lengths), max(cache.lengths)
+        """Take over running rows, as many as there are buffers for."""
+        used = max(cache.lengths)
         for slot, store in self.stores.items():
-            store[:, :rows, :, :used].copy_(cache.stores[slot][:, :, :, :used])
+            store[:, :, :, :used].copy_(cache.stores[slot][:, :, :, :used])
         if self.memory is not None:
             assert memory is not None, "the proposer had a memory when the buffers were made"
-            self.memory[:rows, :used].copy_(memory[:, :used])
-        idle = [0] * (len(self.lengths) - rows)
-        self.lengths.copy_(torch.tensor([*cache.lengths, *idle]))
-        self.alive.copy_(torch.tensor([1] * rows + idle))
-        self.index.copy_(torch.tensor([*index, *idle]))
+            self.memory[:, :used].copy_(memory[:, :used])
+        self.lengths.copy_(torch.tensor(cache.lengths))
+        self.alive.fill_(1)
+        self.index.copy_(torch.tensor(index))
         self.seed.copy_(torch.tensor(halves(seed)))
-        self.roots[:rows].copy_(roots)
-        self.features[:rows].copy_(features)
+        self.roots.copy_(roots)
+        self.features.copy_(features)
 
     def end(self, place: int) -> None:
         """This row has ended: it stays where it is and costs as little as it can."""

@@ -30,7 +30,7 @@ class CompiledTarget(Target):
         say: told when something is compiled, which takes a while.
     """
 
-    compiles, name_of_pass = True, ", compiled"
+    compiles = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._state: Hashable = None
@@ -39,6 +39,10 @@ class CompiledTarget(Target):
         self.say: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host
+
+    def clear(self) -> None:
+        """Give the packed weights back."""
+        self._passes.clear()
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """See `Target.new_cache`; a text begins, perhaps with other adapters than the one before."""
@@ -56,15 +60,16 @@ class CompiledTarget(Target):
         cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
         words = [tree.ancestor_words] if self._takes_words(tree.nodes) else []
         lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
-        stores = [part for store in cache.stores.values() for part in store.unbind()]
-        parts = [part.contiguous() for part in (tree.tokens, tree.depth, tree.visible, *words)]  # strides are not open
-        given = [*parts[:3], lengths, places, *parts[3:], *stores]
+        of_tree = [
+            part.contiguous() for part in (tree.tokens, tree.depth, tree.visible, *words)
+        ]  # strides are not open
+        given = [*of_tree[:3], lengths, places, *of_tree[3:], *cache.parts]
         key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps), self._state
         if key not in self._passes:
             self._passes[key] = self._compile(tree, bool(words), given)
         return self._passes[key](*given)
 
-    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
+    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """See `Target.compiled`."""
         self.say(f"compiling {what}")
         with _one_line(what):
@@ -92,13 +97,13 @@ class CompiledTarget(Target):
         rows, nodes, columns, capacity = [prime for prime in _PRIMES if prime not in taken][:4]
         rows, nodes = 1 if tree.batch == 1 else rows, 1 if tree.nodes == 1 else nodes
         sizes = [(rows, nodes), (rows, nodes), (rows, nodes, nodes), (rows,), (columns,)]
-        stores = sum(self.layout.slots().values())
-        if len(given) > len(sizes) + stores:
-            sizes.append((rows, nodes, given[len(sizes)].shape[2]))
-        for tensor, size in zip(given, sizes, strict=False):
+        layers = sum(self.layout.slots().values())
+        if len(given) > len(sizes) + layers:
+            sizes.append((rows, nodes, given[len(sizes)].shape[2]))  # ancestor words
+        for tensor, size in zip(given[:-layers], sizes, strict=True):
             yield tensor.new_zeros(size)
-        for store in given[-stores:]:
-            yield store.new_zeros(rows, store.shape[1], capacity, store.shape[3])
+        for part in given[-layers:]:
+            yield part.new_zeros(rows, part.shape[1], capacity, part.shape[3])
 
 
 @contextmanager

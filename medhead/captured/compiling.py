@@ -16,8 +16,8 @@ from torch._inductor import config as inductor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# Weights are packed once for the few rows of a tree, and the compiler's own products read them at the speed of memory; BLAS
-# packs them anew in every product. Measured on AVX2: a pass over 12 nodes of the demo model in 4.5 ms instead of 7.8 ms.
+# Weights are packed once, and the compiler's own products of a few rows read them as they lie; BLAS packs them anew in every
+# product, which takes a tree's pass longer than to compute it (`benchmarks/compiled-cpu`).
 _FOR_CPU = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
@@ -29,9 +29,7 @@ def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[...,
         given: arguments that it is called with now, so that it is compiled when this returns.
     """
     with torch.inference_mode(False), torch.no_grad():
-        tape = write_down(
-            run, [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in given], "fake"
-        )
+        tape = write_down(run, [torch.empty_like(tensor) for tensor in given], "fake")
     return compile_tape(tape, given, dynamic=False)
 
 
@@ -44,9 +42,8 @@ def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..
     """
     with torch.inference_mode(False), torch.no_grad():
         tape = write_down(run, examples, "symbolic")
-    return compile_tape(
-        tape, [example.clone() for example in examples], dynamic=True
-    )  # tensors of the mode that rules here
+    given = [example.clone() for example in examples]  # tensors of the mode that rules here, inference or not
+    return compile_tape(tape, given, dynamic=True)
 
 
 def compile_tape(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:

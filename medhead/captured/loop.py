@@ -28,8 +28,8 @@ class CapturedLoop(DecodeLoop):
         super().__init__(plans.target, plans.proposer, settings)
         self.plans = plans
         self.behind = int(self.target.device.type == "cuda") if behind is None else behind
-        self._steps = min(self.proposer.max_depth, self.proposer.tree_size - 1) + 1  # most tokens of a step
-        self._margin = self._steps * (self.behind + 1) + self.proposer.tree_size  # beyond what the host knows of
+        # columns that a row may need beyond what the host knows of
+        self._margin = self.proposer.steps * (self.behind + 1) + self.proposer.tree_size
 
     def run(self, rows: list[Row]) -> None:
         """Decode all rows to their end; their `output` grows as they go."""
@@ -48,7 +48,7 @@ class CapturedLoop(DecodeLoop):
         return self.local and settings.typical is None and not looks and self._context_left()
 
     def _context_left(self) -> bool:
-        return max(len(row.text) for row in self.rows) + self._steps * (self.behind + 2) <= self.target.context
+        return max(len(row.text) for row in self.rows) + self.proposer.steps * (self.behind + 2) <= self.target.context
 
     def _run_captured(self) -> None:
         """Steps with one plan, until all rows have ended or the plan or the context has no more room."""

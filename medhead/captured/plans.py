@@ -14,7 +14,7 @@ from transformers import LogitsProcessorList
 from medhead.captured.buffers import Buffers
 from medhead.captured.model_state import model_state
 from medhead.captured.step import FixedStep
-from medhead.captured.ways import WAYS, Run, make
+from medhead.captured.ways import WAYS, Run, check_device, make
 from medhead.errors import MedheadError
 from medhead.proposers.base import Proposer
 from medhead.target import Target
@@ -27,7 +27,6 @@ LEAST_COLUMNS = 256
 class Plan:
     """A step made ready, and the buffers it works on."""
 
-    step: FixedStep
     buffers: Buffers
     run: Run
 
@@ -51,8 +50,7 @@ class Plans:
             raise MedheadError(
                 f"step {way!r} captures the proposers 'heads' (but for mtp) and 'none'; {proposer.name!r} works on the host"
             )
-        if way == "graph" and target.device.type != "cuda":
-            raise MedheadError(f"step 'graph' needs a CUDA device, the model is on {target.device}; see 'compiled'")
+        check_device(way, target.device)
         if target.backend.name == "flash":
             raise MedheadError(
                 f"step {way!r} does not go with attention 'flash', which asks the host; use auto or triton"
@@ -85,8 +83,8 @@ class Plans:
                 self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens (a minute)")
             step = FixedStep(self.target, self.proposer, processors, samples)
             with torch.inference_mode(False), torch.no_grad():
-                buffers = Buffers.empty(self.target, rows, columns, step.steps, features, memory)
-                self._plans[key] = Plan(step, buffers, make(self.way, step, buffers))
+                buffers = Buffers.empty(self.target, rows, columns, self.proposer.steps, features, memory)
+                self._plans[key] = Plan(buffers, make(self.way, step, buffers))
             while len(self._plans) > MOST:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)

@@ -28,12 +28,6 @@ class FixedStep:
         self.target, self.proposer, self.processors = target, proposer, processors
         self.temperature = temperature_of(processors)
         self.noise = Noise(0, target.vocab_size, target.device) if samples else None
-        self.depth = min(proposer.max_depth, proposer.tree_size - 1)
-
-    @property
-    def steps(self) -> int:
-        """Most tokens of a step and row."""
-        return self.depth + 1
 
     def __call__(self, buffers: Buffers) -> None:
         """Decode one step further; a row that is not alive stays as it is."""
@@ -60,5 +54,5 @@ class FixedStep:
         """`[batch, steps, vocab]` of the positions behind the roots."""
         if self.noise is None:
             return None
-        positions = buffers.lengths[:, None] + 1 + torch.arange(self.steps, device=self.target.device)
+        positions = buffers.lengths[:, None] + 1 + torch.arange(self.proposer.steps, device=self.target.device)
         return self.noise.seeded_by(buffers.seed).gumbel(buffers.index[:, None], positions)

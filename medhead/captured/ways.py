@@ -49,8 +49,6 @@ def compiled(step: FixedStep, buffers: Buffers) -> Run:
 
 def graph(step: FixedStep, buffers: Buffers) -> Run:
     """A CUDA graph of the step as it is."""
-    if step.target.device.type != "cuda":
-        raise MedheadError(f"step 'graph' needs a CUDA device, the model is on {step.target.device}; see 'compiled'")
     return _captured(lambda: step(buffers), step.target.device)
 
 
@@ -62,17 +60,26 @@ WAYS: dict[str, Callable[[FixedStep, Buffers], Run]] = {
 }
 
 
+def check_device(way: str, device: torch.device) -> None:
+    """Refuse a way that the device does not know.
+
+    Raises:
+        MedheadError: names both.
+    """
+    if way == "graph" and device.type != "cuda":
+        raise MedheadError(f"step 'graph' needs a CUDA device, the model is on {device}; see 'compiled'")
+
+
 def make(way: str, step: FixedStep, buffers: Buffers) -> Run:
     """A step made ready to run that way; the buffers' contents are lost.
 
     Raises:
         MedheadError: the step cannot be captured, with the reason.
     """
+    check_device(way, step.target.device)
     try:
         step(buffers)  # what a first pass makes and keeps (tables, kernels) is made outside the capture
         return WAYS[way](step, buffers)
-    except MedheadError:
-        raise
     except Exception as error:  # whatever a model, the compiler or CUDA throws
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MedheadError(

@@ -88,6 +88,11 @@ class Proposer:
     taps: tuple[int, ...] = ()
     capturable = False
 
+    @property
+    def steps(self) -> int:
+        """Most tokens that a row can gain by one of its trees."""
+        return min(self.max_depth, self.tree_size - 1) + 1
+
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """A generation starts with these prompts; forget the last one."""
 

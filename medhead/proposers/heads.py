@@ -198,7 +198,7 @@ class HeadsProposer(Proposer):
 
     def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
         """A tree of `tree_size` nodes, `max_depth` deep."""
-        depth = min(self.max_depth, self.tree_size - 1)
+        depth = self.steps - 1
         if depth < 1:
             return TokenTree.root(state.roots)
         view = None if memory is None else Memory(memory, lengths[:, None])
@@ -238,7 +238,6 @@ class HeadsProposer(Proposer):
         if len(given) not in self._compiled:
             levels = run(*given)[3]  # eagerly, before anything is written down: tables are made
             compiled = state.target.compiled("the guesses of the heads", lambda *tensors: run(*tensors)[:3], given)
-            assert compiled is not None, "a target that compiles"
             self._compiled[len(given)] = compiled, levels
         compiled, levels = self._compiled[len(given)]
         tokens, above, scores = compiled(*given)
