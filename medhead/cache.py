@@ -82,6 +82,7 @@ class TreeCache(Cache):
         self.capacity: int = next(iter(stores.values()))[0].shape[2]
         self._places = _places_of(layout)[0]
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
+        self._parts: list[Tensor] = []  # see `parts`
         self._refresh_views()
         self._nodes = 0
         self._used = 0
@@ -249,7 +250,7 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- storage
 
     def _refresh_views(self) -> None:
-        self._parts: list[Tensor] = []
+        self._parts = []
         for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
             self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
 

@@ -127,10 +127,10 @@ class Target:
             sees), or the outputs of the tapped layers behind each other.
         """
         current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
-        current.host_lengths = tuple(cache.lengths)
         cache.begin(tree.nodes)
         if self._takes_words(tree.nodes):
             current.backend, current.words = self.backend, tree.ancestor_words
+            current.host_lengths = tuple(cache.lengths)
         return self._forward(cache, tree.tokens, tree.depth, current)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
