@@ -1,26 +1,96 @@
 """Products of a few rows with a weight matrix on a CPU: the nodes of a tree are such rows.
 
 BLAS libraries are made for one row (a matrix-vector product) and for many. For the 2 to 64 rows of a tree, `x W^T` often
-spends most of its time bringing the weight matrix into another layout; `W x^T` reads the matrix where it lies. Same
-numbers up to rounding; which is faster is a matter of the machine and its library, so it is measured, once a process.
+spends most of its time bringing the weight matrix into another layout, anew in every product. Two ways around that:
+`W x^T` reads the matrix where it lies (`turned`), and oneDNN multiplies with a copy that is kept in the layout it wants
+(`packed`). All three give the same numbers up to rounding; which is fastest is a matter of the machine, its library and
+the matrix, so it is measured, once a process for every size.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-MOST_ROWS = 64
-_GAIN = 0.85  # share of the usual time that counts as faster
+MOST_ROWS = 256  # beyond, changing the layout hardly counts
+LEAST_NUMBERS = 2**15  # of a matrix; smaller ones are multiplied as usual
+GAIN = 0.9  # share of the usual time that counts as faster
+_MEASURED_ROWS = (1, 4, 24)  # what the three classes of rows are measured with
+_MEASURED_NUMBERS = 2**21  # a larger matrix is judged by a part of it
+_HINT = 16  # rows that packed copies are laid out for
+
+Product = Callable[[Tensor, Tensor], Tensor]
+
+
+class Matrix:
+    """A weight matrix to multiply with, in whichever way is fastest here for the number of rows.
+
+    A copy is packed when it is first worth it and kept. It is made anew when the weights were changed in place; `recheck` has
+    it compared with them, for changes that PyTorch does not count (those through `weight.data`).
+
+    Args:
+        weight: `[out, size]`; read, never changed.
+        bias: `[out]`, or None.
+        packs: whether a copy may be made, which takes the memory of the weights once more.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
+        self.weight, self.bias, self.packs = weight, bias, packs and can_pack(weight)
+        self._packed: Tensor | None = None
+        self._stamp: Tensor | None = None
+        self._checked, self._version = False, -1
+        self._ways: dict[int, bool] = {}  # by class of rows: packed or not
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`[..., size]` to `[..., out]`, contiguous. With gradients, and while a step is written down, as `linear` does it."""
+        if self.packs and type(x) is Tensor and not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
+            rows = x.numel() // x.shape[-1]
+            if 0 < rows <= MOST_ROWS and self._packs(_class(rows)):
+                return torch.ops.mkldnn._linear_pointwise(x, self._copy(), self.bias, "none", [], "")
+        return linear(x, self.weight, self.bias)
+
+    def recheck(self) -> None:
+        """The weights may have been changed since they were last used, and the number of threads too."""
+        self._checked = False
+        self._ways.clear()
+
+    def clear(self) -> None:
+        """Give the copy back."""
+        self._packed = self._stamp = None
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copy."""
+        return 0 if self._packed is None else self.weight.numel() * self.weight.element_size()
+
+    def _packs(self, class_: int) -> bool:
+        known = self._ways.get(class_)
+        if known is None:
+            known = self._ways[class_] = fastest(*self.weight.shape, self.weight.dtype, class_, True) == "packed"
+        return known
+
+    def _copy(self) -> Tensor:
+        version = 0 if self.weight.is_inference() else self.weight._version
+        if not self._checked or self._packed is None or version != self._version:
+            stamp = _stamp(self.weight)
+            if self._packed is None or self._stamp is None or not torch.equal(stamp, self._stamp):
+                self._packed, self._stamp = _pack(self.weight), stamp
+            self._checked, self._version = True, version
+        return self._packed
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copy of what holds it begins without one: it would still read these weights."""
+        return
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """`torch.nn.functional.linear`, in the order that is faster for the number of rows.
+    """`torch.nn.functional.linear`, in the order that is faster for the number of rows; nothing is kept.
 
     Args:
         x: `[..., size]`.
@@ -31,9 +101,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         `[..., out]`, contiguous.
     """
     rows = x.numel() // x.shape[-1]
-    if not 1 < rows <= MOST_ROWS or x.dtype != torch.float32 or x.device.type != "cpu" or not turning_helps():
-        return F.linear(x, weight, bias)
-    return turned(x, weight, bias)
+    turns = 1 < rows <= MOST_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
+    if turns and fastest(*weight.shape, weight.dtype, _class(rows), False) == "turned":
+        return turned(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 def turned(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -44,19 +115,85 @@ def turned(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return out.contiguous().view(*x.shape[:-1], weight.shape[0])
 
 
-@lru_cache(maxsize=1)
-def turning_helps(rows: int = 16, size: int = 256, out: int = 1024, matrices: int = 24, repeats: int = 5) -> bool:
-    """Whether `W x^T` is clearly faster here, over more matrices than the caches hold; takes some 20 ms."""
+def can_pack(weight: Tensor) -> bool:
+    """Whether a packed copy of this matrix can be made here."""
+    plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.layout == torch.strided
+    return (
+        plain
+        and weight.ndim == 2
+        and weight.is_contiguous()
+        and weight.numel() >= LEAST_NUMBERS
+        and weight.shape[1] % 2 == 0  # see _stamp
+        and _packs(weight.dtype)
+    )
+
+
+def fastest(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool) -> str:
+    """How to multiply with such a matrix: `usual`, `turned` or `packed`.
+
+    Args:
+        out: rows of the matrix.
+        size: its columns.
+        dtype: its type.
+        class_: of the number of rows to multiply: 0 for one, 1 for up to 8, 2 for more.
+        packs: whether a packed copy may be made.
+    """
+    if out * size < LEAST_NUMBERS:
+        return "usual"
+    return _measured(out, size, dtype, class_, packs, torch.get_num_threads())
+
+
+def _class(rows: int) -> int:
+    return 0 if rows == 1 else 1 if rows <= 8 else 2
+
+
+@cache
+def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool, threads: int) -> str:
+    """Measured with `threads` threads, over matrices that do not fit the inner caches; takes milliseconds."""
+    part = max(1, min(out, _MEASURED_NUMBERS // size))
+    copies = max(1, min(8, 2**22 // (part * size)))
     with torch.inference_mode():
-        x, weights = torch.ones(rows, size), [torch.ones(out, size) for _ in range(matrices)]
+        x = torch.ones(_MEASURED_ROWS[class_], size, dtype=dtype)
+        weights = [torch.ones(part, size, dtype=dtype) for _ in range(copies)]
+        seconds = {"usual": _seconds(F.linear, x, weights)}
+        if class_ and dtype == torch.float32:
+            seconds["turned"] = _seconds(turned, x, weights)
+        if packs:
+            multiply = torch.ops.mkldnn._linear_pointwise
+            packed = [_pack(weight) for weight in weights]
+            seconds["packed"] = _seconds(lambda x, weight: multiply(x, weight, None, "none", [], ""), x, packed)
+    best = min(seconds, key=lambda name: seconds[name])
+    return best if seconds[best] < GAIN * seconds["usual"] else "usual"
 
-        def seconds(product: Callable[[Tensor, Tensor], Tensor]) -> float:
-            times = []
-            for _ in range(repeats):
-                began = time.perf_counter()
-                for weight in weights:
-                    product(x, weight)
-                times.append(time.perf_counter() - began)
-            return min(times)
 
-        return seconds(turned) < _GAIN * seconds(F.linear)
+def _seconds(product: Product, x: Tensor, weights: list[Tensor], repeats: int = 5) -> float:
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        for weight in weights:
+            product(x, weight)
+        times.append(time.perf_counter() - began)
+    return min(times)
+
+
+def _pack(weight: Tensor) -> Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _HINT)
+
+
+@cache
+def _packs(dtype: torch.dtype) -> bool:
+    """Whether oneDNN is there and multiplies this type on this CPU."""
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
+        return False
+    try:
+        with torch.inference_mode():
+            weight, x = torch.ones(16, 16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
+            found = torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
+            return torch.equal(found, F.linear(x, weight))
+    except (RuntimeError, AttributeError):  # an old CPU, or a PyTorch without it
+        return False
+
+
+def _stamp(weight: Tensor) -> Tensor:
+    """`[out]`: every row's bits added up, at the speed of memory; other weights have another stamp."""
+    return weight.detach().view(torch.int32).sum(-1, dtype=torch.int32)

@@ -177,7 +177,7 @@ def _fingerprint(target: Target, batch: int) -> str:
         str(target.dtype),
         str(target.device.type),
         device,
-        target.backend.name + (", compiled" if target.compiles else ""),
+        target.backend.name + (", compiled" if target.compiles else ", packed" if target.packed_weights.on else ""),
         batch,
         torch.get_num_threads(),
     ]

@@ -40,6 +40,7 @@ class Statistics:
         decode_seconds: time of all steps.
         times: the steps' time by part.
         cache_bytes: memory of the key/value cache at the end.
+        packed_bytes: memory of packed copies of weights, see `PackedWeights`.
         capture_seconds: time to make captured steps ready; the next generation of the same form has them.
         lengths: tokens emitted by every pass of every row, in order, for distributions.
     """
@@ -52,6 +53,7 @@ class Statistics:
     decode_seconds: float = 0.0
     times: StepTimes = field(default_factory=StepTimes)
     cache_bytes: int = 0
+    packed_bytes: int = 0
     capture_seconds: float = 0.0
     lengths: list[int] = field(default_factory=list)
 
@@ -83,6 +85,7 @@ class Decoder:
         typical: lossy acceptance (Medusa's); None, the default, is exact.
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
+        packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
@@ -108,10 +111,12 @@ class Decoder:
         typical: TypicalAcceptance | None = None,
         probe: bool = True,
         attention: str = "auto",
+        packed: bool | None = None,
         step: str = "loop",
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe, attention)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed)
+        self._own_target = self.target is not model
         self.model = self.target.model
         if proposer is None:
             proposer = "heads" if "shape" in options else "hybrid"
@@ -225,11 +230,13 @@ class Decoder:
     # ---------------------------------------------------------------- life
 
     def close(self) -> None:
-        """Leave the model as it was loaded, and give back what captured steps hold."""
+        """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
         if self.plans is not None:
             self.plans.clear()
         if self.compiled_target is not None:
             self.compiled_target.clear()
+        if self._own_target:
+            self.target.packed_weights.clear()
         restore_generate(self.model)
 
     def __enter__(self) -> Decoder:
@@ -276,6 +283,7 @@ class Decoder:
             decode_seconds=loop.times.total(),
             times=loop.times,
             cache_bytes=loop.cache_bytes,
+            packed_bytes=loop.target.packed_weights.nbytes + self.proposer.packed_bytes,
             capture_seconds=loop.capture_seconds,
             lengths=lengths,
         )

@@ -16,6 +16,7 @@ from medhead.attention import NAME, TreePass, tree_pass
 from medhead.cache import CacheLayout, Slot, TreeCache
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.kernels.backends import BACKENDS, MOST_NODES, Backend, BackendError, Case, choose
+from medhead.packed_weights import PackedWeights
 from medhead.tree import TokenTree
 
 PREFILL_CHUNK = 1024
@@ -32,6 +33,8 @@ class Target:
             reference), `triton` (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged
             with the tree's own block) or `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `triton`
             on CUDA where it serves the model, else `sdpa`. Layers that a named backend cannot serve say so once.
+        packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
+            rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
 
     Raises:
         MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
@@ -41,7 +44,9 @@ class Target:
 
     compiles = False  # whether passes, and what `compiled` is given, are compiled
 
-    def __init__(self, model: nn.Module, probe: bool = True, attention: str = "auto") -> None:
+    def __init__(
+        self, model: nn.Module, probe: bool = True, attention: str = "auto", packed: bool | None = None
+    ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
         inner: Any = model
@@ -70,6 +75,7 @@ class Target:
         self._hidden: Tensor | None = None
         self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
+        self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self.layout = self._find_layout()
         self.backend = self._choose(attention)
         if probe:
@@ -91,7 +97,7 @@ class Target:
             return
         before = [config._attn_implementation for config in self._configs]
         training = self.model.training
-        with self.listening(taps):
+        with self.listening(taps), self.packed_weights.active():
             try:
                 self._active = True
                 self.model.eval()

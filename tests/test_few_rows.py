@@ -1,22 +1,29 @@
-"""Products of few rows with a matrix, in either order."""
+"""Products of few rows with a matrix: as usual, turned, and with packed copies."""
 
 from __future__ import annotations
 
+import copy
 from itertools import product
 
 import pytest
 import torch
 import torch.nn.functional as F
 from medhead.kernels import few_rows
+from medhead.kernels.few_rows import Matrix
+
+OUT, SIZE = 256, 128
+PACKS = few_rows.can_pack(torch.ones(OUT, SIZE))
+needs_packing = pytest.mark.skipif(not PACKS, reason="this PyTorch or CPU has no oneDNN")
 
 
 @pytest.mark.parametrize("helps", [True, False])
 def test_linear_is_linear(monkeypatch: pytest.MonkeyPatch, helps: bool) -> None:
     """Any number of rows, leading dimensions, types, views and a bias; always contiguous, gradients included."""
-    turned = []
-    monkeypatch.setattr(few_rows, "turning_helps", lambda: helps)
-    monkeypatch.setattr(few_rows, "turned", lambda *args: turned.append(args[0].shape) or TURNED(*args))
-    for shape, dtype, bias in product(((1, 7), (5, 7), (2, 3, 7), (65, 7)), (torch.float32, torch.float64), (0, 1)):
+    shapes = []
+    way, turned = "turned" if helps else "usual", few_rows.turned
+    monkeypatch.setattr(few_rows, "fastest", lambda *args: way)
+    monkeypatch.setattr(few_rows, "turned", lambda *args: shapes.append(args[0].shape) or turned(*args))
+    for shape, dtype, bias in product(((1, 7), (5, 7), (2, 3, 7), (257, 7)), (torch.float32, torch.float64), (0, 1)):
         x = torch.randn(*shape, dtype=dtype)
         weight = torch.randn(11, 14, dtype=dtype)[:, ::2].requires_grad_()
         offset = torch.randn(11, dtype=dtype) if bias else None
@@ -24,14 +31,102 @@ def test_linear_is_linear(monkeypatch: pytest.MonkeyPatch, helps: bool) -> None:
         torch.testing.assert_close(found, expected)
         assert found.is_contiguous()
         torch.testing.assert_close(*(torch.autograd.grad(y.sin().sum(), weight)[0] for y in (found, expected)))
-    assert set(turned) == ({(5, 7), (2, 3, 7)} if helps else set())
+    assert set(shapes) == ({(5, 7), (2, 3, 7)} if helps else set())
 
 
-TURNED = few_rows.turned
+def _always_packed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Every copy that is made, by its shape."""
+    made: list[tuple[int, ...]] = []
+    pack = few_rows._pack
+    monkeypatch.setattr(few_rows, "fastest", lambda *args: "packed" if args[-1] else "usual")
+    monkeypatch.setattr(few_rows, "_pack", lambda weight: made.append(tuple(weight.shape)) or pack(weight))
+    return made
 
 
-def test_which_is_faster_is_measured() -> None:
-    """The measurement runs, and its answer is kept."""
-    few_rows.turning_helps.cache_clear()
-    assert few_rows.turning_helps() in (True, False)
-    assert few_rows.turning_helps.cache_info().misses == 1
+@needs_packing
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_packed_products(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, bias: bool) -> None:
+    """The usual numbers, for any rows and views; one copy for all of them, none beyond the most rows."""
+    weight = torch.randn(OUT, SIZE, dtype=dtype)
+    if not few_rows.can_pack(weight):
+        pytest.skip(f"this CPU packs no {dtype}")
+    made = _always_packed(monkeypatch)
+    offset = torch.randn(OUT, dtype=dtype) if bias else None
+    matrix = Matrix(weight, offset)
+    with torch.no_grad():
+        for shape in ((1, SIZE), (2, 3, SIZE), (64, SIZE), (0, SIZE), (few_rows.MOST_ROWS + 1, SIZE)):
+            x = torch.randn(*shape, dtype=dtype)
+            torch.testing.assert_close(
+                matrix(x), F.linear(x, weight, offset), rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 0.2
+            )
+        x = torch.randn(SIZE, 6, dtype=dtype).t()
+        torch.testing.assert_close(
+            matrix(x), F.linear(x, weight, offset), rtol=2e-2, atol=1e-4 if dtype == torch.float32 else 0.2
+        )
+    assert made == [(OUT, SIZE)]
+    assert matrix.nbytes == weight.numel() * weight.element_size()
+    matrix.clear()
+    assert matrix.nbytes == 0
+
+
+@needs_packing
+def test_changed_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once where PyTorch counts the change, after `recheck` where it does not; unchanged ones are not packed again."""
+    made = _always_packed(monkeypatch)
+    weight, x = torch.randn(OUT, SIZE), torch.randn(5, SIZE)
+    matrix = Matrix(weight)
+    with torch.no_grad():
+        matrix(x)
+        weight[3] += 1
+        torch.testing.assert_close(matrix(x), F.linear(x, weight))
+        assert len(made) == 2
+        matrix.recheck()
+        matrix(x)
+        assert len(made) == 2
+        weight.data[OUT - 1, 7] += 1e-3  # not counted
+        matrix.recheck()
+        torch.testing.assert_close(matrix(x), F.linear(x, weight), rtol=1e-5, atol=1e-5)
+        assert len(made) == 3
+
+
+@needs_packing
+def test_gradients_and_recording_go_the_usual_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A packed product has no gradient, and its copy must not become part of a recorded step."""
+    made = _always_packed(monkeypatch)
+    weight, x = torch.randn(OUT, SIZE, requires_grad=True), torch.randn(5, SIZE, requires_grad=True)
+    matrix = Matrix(weight)
+    matrix(x).sum().backward()
+    assert weight.grad is not None
+    assert x.grad is not None
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, torch.no_grad():
+        assert matrix(fake.from_tensor(x.detach())).shape == (5, OUT)
+    assert made == []
+
+
+@needs_packing
+def test_a_copy_of_its_holder_has_no_matrix() -> None:
+    """A module that is copied must not go on multiplying with the weights of the first one."""
+    layer = torch.nn.Linear(SIZE, OUT)
+    layer.matrix = Matrix(layer.weight.detach())  # type: ignore[assignment]
+    assert copy.deepcopy(layer).matrix is None
+
+
+def test_which_is_fastest_is_measured_once() -> None:
+    """For every size, type, class of rows and number of threads; small matrices are not worth it."""
+    few_rows._measured.cache_clear()
+    for rows_class in range(3):
+        for _ in range(2):
+            assert few_rows.fastest(OUT, SIZE, torch.float32, rows_class, PACKS) in ("usual", "turned", "packed")
+    assert few_rows._measured.cache_info().misses == 3
+    assert few_rows.fastest(16, 16, torch.float32, 1, True) == "usual"
+    assert few_rows._measured.cache_info().misses == 3
+
+
+def test_what_cannot_be_packed() -> None:
+    """Other types, views, odd sizes, small ones, more dimensions."""
+    ones = torch.ones
+    for weight in (ones(OUT, SIZE).double(), ones(SIZE, OUT).t(), ones(OUT, SIZE + 1), ones(4, 4), ones(2, OUT, SIZE)):
+        assert not few_rows.can_pack(weight)

@@ -244,7 +244,7 @@ def run(options: TrainOptions) -> None:
             return
         tokenizer = load_tokenizer(options.model, options.trust_remote_code)
         model = load_target(options, device)
-        target = Target(model)
+        target = Target(model, packed=False)  # it trains: weights to decode with would only take memory
         if options.length > target.context:
             raise MedheadError(
                 f"--length {options.length} is more than the {target.context} tokens that {target.name} can read"

@@ -31,8 +31,9 @@ class Measured:
         parts: seconds of all steps by part.
         steps: number of steps that `parts` adds up.
         identical: prompts whose text is that of the reference in the same type.
-        peak_bytes: most memory that tensors took above the model's own.
+        peak_bytes: most memory that tensors took above the model's own, packed copies of its weights among them.
         cache_bytes: of which the key/value cache.
+        packed_bytes: of which packed copies of weights, the model's and the heads'.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Measured:
     identical: int = 0
     peak_bytes: int = 0
     cache_bytes: int = 0
+    packed_bytes: int = 0
 
     @property
     def rate(self) -> float:
@@ -142,7 +144,9 @@ def measure(
         with PeakMemory() as memory:
             one.run(prompts[0])
         last = one.statistics()
-        result.peak_bytes, result.cache_bytes = memory.peak, last.cache_bytes if last else 0
+        if last is not None:
+            result.cache_bytes, result.packed_bytes = last.cache_bytes, last.packed_bytes
+        result.peak_bytes = memory.peak + result.packed_bytes
     return found
 
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 class PeakMemory(TorchDispatchMode):
     """While active, follows every storage that an operation makes. `peak` is in bytes; memory that was there before
-    (the model) and what a kernel uses inside are not counted. Slow: not for timing.
+    (the model), what a kernel uses inside and tensors without a storage (packed weights) are not counted. Slow: not for timing.
     """
 
     def __init__(self) -> None:
@@ -22,13 +22,17 @@ class PeakMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation and count what it made."""
-        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         result = func(*args, **(kwargs or {}))
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if _has_storage(tensor):
                 storage = tensor.untyped_storage()
                 if storage._cdata not in given:
                     self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
+
+
+def _has_storage(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.layout == torch.strided

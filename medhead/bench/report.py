@@ -59,6 +59,7 @@ def summary(results: list[Measured]) -> list[dict[str, Any]]:
                 "seconds": round(sum(result.seconds), 3),
                 "peak_mib": round(result.peak_bytes / 2**20, 2),
                 "cache_mib": round(result.cache_bytes / 2**20, 2),
+                "packed_mib": round(result.packed_bytes / 2**20, 2),
             }
         )
     return rows
@@ -72,7 +73,7 @@ def table(rows: list[dict[str, Any]], compares_texts: bool = True) -> str:
         compares_texts: False when sampling: transformers draws other random numbers, so its text is another one.
     """
     lines = [
-        "| contestant | type | nodes | tokens/s | × transformers | × plain | tokens/pass | same text | peak MiB (cache) |",
+        "| contestant | type | nodes | tokens/s | × transformers | × plain | tokens/pass | same text | MiB (cache, packed) |",
         "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
@@ -82,7 +83,7 @@ def table(rows: list[dict[str, Any]], compares_texts: bool = True) -> str:
         lines.append(
             f"| {row['name']} | {row['dtype']} | {row['nodes'] or '-'} | {row['tokens_per_second']:.1f} "
             f"| {_times(row['x_transformers'])} | {_times(row['x_plain'])} | {length} | {same} "
-            f"| {row['peak_mib']:.1f} ({row['cache_mib']:.1f}) |"
+            f"| {row['peak_mib']:.1f} ({row['cache_mib']:.1f}, {row['packed_mib']:.1f}) |"
         )
     lines += ["", "| ms per step | " + " | ".join(PARTS) + " | outside the forward pass |"]
     lines.append("|---|" + "--:|" * (len(PARTS) + 1))

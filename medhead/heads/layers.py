@@ -12,11 +12,17 @@ from medhead.kernels import few_rows
 
 
 class Linear(nn.Linear):
-    """PyTorch's layer, fast for the few rows of a frontier too."""
+    """PyTorch's layer, fast for the few rows of a frontier too.
+
+    Attributes:
+        matrix: what it multiplies by while decoding (`Readout` sets it); None in training.
+    """
+
+    matrix: few_rows.Matrix | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
-        return few_rows.linear(x, self.weight, self.bias)
+        return few_rows.linear(x, self.weight, self.bias) if self.matrix is None else self.matrix(x)
 
 
 class Rotary(nn.Module):

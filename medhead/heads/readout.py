@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medhead.heads.base import Heads
+from medhead.heads.layers import Linear
 from medhead.kernels import few_rows
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ class Readout:
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self._embed = target.embed
+        self._matrices: list[few_rows.Matrix] = []  # the output matrix first, where packed copies are used
         self._table = None
         if self.heads.per_path and not self.heads.encodes_by_depth:
             self._table = self._encode_all(int(target.embedding.num_embeddings), target.device)
@@ -50,9 +52,29 @@ class Readout:
     def logits(self, feature: Tensor, depth: int) -> Tensor:
         """`[..., hidden]` to float32 `[..., draft vocabulary]`."""
         own = self.heads.own_output(depth)
-        if own is None:
-            return few_rows.linear(feature, self.weight, self.bias).float()
-        return few_rows.linear(feature, own).float()
+        if own is not None:
+            return few_rows.linear(feature, own).float()
+        if self._matrices:
+            return self._matrices[0](feature).float()
+        return few_rows.linear(feature, self.weight, self.bias).float()
+
+    def pack(self) -> None:
+        """From now on multiply with packed copies of the weights, the heads' too, where that is faster (`few_rows.Matrix`)."""
+        self._matrices = [few_rows.Matrix(self.weight, self.bias)]
+        for layer in self.heads.modules():
+            if isinstance(layer, Linear):
+                layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
+                self._matrices.append(layer.matrix)
+
+    def recheck(self) -> None:
+        """A text begins: weights may have been changed since the last one."""
+        for matrix in self._matrices:
+            matrix.recheck()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the packed copies."""
+        return sum(matrix.nbytes for matrix in self._matrices)
 
     def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
         own = self.heads.own_embedding(depth)

@@ -87,6 +87,7 @@ class Proposer:
     uses_noise = False
     taps: tuple[int, ...] = ()
     capturable = False
+    packed_bytes = 0  # memory of packed copies of its weights
 
     @property
     def steps(self) -> int:

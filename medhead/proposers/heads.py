@@ -94,6 +94,8 @@ class HeadsProposer(Proposer):
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
         self.readout = Readout(self.heads, target, dtype)
+        if target.packed is not False:
+            self.readout.pack()
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
@@ -102,6 +104,7 @@ class HeadsProposer(Proposer):
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Forget the last text; heads that look back get storage for these."""
         self._texts, self._waiting = texts, []
+        self.readout.recheck()
         capacity = max(map(len, texts)) + 256
         self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
 
@@ -183,6 +186,11 @@ class HeadsProposer(Proposer):
         level = (time.perf_counter() - began) / len(found.levels)
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found
+
+    @property
+    def packed_bytes(self) -> int:  # type: ignore[override]
+        """Memory of packed copies of the heads' weights."""
+        return self.readout.nbytes
 
     # ---------------------------------------------------------------- captured steps
 

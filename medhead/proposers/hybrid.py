@@ -89,6 +89,11 @@ class HybridProposer(Proposer):
             raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
         return member
 
+    @property
+    def packed_bytes(self) -> int:  # type: ignore[override]
+        """All members' together."""
+        return sum(member.packed_bytes for member in self.members)
+
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Members begin; budget and calibrations go on with what they learnt."""
         for member in self.members:

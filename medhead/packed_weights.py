@@ -1,0 +1,80 @@
+"""The linear layers of a model, multiplied with packed copies of their weights while the model decodes on a CPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from medhead.kernels.few_rows import Matrix, can_pack
+
+_SHARE = 0.25  # of the memory that is free: copies may take so much unless they are asked for
+
+
+class PackedWeights:
+    """What of a model can be packed.
+
+    Args:
+        model: its plain `nn.Linear` layers are packed; all others are left alone.
+        wanted: whether to pack; None packs where the copies take at most a quarter of the memory that is free.
+    """
+
+    def __init__(self, model: nn.Module, wanted: bool | None = None) -> None:
+        layers = [] if wanted is False else [layer for layer in model.modules() if _packable(layer)]
+        size = sum({id(layer.weight): layer.weight.numel() * layer.weight.element_size() for layer in layers}.values())
+        if wanted is None and size > _SHARE * free_bytes():
+            layers = []
+        self._matrices = {layer: Matrix(layer.weight.detach(), layer.bias) for layer in layers}
+
+    @property
+    def on(self) -> bool:
+        """Whether there is anything to pack."""
+        return bool(self._matrices)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the copies made so far."""
+        return sum(matrix.nbytes for matrix in self._matrices.values())
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """While active, the layers multiply by `Matrix`; afterwards they are as they were."""
+        taken = [] if torch.is_autocast_enabled("cpu") else [layer for layer in self._matrices if _packable(layer)]
+        for layer in taken:
+            matrix = self._matrices[layer]
+            if matrix.weight.data_ptr() != layer.weight.data_ptr() or matrix.bias is not layer.bias:
+                matrix = self._matrices[layer] = Matrix(layer.weight.detach(), layer.bias)  # it was given others
+            matrix.recheck()
+            layer.forward = matrix  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            for layer in taken:
+                del layer.forward
+
+    def clear(self) -> None:
+        """Give the copies back; they are made again when they are needed."""
+        for matrix in self._matrices.values():
+            matrix.clear()
+
+
+def _packable(layer: nn.Module) -> bool:
+    """A plain layer whose forward nobody else has changed."""
+    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and can_pack(layer.weight)
+
+
+def free_bytes() -> int:
+    """Memory that is free on this computer; a very large number where nobody can tell."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as lines:
+            known = dict(line.split(":", 1) for line in lines)
+        return int(known["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, OSError, ValueError):
+        return 1 << 62
