@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
-import os
-import platform
 import time
-import warnings
 from bisect import bisect_left
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import transformers
 
+from medhead import user_cache
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -143,7 +137,7 @@ def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:
 
 def known_costs(target: Target, batch: int, most: int = MOST) -> PassCosts | None:
     """The costs from the user's cache; None if they are not there."""
-    known = _read(_file(target, batch))
+    known = user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
     return None if known is None else _up_to(most, known)
 
 
@@ -153,63 +147,15 @@ def _up_to(most: int, seconds: dict[int, float]) -> PassCosts:
 
 def store_costs(target: Target, batch: int, costs: PassCosts) -> None:
     """Keep costs in the user's cache."""
-    _write(_file(target, batch), costs.measured)
+    user_cache.write(_file(target, batch), costs.measured)
 
 
 def _file(target: Target, batch: int) -> Path:
-    return cache_folder() / f"{_fingerprint(target, batch)}.json"
+    return user_cache.cache_folder() / f"{user_cache.fingerprint(target, batch)}.json"
 
 
-def cache_folder() -> Path:
-    """Where costs are kept: `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder."""
-    given = os.environ.get("MEDHEAD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "medhead"
-
-
-def _fingerprint(target: Target, batch: int) -> str:
-    """Everything that decides what a pass costs."""
-    computer = f"{platform.node()} {platform.machine()} {os.cpu_count()}"
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else computer
-    config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
-    parts = [
-        config,
-        str(target.dtype),
-        str(target.device.type),
-        device,
-        target.backend.name + (", compiled" if target.compiles else ", packed" if target.packed_weights.on else ""),
-        batch,
-        torch.get_num_threads(),
-    ]
-    versions = [torch.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()[:24]
-
-
-def _read(file: Path) -> dict[int, float] | None:
-    try:
-        text = file.read_text(encoding="utf-8")
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, UnicodeDecodeError) as error:
-        warnings.warn(f"{file} cannot be read ({error}); the costs of a pass are measured again", stacklevel=3)
-        return None
-    try:
-        found = {int(nodes): float(seconds) for nodes, seconds in json.loads(text).items()}
-        if 1 not in found or not all(0 < seconds < 3600 for seconds in found.values()):
-            raise ValueError("numbers that cannot be")
-    except (ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{file} is damaged ({error}); the costs of a pass are measured again", stacklevel=3)
-        return None
+def _parse(content: Any) -> dict[int, float]:
+    found = {int(nodes): float(seconds) for nodes, seconds in content.items()}
+    if 1 not in found or not all(0 < seconds < 3600 for seconds in found.values()):
+        raise ValueError("numbers that cannot be")
     return found
-
-
-def _write(file: Path, seconds: dict[int, float]) -> None:
-    """Keep costs; a folder that cannot be written costs a measurement each time, no more."""
-    temporary = file.with_suffix(f".{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(seconds), encoding="utf-8")
-        temporary.replace(file)
-    except OSError:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

@@ -503,3 +503,14 @@ def test_trees_that_heads_cannot_fill(target: Target) -> None:
     for options in ({"max_depth": 4}, {"shape": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]}):
         with pytest.raises(MedheadError, match="4 deep, but these heads guess 3 tokens ahead"):
             HeadsProposer(target, heads, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["recurrent", "block", "medusa"])
+def test_heads_may_change_their_type(target: Target, kind: str) -> None:
+    """Another proposer converts the heads that both hold; packed copies of the old weights are not used for the new ones."""
+    heads = noise_heads(target, kind)
+    ids = torch.tensor([[5, 6, 7, 5, 6]])
+    expected = Decoder(target, "none").generate(ids, max_new_tokens=12, do_sample=False)
+    for dtype in (torch.float32, torch.bfloat16, torch.float32):
+        decoder = Decoder(target, "heads", heads=heads, dtype=dtype)
+        assert torch.equal(decoder.generate(ids, max_new_tokens=12, do_sample=False), expected)

@@ -18,7 +18,7 @@ from test_candidates import candidates_from_paths
 
 from medhead import Decoder, MedheadError
 from medhead.budget import TreeBudget
-from medhead.costs import PassCosts, cache_folder, costs_of, measure_costs
+from medhead.costs import PassCosts, costs_of, measure_costs
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.base import Verified
 from medhead.proposers.calibration import Calibration
@@ -26,6 +26,7 @@ from medhead.proposers.candidates import Candidates
 from medhead.proposers.heads import HeadsProposer
 from medhead.target import Target
 from medhead.tree import TokenTree
+from medhead.user_cache import cache_folder
 
 COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
 

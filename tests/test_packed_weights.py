@@ -109,7 +109,7 @@ def test_memory_decides(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 
 def test_it_is_part_of_what_costs_are_kept_for(model: LlamaForCausalLM) -> None:
     """A packed target's passes have costs of their own."""
-    from medhead.costs import _fingerprint
+    from medhead.user_cache import fingerprint
 
     packed, plain = (Target(model, probe=False, packed=packed) for packed in (True, False))
-    assert _fingerprint(packed, 1) != _fingerprint(plain, 1)
+    assert fingerprint(packed, 1) != fingerprint(plain, 1)

@@ -11,14 +11,18 @@ import pytest
 import torch
 from conftest import noise_heads
 
-from medhead import tune
 from medhead.bench import budget
 from medhead.heads import load_heads, save_heads
 from medhead.heads.config import read_config
-from medhead.load import DEMO_HEADS
+from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model
+from medhead.proposers.lookahead import LookaheadProposer
+from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.target import Target
+from medhead.tune import command, trees, windows
+from medhead.tune.search import search
+from medhead.tune.trees import Tree
 
-START = tune.Tree(16, 4, 4, 6)
+START = Tree(16, 4, 4, 6)
 
 
 @pytest.fixture(autouse=True)
@@ -30,28 +34,28 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 
 def test_search_finds_the_peak() -> None:
     """One dimension after the other, each from the best so far, the start always among them."""
-    asked: list[list[tune.Tree]] = []
+    asked: list[list[Tree]] = []
 
-    def rate(trees: list[tune.Tree]) -> list[float]:
-        asked.append(trees)
-        return [-abs(t.tree_size - 12) - abs(t.tree_width - 2) - abs(t.tree_depth - 4) + 0.0 for t in trees]
+    def rate(tried: list[Tree]) -> list[float]:
+        asked.append(tried)
+        return [-abs(t.tree_size - 12) - abs(t.tree_width - 2) - abs(t.tree_depth - 4) + 0.0 for t in tried]
 
     said: list[str] = []
-    best = tune.search(START, 8, rate, said.append)
-    assert best == tune.Tree(12, 2, 3, 4)
+    best = search(START, trees.neighbours(8), rate, said.append)
+    assert best == Tree(12, 2, 3, 4)
     assert all(
-        any(replace(tree) == known for known in trees)
-        for trees, tree in zip(asked[1:], [tune.Tree(12, 4, 4, 6), tune.Tree(12, 2, 3, 6)], strict=True)
+        any(replace(tree) == known for known in tried)
+        for tried, tree in zip(asked[1:], [Tree(12, 4, 4, 6), Tree(12, 2, 3, 6)], strict=True)
     )
     assert len(said) == sum(map(len, asked))
-    assert max(tree.tree_depth for trees in asked for tree in trees) == 8
+    assert max(tree.tree_depth for tried in asked for tree in tried) == 8
 
 
 def test_the_tree_is_kept_with_the_heads(target: Target, tmp_path: Path) -> None:
     """And is what decoding uses from then on; everything else in the configuration stays."""
     save_heads(noise_heads(target, "recurrent"), target.model, tmp_path)
     before = read_config(tmp_path)
-    tune.keep(tmp_path, tune.Tree(7, 3, 2, 2))
+    trees.keep(tmp_path, Tree(7, 3, 2, 2))
     after = read_config(tmp_path)
     assert replace(before, tree_size=7, tree_width=3, tree_branching=2, tree_depth=2) == after
     from medhead.proposers.heads import HeadsProposer
@@ -64,16 +68,16 @@ def test_tuning_the_demo(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A dry run writes nothing; a real one keeps costs and tree."""
-    monkeypatch.setattr(tune, "SIZES", (4, 8))
-    monkeypatch.setattr(tune, "FRONTIERS", ((2, 2),))
+    monkeypatch.setattr(trees, "SIZES", (4, 8))
+    monkeypatch.setattr(trees, "FRONTIERS", ((2, 2),))
     folder = tmp_path / "heads"
     shutil.copytree(DEMO_HEADS, folder)
     before = (folder / "medhead_config.json").read_text()
     options = ["--heads", str(folder), "--count", "1", "--new-tokens", "8", "--repeats", "1"]
-    assert tune.main([*options, "--dry-run"]) == 0
+    assert command.main([*options, "--dry-run"]) == 0
     assert not cache.exists()
     assert (folder / "medhead_config.json").read_text() == before
-    assert tune.main([*options, "--batch", "1", "2"]) == 0
+    assert command.main([*options, "--batch", "1", "2"]) == 0
     assert len(list(cache.glob("*.json"))) == 2
     out = capsys.readouterr().out
     assert "a pass over 2 rows" in out
@@ -117,9 +121,11 @@ def test_noise_like(target: Target) -> None:
 @pytest.mark.parametrize(
     ("main", "options", "says"),
     [
-        (tune.main, ["--count", "0"], "--count must be at least 1"),
-        (tune.main, ["--batch", "0"], "--batch must be at least 1"),
-        (tune.main, ["--heads", "nowhere"], "does not exist"),
+        (command.main, ["--count", "0"], "--count must be at least 1"),
+        (command.main, ["--batch", "0"], "--batch must be at least 1"),
+        (command.main, ["--heads", "nowhere"], "does not exist"),
+        (command.main, ["--proposer", "lookahead", "--heads", "x"], "--heads goes with --proposer heads"),
+        (command.main, ["--proposer", "heads", "--model", "x"], "needs --heads FOLDER"),
         (budget.main, ["--repeats", "0"], "--repeats must be at least 1"),
         (budget.main, ["--heads", "nowhere"], "does not exist"),
         (budget.main, ["--output", __file__], "is a file"),
@@ -130,3 +136,59 @@ def test_wrong_input(main: object, options: list[str], says: str, capsys: pytest
     err = capsys.readouterr().err
     assert says in err
     assert err.count("\n") == 1
+
+
+def test_sizes_of_lookahead_are_tuned_and_found_again(
+    cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dry run writes nothing; later proposers for this model have what a real one found, unless told otherwise."""
+    monkeypatch.setattr(windows, "NGRAMS", (3,))
+    monkeypatch.setattr(windows, "WINDOWS", (2, 200))  # 200 columns are too many nodes
+    monkeypatch.setattr(windows, "GUESSES", (4,))
+
+    def rate(tried: list[Sizes]) -> list[float]:
+        return [-abs(s.window - 2) - abs(s.ngram - 3) - abs(s.guesses - 4.0) for s in tried]
+
+    monkeypatch.setattr(command, "measured", lambda *args: rate)
+    options = ["--proposer", "lookahead", "--count", "1"]
+    assert command.main([*options, "--dry-run"]) == 0
+    assert not cache.exists()
+    assert command.main(options) == 0
+    assert "fastest: W 2, N 3, G 4 (12 nodes)" in capsys.readouterr().out
+    target = Target(load_model(DEMO_MODEL, torch.device("cpu"), torch.float32))
+    assert tuned_sizes(target) == (2, 3, 4)
+    proposer = LookaheadProposer(target)
+    assert (proposer.window, proposer.ngram, proposer.verified) == (2, 3, 4)
+    assert LookaheadProposer(target, window=7).window == 7
+    assert LookaheadProposer(target, tree_size=30).window == DEFAULTS.window
+    assert LookaheadProposer().window == DEFAULTS.window
+
+
+def test_sizes_are_measured(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way, small."""
+    for name, sizes in (("NGRAMS", (2,)), ("WINDOWS", (1,)), ("GUESSES", (1,))):
+        monkeypatch.setattr(windows, name, sizes)
+    options = ["--proposer", "lookahead", "--count", "1", "--new-tokens", "6", "--repeats", "1"]
+    assert command.main(options) == 0
+    out = capsys.readouterr().out
+    assert out.count("tokens/s") >= 5
+    assert len(list(cache.glob("*-lookahead.json"))) == 1
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[1, 2]",
+        '{"window": 0, "ngram": 3, "guesses": 1}',
+        '{"window": 99, "ngram": 9, "guesses": 99}',
+        '{"window": 2}',
+    ],
+)
+def test_damaged_sizes_are_left_alone(target: Target, cache: Path, text: str) -> None:
+    """And that is said."""
+    file = store_sizes(target, DEFAULTS)
+    assert file is not None
+    file.write_text(text)
+    with pytest.warns(UserWarning, match="is damaged .* lookahead has its usual sizes"):
+        assert LookaheadProposer(target).window == DEFAULTS.window

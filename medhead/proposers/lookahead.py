@@ -20,13 +20,12 @@ from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates, from_guesses
 from medhead.proposers.guesses import Guesses, plant
+from medhead.proposers.lookahead_sizes import DEFAULTS, MOST_NODES, fit, nodes_needed, tuned_sizes
 from medhead.proposers.window import Pool, Window
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
     from medhead.target import Target
-
-DEFAULTS = (5, 4, 5)  # W, N, G: 30 nodes
 
 
 @register_proposer("lookahead")
@@ -34,11 +33,11 @@ class LookaheadProposer(Proposer):
     """Proposes n-grams that the target wrote in its window, in the prompt and in the output.
 
     Args:
-        target: the target (unused).
+        target: the target; what the tuner found for it here is the default of W, N and G.
         tree_size: most nodes of the tree, root included. Of W, N and G those that are not given are made to fit it.
-        window: W, columns of the window, at least 1 (default 5).
-        ngram: N, tokens of an n-gram, at least 2 (default 4). A pass accepts at most N - 1 of its tokens.
-        guesses: G, n-grams that are verified at a time and remembered for each first token, at least 1 (default 5).
+        window: W, columns of the window, at least 1 (default: tuned, else 5).
+        ngram: N, tokens of an n-gram, at least 2 (default: tuned, else 4). A pass accepts at most N - 1 of its tokens.
+        guesses: G, n-grams that are verified at a time and remembered for each first token, at least 1 (default: tuned, else 5).
 
     Raises:
         MedheadError: W, N or G cannot be, or need more nodes than the tree may have.
@@ -55,8 +54,10 @@ class LookaheadProposer(Proposer):
         for name, value, least in (("W (window)", window, 1), ("N (ngram)", ngram, 2), ("G (guesses)", guesses, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise MedheadError(f"lookahead needs a whole number {name} of at least {least}, got {value!r}")
-        limit = 256 if tree_size is None else check_tree_size(tree_size)
-        self.window, self.ngram, self.verified = _fit((window, ngram, guesses), limit, tree_size is None)
+        limit = MOST_NODES if tree_size is None else check_tree_size(tree_size)
+        if target is not None and tree_size is window is ngram is guesses is None:
+            window, ngram, guesses = tuned_sizes(target) or DEFAULTS
+        self.window, self.ngram, self.verified = fit((window, ngram, guesses), limit, tree_size is None)
         self.tree_size = 1 if limit == 1 else nodes_needed(self.window, self.ngram, self.verified)
         self.window_depth = self.window + self.ngram - 3
         self.max_depth = 0 if limit == 1 else max(self.ngram - 1, self.window_depth)
@@ -151,34 +152,6 @@ class LookaheadProposer(Proposer):
         """Their pools and windows join."""
         self.pools, self.windows = self.pools + newcomers.pools, self.windows + newcomers.windows
         self._read = self._read + newcomers._read
-
-
-def nodes_needed(window: int, ngram: int, guesses: int) -> int:
-    """Most nodes of a tree with such a window, root included; the window's first passes count too."""
-    levels, most = ngram - 1, 0
-    for filled in range(1, levels + 1):
-        most = max(most, filled * (window + levels - filled))
-    return most + guesses * levels
-
-
-def _fit(asked: tuple[int | None, int | None, int | None], limit: int, defaults: bool) -> tuple[int, int, int]:
-    """W, N and G that fit: what was asked for, the defaults if there is room, else less.
-
-    Raises:
-        MedheadError: what was asked for does not fit.
-    """
-    window, ngram, guesses = asked
-    for n in [ngram] if ngram else [DEFAULTS[1], 3, 2]:
-        least = DEFAULTS[0] if defaults else max(limit, 1)
-        for size in range(min(least, 256), 0, -1):
-            w, g = window or size, guesses or size
-            if limit == 1 or nodes_needed(w, n, g) <= limit:
-                return w, n, g
-    w, n, g = window or 1, ngram or 2, guesses or 1
-    raise MedheadError(
-        f"lookahead with W={w}, N={n}, G={g} needs {nodes_needed(w, n, g)} nodes, the tree has at most {limit}; "
-        "make them smaller"
-    )
 
 
 def _place(row: Guesses, window: Window) -> list[int]:
