@@ -72,7 +72,7 @@ class Matrix:
     def _packs(self, class_: int) -> bool:
         known = self._ways.get(class_)
         if known is None:
-            known = self._ways[class_] = fastest(*self.weight.shape, self.weight.dtype, class_, True) == "packed"
+            known = self._ways[class_] = fastest(self.weight, class_, True) == "packed"
         return known
 
     def _copy(self) -> Tensor:
@@ -102,7 +102,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     turns = 1 < rows <= MOST_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
-    if turns and fastest(*weight.shape, weight.dtype, _class(rows), False) == "turned":
+    if turns and fastest(weight, _class(rows), False) == "turned":
         return turned(x, weight, bias)
     return F.linear(x, weight, bias)
 
@@ -128,19 +128,18 @@ def can_pack(weight: Tensor) -> bool:
     )
 
 
-def fastest(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool) -> str:
-    """How to multiply with such a matrix: `usual`, `turned` or `packed`.
+def fastest(weight: Tensor, class_: int, packs: bool) -> str:
+    """How to multiply with a matrix of this size and type: `usual`, `turned` or `packed`.
 
     Args:
-        out: rows of the matrix.
-        size: its columns.
-        dtype: its type.
+        weight: `[out, size]`.
         class_: of the number of rows to multiply: 0 for one, 1 for up to 8, 2 for more.
         packs: whether a packed copy may be made.
     """
+    out, size = weight.shape
     if out * size < LEAST_NUMBERS:
         return "usual"
-    return _measured(out, size, dtype, class_, packs, torch.get_num_threads())
+    return _measured(out, size, weight.dtype, class_, packs, torch.get_num_threads())
 
 
 def _class(rows: int) -> int:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -23,7 +24,7 @@ class PackedWeights:
     """
 
     def __init__(self, model: nn.Module, wanted: bool | None = None) -> None:
-        layers = [] if wanted is False else [layer for layer in model.modules() if _packable(layer)]
+        layers = [] if wanted is False else _packable(model.modules())
         size = sum({id(layer.weight): layer.weight.numel() * layer.weight.element_size() for layer in layers}.values())
         if wanted is None and size > _SHARE * free_bytes():
             layers = []
@@ -42,13 +43,13 @@ class PackedWeights:
     @contextmanager
     def active(self) -> Iterator[None]:
         """While active, the layers multiply by `Matrix`; afterwards they are as they were."""
-        taken = [] if torch.is_autocast_enabled("cpu") else [layer for layer in self._matrices if _packable(layer)]
+        taken = [] if torch.is_autocast_enabled("cpu") else _packable(self._matrices)
         for layer in taken:
             matrix = self._matrices[layer]
             if matrix.weight.data_ptr() != layer.weight.data_ptr() or matrix.bias is not layer.bias:
                 matrix = self._matrices[layer] = Matrix(layer.weight.detach(), layer.bias)  # it was given others
             matrix.recheck()
-            layer.forward = matrix  # type: ignore[method-assign]
+            layer.forward = matrix
         try:
             yield
         finally:
@@ -61,9 +62,13 @@ class PackedWeights:
             matrix.clear()
 
 
-def _packable(layer: nn.Module) -> bool:
-    """A plain layer whose forward nobody else has changed."""
-    return type(layer) is nn.Linear and "forward" not in layer.__dict__ and can_pack(layer.weight)
+def _packable(modules: Iterable[nn.Module]) -> list[Any]:
+    """Those that are plain linear layers whose forward nobody else has changed."""
+    return [
+        layer
+        for layer in modules
+        if type(layer) is nn.Linear and "forward" not in layer.__dict__ and can_pack(layer.weight)
+    ]
 
 
 def free_bytes() -> int:

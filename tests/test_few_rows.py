@@ -119,9 +119,9 @@ def test_which_is_fastest_is_measured_once() -> None:
     few_rows._measured.cache_clear()
     for rows_class in range(3):
         for _ in range(2):
-            assert few_rows.fastest(OUT, SIZE, torch.float32, rows_class, PACKS) in ("usual", "turned", "packed")
+            assert few_rows.fastest(torch.ones(OUT, SIZE), rows_class, PACKS) in ("usual", "turned", "packed")
     assert few_rows._measured.cache_info().misses == 3
-    assert few_rows.fastest(16, 16, torch.float32, 1, True) == "usual"
+    assert few_rows.fastest(torch.ones(16, 16), 1, True) == "usual"
     assert few_rows._measured.cache_info().misses == 3
 
 

@@ -35,7 +35,8 @@ class CompiledTarget(Target):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._state: Hashable = None
         self._ready = False  # the probe's passes are not worth compiling
-        super().__init__(*args, packed=False, **kwargs)  # compiled passes have packed weights of their own
+        kwargs["packed"] = False  # compiled passes have packed weights of their own
+        super().__init__(*args, **kwargs)
         self.say: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host
