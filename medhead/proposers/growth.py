@@ -63,7 +63,7 @@ def grow(
     state, tokens = expander.start(), roots[:, None]
     scores: Tensor | None = None
     frontier = torch.full_like(tokens, -1)  # index among all candidates; -1 is the root
-    named, all_scores, all_tokens, above = 0, [], [], []
+    named, all_scores, all_tokens, frontiers = 0, [], [], []
     for level in range(depth):
         state, logp, children = expander.expand(state, tokens, level)
         branching = children.shape[2]
@@ -71,11 +71,11 @@ def grow(
         children = children.flatten(1)
         all_scores.append(candidates)
         all_tokens.append(children)
-        above.append(frontier.repeat_interleave(branching, 1))
+        frontiers.append(frontier)
         if level + 1 == depth:
             break
         scores, best = candidates.topk(min(width, candidates.shape[1]), dim=1)
-        if looks and bool((scores[:, 0] < _bar(all_scores, nodes, least)).all()):  # on a CPU only: no waiting
+        if looks and not _matters(scores, all_scores, nodes, least):  # on a CPU only: no waiting
             break
         tokens = children.gather(1, best)
         if state.shape[1] > 1:
@@ -86,15 +86,22 @@ def grow(
         frontier = best + named
         named += candidates.shape[1]
     levels = tuple(candidates.shape[1] for candidates in all_scores)
-    return Candidates(torch.cat(all_tokens, 1), torch.cat(above, 1), torch.cat(all_scores, 1), levels)
+    above = torch.cat(frontiers, 1).repeat_interleave(branching, 1)
+    return Candidates(torch.cat(all_tokens, 1), above, torch.cat(all_scores, 1), levels)
 
 
-def _bar(all_scores: list[Tensor], nodes: int | None, least: float) -> Tensor | float:
-    """`[batch]`: what a score has to reach to matter. No child is likelier than its parent, so one look at the frontier tells."""
-    if nodes is None:
-        return least
-    known = torch.cat(all_scores, 1)
-    bar = known.new_full(known.shape[:1], least)
-    if known.shape[1] >= nodes - 1 > 0:
-        bar = bar.maximum(known.topk(nodes - 1, dim=1).values[:, -1])
-    return bar
+def _matters(frontier: Tensor, all_scores: list[Tensor], nodes: int | None, least: float) -> bool:
+    """Whether anything below a frontier can matter to some row: no child is likelier than its parent, so one look tells.
+
+    Args:
+        frontier: `[batch, width]` scores of the likeliest nodes, falling.
+        all_scores: of every level so far.
+        nodes: see `grow`.
+        least: see `grow`.
+    """
+    best = frontier[:, 0]
+    if nodes is not None:
+        known = torch.cat(all_scores, 1)
+        if known.shape[1] >= nodes - 1 > 0:
+            best = best.masked_fill(best < known.topk(nodes - 1, dim=1).values[:, -1], -torch.inf)
+    return max(best.tolist()) >= least
