@@ -55,6 +55,11 @@ class Matrix:
                 return torch.ops.mkldnn._linear_pointwise(x, self._copy(), self.bias, "none", [], "")
         return linear(x, self.weight, self.bias)
 
+    def warm(self) -> None:
+        """Measure now which way is fastest, for any number of rows, so that no pass is the one to wait for it."""
+        for class_ in range(len(_MEASURED_ROWS)) if self.packs else ():
+            self._packs(class_)
+
     def recheck(self) -> None:
         """The weights may have been changed since they were last used, and the number of threads too."""
         self._checked = False
@@ -150,7 +155,7 @@ def _class(rows: int) -> int:
 def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool, threads: int) -> str:
     """Measured with `threads` threads, over matrices that do not fit the inner caches; takes milliseconds."""
     part = max(1, min(out, _MEASURED_NUMBERS // size))
-    copies = max(1, min(8, 2**22 // (part * size)))
+    copies = max(1, min(8, 2**21 // (part * size)))
     with torch.inference_mode():
         x = torch.ones(_MEASURED_ROWS[class_], size, dtype=dtype)
         weights = [torch.ones(part, size, dtype=dtype) for _ in range(copies)]
@@ -165,7 +170,7 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool,
     return best if seconds[best] < GAIN * seconds["usual"] else "usual"
 
 
-def _seconds(product: Product, x: Tensor, weights: list[Tensor], repeats: int = 5) -> float:
+def _seconds(product: Product, x: Tensor, weights: list[Tensor], repeats: int = 4) -> float:
     times = []
     for _ in range(repeats):
         began = time.perf_counter()

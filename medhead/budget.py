@@ -15,7 +15,47 @@ _FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
 _START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
 _AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
 _MEMORY = 0.93  # what a pass remembers of the ones before
-_STEP = 1.05  # passes of plain decoding take this much longer than the model's pass alone
+_STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
+
+
+class Patience:
+    """Whether guessing has paid lately, and how long it rests after it has not; for one number of rows.
+
+    Args:
+        trust: tokens that count as seen before anything was.
+        share: time they took, by that of plain decoding.
+    """
+
+    def __init__(self, trust: float, share: float) -> None:
+        self._tokens, self._spent = trust, share * trust  # recently, the second in passes of plain decoding
+        self._rest, self._pause = 0, _FIRST_REST
+
+    def resting(self) -> bool:
+        """Whether the next pass is one of plain decoding, without asking anybody."""
+        return self._rest > 0
+
+    def look(self) -> None:
+        """One look now where there was failure; it rests on at once if that fails too."""
+        if self._pause > _FIRST_REST:
+            self._doubt()
+
+    def rested(self) -> None:
+        """A pass of plain decoding is over."""
+        self._rest -= 1
+        if not self._rest:
+            self._doubt()
+
+    def saw(self, tokens: float, spent: float) -> None:
+        """A pass over a tree is over, which a row got so many tokens from in the time of `spent` passes of plain decoding."""
+        self._tokens = _MEMORY * self._tokens + tokens
+        self._spent = _MEMORY * self._spent + spent
+        if self._spent > self._tokens:
+            self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
+        elif self._spent < _START * self._tokens:
+            self._pause = _FIRST_REST
+
+    def _doubt(self) -> None:
+        self._rest, self._tokens, self._spent = 0, _DOUBT, _AGAIN * _DOUBT
 
 
 class TreeBudget:
@@ -24,13 +64,15 @@ class TreeBudget:
     Args:
         costs: of a pass over n nodes a row.
         most: nodes that are never exceeded.
+        batch: class of the number of rows: what pays for one text need not pay for sixteen.
     """
 
-    def __init__(self, costs: PassCosts, most: int) -> None:
+    def __init__(self, costs: PassCosts, most: int, batch: int = 1) -> None:
         self.costs = costs
         self.sizes = [n for n in _sizes(most) if n <= max(costs.most, 1)]
-        self._tokens, self._spent = _TRUST, _START * _TRUST  # recently, the second in passes of plain decoding
-        self._rest, self._pause = 0, _FIRST_REST
+        self._step = _STEP
+        self._patience = Patience(_TRUST, _START)
+        self._known = {batch: self._patience}
 
     @property
     def most(self) -> int:
@@ -39,17 +81,22 @@ class TreeBudget:
 
     def resting(self) -> bool:
         """Whether the next pass is one of plain decoding, without asking anybody."""
-        return self._rest > 0
+        return self._patience.resting()
 
-    def again(self, costs: PassCosts) -> None:
-        """Another text begins, or there are more or fewer rows: one look, with the patience that was left.
+    def again(self, costs: PassCosts, batch: int = 1) -> None:
+        """Another text begins: one look, with the patience that was left.
 
         Args:
             costs: of a pass over the rows that there are now.
+            batch: class of their number.
         """
+        self.rows_change(costs, batch)
+        self._patience.look()
+
+    def rows_change(self, costs: PassCosts, batch: int) -> None:
+        """There are more or fewer rows; what was learnt with so many goes on. The arguments are those of `again`."""
         self.costs = costs
-        if self._pause > _FIRST_REST:
-            self._rest, self._tokens, self._spent = 0, _DOUBT, _AGAIN * _DOUBT
+        self._patience = self._known.setdefault(batch, Patience(_DOUBT, _AGAIN))
 
     def choose(self, gains: Sequence[float], rows: int, proposing: float) -> int:
         """Nodes of the next tree.
@@ -70,28 +117,22 @@ class TreeBudget:
                 best, rate = nodes, now
         return best
 
-    def saw(self, nodes: int, tokens: float, seconds: float, proposing: float) -> None:
-        """A pass is over.
+    def saw(self, nodes: int, tokens: float, seconds: float, outside: float) -> None:
+        """A step is over.
 
         Args:
             nodes: of its tree.
             tokens: emitted by a row on average.
             seconds: of the pass.
-            proposing: seconds spent on the tree; 0 for a pass while resting.
+            outside: seconds of the step that were not the pass: proposing, accepting, learning.
         """
         self.costs.saw(nodes, seconds)
         if self.resting():
-            self._rest -= 1
-            if not self._rest:
-                self._tokens, self._spent = _DOUBT, _AGAIN * _DOUBT
-            return
-        plain = self.costs(1) * _STEP
-        self._tokens = _MEMORY * self._tokens + tokens
-        self._spent = _MEMORY * self._spent + (seconds + proposing) / plain
-        if self._spent > self._tokens:
-            self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
-        elif self._spent < _START * self._tokens:
-            self._pause = _FIRST_REST
+            if seconds > 0:
+                self._step += _FOLLOW * (min(2.0, 1 + outside / seconds) - self._step)
+            self._patience.rested()
+        else:
+            self._patience.saw(tokens, (seconds + outside) / (self.costs(1) * self._step))
 
 
 def _sizes(most: int) -> list[int]:

@@ -294,6 +294,33 @@ def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
         assert not budget.resting()
 
 
+def test_what_fails_with_many_rows_may_pay_with_few() -> None:
+    """Every class of rows has its own patience, which goes on where it was when rows leave and come back."""
+    costs, few = PassCosts({1: 1.0, 8: 4.0}), PassCosts({1: 1.0, 8: 1.5})
+    budget = TreeBudget(costs, 8, 16)
+    while not budget.resting():
+        budget.saw(8, 2.0, 4.0, 0.1)
+    budget.rows_change(few, 1)
+    for _ in range(30):
+        assert not budget.resting()
+        budget.saw(8, 2.0, 1.5, 0.1)
+    budget.rows_change(costs, 16)  # success elsewhere says nothing
+    for _ in range(16):
+        assert budget.resting()
+        budget.saw(1, 1.0, 1.0, 0.0)
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+    budget.again(costs, 16)  # another text: one look
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+    budget.rows_change(costs, 8)  # never seen: one look is enough
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+
+
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
     """Guesses that cost and never come true end in plain decoding."""
     model = tiny_llama()
@@ -306,10 +333,10 @@ def test_heads_of_noise_are_left_alone(target: Target) -> None:
     def observe(verified: Verified) -> None:
         """The pass took what such passes cost, however busy the machine is."""
         sizes.append(verified.tree.nodes)
-        verified.seconds, hybrid._proposing = costs(verified.tree.nodes), 1e-4
+        verified.seconds = costs(verified.tree.nodes)
         watch(verified)
 
-    hybrid.observe = observe
+    hybrid.observe, hybrid._outside = observe, lambda verified: 1e-4
     decoder = Decoder(model, hybrid)
     ids = torch.tensor([[5, 9, 13]])
     text = decoder.generate(ids, max_new_tokens=100, do_sample=False)

@@ -65,6 +65,8 @@ class Readout:
             if isinstance(layer, Linear):
                 layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
                 self._matrices.append(layer.matrix)
+        for matrix in self._matrices:
+            matrix.warm()
 
     def recheck(self) -> None:
         """A text begins: weights may have been changed since the last one."""

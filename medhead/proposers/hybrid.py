@@ -74,7 +74,7 @@ class HybridProposer(Proposer):
         self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
         self.budget: TreeBudget | None = None
         self._named: list[Candidates | None] = [None] * len(self.members)
-        self._proposing = 0.0
+        self._began = 0.0  # the running step
 
     @staticmethod
     def _member(
@@ -102,8 +102,8 @@ class HybridProposer(Proposer):
         if self.adapts:
             costs = self._measured(len(texts))
             if self.budget is None:
-                self.budget = TreeBudget(costs, self.tree_size)
-            self.budget.again(costs)
+                self.budget = TreeBudget(costs, self.tree_size, _batch(len(texts)))
+            self.budget.again(costs, _batch(len(texts)))
 
     def _measured(self, rows: int) -> PassCosts:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
@@ -126,10 +126,9 @@ class HybridProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
-        self._named, self._proposing = [None] * len(self.members), 0.0
+        self._named, self._began = [None] * len(self.members), time.perf_counter()
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
-        began = time.perf_counter()
         self._named = [member.candidates(state, max_depth) for member in self.members]
         corrected = [
             calibration.correct(named)
@@ -139,16 +138,14 @@ class HybridProposer(Proposer):
         nodes, found = 1, None
         if corrected:
             found = merge(corrected)
-            nodes = self._nodes(found, len(state.texts), began)
-        tree = TokenTree.root(state.roots) if found is None else found.best(state.roots, nodes)
-        self._proposing = time.perf_counter() - began
-        return tree
+            nodes = self._nodes(found, len(state.texts))
+        return TokenTree.root(state.roots) if found is None else found.best(state.roots, nodes)
 
-    def _nodes(self, found: Candidates, rows: int, began: float) -> int:
+    def _nodes(self, found: Candidates, rows: int) -> int:
         if self.budget is None:
             return self.tree_size
         gains = found.gains(self.budget.most - 1).sum(0).tolist()
-        return self.budget.choose(gains, rows, time.perf_counter() - began)
+        return self.budget.choose(gains, rows, time.perf_counter() - self._began)
 
     def observe(self, verified: Verified) -> None:
         """Members see the pass; calibrations and budget learn from it."""
@@ -159,7 +156,11 @@ class HybridProposer(Proposer):
                 calibration.learn(named, verified.emitted, verified.counts)
         if self.budget is not None:
             tokens = sum(verified.counts) / len(verified.counts)
-            self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._proposing)
+            self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._outside(verified))
+
+    def _outside(self, verified: Verified) -> float:
+        """Seconds of the step so far that were not the pass."""
+        return max(0.0, time.perf_counter() - self._began - verified.seconds)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
@@ -183,9 +184,7 @@ class HybridProposer(Proposer):
         self._rows = rows
         if self.budget is None:
             return
-        costs = self._known(rows)
-        if costs is not None and costs is not self.budget.costs:  # without, the costs of before are near enough
-            self.budget.again(costs)
+        self.budget.rows_change(self._known(rows) or self.budget.costs, _batch(rows))  # those of before are near enough
 
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
