@@ -162,14 +162,14 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     """
     owner, options = proposer_options(args, tokenizer)
     heads = args.heads or (str(DEMO_HEADS) if args.model is None else None)
-    step = getattr(args, "step", "loop")  # other commands decode in the ordinary loop
+    step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # which other commands do not ask for
     proposer = args.proposer or owner or ("heads" if heads and step != "loop" else "hybrid")
     used: Any = heads if proposer in ("heads", "hybrid") else None
     if used and adapts_target(used):
         model = load_adapted(model, used)
         used = heads_of(model)
         print(f"medhead.generate: {heads} adapts the model itself: the text is the adapted model's", file=sys.stderr)
-    given = {"tree_size": args.tree_size, "attention": args.attention, "packed": args.packed, "step": step, **options}
+    given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
     decoder = Decoder(model, proposer, heads=used, **given)
     for maker in (decoder.plans, decoder.compiled_target):
         if maker is not None:
