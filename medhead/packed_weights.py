@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,14 +73,31 @@ def _packable(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def free_bytes() -> int:
-    """Memory that is free on this computer; a very large number where nobody can tell."""
+    """Memory that this process may still take; 0 where nobody can tell."""
+    return min(_free_of_computer(), _free_of_group())
+
+
+def _free_of_computer() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             known = dict(line.split(":", 1) for line in lines)
         return int(known["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
-    try:
+    try:  # not Linux: half of what there is
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, OSError, ValueError):
-        return 1 << 62
+        return 0
+
+
+def _free_of_group(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """What a container's limit leaves (control groups, version 2 or 1); a very large number where there is none."""
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return 1 << 62

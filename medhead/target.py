@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,12 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from medhead.attention import NAME, TreePass, tree_pass
-from medhead.cache import CacheLayout, Slot, TreeCache
+from medhead.cache import TreeCache
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.kernels.backends import BACKENDS, MOST_NODES, Backend, BackendError, Case, choose
+from medhead.model_parts import attention_configs, cache_argument, context_length, decoder_layers, find_layout
 from medhead.packed_weights import PackedWeights
 from medhead.tree import TokenTree
 
@@ -68,15 +68,15 @@ class Target:
         self.device = self.embedding.weight.device
         self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
-        self.context = _context_length(self.config)
-        self._configs = _attention_configs(inner)
-        self._cache_name = _cache_argument(inner)
+        self.context = context_length(self.config)
+        self._configs = attention_configs(inner)
+        self._cache_name = cache_argument(inner)
         self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
         self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
-        self.layout = self._find_layout()
+        self.layout = find_layout(inner)
         self.backend = self._choose(attention)
         if probe:
             self._probe(attention)
@@ -327,75 +327,3 @@ class Target:
             return None
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
-
-    @torch.inference_mode()
-    def _find_layout(self) -> CacheLayout:
-        """Shapes of what every layer caches, from one ordinary pass over two tokens."""
-        cache: Any = DynamicCache()
-        ids = torch.zeros(1, 2, dtype=torch.long, device=self.device)
-        training = self.model.training
-        self.model.eval()
-        try:
-            used = self.model(input_ids=ids, use_cache=True, **{self._cache_name: cache})
-        except Exception as error:
-            reason = " ".join(str(error).split())[:160]
-            raise UnsupportedTargetError(f"{self.name} does not run with a key/value cache: {reason}") from error
-        finally:
-            self.model.train(training)
-        fills_it = getattr(used, self._cache_name, None) is cache
-        if not fills_it:
-            raise UnsupportedTargetError(
-                f"{self.name} keeps a state of its own instead of a key/value cache (a recurrent model); "
-                "medhead cannot verify trees with it yet"
-            )
-        found = {}
-        for index, layer in enumerate(cache.layers):
-            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-            if any(hasattr(layer, name) for name in ("conv_states", "recurrent_states")):
-                raise UnsupportedTargetError(
-                    f"{self.name} has recurrent or convolutional layers (layer {index}); "
-                    "medhead cannot verify trees with them yet"
-                )
-            if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-                found[index] = tuple(Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in (keys, values))
-        if not found:
-            raise UnsupportedTargetError(f"{self.name} wrote nothing into its key/value cache")
-        return CacheLayout(found)  # type: ignore[arg-type]
-
-
-def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The list of the model's decoder layers.
-
-    Raises:
-        UnsupportedTargetError: no list of modules has as many entries as the configuration has layers.
-    """
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList) and len(module) == count:
-            return module
-    raise UnsupportedTargetError(
-        f"{type(model).__name__} holds no list of its {count} layers, so heads that read several layers cannot be attached"
-    )
-
-
-def _cache_argument(model: nn.Module) -> str:
-    """What the model's `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-
-
-def _attention_configs(model: PreTrainedModel) -> list[Any]:
-    """The distinct configurations from which the model's modules read the name of their attention function."""
-    found = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            found[id(config)] = config
-    return list(found.values())
-
-
-def _context_length(config: Any) -> int:
-    """Longest sequence the model was made for; a very large number when its configuration does not say."""
-    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
-        value = getattr(config, name, None)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 1 << 30

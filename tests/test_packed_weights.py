@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -105,6 +106,20 @@ def test_memory_decides(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
     assert PackedWeights(model, True).on
     assert not PackedWeights(model, False).on
     assert module.free_bytes() > 0
+
+
+@pytest.mark.parametrize(
+    "names", [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")]
+)
+def test_a_container_has_less(tmp_path: Path, names: tuple[str, str]) -> None:
+    """The limit of a control group counts; none, or one that says `max`, does not."""
+    assert module._free_of_group(tmp_path) == 1 << 62
+    for name, text in zip(names, ("1000\n", "400\n"), strict=True):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert module._free_of_group(tmp_path) == 600
+    (tmp_path / names[0]).write_text("max\n")
+    assert module._free_of_group(tmp_path) == 1 << 62
 
 
 def test_it_is_part_of_what_costs_are_kept_for(model: LlamaForCausalLM) -> None:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from medhead.target import Target
 
 UNLIKELY, LIKELY = 0.03, 0.2  # between these lies the probability from which on a guess pays for itself
-_WORTH = 0.5  # tokens that a guess which comes true is worth, per level of heads that it took
+_WORTH = 0.8  # tokens that a guess which comes true is worth, per level of heads that it took
 _FOLLOW = 0.1  # weight of the newest pass
 
 

@@ -148,7 +148,3 @@ def main(argv: list[str] | None = None) -> int:
     """Entry point; returns the exit code."""
     args = parser().parse_args(argv)
     return guarded("medhead.tune", lambda: run(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
