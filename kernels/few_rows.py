@@ -52,7 +52,7 @@ class Matrix:
         if self.packs and type(x) is Tensor and not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
             rows = x.numel() // x.shape[-1]
             if 0 < rows <= MOST_ROWS and self._packs(_class(rows)):
-                return torch.ops.mkldnn._linear_pointwise(x, self._copy(), self.bias, "none", [], "")
+                return _multiply(x, self._copy(), self.bias)
         return linear(x, self.weight, self.bias)
 
     def warm(self) -> None:
@@ -163,9 +163,7 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool,
         if class_ and dtype == torch.float32:
             seconds["turned"] = _seconds(turned, x, weights)
         if packs:
-            multiply = torch.ops.mkldnn._linear_pointwise
-            packed = [_pack(weight) for weight in weights]
-            seconds["packed"] = _seconds(lambda x, weight: multiply(x, weight, None, "none", [], ""), x, packed)
+            seconds["packed"] = _seconds(_multiply, x, [_pack(weight) for weight in weights])
     best = min(seconds, key=lambda name: seconds[name])
     return best if seconds[best] < GAIN * seconds["usual"] else "usual"
 
@@ -184,6 +182,10 @@ def _pack(weight: Tensor) -> Tensor:
     return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _HINT)
 
 
+def _multiply(x: Tensor, packed: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise.default(x, packed, bias, "none", [], "")
+
+
 @cache
 def _packs(dtype: torch.dtype) -> bool:
     """Whether oneDNN is there and multiplies this type on this CPU."""
@@ -192,8 +194,7 @@ def _packs(dtype: torch.dtype) -> bool:
     try:
         with torch.inference_mode():
             weight, x = torch.ones(16, 16, dtype=dtype), torch.ones(2, 16, dtype=dtype)
-            found = torch.ops.mkldnn._linear_pointwise(x, _pack(weight), None, "none", [], "")
-            return torch.equal(found, F.linear(x, weight))
+            return torch.equal(_multiply(x, _pack(weight)), F.linear(x, weight))
     except (RuntimeError, AttributeError):  # an old CPU, or a PyTorch without it
         return False
 

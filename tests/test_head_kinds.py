@@ -506,11 +506,21 @@ def test_trees_that_heads_cannot_fill(target: Target) -> None:
 
 
 @pytest.mark.parametrize("kind", ["recurrent", "block", "medusa"])
-def test_heads_may_change_their_type(target: Target, kind: str) -> None:
-    """Another proposer converts the heads that both hold; packed copies of the old weights are not used for the new ones."""
-    heads = noise_heads(target, kind)
-    ids = torch.tensor([[5, 6, 7, 5, 6]])
+@pytest.mark.parametrize("first", [torch.float32, torch.bfloat16])
+def test_proposers_share_heads(target: Target, kind: str, first: torch.dtype) -> None:
+    """In several types, in turn; the heads that were given stay what they were."""
+    heads, ids = noise_heads(target, kind), torch.tensor([[5, 6, 7, 5, 6]])
+    before = {name: parameter.clone() for name, parameter in heads.named_parameters()}
     expected = Decoder(target, "none").generate(ids, max_new_tokens=12, do_sample=False)
-    for dtype in (torch.float32, torch.bfloat16, torch.float32):
-        decoder = Decoder(target, "heads", heads=heads, dtype=dtype)
+    types = (first, torch.bfloat16, torch.float32)
+    decoders = [Decoder(target, "heads", heads=heads, dtype=dtype) for dtype in types]
+    for decoder in [*decoders, *decoders]:
         assert torch.equal(decoder.generate(ids, max_new_tokens=12, do_sample=False), expected)
+    for name, parameter in heads.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_the_type_of_heads_is_measured_once(target: Target) -> None:
+    """Proposers of one process agree, so that benchmarks compare the same thing."""
+    heads = noise_heads(target, "recurrent")
+    assert len({Decoder(target, "heads", heads=heads).proposer.readout.dtype for _ in range(5)}) == 1  # type: ignore[attr-defined]

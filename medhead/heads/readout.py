@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from copy import deepcopy
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -23,7 +25,7 @@ class Readout:
     """Heads, the rows of the output matrix that they name tokens with, and the type they compute in.
 
     Args:
-        heads: the heads; moved to the type and device.
+        heads: the heads; moved to the device, and copied where they have another type.
         target: whose embedding and output matrix they use.
         dtype: the type; None measures which of the target's own and bfloat16 is faster here.
     """
@@ -34,7 +36,7 @@ class Readout:
         if self.tokens is not None:
             weight, bias = weight[self.tokens], None if bias is None else bias[self.tokens]
         self.dtype = dtype or _faster_dtype(weight)
-        self.heads = heads.to(device=target.device, dtype=self.dtype)
+        self.heads = _converted(heads, target.device, self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self._embed = target.embed
@@ -63,7 +65,8 @@ class Readout:
         self._matrices = [few_rows.Matrix(self.weight, self.bias)]
         for layer in self.heads.modules():
             if isinstance(layer, Linear):
-                layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
+                if layer.matrix is None or layer.matrix.weight.data_ptr() != layer.weight.data_ptr():
+                    layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
                 self._matrices.append(layer.matrix)
         for matrix in self._matrices:
             matrix.warm()
@@ -91,18 +94,32 @@ class Readout:
         return self.heads.encode(self._embedded(torch.arange(count, device=device), 0), 0)
 
 
-def _faster_dtype(weight: Tensor, repeats: int = 16) -> torch.dtype:
-    """The target's type, or bfloat16 where a float32 target on a CPU multiplies clearly faster with it: measured, a few ms."""
+def _faster_dtype(weight: Tensor) -> torch.dtype:
+    """The target's type, or bfloat16 where a float32 target on a CPU multiplies faster with it."""
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         return weight.dtype
+    return _measured_dtype(*weight.shape, torch.get_num_threads())
+
+
+@cache
+def _measured_dtype(out: int, size: int, threads: int, repeats: int = 16) -> torch.dtype:
+    """Measured once a process, so that everybody comes to the same choice; a few ms."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix, vectors = weight.to(dtype), torch.ones(4, weight.shape[1], dtype=dtype)
-        F.linear(vectors, matrix)
+        matrix, vectors = few_rows.Matrix(torch.ones(out, size, dtype=dtype)), torch.ones(4, size, dtype=dtype)
         times = []
-        for _ in range(repeats):
-            began = time.perf_counter()
-            F.linear(vectors, matrix)
-            times.append(time.perf_counter() - began)
+        with torch.inference_mode():
+            matrix(vectors)
+            for _ in range(repeats):
+                began = time.perf_counter()
+                matrix(vectors)
+                times.append(time.perf_counter() - began)
         seconds[dtype] = sorted(times)[repeats // 2]
     return min(seconds, key=lambda dtype: seconds[dtype])
+
+
+def _converted(heads: Heads, device: torch.device, dtype: torch.dtype) -> Heads:
+    """The heads on a device; a copy where they have another type, because others may hold them too."""
+    if any(parameter.dtype != dtype for parameter in heads.parameters()):
+        return deepcopy(heads).to(device=device, dtype=dtype)
+    return heads.to(device=device)

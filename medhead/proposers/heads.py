@@ -94,6 +94,7 @@ class HeadsProposer(Proposer):
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
         self.readout = Readout(self.heads, target, dtype)
+        self.heads = self.readout.heads
         if target.packed is not False:
             self.readout.pack()
         self._memory: Store | None = None
