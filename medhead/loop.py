@@ -198,7 +198,7 @@ class DecodeLoop:
         """No tree is deeper than what rows may still emit, or than the context."""
         wanted = max(self._settings(row).stopper.limit - len(row.output) for row in rows) - 1
         room = self.target.context - max(len(row.text) for row in rows) - 1
-        return max(0, min(self.proposer.max_depth, wanted, room))
+        return max(0, min(self.proposer.next_depth, wanted, room))
 
     def _noise(self, rows: list[Row]) -> Tensor | None:
         """`[rows, depths, vocab]`: noise of the positions that this step may draw."""

@@ -321,6 +321,30 @@ def test_what_fails_with_many_rows_may_pay_with_few() -> None:
     assert budget.resting()
 
 
+def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the hybrid rests, a step draws for one position; the text is the same."""
+    from medhead.noise import Noise
+
+    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    hybrid: Any = build_proposer(
+        "hybrid", target, members=[Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])], costs=costs
+    )
+    made, gumbel = [], Noise.gumbel
+
+    def watch(self: Noise, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        made.append((hybrid.budget.resting(), positions.shape[1]))
+        return gumbel(self, rows, positions)
+
+    decoder, ids = Decoder(target, hybrid), torch.tensor([[5, 9, 13]])
+    sampling: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "top_k": 0, "seed": 4}
+    expected = Decoder(target, "none").generate(ids, **sampling)
+    monkeypatch.setattr(Noise, "gumbel", watch)
+    monkeypatch.setattr(hybrid, "_outside", lambda verified: 1e-2)
+    assert torch.equal(decoder.generate(ids, **sampling), expected)
+    assert {depths for resting, depths in made if resting} == {1}
+    assert max(depths for resting, depths in made if not resting) > 1
+
+
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
     """Guesses that cost and never come true end in plain decoding."""
     model = tiny_llama()

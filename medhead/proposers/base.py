@@ -94,6 +94,11 @@ class Proposer:
         """Most tokens that a row can gain by one of its trees."""
         return min(self.max_depth, self.tree_size - 1) + 1
 
+    @property
+    def next_depth(self) -> int:
+        """The deepest tree it may name now: noise is made for no deeper one."""
+        return self.max_depth
+
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """A generation starts with these prompts; forget the last one."""
 

@@ -94,6 +94,11 @@ class HybridProposer(Proposer):
         """All members' together."""
         return sum(member.packed_bytes for member in self.members)
 
+    @property
+    def next_depth(self) -> int:
+        """None while it rests."""
+        return 0 if self.budget is not None and self.budget.resting() else self.max_depth
+
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Members begin; budget and calibrations go on with what they learnt."""
         for member in self.members:
