@@ -229,6 +229,13 @@ class Decoder:
 
     # ---------------------------------------------------------------- life
 
+    @torch.inference_mode()
+    def warm(self, rows: int = 1) -> None:
+        """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
+        target = self.compiled_target or self.target
+        with target.active(self.proposer.taps):
+            self.proposer.warm(target, rows)
+
     def close(self) -> None:
         """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
         if self.plans is not None:

@@ -294,6 +294,22 @@ def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
         assert not budget.resting()
 
 
+def test_warming_measures_before_the_first_text(
+    monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path
+) -> None:
+    """So that a generation is not the one to wait for it."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "medhead.costs.measure_costs", lambda target, batch: asked.append(batch) or PassCosts({1: 1e-3, 8: 2e-3})
+    )
+    decoder = Decoder(target, "hybrid", members=["ngram"])
+    decoder.warm(3)
+    assert sorted(asked) == [1, 2, 4]
+    decoder.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=4, do_sample=False)
+    assert sorted(asked) == [1, 2, 4]
+
+
 def test_what_fails_with_many_rows_may_pay_with_few() -> None:
     """Every class of rows has its own patience, which goes on where it was when rows leave and come back."""
     costs, few = PassCosts({1: 1.0, 8: 4.0}), PassCosts({1: 1.0, 8: 1.5})

@@ -186,9 +186,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, ready: threading.Event) -> None:
         try:
-            proposer = self.decoder.proposer
-            with self.target.active(proposer.taps):
-                proposer.warm(self.target, self.max_rows)
+            self.decoder.warm(self.max_rows)
         except Exception as error:
             self._failed, self._running = error, False
             return
