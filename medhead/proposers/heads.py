@@ -286,7 +286,7 @@ class HeadsExpander:
     ) -> None:
         self.readout, self.state, self.memory = readout, state, memory
         self.branching, self.depth, self.sharpness = branching, depth, sharpness
-        self.noise = noise if noise is None or readout.tokens is None else noise[:, :, readout.tokens]
+        self.noise = noise
 
     def start(self) -> Tensor:
         """`[batch, 1, state]`: the heads' state above the root."""
@@ -306,7 +306,8 @@ class HeadsExpander:
             _, feature = readout.heads.advance(state[:, :1], self._root, depth, self._shared)
         logits = readout.logits(feature, depth)
         if self.noise is not None:
-            logits = logits / self.state.temperature + self.noise[:, depth, None]
+            noise = self.noise[:, depth] if readout.tokens is None else self.noise[:, depth, readout.tokens]
+            logits = logits / self.state.temperature + noise[:, None]
         elif self.sharpness != 1:
             logits = logits * self.sharpness
         top = logits.log_softmax(-1).topk(min(self.branching, logits.shape[-1]), dim=-1)
