@@ -95,7 +95,7 @@ class HeadsProposer(Proposer):
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
         self.readout = Readout(self.heads, target, dtype)
         self.heads = self.readout.heads
-        if target.packed is not False:
+        if target.packed is not False and target.device.type == "cpu":
             self.readout.pack()
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
