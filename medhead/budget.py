@@ -14,6 +14,7 @@ from medhead.costs import PassCosts
 _FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
 _START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
 _AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
+_SHARE = 0.05  # of the time may be lost by looks at the beginnings of texts
 _MEMORY = 0.93  # what a pass remembers of the ones before
 _STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
 
@@ -29,19 +30,20 @@ class Patience:
     def __init__(self, trust: float, share: float) -> None:
         self._tokens, self._spent = trust, share * trust  # recently, the second in passes of plain decoding
         self._rest, self._pause = 0, _FIRST_REST
+        self._owed = 0.0  # passes that make good for what the last look lost
 
     def resting(self) -> bool:
         """Whether the next pass is one of plain decoding, without asking anybody."""
         return self._rest > 0
 
     def look(self) -> None:
-        """One look now where there was failure; it rests on at once if that fails too."""
-        if self._pause > _FIRST_REST:
+        """One look now where there was failure, if the last one is paid for; it rests on at once if that fails too."""
+        if self._pause > _FIRST_REST and self._owed <= 0:
             self._doubt()
 
     def rested(self) -> None:
         """A pass of plain decoding is over."""
-        self._rest -= 1
+        self._rest, self._owed = self._rest - 1, self._owed - 1
         if not self._rest:
             self._doubt()
 
@@ -50,6 +52,7 @@ class Patience:
         self._tokens = _MEMORY * self._tokens + tokens
         self._spent = _MEMORY * self._spent + spent
         if self._spent > self._tokens:
+            self._owed = (spent - tokens) / _SHARE
             self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
         elif self._spent < _START * self._tokens:
             self._pause = _FIRST_REST
@@ -84,7 +87,7 @@ class TreeBudget:
         return self._patience.resting()
 
     def again(self, costs: PassCosts, batch: int = 1) -> None:
-        """Another text begins: one look, with the patience that was left.
+        """Another text begins: one look, with the patience that was left, unless looks would take too much of the time.
 
         Args:
             costs: of a pass over the rows that there are now.
