@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 MOST_ROWS = 256  # beyond, changing the layout hardly counts
 LEAST_NUMBERS = 2**15  # of a matrix; smaller ones are multiplied as usual
-GAIN = 0.9  # share of the usual time that counts as faster
+_GAIN = 0.9  # share of the usual time that counts as faster
 _MEASURED_ROWS = (1, 4, 24)  # what the three classes of rows are measured with
 _MEASURED_NUMBERS = 2**21  # a larger matrix is judged by a part of it
 _HINT = 16  # rows that packed copies are laid out for
@@ -37,11 +37,10 @@ class Matrix:
     Args:
         weight: `[out, size]`; read, never changed.
         bias: `[out]`, or None.
-        packs: whether a copy may be made, which takes the memory of the weights once more.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, packs: bool = True) -> None:
-        self.weight, self.bias, self.packs = weight, bias, packs and can_pack(weight)
+    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
+        self.weight, self.bias, self.packs = weight, bias, can_pack(weight)
         self._packed: Tensor | None = None
         self._stamp: Tensor | None = None
         self._checked, self._version = False, -1
@@ -144,7 +143,9 @@ def fastest(weight: Tensor, class_: int, packs: bool) -> str:
     out, size = weight.shape
     if out * size < LEAST_NUMBERS:
         return "usual"
-    return _measured(out, size, weight.dtype, class_, packs, torch.get_num_threads())
+    seconds = _measured(out, size, weight.dtype, class_, torch.get_num_threads())
+    best = min((name for name in seconds if packs or name != "packed"), key=lambda name: seconds[name])
+    return best if seconds[best] < _GAIN * seconds["usual"] else "usual"
 
 
 def _class(rows: int) -> int:
@@ -152,8 +153,8 @@ def _class(rows: int) -> int:
 
 
 @cache
-def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool, threads: int) -> str:
-    """Measured with `threads` threads, over matrices that do not fit the inner caches; takes milliseconds."""
+def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int) -> dict[str, float]:
+    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes milliseconds."""
     part = max(1, min(out, _MEASURED_NUMBERS // size))
     copies = max(1, min(8, 2**21 // (part * size)))
     with torch.inference_mode():
@@ -162,10 +163,9 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, packs: bool,
         seconds = {"usual": _seconds(F.linear, x, weights)}
         if class_ and dtype == torch.float32:
             seconds["turned"] = _seconds(turned, x, weights)
-        if packs:
+        if _packs(dtype):
             seconds["packed"] = _seconds(_multiply, x, [_pack(weight) for weight in weights])
-    best = min(seconds, key=lambda name: seconds[name])
-    return best if seconds[best] < GAIN * seconds["usual"] else "usual"
+    return seconds
 
 
 def _seconds(product: Product, x: Tensor, weights: list[Tensor], repeats: int = 4) -> float:

@@ -120,6 +120,7 @@ def test_which_is_fastest_is_measured_once() -> None:
     for rows_class in range(3):
         for _ in range(2):
             assert few_rows.fastest(torch.ones(OUT, SIZE), rows_class, PACKS) in ("usual", "turned", "packed")
+            assert few_rows.fastest(torch.ones(OUT, SIZE), rows_class, False) in ("usual", "turned")
     assert few_rows._measured.cache_info().misses == 3
     assert few_rows.fastest(torch.ones(16, 16), 1, True) == "usual"
     assert few_rows._measured.cache_info().misses == 3
