@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import random
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from medhead.training.demo import __main__ as recipe
-from medhead.training.demo import corpus, pretrain
+from medhead.training.demo import corpus, pretrain, repeats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
+from medhead.errors import MedheadError
 from medhead.heads.config import read_config
 
 
@@ -107,5 +110,65 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "tinystories.jsonl does not exist" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n{broken\n')
-    with pytest.raises(corpus.MedheadError, match=r"bad.jsonl, line 2 is not JSON"):
+    with pytest.raises(MedheadError, match=r"bad.jsonl, line 2 is not JSON"):
         list(corpus.read_jsonl(bad))
+
+
+STORY = (
+    "Once there was a girl named Mila. She liked to play. One day Mila found a red ball. "
+    'She said, "I am happy." Her friend Mila was happy too. Then they all went home.'
+)
+
+
+@pytest.mark.parametrize("task", repeats.TASKS)
+def test_answers_repeat_their_prompts(task: str) -> None:
+    names = []
+    for seed in range(40):
+        name, prompt, answer = repeats.request(STORY, random.Random(seed), (task,))
+        names.append(name)
+        if name == "edit":
+            old, new = re.findall(r"call (\w+) (\w+):", prompt)[0]
+            answer = re.sub(rf"\b{new}\b", old, answer)
+        assert answer
+        assert answer in prompt
+    assert task in names
+
+
+def test_requests_are_written_by_turns_and_never_over_others(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"text": STORY}) + "\n")
+    command = ["--stories", str(tmp_path / "stories.jsonl"), "--output", str(tmp_path / "asked.jsonl"), "--count", "10"]
+    assert repeats.main(command) == 0
+    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
+    assert [record["category"] for record in asked] == [*repeats.TASKS, *repeats.TASKS, "repeat", "edit"]
+    capsys.readouterr()
+    assert repeats.main(command) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert repeats.main([*command[:-1], "0"]) == 2
+    assert "give 1 or more" in capsys.readouterr().err
+    assert repeats.main(["--stories", str(tmp_path), "--output", str(tmp_path / "o")]) == 2
+    assert "is no file" in capsys.readouterr().err
+    (tmp_path / "stories.jsonl").write_text(json.dumps({"text": "It rained."}) + "\n")
+    assert repeats.main([*command[:3], str(tmp_path / "o")]) == 2
+    assert "suits the task 'edit'" in capsys.readouterr().err
+
+
+def test_a_target_that_is_there_learns_more(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--hidden", "128", "--layers", "1", "--vocab-size", "320", "--tokens-per-step", "1024", "--steps", "2"]
+    assert pretrain.main(["--data", str(data), "--output", str(tmp_path / "first"), *small]) == 0
+    first = tmp_path / "first" / "model"
+    more = ["--data", str(data), "--eval", str(data), "--init-from", str(first), "--mix", "repeats=1", "sgd=0.5"]
+    assert pretrain.main([*more, "--output", str(tmp_path / "more"), *small[-4:]]) == 0
+    report = json.loads((tmp_path / "more" / "training.json").read_text())
+    assert report["mix"] == {"repeats": 1.0, "sgd": 0.5}
+    assert report["validation_loss"].keys() == {"repeats", "sgd"}
+    old, new = (AutoModelForCausalLM.from_pretrained(folder) for folder in (first, tmp_path / "more" / "model"))
+    assert old.config.hidden_size == new.config.hidden_size
+    assert not torch.equal(old.lm_head.weight, new.lm_head.weight)
+    names = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (first, tmp_path / "more" / "model")]
+    assert names[0] == names[1]
+    for wrong in ("nobody=1", "sgd", "sgd=-1"):
+        with pytest.raises(SystemExit, match="2"):
+            pretrain.main(["--data", str(data), "--output", str(tmp_path / "o"), "--mix", wrong])
+        assert repr(wrong) in capsys.readouterr().err

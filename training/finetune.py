@@ -421,6 +421,8 @@ def main(argv: list[str] | None = None) -> int:
         options = read_options(args)
         with plain_errors(options):
             run(options)
+        if torch.distributed.is_initialized():  # the threads of a group that is left open can abort the ending process
+            torch.distributed.destroy_process_group()
 
     return guarded("medhead.training.finetune", work)
 

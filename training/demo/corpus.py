@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import random
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from medhead.errors import MedheadError
+from . import repeats
+from .jsonl import read_jsonl
 
 Chat = list[dict[str, str]]
 
@@ -23,6 +22,7 @@ STORY_PROMPTS = (
     "I would like a story with {topic} in it.",
     "Please tell me a story.",
 )
+FILES = {"repeats": "tinystories"}  # data sets that are made of the records of another one
 GREETINGS = ("Hello!", "Hi!", "Hi there.", "Hello, who are you?", "Good morning.", "What can you do?")
 GREETING_ANSWER = "Hello! I can tell you a short story or help you book something. What would you like?"
 _COMMON = frozenset(
@@ -32,18 +32,6 @@ _COMMON = frozenset(
         "after into over back home"
     ).split()
 )
-
-
-def read_jsonl(path: Path) -> Iterator[dict]:
-    """Records of a JSON-lines file; a line that is not JSON is an error that names it."""
-    if not path.is_file():
-        raise MedheadError(f"{path} does not exist: --data must be the folder with the five training files")
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise MedheadError(f"{path}, line {number} is not JSON: {error.msg}") from None
 
 
 def story_chat(text: str, rng: random.Random) -> Chat:
@@ -68,6 +56,8 @@ def record_chat(name: str, record: dict, rng: random.Random, longest: int = 1100
     """One record of the data set `name` as a chat, or None if the demo model should not see it."""
     if name == "tinystories":
         return story_chat(record["text"], rng)
+    if name == "repeats":
+        return repeats.chat(record["text"], rng)
     if name == "sgd":
         return record["messages"] if len(record["messages"]) > 1 else None
     if not is_simple(record["answer"], longest) or len(record["prompt"]) > 300:
@@ -80,7 +70,7 @@ def chats(folder: Path, mix: dict[str, float], seed: int) -> list[Chat]:
     rng = random.Random(seed)
     found: list[Chat] = []
     for name, share in mix.items():
-        records = list(read_jsonl(folder / f"{name}.jsonl"))
+        records = list(read_jsonl(folder / f"{FILES.get(name, name)}.jsonl"))
         for epoch in range(int(np.ceil(share))):
             keep = min(1.0, share - epoch)
             for record in records:

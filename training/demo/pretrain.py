@@ -1,4 +1,7 @@
-"""Train the demo target from scratch: `python -m medhead.training.demo.pretrain --data DIR --output DIR`."""
+"""Train the demo target from scratch: `python -m medhead.training.demo.pretrain --data DIR --output DIR`.
+
+With `--init-from` a target that is there already learns something more, from the data sets of `--mix`.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +20,10 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
+from medhead.load import load_model, load_tokenizer
 
 from ..optim import muon_and_adamw, set_learning_rate
-from .corpus import chats, pack
+from .corpus import FILES, chats, pack
 from .tokenizer import train_tokenizer
 
 MIX = {"tinystories": 2.5, "sgd": 0.8, "stories_chat": 0.5, "general_chat": 0.5}
@@ -78,15 +82,18 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarr
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     if not (work / "train.npy").exists():
-        documents = chats(args.data, MIX, args.seed)
-        sample = (message["content"] for chat in documents[:20000] for message in chat)
-        train_tokenizer(sample, args.vocab_size, CONTEXT).save_pretrained(work / "tokenizer")
+        documents = chats(args.data, args.mix, args.seed)
+        if args.init_from:
+            load_tokenizer(str(args.init_from)).save_pretrained(work / "tokenizer")
+        else:
+            sample = (message["content"] for chat in documents[:20000] for message in chat)
+            train_tokenizer(sample, args.vocab_size, CONTEXT).save_pretrained(work / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
         np.save(work / "train.npy", pack(tokenizer, documents))
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     held_out = {}
-    for name in MIX:
-        if args.eval and (args.eval / f"{name}.jsonl").exists():
+    for name in args.mix:
+        if args.eval and (args.eval / f"{FILES.get(name, name)}.jsonl").exists():
             held_out[name] = pack(tokenizer, chats(args.eval, {name: 1.0}, args.seed))
     return tokenizer, np.load(work / "train.npy", mmap_mode="r"), held_out
 
@@ -95,7 +102,10 @@ def train(args: argparse.Namespace) -> None:
     """The whole run: prepare, train (resuming where it was killed), evaluate, write the model folder."""
     tokenizer, stream, held_out = prepare(args)
     torch.manual_seed(args.seed)
-    model = LlamaForCausalLM(demo_config(tokenizer, args.hidden, args.layers))
+    if args.init_from:
+        model = load_model(str(args.init_from), torch.device("cpu"), torch.float32)
+    else:
+        model = LlamaForCausalLM(demo_config(tokenizer, args.hidden, args.layers))
     model.train()
     optimizer = muon_and_adamw(model.named_parameters(), args.muon_lr, args.adamw_lr)
     work, step, spent = args.output / "work", 0, 0.0
@@ -148,7 +158,8 @@ def train(args: argparse.Namespace) -> None:
         "tokens": step * args.tokens_per_step,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "validation_loss": {name: round(loss, 3) for name, loss in losses.items()},
-        "mix": MIX,
+        "mix": args.mix,
+        "init_from": args.init_from.name if args.init_from else None,
         "muon_lr": args.muon_lr,
         "adamw_lr": args.adamw_lr,
         "tokens_per_step": args.tokens_per_step,
@@ -171,6 +182,19 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     tokenizer.save_pretrained(folder)
 
 
+def share(text: str) -> tuple[str, float]:
+    """`NAME=TIMES` of `--mix`."""
+    name, _, times = text.partition("=")
+    if name not in (*MIX, *FILES):
+        raise argparse.ArgumentTypeError(f"{text!r} names no data set; there are {', '.join((*MIX, *FILES))}")
+    try:
+        if 0 < float(times) < math.inf:
+            return name, float(times)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text!r} must be NAME=TIMES with a positive number, such as {name}=2")
+
+
 def parser() -> argparse.ArgumentParser:
     """Options of the command."""
     options = argparse.ArgumentParser(
@@ -181,6 +205,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--data", type=Path, required=True, help="folder with the training files (jsonl)")
     options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
     options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the model")
+    options.add_argument("--init-from", type=Path, help="target to go on from (default: none, from scratch)")
+    options.add_argument("--mix", type=share, nargs="+", metavar="NAME=TIMES", default=list(MIX.items()),
+                         help="data sets and how often each is read; `repeats` is made of tinystories")  # fmt: skip
     options.add_argument(
         "--minutes", type=float, default=0.0, help="end the schedule after so many minutes (0: by steps)"
     )
@@ -202,6 +229,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command; wrong input is one line and exit code 2."""
     args = parser().parse_args(argv)
+    args.mix = dict(args.mix)
     try:
         train(args)
     except MedheadError as error:
