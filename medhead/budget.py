@@ -7,6 +7,7 @@ decoding for a while, it rests, and looks again after a pause that grows with ev
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from medhead.costs import PassCosts
@@ -14,6 +15,8 @@ from medhead.costs import PassCosts
 _FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
 _START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
 _AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
+_DEAR = 1.5  # passes of plain decoding: no dearer tree as long as guessing has not paid once
+_AWAKE = 8  # passes before the end of a rest
 _SHARE = 0.05  # of the time may be lost by looks at the beginnings of texts
 _MEMORY = 0.93  # what a pass remembers of the ones before
 _STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
@@ -30,11 +33,16 @@ class Patience:
     def __init__(self, trust: float, share: float) -> None:
         self._tokens, self._spent = trust, share * trust  # recently, the second in passes of plain decoding
         self._rest, self._pause = 0, _FIRST_REST
+        self.proven = False  # since the last rest
         self._owed = 0.0  # passes that make good for what the last look lost
 
     def resting(self) -> bool:
         """Whether the next pass is one of plain decoding, without asking anybody."""
         return self._rest > 0
+
+    def asleep(self) -> bool:
+        """Whether the rest goes on for some passes, so that nothing has to be known now."""
+        return self._rest > _AWAKE
 
     def look(self) -> None:
         """One look now where there was failure, if the last one is paid for; it rests on at once if that fails too."""
@@ -56,9 +64,10 @@ class Patience:
             self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
         elif self._spent < _START * self._tokens:
             self._pause = _FIRST_REST
+        self.proven = self.proven or spent < tokens
 
     def _doubt(self) -> None:
-        self._rest, self._tokens, self._spent = 0, _DOUBT, _AGAIN * _DOUBT
+        self._rest, self._tokens, self._spent, self.proven = 0, _DOUBT, _AGAIN * _DOUBT, False
 
 
 class TreeBudget:
@@ -74,8 +83,8 @@ class TreeBudget:
         self.costs = costs
         self.sizes = [n for n in _sizes(most) if n <= max(costs.most, 1)]
         self._step = _STEP
-        self._patience = Patience(_TRUST, _START)
-        self._known = {batch: self._patience}
+        self._known: dict[int, Patience] = {}
+        self._patience = self._of(batch)
 
     @property
     def most(self) -> int:
@@ -85,6 +94,10 @@ class TreeBudget:
     def resting(self) -> bool:
         """Whether the next pass is one of plain decoding, without asking anybody."""
         return self._patience.resting()
+
+    def asleep(self) -> bool:
+        """Whether it rests, and will for some passes yet: who learns from passes may miss this one."""
+        return self._patience.asleep()
 
     def again(self, costs: PassCosts, batch: int = 1) -> None:
         """Another text begins: one look, with the patience that was left, unless looks would take too much of the time.
@@ -99,7 +112,14 @@ class TreeBudget:
     def rows_change(self, costs: PassCosts, batch: int) -> None:
         """There are more or fewer rows; what was learnt with so many goes on. The arguments are those of `again`."""
         self.costs = costs
-        self._patience = self._known.setdefault(batch, Patience(_DOUBT, _AGAIN))
+        self._patience = self._of(batch)
+
+    def _of(self, batch: int) -> Patience:
+        """Of one class of rows. One text may be unlucky for some passes; one pass over many texts tells."""
+        if batch not in self._known:
+            trusted = batch == 1 and not self._known
+            self._known[batch] = Patience(_TRUST, _START) if trusted else Patience(_DOUBT, _AGAIN)
+        return self._known[batch]
 
     def choose(self, gains: Sequence[float], rows: int, proposing: float) -> int:
         """Nodes of the next tree.
@@ -111,7 +131,10 @@ class TreeBudget:
         """
         best, rate = 1, 0.0
         expected, place = float(rows), 0
+        dearest = math.inf if self._patience.proven else _DEAR * self.costs(1)
         for nodes in self.sizes:
+            if self.costs(nodes) > dearest:
+                break
             while place < min(nodes - 1, len(gains)):
                 expected += gains[place]
                 place += 1

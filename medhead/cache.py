@@ -190,9 +190,20 @@ class TreeCache(Cache):
         self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all batch rows but these (rows that finished early)."""
+        """Drop all batch rows but these (rows that finished early), in this order.
+
+        Where rows from behind close the gaps only they are moved, until half of the storage is unused.
+        """
+        moves = [(place, row) for place, row in enumerate(rows) if place != row]
+        in_place = all(row >= len(rows) for _, row in moves)
         for slot, store in self._stores.items():
-            self._stores[slot] = store[:, torch.tensor(rows, device=store.device)]
+            if in_place and 2 * len(rows) > store.stride(0) // max(store.stride(1), 1):
+                for place, row in moves:
+                    length = self.lengths[row]
+                    store[:, place, :, :length] = store[:, row, :, :length]
+                self._stores[slot] = store[:, : len(rows)]
+            else:
+                self._stores[slot] = store[:, torch.tensor(rows, device=store.device)]
         self.lengths = [self.lengths[row] for row in rows]
         self._refresh_views()
 
@@ -212,8 +223,8 @@ class TreeCache(Cache):
         self._refresh_views()
 
     def nbytes(self) -> int:
-        """Memory of the storage."""
-        return sum(store.numel() * store.element_size() for store in self._stores.values())
+        """Memory of the storage, rows that were dropped included until it is made anew."""
+        return sum(store.untyped_storage().nbytes() for store in self._stores.values())
 
     # ---------------------------------------------------------------- what transformers asks of a cache
 
@@ -262,6 +273,12 @@ class TreeCache(Cache):
             self._stores[slot] = bigger
         self.capacity = grown
         self._refresh_views()
+
+
+def closed_up(rows: list[int]) -> list[int]:
+    """The same rows in the order that `TreeCache.keep_rows` moves the fewest for: the last ones stand where others have left."""
+    kept, behind = set(rows), [row for row in rows if row >= len(rows)]
+    return [row if row in kept else behind.pop() for row in range(len(rows))]
 
 
 def _places_of(layout: CacheLayout) -> tuple[dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]], dict[Slot, int]]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medhead.acceptance import Accepted, accept, accept_typical, pick
-from medhead.cache import TreeCache
+from medhead.cache import TreeCache, closed_up
 from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.row import Row, Settings
 from medhead.sampling import draw_nodes, is_local, process_nodes, temperature_of
@@ -62,7 +62,7 @@ class DecodeLoop:
         self.start(rows)
         while self.rows:
             self.step()
-        self.cache_bytes = self.cache.nbytes()
+        self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
 
     def start(self, rows: list[Row]) -> None:
         """Read the prompts of the first rows."""
@@ -90,9 +90,11 @@ class DecodeLoop:
         return None
 
     def keep(self, places: list[int]) -> None:
-        """Only the rows at these places go on."""
+        """Only the rows at these places go on, in any order."""
         if len(places) == len(self.rows):
             return
+        self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
+        places = closed_up(places)
         self.rows = [self.rows[place] for place in places]
         if places:
             self._roots, self._features = self._roots[places], self._features[places]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medhead.cache import CacheLayout, Slot, TreeCache
+from medhead.cache import CacheLayout, Slot, TreeCache, closed_up
 
 CPU = torch.device("cpu")
 LAYOUT = CacheLayout(
@@ -53,7 +53,8 @@ def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
                 kept[key][row] += [new[row, :, int(node)] for node in path[row, :count]]
         assert cache.lengths == [len(rows) for rows in kept[0, 0]]
         if batch > 1 and number(0, 4) == 0:
-            rows = sorted(torch.randperm(batch, generator=generator)[: batch - 1].tolist())
+            rows = torch.randperm(batch, generator=generator)[: batch - 1].tolist()
+            rows = [sorted(rows), closed_up(sorted(rows)), rows][number(0, 3)]
             cache.keep_rows(rows)
             kept = {key: [value[row] for row in rows] for key, value in kept.items()}
             batch -= 1
@@ -92,3 +93,22 @@ def test_what_a_long_row_needed_is_given_back() -> None:
     cache.join(newcomer)
     assert cache.capacity == newcomer.capacity == 128
     assert cache.nbytes() == 2 * 128 * LAYOUT.bytes_per_token()
+
+
+def test_dropped_rows_move_few_and_are_given_back_in_time() -> None:
+    cache = TreeCache(LAYOUT, 8, capacity=60)
+    cache.begin(1)
+    cache.commit([1] * 8)
+    whole, before = cache.nbytes(), [part.data_ptr() for part in cache.parts]
+    cache.keep_rows(closed_up([0, 2, 3, 4, 5, 7]))
+    assert [part.data_ptr() for part in cache.parts] == before
+    assert cache.nbytes() == whole
+    cache.keep_rows(closed_up([1, 3, 5]))
+    assert cache.nbytes() == whole * 3 // 8
+
+
+@given(st.integers(1, 20).flatmap(lambda rows: st.sets(st.integers(0, rows - 1))))
+def test_gaps_are_closed_from_behind(places: set[int]) -> None:
+    closed = closed_up(sorted(places))
+    assert set(closed) == places
+    assert all(row == place or row >= len(closed) for place, row in enumerate(closed))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -80,8 +81,18 @@ def test_growing_ends_when_nothing_deeper_can_matter(seed: int, nodes: int, widt
     deepest = int(whole.depth.max())
     assert deepest <= expander.levels <= 6
     certain = Counting(torch.tensor([0.98, 0.01, 0.01]).log().expand(6, 3, 3), 1)
-    grow(roots[:1], certain, 6, 2, least=-0.05)
+    grow(roots[:1], certain, 6, 2, least=math.exp(-0.05))
     assert certain.levels == 3  # 0.98 ** 3 is the first below 0.95
+
+
+def test_rows_share_what_a_level_costs() -> None:
+    """How deep to look is a matter of all rows' chances together: one hopeful row does not make a batch look."""
+    table = torch.tensor([[[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.4, 0.3, 0.3]]]).log().expand(6, 3, 3)
+    alone, batch = Counting(table, 1), Counting(table, 4)
+    grow(torch.tensor([0]), alone, 6, 1, least=0.4)
+    assert alone.levels == 6  # 0.9 ** 6 is above 0.4
+    grow(torch.tensor([0, 1, 1, 1]), batch, 6, 1, least=0.4)
+    assert batch.levels == 4  # (0.9 + 3 * 0.4) / 4 = 0.525; 0.9 ** 3 of it is the first below 0.4
 
 
 def test_a_certain_child_never_displaces_its_parent() -> None:

@@ -170,17 +170,36 @@ def test_calibration_learns_only_what_is_known() -> None:
 # --- budget ---
 
 
-@given(st.integers(0, 10**6), st.integers(1, 4))
-def test_the_budget_is_the_best_size(seed: int, rows: int) -> None:
-    """No size that may be chosen has more expected tokens a second."""
+@given(st.integers(0, 10**6), st.integers(1, 4), st.booleans())
+def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None:
+    """No size that may be chosen has more expected tokens a second; before guessing has paid once, none is dear."""
     source = random.Random(seed)
     gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
     budget, proposing = TreeBudget(PassCosts(COSTS), 32), source.random()
+    if proven:
+        budget.saw(2, 2.0, budget.costs(2), 0.0)
     chosen = budget.choose(gains, rows, proposing)
-    rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in budget.sizes}
+    sizes = [n for n in budget.sizes if proven or budget.costs(n) <= 1.5 * budget.costs(1)]
+    assert 1 < len(sizes) < len(budget.sizes) or proven
+    rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in sizes}
     assert rates[chosen] == pytest.approx(max(rates.values()))
     assert budget.sizes[0] == 1
     assert budget.sizes[-1] == 32
+
+
+def test_looks_are_cheap_again_after_a_rest() -> None:
+    gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32)
+    assert budget.choose(gains, 1, 0.0) == 4
+    budget.saw(4, 4.0, 1.5, 0.1)
+    assert budget.choose(gains, 1, 0.0) > 4
+    while not budget.resting():
+        budget.saw(4, 1.0, 1.5, 1.0)
+    asleep = []
+    while budget.resting():
+        asleep.append(budget.asleep())
+        budget.saw(1, 1.0, 1.0, 0.0)
+    assert asleep == [True] * (len(asleep) - 8) + [False] * 8
+    assert budget.choose(gains, 1, 0.0) == 4
 
 
 def test_failure_rests_and_success_does_not() -> None:
@@ -204,6 +223,27 @@ def test_failure_rests_and_success_does_not() -> None:
 
 
 # --- the proposer ---
+
+
+def test_a_sleeping_hybrid_spares_who_may_miss_passes(target: Target) -> None:
+    class Watching(Fixed):
+        def observe(self, verified: Verified) -> None:
+            self.seen = [*getattr(self, "seen", []), verified.tree.nodes]
+
+    class Missing(Watching):
+        may_miss = True
+
+    members: list[Any] = [Watching(target, []), Missing(target, [])]
+    hybrid = build_proposer("hybrid", target, members=members, costs=PassCosts({1: 1.0, 8: 1.2}))
+    hybrid.begin(target, [[0]])
+    verified = Verified(TokenTree.root(torch.tensor([0])), *[torch.zeros(1, 1, 1)] * 2, None, [1], [[0]], 9.0)  # type: ignore[arg-type]
+    while not hybrid.budget.resting():
+        hybrid.observe(verified)
+    begun = len(members[0].seen)
+    while hybrid.budget.resting():
+        hybrid.observe(verified)
+    assert len(members[0].seen) > begun + 8
+    assert len(members[1].seen) == begun + 8
 
 
 class Fixed(HeadsProposer):

@@ -77,6 +77,7 @@ class Proposer:
         tree_size: number of nodes it names, root included.
         uses_noise: whether it ranks by the noise of the coming positions.
         taps: layers of the target whose outputs it reads; none for the last hidden state.
+        may_miss: whether it learns from passes without needing every one.
         capturable: whether its part of a step can be captured (`medhead.captured`): shapes that never change, nothing that
             the host has to know. Then it has the methods that end in `_at`.
     """
@@ -87,6 +88,7 @@ class Proposer:
     uses_noise = False
     taps: tuple[int, ...] = ()
     capturable = False
+    may_miss = False
     packed_bytes = 0  # memory of packed copies of its weights
 
     @property

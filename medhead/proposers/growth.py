@@ -7,6 +7,7 @@ nothing walks over nodes.
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
@@ -44,7 +45,7 @@ def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: 
 
 
 def grow(
-    roots: Tensor, expander: Expander, depth: int, width: int, nodes: int | None = None, least: float = -torch.inf
+    roots: Tensor, expander: Expander, depth: int, width: int, nodes: int | None = None, least: float = 0.0
 ) -> Candidates:
     """All candidates below `roots` `[batch]` down to `depth`, the likeliest `width` of every level expanded further.
 
@@ -57,9 +58,9 @@ def grow(
         depth: levels at most.
         width: nodes of a frontier.
         nodes: size of the tree that the candidates are for; what cannot be among its nodes does not matter.
-        least: log-probability below which nothing matters.
+        least: probability of the likeliest path, in the mean of the rows, below which nothing matters.
     """
-    looks = roots.device.type == "cpu" and (nodes is not None or least > -torch.inf)
+    looks = roots.device.type == "cpu" and (nodes is not None or least > 0)
     state, tokens = expander.start(), roots[:, None]
     scores: Tensor | None = None
     frontier = torch.full_like(tokens, -1)  # index among all candidates; -1 is the root
@@ -91,7 +92,7 @@ def grow(
 
 
 def _matters(frontier: Tensor, all_scores: list[Tensor], nodes: int | None, least: float) -> bool:
-    """Whether anything below a frontier can matter to some row: no child is likelier than its parent, so one look tells.
+    """Whether anything below a frontier can matter: no child is likelier than its parent, so one look tells.
 
     Args:
         frontier: `[batch, width]` scores of the likeliest nodes, falling.
@@ -104,4 +105,5 @@ def _matters(frontier: Tensor, all_scores: list[Tensor], nodes: int | None, leas
         known = torch.cat(all_scores, 1)
         if known.shape[1] >= nodes - 1 > 0:
             best = best.masked_fill(best < known.topk(nodes - 1, dim=1).values[:, -1], -torch.inf)
-    return max(best.tolist()) >= least
+    scores = best.tolist()
+    return max(scores) > -math.inf and sum(map(math.exp, scores)) >= least * len(scores)

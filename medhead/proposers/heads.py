@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -45,8 +44,9 @@ class HeadsProposer(Proposer):
         sharpness: what log-probabilities of the heads are multiplied by when decoding greedily. Heads learn the target's
             whole distribution, but greedy decoding takes its likeliest token, and does so more often than that token's
             probability says. More makes trees deeper and narrower.
-        least: probability of a path below which heads look no further when they name candidates for trees of several
-            proposers, on a CPU; None follows what a level of heads costs beside a token, and is 0 where `tree_size` is given.
+        least: probability of the likeliest path, in the mean of the rows, below which heads look no further when they name
+            candidates for trees of several proposers, on a CPU; None follows what a level of heads costs beside a token, and
+            is 0 where `tree_size` is given.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -230,7 +230,7 @@ class HeadsProposer(Proposer):
             return self._grown_compiled(state, depth)
         expander = self._expander(state, self._view(), self.branching, depth)
         nodes = self.tree_size if self._sized else None
-        return grow(state.roots, expander, depth, self.width, nodes, least=math.log(max(self.least, 1e-9)))
+        return grow(state.roots, expander, depth, self.width, nodes, least=self.least)
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
         """The same as one compiled function, which always looks as deep as it can."""
@@ -259,6 +259,8 @@ class HeadsProposer(Proposer):
             return self._given_least
         if self._sized:
             return 0.0
+        if not self._level:
+            return LIKELY  # not measured yet
         return min(LIKELY, max(UNLIKELY, _WORTH * self._level / self._token))
 
     def _view(self) -> Any:

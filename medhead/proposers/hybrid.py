@@ -154,8 +154,10 @@ class HybridProposer(Proposer):
 
     def observe(self, verified: Verified) -> None:
         """Members see the pass; calibrations and budget learn from it."""
+        asleep = self.budget is not None and self.budget.asleep()
         for member in self.members:
-            member.observe(verified)
+            if not (asleep and member.may_miss):
+                member.observe(verified)
         for calibration, named in zip(self.calibrations, self._named, strict=True):
             if named is not None:
                 calibration.learn(named, verified.emitted, verified.counts)

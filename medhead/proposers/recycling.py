@@ -42,7 +42,7 @@ class RecyclingProposer(Proposer):
         MedheadError: a number that cannot be, or a file that is missing, damaged, foreign, or of another vocabulary.
     """
 
-    uses_noise = True
+    uses_noise, may_miss = True, True
 
     def __init__(
         self,
