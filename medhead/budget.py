@@ -7,7 +7,6 @@ decoding for a while, it rests, and looks again after a pause that grows with ev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from medhead.costs import PassCosts
@@ -131,10 +130,7 @@ class TreeBudget:
         """
         best, rate = 1, 0.0
         expected, place = float(rows), 0
-        dearest = math.inf if self._patience.proven else _DEAR * self.costs(1)
-        for nodes in self.sizes:
-            if self.costs(nodes) > dearest:
-                break
+        for nodes in self._affordable():
             while place < min(nodes - 1, len(gains)):
                 expected += gains[place]
                 place += 1
@@ -142,6 +138,17 @@ class TreeBudget:
             if now > rate:
                 best, rate = nodes, now
         return best
+
+    def deepest(self) -> int:
+        """No tree that it would choose now is deeper."""
+        return 0 if self.resting() else max(self._affordable()) - 1
+
+    def _affordable(self) -> list[int]:
+        """Sizes that may be chosen now: before guessing has paid, none that is much dearer than plain decoding."""
+        if self._patience.proven:
+            return self.sizes
+        dearest = _DEAR * self.costs(1)
+        return [nodes for nodes in self.sizes if nodes == 1 or self.costs(nodes) <= dearest]
 
     def saw(self, nodes: int, tokens: float, seconds: float, outside: float) -> None:
         """A step is over.

@@ -181,6 +181,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
     chosen = budget.choose(gains, rows, proposing)
     sizes = [n for n in budget.sizes if proven or budget.costs(n) <= 1.5 * budget.costs(1)]
     assert 1 < len(sizes) < len(budget.sizes) or proven
+    assert budget.deepest() == max(sizes) - 1
     rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in sizes}
     assert rates[chosen] == pytest.approx(max(rates.values()))
     assert budget.sizes[0] == 1

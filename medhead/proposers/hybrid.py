@@ -96,8 +96,8 @@ class HybridProposer(Proposer):
 
     @property
     def next_depth(self) -> int:
-        """None while it rests."""
-        return 0 if self.budget is not None and self.budget.resting() else self.max_depth
+        """None while it rests, and no deeper than what it would choose now."""
+        return self.max_depth if self.budget is None else min(self.max_depth, self.budget.deepest())
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Members begin; budget and calibrations go on with what they learnt."""
