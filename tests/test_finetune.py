@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import noise_heads, tiny_llama
-from medhead.training import finetune, store, trainer
+from medhead.training import finetune, parts, store, trainer
 from medhead.training.module import HeadsModule
 from medhead.training.optim import MuonAdamW
 from medhead.training.options import read_options
@@ -137,8 +137,8 @@ def test_from_text_to_heads(
     monkeypatch: pytest.MonkeyPatch, kind: str,
 ) -> None:  # fmt: skip
     targets: list[Any] = []
-    real = finetune.load_model
-    monkeypatch.setattr(finetune, "load_model", lambda *a, **k: targets.append(real(*a, **k)) or targets[-1])
+    real = parts.load_model
+    monkeypatch.setattr(parts, "load_model", lambda *a, **k: targets.append(real(*a, **k)) or targets[-1])
     output = tmp_path / "heads"
     code, err = run(command(folders, data, output, "--kind", kind, "--epochs", "3", "--eval-steps", "6"), capsys)
     assert code == 0, err
@@ -346,7 +346,7 @@ def test_a_finished_run_does_nothing(
 ) -> None:
     recipe, output = straight
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
-    with calls_of(finetune, "load_model", raising(AssertionError(), 1)):
+    with calls_of(parts, "load_model", raising(AssertionError(), 1)):
         code, err = run(command(folders, data, output, *recipe), capsys)
     assert (code, err) == (0, f"finished already: {output}\n")
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
@@ -637,7 +637,7 @@ def test_a_target_in_four_bits(
     assert code == 0, err
     assert names_in(tmp_path / "heads") == FILES | MEASURED | {"run"}
     options = read_options(finetune.parser().parse_args(command(folders, data, tmp_path / "heads", *more)))
-    plain, model = (finetune.load_target(options, torch.device("cpu")) for _ in range(2))
+    plain, model = (parts.load_target(options, torch.device("cpu")) for _ in range(2))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     prompt = torch.tensor([[5, 17, 40, 9]])
     logits = plain(prompt).logits
@@ -653,10 +653,8 @@ def test_a_target_in_four_bits(
 # ---------------------------------------------------------------- several processes
 
 
-@pytest.mark.slow
-def test_two_processes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    output = tmp_path / "heads"
-    arguments = command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2")
+def _in_two_processes(arguments: list[str]) -> str:
+    """Run the command in two processes; what they wrote on standard error."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m"]
     ended = subprocess.run(
         [*launch, "medhead.training.finetune", *arguments],
@@ -667,13 +665,48 @@ def test_two_processes(folders: dict[str, Path], data: Path, tmp_path: Path) -> 
         check=False,
     )
     assert ended.returncode == 0, ended.stderr
+    return ended.stderr
+
+
+@pytest.mark.slow
+def test_two_processes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    output = tmp_path / "heads"
+    said = _in_two_processes(command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2"))
     assert names_in(output) == FILES | MEASURED | {"run"}
-    assert ended.stderr.count("heads are in") == ended.stderr.count("parameters to train") == 1
+    assert said.count("heads are in") == said.count("parameters to train") == 1
     found = last_checkpoint(output / "run")
     assert found is not None
     assert found.name == "checkpoint-4"
     assert {"rng_state_0.pth", "rng_state_1.pth"} <= names_in(found)
     assert load_adapted(model_of(folders), output)
+
+
+@pytest.mark.slow
+def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """Layers cut into pieces over two processes: the heads become what they become beside a whole target."""
+    more = [*HEADS, "--batch-size", "2", "--save-dtype", "float32"]
+    whole, spread = tmp_path / "whole", tmp_path / "spread"
+    _in_two_processes(command(folders, data, whole, *more))
+    said = _in_two_processes(command(folders, data, spread, *more, "--shard"))
+    first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, spread))
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, msg=name)
+    measured = [json.loads((folder / "accuracies.json").read_text()) for folder in (whole, spread)]
+    assert measured[0]["accuracies"] == measured[1]["accuracies"]
+    layers = sum(p.numel() for p in model_of(folders).model.layers.parameters())
+    assert re.search(r"layers of .* spread over 2 processes: ([\d,]+) of ([\d,]+) numbers", said).groups() == (  # type: ignore[union-attr]
+        f"{layers // 2:,}", f"{layers:,}",
+    )  # fmt: skip
+
+
+def test_a_target_is_spread_over_several_processes_alone(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refusal(command(folders, data, tmp_path / "o", *HEADS, "--shard"), capsys)
+    assert line.endswith("start it with `accelerate launch` or `torchrun`, or leave it out")
+    line = refusal(command(folders, data, tmp_path / "o", *JOINT, "--shard"), capsys)
+    assert line.endswith("--recipe must be heads with --shard, got 'joint'")
 
 
 # ---------------------------------------------------------------- what is refused

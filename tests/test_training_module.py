@@ -11,12 +11,13 @@ import pytest
 import torch
 from conftest import tiny_llama
 from families import ACCEPTED, tiny
-from medhead.training import finetune
-from medhead.training.finetune import adapted, new_heads, training_arguments
+from medhead.training import parts
+from medhead.training.finetune import training_arguments
 from medhead.training.losses import LOSSES
 from medhead.training.module import HeadsModule, evaluating
 from medhead.training.objective import Texts
 from medhead.training.options import TrainOptions
+from medhead.training.parts import adapted, new_heads
 from medhead.training.trainer import HeadsTrainer
 from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
@@ -435,7 +436,7 @@ def test_dropout_is_the_adapters_alone() -> None:
 
 
 def test_layers_of_gpt2_are_found() -> None:
-    assert finetune.linear_layers(tiny("gpt2", ACCEPTED["gpt2"])) == ["c_attn", "c_fc", "c_proj"]
-    assert finetune.linear_layers(tiny_llama()) == sorted(
+    assert parts.linear_layers(tiny("gpt2", ACCEPTED["gpt2"])) == ["c_attn", "c_fc", "c_proj"]
+    assert parts.linear_layers(tiny_llama()) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )

@@ -15,15 +15,15 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
-from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
-from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter, wrap
+from medhead.heads import Heads
+from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
-from medhead.load import DTYPES, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.load import DTYPES, load_tokenizer, pick_device
 from medhead.target import Target
 
 from .measure import Measured, measure
@@ -31,8 +31,10 @@ from .module import HeadsModule, evaluating
 from .objective import Texts
 from .options import TrainOptions, add_options, read_options
 from .packing import PackedDataset
+from .parts import adapted, load_target, new_heads
 from .report import plot_accuracy, write_card
 from .run_folder import FACTS_FILE, claim, same_data
+from .shard import check_processes, leave_to_shards, spread_layers
 from .store import TokenStore, prepare
 from .trainer import HeadsTrainer, last_checkpoint, remove_torn
 
@@ -63,130 +65,6 @@ def parser() -> argparse.ArgumentParser:
     )
     add_options(options)
     return options
-
-
-def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> HeadsConfig:
-    """The configuration that the options ask for, with sizes taken from the target."""
-    kind, size, config = options.kind, target.hidden_size, target.config
-    deep = kind in ("attention", "block")
-    taps = options.taps
-    if taps is None:
-        count = 5 if kind == "block" and target.layers >= 16 else 3
-        spread = np.linspace(1, target.layers - 1, count) if target.layers > 1 else np.zeros(1)
-        taps = sorted({round(float(layer)) for layer in spread}) if deep else []
-    heads = int(getattr(config, "num_attention_heads", 0) or 4)
-    dim = int(getattr(config, "head_dim", None) or size // heads)
-    correction = options.correction or {"medusa": "parent", "block": "recurrent"}.get(kind, "none")
-    return HeadsConfig(
-        kind=kind,
-        depth=options.depth,
-        hidden_size=size,
-        vocab_size=target.vocab_size,
-        target_layers=target.layers,
-        target_type=str(getattr(target.model.config, "model_type", "")),
-        inner_size=options.inner_size or 2 * size,
-        blocks=options.blocks or (2 if kind == "block" else 1),
-        correction=correction,
-        correction_size=options.correction_size or 3 * size // 2,
-        taps=taps,
-        num_heads=heads,
-        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
-        head_dim=dim + dim % 2,
-        causal=options.causal,
-        draft_vocab=draft_vocab,
-    )
-
-
-def draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> torch.Tensor | None:
-    """`[draft vocabulary]`: the most frequent tokens of the answers, in order of their ids; None for all."""
-    if options.draft_vocab == 0:
-        return None
-    counts = np.zeros(vocab_size, dtype=np.int64)
-    for start in range(0, store.tokens, 1 << 22):
-        tokens, mask = store.read(start, min(start + (1 << 22), store.tokens))
-        counts += np.bincount(tokens[mask], minlength=vocab_size)[:vocab_size]
-    wanted = options.draft_vocab
-    if wanted < 0:
-        covered = np.cumsum(np.sort(counts)[::-1]) / max(counts.sum(), 1)
-        wanted = min(32768, -(-(int(np.searchsorted(covered, 0.998)) + 1) // 64) * 64)
-    if wanted >= vocab_size:
-        return None
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:wanted]).copy())
-
-
-def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads:
-    """Heads to begin with: fresh ones, or those of `--init-from`."""
-    if options.init_from:
-        heads = load_heads(options.init_from, target)
-        if heads.config.kind != options.kind:
-            raise MedheadError(
-                f"--init-from holds heads of kind {heads.config.kind!r}, the run trains {options.kind!r}"
-            )
-        if heads.config.own_output:
-            raise MedheadError(
-                "--init-from holds heads with an output matrix of their own, which cannot be trained here"
-            )
-        return heads.float().requires_grad_(True)
-    tokens = draft_tokens(options, store, target.vocab_size)
-    torch.manual_seed(options.seed)
-    heads = build_heads(heads_config(options, target, 0 if tokens is None else len(tokens)))
-    if tokens is not None:
-        assert heads.draft_tokens is not None
-        heads.draft_tokens.copy_(tokens)
-    return heads.to(target.device)
-
-
-def load_target(options: TrainOptions, device: torch.device) -> Any:
-    """The model, in four bits for `qlora`.
-
-    Raises:
-        MedheadError: it cannot be loaded, or bitsandbytes is missing.
-    """
-    dtype = pick_dtype(options.dtype, device)
-    if options.recipe != "qlora":
-        return load_model(options.model, device, dtype, options.trust_remote_code)
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError:
-        raise MedheadError("--recipe qlora needs bitsandbytes: pip install 'medhead[qlora]'") from None
-    from peft import prepare_model_for_kbit_training
-    from transformers import BitsAndBytesConfig
-
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, quantization_config=four_bits, device_map={"": device}, dtype=dtype, use_safetensors=True,
-            trust_remote_code=options.trust_remote_code,
-        )  # fmt: skip
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise MedheadError(f"model {options.model!r} cannot be loaded in 4 bits: {reason}") from None
-    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-
-
-def adapted(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
-    """A PEFT model around target and heads, with LoRA if the recipe has it, and its copy of the heads.
-
-    Raises:
-        MedheadError: the target has no such modules, or they are the embedding or output matrix, which heads share.
-    """
-    model = target.model
-    if options.recipe == "heads":
-        return wrap(model, heads)
-    lora = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
-            "target_modules": options.lora_targets or linear_layers(model)}  # fmt: skip
-    try:
-        if options.gradient_checkpointing:
-            new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.24
-            (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
-                {"use_reentrant": False}
-            )
-        wrapped, heads = wrap(model, heads, lora)
-    except ValueError as error:
-        raise MedheadError(f"{target.name} cannot be adapted: {' '.join(str(error).split())[:200]}") from None
-    if model.get_output_embeddings() is not target.output or model.get_input_embeddings() is not target.embedding:
-        raise MedheadError("--lora-targets names the embedding or the output matrix, which heads share; leave it out")
-    return wrapped, heads
 
 
 def split(options: TrainOptions, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
@@ -236,6 +114,8 @@ def run(options: TrainOptions) -> None:
     if device.index not in (None, arguments.device.index):
         raise MedheadError(f"choose the GPU with CUDA_VISIBLE_DEVICES={device.index}, and give --device {device.type}")
     device, main = arguments.device, arguments.process_index == 0  # each process has its own device
+    if options.shard:
+        check_processes()
     with arguments.main_process_first(local=False):
         folder = claim(options)
         if (output / CONFIG_FILE).exists() and (output / FACTS_FILE).exists():
@@ -243,7 +123,7 @@ def run(options: TrainOptions) -> None:
                 print(f"finished already: {output}", file=sys.stderr)
             return
         tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-        model = load_target(options, device)
+        model = load_target(options, torch.device("cpu") if options.shard else device)
         target = Target(model, packed=False)  # it trains: weights to decode with would only take memory
         if options.length > target.context:
             raise MedheadError(
@@ -262,7 +142,16 @@ def run(options: TrainOptions) -> None:
     rows = PackedDataset(store, train, options.length, options.seed, options.epochs)
     check_anchors(rows)
     wrapped, heads = adapted(options, target, new_heads(options, target, store))
+    if options.shard:
+        here, numbers = spread_layers(target, wrapped, device)
+        if main:
+            print(
+                f"layers of {target.name} are spread over {arguments.world_size} processes: {here:,} of {numbers:,} numbers "
+                "are in this one", file=sys.stderr,
+            )  # fmt: skip
     module = HeadsModule(wrapped, target, heads, options)
+    if options.shard:
+        leave_to_shards(module)
     texts = held_out_texts(held_store, held_out, options.length, device)
 
     def evaluate_heads() -> dict[str, float]:
@@ -290,17 +179,18 @@ def run(options: TrainOptions) -> None:
     found = last_checkpoint(folder)
     began = time.monotonic()
     trainer.train(resume_from_checkpoint=None if found is None else str(found))
+    minutes = (time.monotonic() - began) / 60
+    with evaluating(module):  # all processes read a target that is spread over them
+        measured = measure(heads, target, texts) if texts and (main or options.shard) else None
     if not main:
         return
     facts = {
         "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": trainer.state.global_step,
         "epochs": options.epochs, "documents": len(train), "tokens": rows.tokens, "answer_tokens": store.assistant_tokens,
-        "minutes": round((time.monotonic() - began) / 60, 1), "resumed": found is not None,
+        "minutes": round(minutes, 1), "resumed": found is not None,
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
         "init_from": str(options.init_from or ""),
     }  # fmt: skip
-    with evaluating(module):
-        measured = measure(heads, target, texts) if texts else None
     finish(output, wrapped, heads, measured, facts, DTYPES[options.save_dtype])
 
 
@@ -395,18 +285,6 @@ def training_arguments(options: TrainOptions, folder: Path, device: torch.device
     )
     arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs need as many processes; `DataParallel` cannot do it
     return arguments
-
-
-def linear_layers(model: Any) -> list[str]:
-    """Names of the linear layers inside the decoder layers, for LoRA."""
-    names = set()
-    for name, module in model.named_modules():
-        linear = "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
-        if linear and any(part.isdigit() for part in name.split(".")):
-            names.add(name.rsplit(".", 1)[-1])
-    if not names:
-        raise MedheadError("no linear layers were found to adapt; name them with --lora-targets")
-    return sorted(names)
 
 
 def _skipped(store: TokenStore) -> str:

@@ -84,6 +84,9 @@ class TrainOptions:
         False, HOW, "recompute the target's layers in the backward pass (joint, qlora)"
     )
     trust_remote_code: bool = option(False, HOW, "run code that comes with the model")
+    shard: bool = option(
+        False, HOW, "spread the frozen target over the processes, for one that no single GPU can hold (recipe heads)"
+    )
     lora_rank: int = option(32, LORA, "rank")
     lora_alpha: int = option(16, LORA, "scale times rank")
     lora_dropout: float = option(0.05, LORA, "dropout")
@@ -132,6 +135,7 @@ class TrainOptions:
             ("loss", self.loss in LOSSES, f"one of {', '.join(LOSSES)}"),
             ("length", self.length >= self.depth + 2, f"at least {self.depth + 2}, 2 more than --depth"),
         ]
+        rules.append(("recipe", self.recipe == "heads" or not self.shard, "heads with --shard"))
         for entry in fields(self):
             if choices := entry.metadata.get("choices"):
                 rules.append(
