@@ -540,7 +540,7 @@ def test_out_of_memory(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of")
-    for owner, name in ((HeadsModule, "forward"), (finetune, "load_model")):
+    for owner, name in ((HeadsModule, "forward"), (parts, "load_model")):
         with calls_of(owner, name, raising(error, 1)):
             line = refusal(command(folders, data, tmp_path / "heads", *HEADS), capsys)
         assert "out of memory: lower --batch-size (4), --length (48) or --share (0.5), raise --accumulation" in line
