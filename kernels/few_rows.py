@@ -81,11 +81,13 @@ class Matrix:
 
     def _copy(self) -> Tensor:
         version = 0 if self.weight.is_inference() else self.weight._version
-        if not self._checked or self._packed is None or version != self._version:
+        known = self._packed is not None and version == self._version
+        if not known or not self._checked:
             stamp = _stamp(self.weight)
-            if self._packed is None or self._stamp is None or not torch.equal(stamp, self._stamp):
+            if not known or self._stamp is None or not torch.equal(stamp, self._stamp):
                 self._packed, self._stamp = _pack(self.weight), stamp
             self._checked, self._version = True, version
+        assert self._packed is not None
         return self._packed
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -127,7 +129,7 @@ def can_pack(weight: Tensor) -> bool:
         and weight.ndim == 2
         and weight.is_contiguous()
         and weight.numel() >= LEAST_NUMBERS
-        and weight.shape[1] % 2 == 0  # see _stamp
+        and weight.shape[1] * weight.element_size() % 8 == 0  # see _stamp
         and _packs(weight.dtype)
     )
 
@@ -200,5 +202,14 @@ def _packs(dtype: torch.dtype) -> bool:
 
 
 def _stamp(weight: Tensor) -> Tensor:
-    """`[out]`: every row's bits added up, at the speed of memory; other weights have another stamp."""
-    return weight.detach().view(torch.int32).sum(-1, dtype=torch.int32)
+    """`[out]`: a hash of every row's bits, at the speed of memory; other weights have another stamp."""
+    bits = weight.detach().view(torch.int64)
+    return torch.mv(bits, _factors(bits.shape[1]))
+
+
+@cache
+def _factors(count: int) -> Tensor:
+    """`[count]` random odd numbers: no bit is lost in the modulus."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randint(-(2**62), 2**62, (count,), generator=generator) * 2 + 1

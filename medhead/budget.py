@@ -63,7 +63,7 @@ class Patience:
             self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
         elif self._spent < _START * self._tokens:
             self._pause = _FIRST_REST
-        self.proven = self.proven or spent < tokens
+        self.proven = self.proven or 1 < tokens > spent
 
     def _doubt(self) -> None:
         self._rest, self._tokens, self._spent, self.proven = 0, _DOUBT, _AGAIN * _DOUBT, False
@@ -79,11 +79,15 @@ class TreeBudget:
     """
 
     def __init__(self, costs: PassCosts, most: int, batch: int = 1) -> None:
-        self.costs = costs
-        self.sizes = [n for n in _sizes(most) if n <= max(costs.most, 1)]
+        self.costs, self._sizes = costs, _sizes(most)
         self._step = _STEP
         self._known: dict[int, Patience] = {}
         self._patience = self._of(batch)
+
+    @property
+    def sizes(self) -> list[int]:
+        """Sizes that are tried: those that were worth measuring for so many rows."""
+        return [nodes for nodes in self._sizes if nodes <= max(self.costs.most, 1)]
 
     @property
     def most(self) -> int:
@@ -144,11 +148,11 @@ class TreeBudget:
         return 0 if self.resting() else max(self._affordable()) - 1
 
     def _affordable(self) -> list[int]:
-        """Sizes that may be chosen now: before guessing has paid, none that is much dearer than plain decoding."""
+        """Sizes that may be chosen now: before guessing has paid, none but the smallest that is dear."""
+        sizes, dearest = self.sizes, _DEAR * self.costs(1)
         if self._patience.proven:
-            return self.sizes
-        dearest = _DEAR * self.costs(1)
-        return [nodes for nodes in self.sizes if nodes == 1 or self.costs(nodes) <= dearest]
+            return sizes
+        return [nodes for nodes in sizes if nodes <= 2 or self.costs(nodes) <= dearest]
 
     def saw(self, nodes: int, tokens: float, seconds: float, outside: float) -> None:
         """A step is over.

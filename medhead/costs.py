@@ -89,6 +89,7 @@ def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:
     All sizes are timed in turn, several times over, so that a busy moment of the machine does not fall on one of them. Sizes
     too dear to be worth it are left out, and it ends early where passes take long.
     """
+    most = max(1, min(most, target.context - 1))
     cache = target.new_cache(batch, PREFIX + most)
     cache.lengths = [min(PREFIX, max(1, target.context - most - 1))] * batch
     sizes = [nodes for nodes in GRID if nodes <= most]
@@ -123,6 +124,11 @@ def _seconds(target: Target, action: Callable[[], Any]) -> float:
     if target.device.type == "cuda":
         torch.cuda.synchronize(target.device)
     return time.perf_counter() - began
+
+
+def costs_batch(rows: int) -> int:
+    """The number of rows whose costs serve so many: the next power of two."""
+    return 1 << (rows - 1).bit_length()
 
 
 def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:

@@ -244,6 +244,7 @@ class Decoder:
             self.compiled_target.clear()
         if self._own_target:
             self.target.packed_weights.clear()
+            self.proposer.release()
         restore_generate(self.model)
 
     def __enter__(self) -> Decoder:

@@ -67,10 +67,10 @@ class DecodeLoop:
     def start(self, rows: list[Row]) -> None:
         """Read the prompts of the first rows."""
         began = self._now()
-        self.rows = rows
         self.proposer.begin(self.target, [row.text for row in rows])
         self.cache, self._features = self._prefill(rows, self.proposer)
         self._roots = self._last_tokens(rows)
+        self.rows = rows
         self.prefill_seconds += self._now() - began
 
     def join(self, rows: list[Row]) -> None:

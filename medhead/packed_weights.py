@@ -27,7 +27,7 @@ class PackedWeights:
     def __init__(self, model: nn.Module, wanted: bool | None = None) -> None:
         layers = [] if wanted is False else _packable(model.modules())
         size = sum({id(layer.weight): layer.weight.numel() * layer.weight.element_size() for layer in layers}.values())
-        if wanted is None and size > _SHARE * free_bytes():
+        if wanted is None and not fits(size):
             layers = []
         self._matrices = {layer: Matrix(layer.weight.detach(), layer.bias) for layer in layers}
 
@@ -70,6 +70,11 @@ def _packable(modules: Iterable[nn.Module]) -> list[Any]:
         for layer in modules
         if type(layer) is nn.Linear and "forward" not in layer.__dict__ and can_pack(layer.weight)
     ]
+
+
+def fits(size: int) -> bool:
+    """Whether copies of so many bytes take at most a quarter of the memory that is free."""
+    return size <= _SHARE * free_bytes()
 
 
 def free_bytes() -> int:

@@ -25,10 +25,13 @@ T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """Where it is kept: `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder."""
-    given = os.environ.get("MEDHEAD_CACHE")
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "medhead"
+    """Where it is kept: `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder, or nowhere for a user without a home."""
+    if given := os.environ.get("MEDHEAD_CACHE"):
+        return Path(given)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medhead"
+    except RuntimeError:  # no home
+        return Path(os.devnull) / "medhead"
 
 
 def fingerprint(target: Target, batch: int) -> str:

@@ -84,10 +84,30 @@ def test_changed_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         matrix.recheck()
         matrix(x)
         assert len(made) == 2
+        weight.neg_()  # counted: nobody has to look at the weights
+        torch.testing.assert_close(matrix(x), F.linear(x, weight))
+        assert len(made) == 3
         weight.data[OUT - 1, 7] += 1e-3  # not counted
         matrix.recheck()
         torch.testing.assert_close(matrix(x), F.linear(x, weight), rtol=1e-5, atol=1e-5)
-        assert len(made) == 3
+        assert len(made) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("columns", [512, 516])
+def test_structured_changes_have_another_stamp(dtype: torch.dtype, columns: int) -> None:
+    """Signs, powers of two and the order of columns, all rows alike; and every single bit of a row."""
+    weight = torch.randn(4, columns, dtype=dtype)
+    stamp = few_rows._stamp(weight)
+    assert torch.equal(few_rows._stamp(weight.clone()), stamp)
+    order = torch.arange(columns).roll(4)
+    for changed in (-weight, 2 * weight, 0.25 * weight, weight[:, order], weight.flip(1), weight.flip(0)):
+        assert bool((few_rows._stamp(changed.contiguous()) != stamp).all())
+    bits = weight[:1].view(torch.int64).repeat(64, 1)
+    bits[:, 5] ^= torch.tensor([1 << bit if bit < 63 else -(1 << 63) for bit in range(64)])
+    flipped = few_rows._stamp(bits.view(dtype))
+    assert stamp[0] not in flipped
+    assert len(set(flipped.tolist())) == 64
 
 
 @needs_packing

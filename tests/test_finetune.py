@@ -26,7 +26,7 @@ from medhead.training.module import HeadsModule
 from medhead.training.optim import MuonAdamW
 from medhead.training.options import read_options
 from medhead.training.report import UNCHANGED
-from medhead.training.run_folder import OPTIONS_FILE
+from medhead.training.run_folder import OPTIONS_FILE, claim, same_data
 from medhead.training.trainer import COMPLETE, HeadsTrainer, last_checkpoint
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -666,6 +666,22 @@ def _in_two_processes(arguments: list[str]) -> str:
     )
     assert ended.returncode == 0, ended.stderr
     return ended.stderr
+
+
+def test_one_process_writes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    """Many processes start at once; those that are not the first only read."""
+    options = read_options(finetune.parser().parse_args(command(folders, data, tmp_path / "o", *HEADS)))
+    folder = claim(options)
+    same_data(folder, [])
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
+    assert claim(options, main=False) == folder
+    same_data(folder, [], main=False)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
+    options.seed = 7
+    (folder / "checkpoint-1").mkdir()
+    (folder / "checkpoint-1" / COMPLETE).touch()
+    with pytest.raises(MedheadError, match="seed was 0, now 7"):
+        claim(options, main=False)
 
 
 @pytest.mark.slow

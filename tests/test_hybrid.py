@@ -15,6 +15,7 @@ from conftest import noise_heads, tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from test_candidates import candidates_from_paths
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from medhead import Decoder, MedheadError
 from medhead.budget import TreeBudget
@@ -179,7 +180,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
     if proven:
         budget.saw(2, 2.0, budget.costs(2), 0.0)
     chosen = budget.choose(gains, rows, proposing)
-    sizes = [n for n in budget.sizes if proven or budget.costs(n) <= 1.5 * budget.costs(1)]
+    sizes = [n for n in budget.sizes if proven or n <= 2 or budget.costs(n) <= 1.5 * budget.costs(1)]
     assert 1 < len(sizes) < len(budget.sizes) or proven
     assert budget.deepest() == max(sizes) - 1
     rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in sizes}
@@ -201,6 +202,31 @@ def test_looks_are_cheap_again_after_a_rest() -> None:
         budget.saw(1, 1.0, 1.0, 0.0)
     assert asleep == [True] * (len(asleep) - 8) + [False] * 8
     assert budget.choose(gains, 1, 0.0) == 4
+
+
+def test_plain_passes_prove_nothing() -> None:
+    """However long one took: only tokens that guesses brought say that guessing pays. The smallest tree can always be tried."""
+    budget = TreeBudget(PassCosts({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
+    assert budget.deepest() == 1
+    budget.saw(1, 1.0, 0.5, 0.0)
+    assert budget.deepest() == 1
+    budget.saw(2, 1.9, 1.7, 0.1)
+    assert budget.deepest() == 15
+
+
+def test_sizes_follow_the_rows() -> None:
+    """Sizes that were not worth measuring for many rows are there again for one."""
+    budget = TreeBudget(PassCosts({1: 1.0, 16: 7.0}), 64, batch=16)
+    assert budget.most == 16
+    budget.again(PassCosts({1: 1.0, 16: 1.05, 64: 1.1}), 1)
+    assert budget.most == 64
+
+
+def test_costs_of_a_short_context(tmp_path: Path) -> None:
+    config = GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=2)
+    target = Target(GPT2LMHeadModel(config).eval())
+    with torch.inference_mode(), target.active():
+        assert measure_costs(target, 1).most == 32
 
 
 def test_failure_rests_and_success_does_not() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from medhead import Decoder
+from medhead.cache import TreeCache
 from medhead.errors import MedheadError
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 from medhead.serving import Engine, EngineError, QueueFullError, Request, Stopped
@@ -227,6 +228,26 @@ def test_a_failure_ends_the_requests_of_its_lane_alone(decoder, tokenizer, engin
     assert tokens_of(good) == alone_after(engine, decoder, asked[2])
     assert "a bug" in caplog.text
     assert bad.result.reason == "error"
+
+
+@pytest.mark.parametrize("where", ["prefill", "keep_rows"])
+def test_after_a_failure_others_are_served(decoder, tokenizer, engine, monkeypatch, caplog, where):
+    """While the first prompt of an idle engine is read, and while rows leave that have ended in the same step."""
+    asked = requests(tokenizer)
+    owner = type(decoder.target) if where == "prefill" else TreeCache
+    with monkeypatch.context() as broken:
+        broken.setattr(owner, where, lambda *_: 1 / 0)
+        request = {**vars(asked[0]), "temperature": 0.0}
+        bad = [engine.submit(Request(**{**request, "max_new_tokens": most})) for most in (40, 80, 120)]
+        for _ in range(300):  # none of them may wait for ever
+            if all(ticket.done for ticket in bad):
+                break
+            time.sleep(0.1)
+        assert [ticket.result.reason for ticket in bad] == ["error"] * 3
+        assert engine.statistics().running == 0
+    assert "division by zero" in caplog.text
+    good = engine.submit(asked[2])
+    assert tokens_of(good) == alone_after(engine, decoder, asked[2])
 
 
 def alone_after(engine: Engine, decoder: Decoder, request: Request) -> list[int]:

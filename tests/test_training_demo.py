@@ -168,6 +168,13 @@ def test_a_target_that_is_there_learns_more(data: Path, tmp_path: Path, capsys: 
     assert not torch.equal(old.lm_head.weight, new.lm_head.weight)
     names = [AutoTokenizer.from_pretrained(folder).get_vocab() for folder in (first, tmp_path / "more" / "model")]
     assert names[0] == names[1]
+    again = [*more, "--output", str(tmp_path / "more"), *small[-4:]]
+    again[again.index("sgd=0.5")] = "sgd=1"
+    assert pretrain.main(again) == 2
+    assert "holds a run with another mix" in capsys.readouterr().err
+    for option in ("--tokens-per-step", "--warmup", "--steps"):
+        assert pretrain.main([*more, "--output", str(tmp_path / "o"), option, "0"]) == 2
+        assert f"{option} must be at least" in capsys.readouterr().err
     for wrong in ("nobody=1", "sgd", "sgd=-1"):
         with pytest.raises(SystemExit, match="2"):
             pretrain.main(["--data", str(data), "--output", str(tmp_path / "o"), "--mix", wrong])

@@ -12,9 +12,11 @@ import torch
 from conftest import noise_heads
 
 from medhead.bench import budget
+from medhead.costs import PassCosts, costs_batch, known_costs
 from medhead.heads import load_heads, save_heads
 from medhead.heads.config import read_config
 from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model
+from medhead.proposers import build_proposer
 from medhead.proposers.lookahead import LookaheadProposer
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.target import Target
@@ -30,6 +32,29 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Costs are kept in a folder of the test's own."""
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_costs_are_stored_where_generations_look(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(command, "measure_costs", lambda target, batch: PassCosts({1: 1e-3 * batch, 8: 2e-3 * batch}))
+    options = ["--model", str(DEMO_MODEL), "--batch", "3", "4", "1"]
+    assert command.main(options) == 0
+    assert capsys.readouterr().out.count("a pass over") == 2
+    with torch.inference_mode():
+        target = Target(load_model(DEMO_MODEL, torch.device("cpu"), torch.float32))
+        assert [known_costs(target, costs_batch(rows))(1) for rows in (1, 3, 4)] == [1e-3, 4e-3, 4e-3]  # type: ignore[misc]
+
+
+def test_settings_share_what_heads_hold(target: Target) -> None:
+    """Tables and packed copies of the same heads are kept once, until their weights change."""
+    heads = noise_heads(target, "recurrent", depth=4)
+    one, other = (build_proposer("heads", target, heads=heads, tree_size=size) for size in (4, 8))
+    assert one.readout is other.readout
+    assert build_proposer("heads", target, heads=heads, dtype=torch.bfloat16).readout is not one.readout
+    with torch.no_grad():
+        next(heads.parameters()).add_(1)
+    assert build_proposer("heads", target, heads=heads).readout is not one.readout
 
 
 def test_search_finds_the_peak() -> None:

@@ -117,7 +117,7 @@ def run(options: TrainOptions) -> None:
     if options.shard:
         check_processes()
     with arguments.main_process_first(local=False):
-        folder = claim(options)
+        folder = claim(options, main)
         if (output / CONFIG_FILE).exists() and (output / FACTS_FILE).exists():
             if main:
                 print(f"finished already: {output}", file=sys.stderr)
@@ -133,8 +133,9 @@ def run(options: TrainOptions) -> None:
         end_tokens = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
         data = [options.data, options.eval_data] if options.eval_data else [options.data]
         stores = [prepare(part, tokenizer, folder / "tokens", end_tokens=end_tokens, progress=main) for part in data]
-        same_data(folder, stores)
-        remove_torn(folder)
+        same_data(folder, stores, main)
+        if main:
+            remove_torn(folder)
     store, held_store = stores[0], stores[-1]
     train, held_out = split(options, store)
     if options.eval_data:

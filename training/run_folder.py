@@ -15,8 +15,12 @@ OPTIONS_FILE, DATA_FILE, FACTS_FILE = "options.json", "data.json", "training.jso
 FREE = ("output", "device", "save_steps", "log_steps", "eval_steps", "tensorboard", "lr", "adamw_lr", "lora_lr", "clip")
 
 
-def claim(options: TrainOptions) -> Path:
+def claim(options: TrainOptions, main: bool = True) -> Path:
     """The run's folder: a new one, or that of the same run. Nothing else is ever written into.
+
+    Args:
+        options: of the run.
+        main: whether this process writes; others only read what the first one has written.
 
     Options may change as long as there is nothing that was trained with them; those in `FREE` always.
 
@@ -42,6 +46,8 @@ def claim(options: TrainOptions) -> Path:
             )
     elif output.is_dir() and not set(output.rglob("*")) <= {folder, new}:
         raise MedheadError(f"--output {options.output!r} holds something else; give a new or empty folder")
+    if not main:
+        return folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         new.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
@@ -51,8 +57,8 @@ def claim(options: TrainOptions) -> Path:
     return folder
 
 
-def same_data(folder: Path, stores: list[TokenStore]) -> None:
-    """Refuse to go on with other data than the run began with.
+def same_data(folder: Path, stores: list[TokenStore], main: bool = True) -> None:
+    """Refuse to go on with other data than the run began with. `main` is that of `claim`.
 
     Raises:
         MedheadError: the numbers of documents or tokens are not those of the run.
@@ -66,4 +72,5 @@ def same_data(folder: Path, stores: list[TokenStore]) -> None:
                 f"the data is not what this run began with: documents, tokens and tokens to guess were {before}, now {now}; "
                 "give the same data to go on, or another --output"
             )
-    record.write_text(json.dumps(now) + "\n", encoding="utf-8")
+    if main:
+        record.write_text(json.dumps(now) + "\n", encoding="utf-8")

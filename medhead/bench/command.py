@@ -43,7 +43,9 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     options.add_argument("--model", help="model folder or hub id (default: the demo model)")
-    options.add_argument("--heads", nargs="+", help="heads folders; the first is the default (demo model: all of its own)")
+    options.add_argument(
+        "--heads", nargs="+", help="heads folders; the first is the default (demo model: all of its own)"
+    )
     options.add_argument("--proposers", nargs="*", choices=sorted(PROPOSERS), default=list(PROPOSERS_SHOWN),
                          metavar="NAME", help="further proposers; hybrid gets the first heads (default: all)")  # fmt: skip
     options.add_argument(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+from weakref import WeakValueDictionary
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 TABLE_BYTES = 64 * 2**20  # largest table of encoded tokens that is kept
 
 
+_SHARED: WeakValueDictionary[tuple[Any, ...], Readout] = WeakValueDictionary()
+
+
+def shared_readout(heads: Heads, target: Target, dtype: torch.dtype | None) -> Readout:
+    """The readout of these heads that somebody holds already, so that tables and copies are kept once, else a new one."""
+    versions = tuple(0 if p.is_inference() else p._version for p in heads.parameters())
+    key = (id(heads), id(target), dtype, versions)
+    found = _SHARED.get(key)
+    if found is None:
+        found = _SHARED[key] = Readout(heads, target, dtype)
+        found.holds = heads, target  # as long as it lives nobody else has their ids
+    return found
+
+
 class Readout:
     """Heads, the rows of the output matrix that they name tokens with, and the type they compute in.
 
@@ -29,6 +44,8 @@ class Readout:
         target: whose embedding and output matrix they use.
         dtype: the type; None measures which of the target's own and bfloat16 is faster here.
     """
+
+    holds: Any = None
 
     def __init__(self, heads: Heads, target: Target, dtype: torch.dtype | None) -> None:
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
@@ -62,6 +79,8 @@ class Readout:
 
     def pack(self) -> None:
         """From now on multiply with packed copies of the weights, the heads' too, where that is faster (`few_rows.Matrix`)."""
+        if self._matrices:
+            return
         self._matrices = [few_rows.Matrix(self.weight, self.bias)]
         for layer in self.heads.modules():
             if isinstance(layer, Linear):
@@ -75,6 +94,17 @@ class Readout:
         """A text begins: weights may have been changed since the last one."""
         for matrix in self._matrices:
             matrix.recheck()
+
+    def release(self) -> None:
+        """Give the packed copies back; they are made again when they are needed."""
+        for matrix in self._matrices:
+            matrix.clear()
+
+    @property
+    def packable_bytes(self) -> int:
+        """Memory that packed copies of everything would take."""
+        layers = [layer.weight for layer in self.heads.modules() if isinstance(layer, Linear)]
+        return sum(weight.numel() * weight.element_size() for weight in [self.weight, *layers])
 
     @property
     def nbytes(self) -> int:

@@ -131,6 +131,9 @@ class Proposer:
     def warm(self, target: Target, rows: int) -> None:
         """Do now what would else take time when up to so many rows are decoded."""
 
+    def release(self) -> None:
+        """Give back memory that is only kept for speed; it is taken again when it is needed."""
+
     def memory(self) -> Tensor | None:
         """`[batch, capacity, size]`: what it keeps of every committed token; None if nothing. For captured steps."""
         return None

@@ -12,7 +12,8 @@ from torch import Tensor
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
 from medhead.heads.memory import Memory, MemoryStore, Store, write_behind
-from medhead.heads.readout import Readout
+from medhead.heads.readout import Readout, shared_readout
+from medhead.packed_weights import fits
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
@@ -93,9 +94,10 @@ class HeadsProposer(Proposer):
         self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
-        self.readout = Readout(self.heads, target, dtype)
+        self.readout = shared_readout(self.heads, target, dtype)
         self.heads = self.readout.heads
-        if target.packed is not False and target.device.type == "cpu":
+        wanted_packed = fits(self.readout.packable_bytes) if target.packed is None else target.packed
+        if wanted_packed and target.device.type == "cpu":
             self.readout.pack()
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
@@ -187,6 +189,10 @@ class HeadsProposer(Proposer):
         level = (time.perf_counter() - began) / len(found.levels)
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found
+
+    def release(self) -> None:
+        """Give packed copies of the heads' weights back."""
+        self.readout.release()
 
     @property
     def packed_bytes(self) -> int:  # type: ignore[override]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from medhead.budget import TreeBudget
-from medhead.costs import PassCosts, costs_of, known_costs
+from medhead.costs import PassCosts, costs_batch, costs_of, known_costs
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
@@ -89,6 +89,11 @@ class HybridProposer(Proposer):
             raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
         return member
 
+    def release(self) -> None:
+        """All members give back."""
+        for member in self.members:
+            member.release()
+
     @property
     def packed_bytes(self) -> int:  # type: ignore[override]
         """All members' together."""
@@ -107,19 +112,19 @@ class HybridProposer(Proposer):
         if self.adapts:
             costs = self._measured(len(texts))
             if self.budget is None:
-                self.budget = TreeBudget(costs, self.tree_size, _batch(len(texts)))
-            self.budget.again(costs, _batch(len(texts)))
+                self.budget = TreeBudget(costs, self.tree_size, costs_batch(len(texts)))
+            self.budget.again(costs, costs_batch(len(texts)))
 
     def _measured(self, rows: int) -> PassCosts:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
-        batch = _batch(rows)
+        batch = costs_batch(rows)
         costs = self._costs.get(batch) or self._given or costs_of(self._target, batch, self.tree_size)
         self._costs[batch] = costs
         return costs
 
     def _known(self, rows: int) -> PassCosts | None:
         """The same where nothing may be measured: in the midst of a text."""
-        batch = _batch(rows)
+        batch = costs_batch(rows)
         if batch not in self._costs:
             self._costs[batch] = self._given or known_costs(self._target, batch, self.tree_size)
         return self._costs[batch]
@@ -191,13 +196,15 @@ class HybridProposer(Proposer):
         self._rows = rows
         if self.budget is None:
             return
-        self.budget.rows_change(self._known(rows) or self.budget.costs, _batch(rows))  # those of before are near enough
+        self.budget.rows_change(
+            self._known(rows) or self.budget.costs, costs_batch(rows)
+        )  # those of before are near enough
 
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
         self._target = target
         if self.adapts:
-            for batch in {_batch(count) for count in range(1, rows + 1)}:
+            for batch in {costs_batch(count) for count in range(1, rows + 1)}:
                 self._measured(batch)
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
@@ -212,8 +219,3 @@ class HybridProposer(Proposer):
             names = [(paths[path], name) for name, paths in known if path in paths]
             found.append(max(names)[1] if names else self.name)
         return found
-
-
-def _batch(rows: int) -> int:
-    """The number of rows whose costs serve: the next power of two."""
-    return 1 << (rows - 1).bit_length()

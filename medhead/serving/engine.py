@@ -288,6 +288,8 @@ class Engine:
             seat.ticket.put(seat.piece(spent, lane, place))
             if seat.ended:
                 self._end(seat, seat.reason)
+        if not lane.rows:
+            lane.verified = None  # an idle lane holds no logits
 
     def _spent(self, lane: Lane, seconds: float) -> None:
         lane.used += seconds
@@ -305,12 +307,12 @@ class Engine:
 
     def _guarded(self, lane: Lane, action: Callable[[], None], joining: list[Seat] | None = None) -> None:
         """What fails ends the requests of its lane, and no others."""
+        rows = {id(row) for row in lane.rows} | {id(seat.row) for seat in joining or []}
         try:
             action()
         except Exception:
             LOG.exception("a lane failed (proposer %s)", lane.proposer.name)
-            rows = {id(row) for row in lane.rows} | {id(seat.row) for seat in joining or []}
-            lane.keep([])
+            lane.rows = []  # and it is dropped: whatever state it is in is nobody's
             self._lanes = OrderedDict((key, other) for key, other in self._lanes.items() if other is not lane)
             for seat in [seat for row, seat in self._seats.items() if row in rows]:
                 self._end(seat, "error", "something went wrong inside; the server's log says what")

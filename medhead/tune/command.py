@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.costs import PassCosts, measure_costs, store_costs
+from medhead.costs import PassCosts, costs_batch, measure_costs, store_costs
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -63,7 +63,13 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--count", type=int, default=4, help="prompts taken (default: 4)")
     options.add_argument("--new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
     options.add_argument("--repeats", type=int, default=2, help="runs of each prompt (default: 2)")
-    options.add_argument("--batch", type=int, nargs="+", default=[1], help="rows to measure passes for (default: 1)")
+    options.add_argument(
+        "--batch",
+        type=int,
+        nargs="+",
+        default=[1],
+        help="rows to measure passes for, up to the next power of two (default: 1)",
+    )
     options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     options.add_argument("--dtype", default="auto", help="type of the model (default: as stored; float32 on a CPU)")
     options.add_argument("--dry-run", action="store_true", help="measure and say, write nothing")
@@ -87,7 +93,7 @@ def run(args: argparse.Namespace) -> None:
     tokenizer = load_tokenizer(name, args.trust_remote_code)
     model = load_model(name, device, pick_dtype(args.dtype, device), args.trust_remote_code)
     target = Target(model)
-    for batch in args.batch:
+    for batch in sorted({costs_batch(rows) for rows in args.batch}):
         with torch.inference_mode(), target.active():
             costs = measure_costs(target, batch)
         print(f"a pass over {batch} row{'s' * (batch > 1)}, by nodes: {cost_table(costs)}")

@@ -81,7 +81,17 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarr
     """Tokenizer, training stream and held-out streams; made once, kept in the output folder."""
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
-    if not (work / "train.npy").exists():
+    made_of = {name: getattr(args, name) for name in ("mix", "seed", "vocab_size")} | {"init_from": str(args.init_from)}
+    record = work / "made_of.json"
+    if (work / "train.npy").exists():
+        before = json.loads(record.read_text()) if record.exists() else made_of
+        if before != made_of:
+            name = next(key for key in made_of if before.get(key) != made_of[key])
+            raise MedheadError(
+                f"{args.output} holds a run with another {name} ({before.get(name)!r}, now {made_of[name]!r}); "
+                "give the same options to go on, or another --output"
+            )
+    else:
         documents = chats(args.data, args.mix, args.seed)
         if args.init_from:
             load_tokenizer(str(args.init_from)).save_pretrained(work / "tokenizer")
@@ -89,7 +99,11 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarr
             sample = (message["content"] for chat in documents[:20000] for message in chat)
             train_tokenizer(sample, args.vocab_size, CONTEXT).save_pretrained(work / "tokenizer")
         tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
-        np.save(work / "train.npy", pack(tokenizer, documents))
+        if len(tokenizer) > 2**16:
+            raise MedheadError(f"the vocabulary has {len(tokenizer):,} tokens; this recipe stores at most {2**16:,}")
+        record.write_text(json.dumps(made_of))
+        np.save(work / "new.npy", pack(tokenizer, documents))
+        os.replace(work / "new.npy", work / "train.npy")
     tokenizer = AutoTokenizer.from_pretrained(work / "tokenizer")
     held_out = {}
     for name in args.mix:
@@ -100,10 +114,17 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarr
 
 def train(args: argparse.Namespace) -> None:
     """The whole run: prepare, train (resuming where it was killed), evaluate, write the model folder."""
+    for name, least in (("tokens_per_step", CONTEXT), ("warmup", 1), ("steps", 1)):
+        if getattr(args, name) < least:
+            raise MedheadError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
     tokenizer, stream, held_out = prepare(args)
+    if len(stream) < CONTEXT + 2:
+        raise MedheadError(f"the text has {len(stream):,} tokens; {CONTEXT + 2:,} are the least to train on")
     torch.manual_seed(args.seed)
     if args.init_from:
         model = load_model(str(args.init_from), torch.device("cpu"), torch.float32)
+        if not isinstance(model, LlamaForCausalLM):
+            raise MedheadError(f"--init-from {str(args.init_from)!r} is no Llama but a {type(model).__name__}")
     else:
         model = LlamaForCausalLM(demo_config(tokenizer, args.hidden, args.layers))
     model.train()

@@ -152,7 +152,8 @@ def run(args: argparse.Namespace) -> None:
     if not args.stories.is_file():
         raise MedheadError(f"--stories {str(args.stories)!r} is no file; give JSON lines with `text`")
     rng = random.Random(args.seed)
-    texts = [record["text"] for record in read_jsonl(args.stories) if record.get("text")]
+    records = [record for record in read_jsonl(args.stories) if isinstance(record, dict)]
+    texts = [record["text"] for record in records if isinstance(record.get("text"), str) and record["text"].strip()]
     if not texts:
         raise MedheadError(f"no line of {str(args.stories)!r} has a `text`")
     lines: list[str] = []
