@@ -124,8 +124,8 @@ class TreeBudget:
             self._known[batch] = Patience(_TRUST, _START) if trusted else Patience(_DOUBT, _AGAIN)
         return self._known[batch]
 
-    def choose(self, gains: Sequence[float], rows: int, proposing: float) -> int:
-        """Nodes of the next tree.
+    def choose(self, gains: Sequence[float], rows: int, proposing: float) -> tuple[int, float]:
+        """Nodes of the next tree, and the tokens a second that are expected of it.
 
         Args:
             gains: probabilities of acceptance of the likeliest nodes, added up over the rows, falling.
@@ -141,7 +141,7 @@ class TreeBudget:
             now = expected / (proposing + self.costs(nodes))
             if now > rate:
                 best, rate = nodes, now
-        return best
+        return best, rate
 
     def deepest(self) -> int:
         """No tree that it would choose now is deeper."""

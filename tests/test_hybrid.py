@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from test_candidates import candidates_from_paths
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from medhead import Decoder, MedheadError
+from medhead.acceptance import Accepted
 from medhead.budget import TreeBudget
 from medhead.costs import PassCosts, costs_of, measure_costs
 from medhead.proposers import DecodeState, build_proposer
@@ -179,7 +181,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
     budget, proposing = TreeBudget(PassCosts(COSTS), 32), source.random()
     if proven:
         budget.saw(2, 2.0, budget.costs(2), 0.0)
-    chosen = budget.choose(gains, rows, proposing)
+    chosen, _ = budget.choose(gains, rows, proposing)
     sizes = [n for n in budget.sizes if proven or n <= 2 or budget.costs(n) <= 1.5 * budget.costs(1)]
     assert 1 < len(sizes) < len(budget.sizes) or proven
     assert budget.deepest() == max(sizes) - 1
@@ -191,9 +193,9 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
 
 def test_looks_are_cheap_again_after_a_rest() -> None:
     gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32)
-    assert budget.choose(gains, 1, 0.0) == 4
+    assert budget.choose(gains, 1, 0.0)[0] == 4
     budget.saw(4, 4.0, 1.5, 0.1)
-    assert budget.choose(gains, 1, 0.0) > 4
+    assert budget.choose(gains, 1, 0.0)[0] > 4
     while not budget.resting():
         budget.saw(4, 1.0, 1.5, 1.0)
     asleep = []
@@ -201,7 +203,7 @@ def test_looks_are_cheap_again_after_a_rest() -> None:
         asleep.append(budget.asleep())
         budget.saw(1, 1.0, 1.0, 0.0)
     assert asleep == [True] * (len(asleep) - 8) + [False] * 8
-    assert budget.choose(gains, 1, 0.0) == 4
+    assert budget.choose(gains, 1, 0.0)[0] == 4
 
 
 def test_plain_passes_prove_nothing() -> None:
@@ -294,6 +296,40 @@ def test_members_are_merged(target: Target) -> None:
     assert sorted(map(tuple, tree.paths(0))) == [(1, 2), (1, 4)]
     nothing = build_proposer("hybrid", target, members=[Fixed(target, [])], tree_size=4)
     assert nothing.propose(state, 8).nodes == 1
+
+
+def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
+    """Asking costs time: not where a cheap member has been right all the time, but where it doubts or names nothing."""
+
+    class Cheap(Fixed):
+        costly = False
+
+    class Slow(Fixed):
+        asked = 0
+
+        def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+            self.asked += 1
+            time.sleep(0.001)
+            return super().candidates(state, max_depth)
+
+    cheap, slow = Cheap(target, [([1, 2, 3], [-0.01, -0.02, -0.03])]), Slow(target, [([4, 5], [-0.3, -0.6])])
+    hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=PassCosts({1: 1e-3, 8: 1.2e-3}))
+    hybrid.begin(target, [[0]])
+    state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
+    emitted = torch.tensor([[1, 2, 3, 9]])
+    asked = []
+    for paths in ([], [([1, 2, 3], [-0.01, -0.02, -0.03])], [([1], [-1.2])], []):
+        cheap.paths = paths
+        before = slow.asked
+        for _ in range(6):
+            tree = hybrid.propose(state, 8)
+            accepted = Accepted(emitted, torch.tensor([4]), torch.tensor([0]), torch.zeros(1, 4, dtype=torch.long))
+            logits = torch.zeros(1, tree.nodes, target.vocab_size)
+            hybrid.observe(
+                Verified(tree, logits, torch.zeros(1, tree.nodes, 16), accepted, [4], emitted.tolist(), 1e-3)
+            )
+        asked.append(slow.asked - before)
+    assert asked == [6, 0, 6, 6]
 
 
 @pytest.mark.parametrize("sampling", [False, True])

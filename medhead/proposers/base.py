@@ -78,6 +78,7 @@ class Proposer:
         uses_noise: whether it ranks by the noise of the coming positions.
         taps: layers of the target whose outputs it reads; none for the last hidden state.
         may_miss: whether it learns from passes without needing every one.
+        costly: whether naming candidates takes long enough to think about whether it pays.
         capturable: whether its part of a step can be captured (`medhead.captured`): shapes that never change, nothing that
             the host has to know. Then it has the methods that end in `_at`.
     """
@@ -89,6 +90,7 @@ class Proposer:
     taps: tuple[int, ...] = ()
     capturable = False
     may_miss = False
+    costly = False
     packed_bytes = 0  # memory of packed copies of its weights
 
     @property

@@ -104,6 +104,8 @@ class HeadsProposer(Proposer):
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
         self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
 
+    costly = True
+
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Forget the last text; heads that look back get storage for these."""
         self._texts, self._waiting = texts, []

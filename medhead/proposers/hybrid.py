@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from medhead.target import Target
 
 MOST_NODES = 64
+_FOLLOW = 0.1  # weight of the newest pass
+_DOUBT = 4.0  # how often what looks certain is wrong, by what the estimates say
 OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
 
 
@@ -74,7 +76,9 @@ class HybridProposer(Proposer):
         self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
         self.budget: TreeBudget | None = None
         self._named: list[Candidates | None] = [None] * len(self.members)
-        self._began = 0.0  # the running step
+        self._began, self._asked = 0.0, False  # the running step: when it began, whether costly members were asked
+        self._asking: float | None = None  # seconds
+        self._brought: float | None = None  # tokens of a pass in which they were asked, the last one not counted
 
     @staticmethod
     def _member(
@@ -136,24 +140,53 @@ class HybridProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
-        self._named, self._began = [None] * len(self.members), time.perf_counter()
+        self._named, self._began, self._asked = [None] * len(self.members), time.perf_counter(), False
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
-        self._named = [member.candidates(state, max_depth) for member in self.members]
+        self._ask(state, max_depth, costly=False)
+        found = self._merged()
+        self._asked = self._pays_to_ask(found, len(state.texts))
+        if self._asked:
+            began = time.perf_counter()
+            self._ask(state, max_depth, costly=True)
+            self._asking = _followed(self._asking, time.perf_counter() - began)
+            found = self._merged()
+        if found is None:
+            return TokenTree.root(state.roots)
+        return found.best(state.roots, self._nodes(found, len(state.texts))[0])
+
+    def _ask(self, state: DecodeState, max_depth: int, costly: bool) -> None:
+        for place, member in enumerate(self.members):
+            if member.costly == costly:
+                self._named[place] = member.candidates(state, max_depth)
+
+    def _merged(self) -> Candidates | None:
+        """All that was named so far, by what the members can be trusted with."""
         corrected = [
             calibration.correct(named)
             for calibration, named in zip(self.calibrations, self._named, strict=True)
             if named is not None
         ]
-        nodes, found = 1, None
-        if corrected:
-            found = merge(corrected)
-            nodes = self._nodes(found, len(state.texts))
-        return TokenTree.root(state.roots) if found is None else found.best(state.roots, nodes)
+        return merge(corrected) if corrected else None
 
-    def _nodes(self, found: Candidates, rows: int) -> int:
+    def _pays_to_ask(self, found: Candidates | None, rows: int) -> bool:
+        """Whether costly members are worth their time, beside what the others have named.
+
+        Where those are right, costly ones add nothing; where they are wrong, what costly ones brought lately. That many tokens
+        for the time of asking must be a better rate than the pass has without them.
+        """
+        if not any(member.costly for member in self.members):
+            return False
+        if self.budget is None or found is None or self._asking is None or self._brought is None:
+            return True
+        _, rate = self._nodes(found, rows)
+        sure = float(found.scores[:, : found.levels[0]].exp().sum(1).clamp(max=1).sum())
+        return _DOUBT * (rows - sure) * self._brought > rate * self._asking
+
+    def _nodes(self, found: Candidates, rows: int) -> tuple[int, float]:
+        """Nodes of the tree, and the tokens a second that are expected of it."""
         if self.budget is None:
-            return self.tree_size
+            return self.tree_size, 0.0
         gains = found.gains(self.budget.most - 1).sum(0).tolist()
         return self.budget.choose(gains, rows, time.perf_counter() - self._began)
 
@@ -166,8 +199,10 @@ class HybridProposer(Proposer):
         for calibration, named in zip(self.calibrations, self._named, strict=True):
             if named is not None:
                 calibration.learn(named, verified.emitted, verified.counts)
+        tokens = sum(verified.counts) / len(verified.counts)
+        if self._asked:
+            self._brought = _followed(self._brought, tokens - 1)
         if self.budget is not None:
-            tokens = sum(verified.counts) / len(verified.counts)
             self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._outside(verified))
 
     def _outside(self, verified: Verified) -> float:
@@ -219,3 +254,8 @@ class HybridProposer(Proposer):
             names = [(paths[path], name) for name, paths in known if path in paths]
             found.append(max(names)[1] if names else self.name)
         return found
+
+
+def _followed(known: float | None, new: float) -> float:
+    """A mean in which the newest counts a tenth."""
+    return new if known is None else known + _FOLLOW * (new - known)
