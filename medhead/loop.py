@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medhead.acceptance import Accepted, accept, accept_typical, pick
 from medhead.cache import TreeCache, closed_up
+from medhead.noise import ComingNoise
 from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.row import Row, Settings
 from medhead.sampling import draw_nodes, is_local, process_nodes, temperature_of
@@ -112,7 +113,7 @@ class DecodeLoop:
         proposed = self._now()
         logits, features = self.target.verify(self.cache, tree)
         verified = self._now()
-        accepted, scores = self._accept(rows, tree, logits, state.noise)
+        accepted, scores = self._accept(rows, tree, logits, self._drawn_with(noise, tree))
         counts, emitted = accepted.counts.tolist(), accepted.emitted.tolist()  # the step's one read by the host
         decided = self._now()
         self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
@@ -202,16 +203,25 @@ class DecodeLoop:
         room = self.target.context - max(len(row.text) for row in rows) - 1
         return max(0, min(self.proposer.next_depth, wanted, room))
 
-    def _noise(self, rows: list[Row]) -> Tensor | None:
-        """`[rows, depths, vocab]`: noise of the positions that this step may draw."""
-        if self.settings.noise is None:
+    def _noise(self, rows: list[Row]) -> ComingNoise | None:
+        """Noise of the positions that this step may draw."""
+        generator, device = self.settings.noise, self.target.device
+        if generator is None:
             return None
-        device = self.target.device
-        depths = self._depth_limit(rows) + 1
-        first = torch.tensor([len(row.text) for row in rows], device=device)
+        first = torch.tensor([len(row.text) for row in rows], device=device)[:, None]
         index = torch.tensor([row.index for row in rows], device=device)[:, None]
-        positions = first[:, None] + torch.arange(depths, device=device)
-        return self.settings.noise.gumbel(index, positions)
+
+        def make(begin: int, end: int) -> Tensor:
+            return generator.gumbel(index, first + torch.arange(begin, end, device=device))
+
+        return ComingNoise(make, self._depth_limit(rows) + 1, device.type == "cpu")
+
+    @staticmethod
+    def _drawn_with(noise: ComingNoise | None, tree: TokenTree) -> Tensor | None:
+        """`[rows, depths, vocab]`: the noise of the nodes of a tree."""
+        if noise is None:
+            return None
+        return noise.upto(1 + (int(tree.depth.max()) if tree.depth.device.type == "cpu" else tree.max_depth))
 
     def _now(self) -> float:
         if self.settings.synchronize is not None:

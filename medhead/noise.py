@@ -8,6 +8,7 @@ the positions it proposes for (coupling without communication, Daliri et al. 202
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import copy
 
 import torch
@@ -74,3 +75,44 @@ class Noise:
     def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Standard Gumbel noise, `[*positions.shape, V]` float32."""
         return self.uniform(rows, positions).log_().neg_().log_().neg_()
+
+
+class ComingNoise:
+    """Gumbel noise of the coming positions of every row, made as far as somebody looks.
+
+    On a CPU every depth is made when it is first asked for, because trees often end early; elsewhere all at once, because a
+    launch costs more than the numbers.
+
+    Args:
+        make: noise `[batch, end - begin, vocab]` of the depths from `begin` to `end` (0: the token below the root).
+        most: how many depths may be asked for.
+        piecemeal: whether to make it depth by depth.
+    """
+
+    def __init__(self, make: Callable[[int, int], Tensor], most: int, piecemeal: bool) -> None:
+        self._make, self._most, self._piecemeal = make, most, piecemeal
+        self._made: list[Tensor] = []  # `[batch, vocab]` of every depth
+        self._whole: Tensor | None = None
+
+    @classmethod
+    def of(cls, noise: Tensor) -> ComingNoise:
+        """That which is there: `[batch, depths, vocab]`."""
+        return cls(lambda begin, end: noise[:, begin:end], noise.shape[1], piecemeal=False)
+
+    def upto(self, depths: int) -> Tensor:
+        """`[batch, depths, vocab]`."""
+        if not self._piecemeal:
+            if self._whole is None:
+                self._whole = self._make(0, self._most)
+            return self._whole[:, :depths]
+        if depths > len(self._made):
+            self._made += self._make(len(self._made), depths).unbind(1)
+        return self._made[0][:, None] if depths == 1 else torch.stack(self._made[:depths], 1)
+
+    def at(self, depth: int) -> Tensor:
+        """`[batch, vocab]` of the tokens below nodes of this depth."""
+        if self._piecemeal:
+            if depth >= len(self._made):
+                self._made += self._make(len(self._made), depth + 1).unbind(1)
+            return self._made[depth]
+        return self.upto(depth + 1)[:, depth]

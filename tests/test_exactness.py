@@ -459,7 +459,7 @@ def test_looking_at_the_noise_finds_what_sampling_draws() -> None:
             logits = twin(torch.tensor(state.texts), use_cache=False).logits[:, -1]
             if self.uses_noise:
                 assert state.noise is not None
-                logits = logits + state.noise[:, 0]
+                logits = logits + state.noise.at(0)
             tokens = torch.cat([state.roots[:, None], logits.topk(4).indices], 1)
             return TokenTree.from_parents(tokens, torch.zeros(5, dtype=torch.long))
 

@@ -21,6 +21,7 @@ from medhead.heads import Heads, HeadsConfig, build_heads
 from medhead.heads import readout as readout_module
 from medhead.heads.memory import Memory, MemoryStore
 from medhead.heads.readout import Readout
+from medhead.noise import ComingNoise
 from medhead.proposers.base import DecodeState
 from medhead.proposers.heads import HeadsProposer
 from medhead.target import Target
@@ -378,7 +379,7 @@ def children_of(
     logits = readout.logits(feature, len(path) - 1)[0, 0]
     names = torch.arange(len(logits)) if readout.tokens is None else readout.tokens
     if given.noise is not None:
-        logits = logits / given.temperature + given.noise[row, len(path) - 1, names]
+        logits = logits / given.temperature + given.noise.at(len(path) - 1)[row, names]
     else:
         logits = logits * sharpness
     top = logits.log_softmax(-1).topk(4)
@@ -423,7 +424,8 @@ def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) ->
     proposer = HeadsProposer(target, heads, dtype=torch.float32, tree_size=24, width=3, branching=4, max_depth=4)
     proposer._memory = SimpleNamespace(view=lambda: memory)  # type: ignore[assignment]
     for noise, proposer.sharpness in ((None, 1.5), (None, 1.0), (torch.randn(3, 4, 64, generator=generator), 1.5)):
-        state = DecodeState(target, [[0]] * 3, roots, last, noise, 0.7)
+        coming = None if noise is None else ComingNoise.of(noise)
+        state = DecodeState(target, [[0]] * 3, roots, last, coming, 0.7)
         tree = proposer.propose(state, 4)
         for row in range(3):
             grown = {tuple(path[: length + 1]) for path in tree.paths(row) for length in range(len(path))}

@@ -22,6 +22,7 @@ from medhead import Decoder, MedheadError
 from medhead.acceptance import Accepted
 from medhead.budget import TreeBudget
 from medhead.costs import PassCosts, costs_of, measure_costs
+from medhead.noise import ComingNoise, Noise
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.base import Verified
 from medhead.proposers.calibration import Calibration
@@ -341,7 +342,7 @@ def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, samplin
     alone = build_proposer("heads", target, **options)
     hybrid = build_proposer("hybrid", target, members=["heads"], **options)
     torch.manual_seed(0)
-    noise = -(-torch.rand(2, 8, target.vocab_size).log()).log() if sampling else None
+    noise = ComingNoise.of(-(-torch.rand(2, 8, target.vocab_size).log()).log()) if sampling else None
     features = torch.randn(2, target.hidden_size)
     state = DecodeState(target, [[5, 9], [13, 7]], torch.tensor([9, 7]), features, noise)
     for proposer in (alone, hybrid):
@@ -450,7 +451,6 @@ def test_what_fails_with_many_rows_may_pay_with_few() -> None:
 
 def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the hybrid rests, a step draws for one position; the text is the same."""
-    from medhead.noise import Noise
 
     costs = PassCosts({1: 1e-3, 8: 4e-3})
     hybrid: Any = build_proposer(
@@ -469,7 +469,7 @@ def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypat
     monkeypatch.setattr(hybrid, "_outside", lambda verified: 1e-2)
     assert torch.equal(decoder.generate(ids, **sampling), expected)
     assert {depths for resting, depths in made if resting} == {1}
-    assert max(depths for resting, depths in made if not resting) > 1
+    assert any(not resting for resting, _ in made)
 
 
 def test_heads_of_noise_are_left_alone(target: Target) -> None:

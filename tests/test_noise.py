@@ -4,9 +4,11 @@ import math
 
 import torch
 from conftest import tiny_llama
+from hypothesis import given
+from hypothesis import strategies as st
 
 from medhead import Decoder
-from medhead.noise import Noise
+from medhead.noise import ComingNoise, Noise
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -72,3 +74,23 @@ def test_seeded_sampling_follows_the_softmax() -> None:
     statistic = float(((observed - wanted) ** 2 / wanted)[keep].sum())
     assert statistic < chi_square_limit(int(keep.sum()) - 1)
     assert int(common.sum()) > 10
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), st.booleans())
+def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool, int]], piecemeal: bool) -> None:
+    """In whatever pieces and order; depth by depth, no deeper than somebody looked."""
+    noise, made = Noise(3, 11), []
+
+    def make(begin: int, end: int) -> torch.Tensor:
+        made.extend(range(begin, end))
+        return noise.gumbel(torch.tensor([[0], [1]]), torch.tensor([[20], [7]]) + torch.arange(begin, end))
+
+    expected = make(0, 9)
+    made.clear()
+    coming = ComingNoise(make, 9, piecemeal)
+    for whole, depths in looks:
+        if whole:
+            assert torch.equal(coming.upto(depths), expected[:, :depths])
+        else:
+            assert torch.equal(coming.at(depths - 1), expected[:, depths - 1])
+    assert made == list(range(max(depths for _, depths in looks) if piecemeal else 9))

@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 
 from medhead.acceptance import accept, pick
 from medhead.captured.buffers import Buffers
-from medhead.noise import Noise
+from medhead.noise import ComingNoise, Noise
 from medhead.proposers.base import DecodeState, Proposer
 from medhead.sampling import draw_nodes, process_nodes, temperature_of
 from medhead.target import Target
@@ -34,7 +34,8 @@ class FixedStep:
         target, proposer, lengths = self.target, self.proposer, buffers.lengths
         cache = buffers.cache(target)
         noise = self._noise(buffers)
-        state = DecodeState(target, [], buffers.roots, buffers.features, noise, self.temperature)
+        coming = None if noise is None else ComingNoise.of(noise)
+        state = DecodeState(target, [], buffers.roots, buffers.features, coming, self.temperature)
         tree = proposer.propose_at(state, buffers.memory, lengths)
         logits, features = target.verify_at(cache, tree, lengths)
         scores = process_nodes(self.processors, logits) if self.processors else logits

@@ -18,6 +18,7 @@ from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
     from medhead.acceptance import Accepted
+    from medhead.noise import ComingNoise
     from medhead.proposers.candidates import Candidates
     from medhead.target import Target
 
@@ -32,8 +33,7 @@ class DecodeState:
         roots: `[batch]` root tokens on the target's device.
         features: `[batch, size]` of the target at the token before the root: its last hidden state, or the outputs of the
             proposer's `taps`.
-        noise: `[batch, depths, vocab]` Gumbel noise of the coming positions (index d: the token below depth d), or None
-            when decoding is greedy.
+        noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
     """
 
@@ -41,7 +41,7 @@ class DecodeState:
     texts: list[list[int]]
     roots: Tensor
     features: Tensor
-    noise: Tensor | None = None
+    noise: ComingNoise | None = None
     temperature: float | Tensor = 1.0
 
 
@@ -100,7 +100,7 @@ class Proposer:
 
     @property
     def next_depth(self) -> int:
-        """The deepest tree it may name now: noise is made for no deeper one."""
+        """The deepest tree it may name now."""
         return self.max_depth
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:

@@ -13,6 +13,7 @@ from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
 from medhead.heads.memory import Memory, MemoryStore, Store, write_behind
 from medhead.heads.readout import Readout, shared_readout
+from medhead.noise import ComingNoise
 from medhead.packed_weights import fits
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
@@ -245,10 +246,11 @@ class HeadsProposer(Proposer):
         given = [state.roots, state.features]
         if state.noise is not None:
             temperature = torch.as_tensor(state.temperature, device=state.roots.device)
-            given += [state.noise[:, :depth].contiguous(), temperature]
+            given += [state.noise.upto(depth).contiguous(), temperature]
 
         def run(roots: Tensor, features: Tensor, noise: Tensor | None = None, temperature: Tensor | None = None) -> Any:
-            over = DecodeState(state.target, [], roots, features, noise, 1.0 if temperature is None else temperature)
+            coming = None if noise is None else ComingNoise.of(noise)
+            over = DecodeState(state.target, [], roots, features, coming, 1.0 if temperature is None else temperature)
             found = grow(roots, self._expander(over, None, self.branching, depth), depth, self.width)
             return found.tokens, found.above, found.scores, found.levels
 
@@ -291,7 +293,7 @@ class HeadsExpander:
         memory: Any,
         branching: int,
         depth: int,
-        noise: Tensor | None,
+        noise: ComingNoise | None,
         sharpness: float = 1.0,
     ) -> None:
         self.readout, self.state, self.memory = readout, state, memory
@@ -316,7 +318,8 @@ class HeadsExpander:
             _, feature = readout.heads.advance(state[:, :1], self._root, depth, self._shared)
         logits = readout.logits(feature, depth)
         if self.noise is not None:
-            noise = self.noise[:, depth] if readout.tokens is None else self.noise[:, depth, readout.tokens]
+            noise = self.noise.at(depth)
+            noise = noise if readout.tokens is None else noise[:, readout.tokens]
             logits = logits / self.state.temperature + noise[:, None]
         elif self.sharpness != 1:
             logits = logits * self.sharpness

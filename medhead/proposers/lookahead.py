@@ -139,7 +139,9 @@ class LookaheadProposer(Proposer):
         logits = _take(verified.logits, nodes)
         if self._state.noise is not None:
             depth = verified.tree.depth.gather(1, nodes)
-            logits = logits.float() / self._state.temperature + _take(self._state.noise, depth)
+            logits = logits.float() / self._state.temperature + _take(
+                self._state.noise.upto(verified.tree.max_depth + 1), depth
+            )
         answers: list[list[int]] = logits.argmax(-1).tolist()
         return [row[: len(nodes)] for row, nodes in zip(answers, self._last, strict=True)]
 

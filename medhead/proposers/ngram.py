@@ -74,7 +74,7 @@ class NgramProposer(Proposer):
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """The guesses of all rows; when sampling, seen with the noise of the coming positions."""
         found = from_guesses(self.guesses(state, max_depth), state.roots.device)
-        return found if found is None or state.noise is None else found.seen_with(state.noise)
+        return found if found is None or state.noise is None else found.seen_with(state.noise.upto(len(found.levels)))
 
     def guesses(self, state: DecodeState, max_depth: int) -> list[Guesses]:
         """The likeliest `tree_size` nodes of every row, text and datastore merged."""

@@ -102,7 +102,7 @@ class RecyclingProposer(Proposer):
         assert self._state is not None
         children, logp = self.tokens[tokens], self.logp[tokens]
         if self._state.noise is not None:
-            noise = self._state.noise[:, depth].gather(1, children.flatten(1)).view_as(logp)
+            noise = self._state.noise.at(depth).gather(1, children.flatten(1)).view_as(logp)
             logp = (logp / self._state.temperature + noise).log_softmax(-1)
         return state.expand(-1, tokens.shape[1], -1), logp, children
 

@@ -8,6 +8,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from medhead.acceptance import TypicalAcceptance
 from medhead.loop import DecodeLoop
+from medhead.noise import ComingNoise
 from medhead.proposers.base import Proposer
 from medhead.row import Row, Settings
 from medhead.sampling import process_nodes, temperature_of
@@ -43,18 +44,22 @@ class Lane(DecodeLoop):
         if not self.rows and hasattr(self, "cache"):
             del self.cache
 
-    def _noise(self, rows: list[Row]) -> Tensor | None:
+    def _noise(self, rows: list[Row]) -> ComingNoise | None:
         """Noise of the rows that sample, zeros for those that do not."""
-        if all(self._settings(row).noise is None for row in rows):
+        sources = [(self._settings(row).noise, len(row.text)) for row in rows]
+        if all(noise is None for noise, _ in sources):
             return None
-        device, depths = self.target.device, self._depth_limit(rows) + 1
-        zeros = torch.zeros(depths, self.target.vocab_size, device=device)
-        ahead, first = torch.arange(depths, device=device), torch.zeros(1, dtype=torch.long, device=device)
-        made = []
-        for row in rows:
-            noise = self._settings(row).noise
-            made.append(zeros if noise is None else noise.gumbel(first, ahead + len(row.text)))
-        return torch.stack(made)
+        device = self.target.device
+        first = torch.zeros(1, dtype=torch.long, device=device)
+
+        def make(begin: int, end: int) -> Tensor:
+            zeros = torch.zeros(end - begin, self.target.vocab_size, device=device)
+            ahead = torch.arange(begin, end, device=device)
+            return torch.stack(
+                [zeros if noise is None else noise.gumbel(first, ahead + length) for noise, length in sources]
+            )
+
+        return ComingNoise(make, self._depth_limit(rows) + 1, device.type == "cpu")
 
     def _temperature(self, rows: list[Row]) -> float | Tensor:
         found = [temperature_of(self._settings(row).processors) for row in rows]
