@@ -1,7 +1,8 @@
 """Trees of several proposers at once, no larger than pays.
 
 Every member names candidates with estimates; the estimates are corrected by what was really accepted (`Calibration`);
-equal paths are merged; the likeliest nodes are the tree, as many of them as `TreeBudget` says.
+equal paths are merged; the likeliest nodes are the tree, as many of them as `TreeBudget` says. Heads are only asked where what
+cheaper members name leaves something to gain.
 """
 
 from __future__ import annotations

@@ -43,9 +43,9 @@ class NgramProposer(Proposer):
     def __init__(
         self,
         target: Target | None = None,
-        tree_size: int = 16,
+        tree_size: int = 24,
         longest: int = 16,
-        max_depth: int = 10,
+        max_depth: int = 24,
         half_life: float = 4096,
         least: float = 0.02,
         datastore: Datastore | str | Path | None = None,
