@@ -14,10 +14,10 @@ from medhead.costs import PassCosts
 _FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
 _START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
 _AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
-_DEAR = 1.5  # passes of plain decoding: no dearer tree as long as guessing has not paid once
+_DEAR = 1.5  # passes of plain decoding: no dearer tree for several rows as long as guessing has not paid once
 _AWAKE = 8  # passes before the end of a rest
 _SHARE = 0.05  # of the time may be lost by looks at the beginnings of texts
-_MEMORY = 0.93  # what a pass remembers of the ones before
+_MEMORY = 0.97  # what a pass remembers of the ones before
 _STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
 
 
@@ -148,9 +148,12 @@ class TreeBudget:
         return 0 if self.resting() else max(self._affordable()) - 1
 
     def _affordable(self) -> list[int]:
-        """Sizes that may be chosen now: before guessing has paid, none but the smallest that is dear."""
+        """Sizes that may be chosen now: before guessing has paid, none but the smallest that is dear.
+
+        A look at one row is cheap, and tells little when its tree is small.
+        """
         sizes, dearest = self.sizes, _DEAR * self.costs(1)
-        if self._patience.proven:
+        if self._patience.proven or self._patience is self._known.get(1):
             return sizes
         return [nodes for nodes in sizes if nodes <= 2 or self.costs(nodes) <= dearest]
 

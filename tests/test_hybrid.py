@@ -179,7 +179,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
     """No size that may be chosen has more expected tokens a second; before guessing has paid once, none is dear."""
     source = random.Random(seed)
     gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
-    budget, proposing = TreeBudget(PassCosts(COSTS), 32), source.random()
+    budget, proposing = TreeBudget(PassCosts(COSTS), 32, batch=2), source.random()
     if proven:
         budget.saw(2, 2.0, budget.costs(2), 0.0)
     chosen, _ = budget.choose(gains, rows, proposing)
@@ -193,7 +193,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
 
 
 def test_looks_are_cheap_again_after_a_rest() -> None:
-    gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32)
+    gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32, batch=2)
     assert budget.choose(gains, 1, 0.0)[0] == 4
     budget.saw(4, 4.0, 1.5, 0.1)
     assert budget.choose(gains, 1, 0.0)[0] > 4
@@ -221,8 +221,9 @@ def test_sizes_follow_the_rows() -> None:
     """Sizes that were not worth measuring for many rows are there again for one."""
     budget = TreeBudget(PassCosts({1: 1.0, 16: 7.0}), 64, batch=16)
     assert budget.most == 16
-    budget.again(PassCosts({1: 1.0, 16: 1.05, 64: 1.1}), 1)
+    budget.again(PassCosts({1: 1.0, 16: 1.05, 64: 8.0}), 1)
     assert budget.most == 64
+    assert budget.deepest() == 63  # one row may look at any tree
 
 
 def test_costs_of_a_short_context(tmp_path: Path) -> None:
@@ -317,18 +318,17 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
     hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=PassCosts({1: 1e-3, 8: 1.2e-3}))
     hybrid.begin(target, [[0]])
     state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
-    emitted = torch.tensor([[1, 2, 3, 9]])
-    asked = []
-    for paths in ([], [([1, 2, 3], [-0.01, -0.02, -0.03])], [([1], [-1.2])], []):
+    copied, asked = list(range(1, 8)), []
+    for paths in ([], [(copied, [-0.01 * depth for depth in range(1, 8)])], [([1], [-1.2])], []):
         cheap.paths = paths
         before = slow.asked
         for _ in range(6):
             tree = hybrid.propose(state, 8)
-            accepted = Accepted(emitted, torch.tensor([4]), torch.tensor([0]), torch.zeros(1, 4, dtype=torch.long))
-            logits = torch.zeros(1, tree.nodes, target.vocab_size)
-            hybrid.observe(
-                Verified(tree, logits, torch.zeros(1, tree.nodes, 16), accepted, [4], emitted.tolist(), 1e-3)
-            )
+            count = 8 if len(paths) == 1 and len(paths[0][0]) > 1 else 2
+            emitted, nowhere = torch.tensor([[*copied, 9]]), torch.zeros(1, 8, dtype=torch.long)
+            accepted = Accepted(emitted, torch.tensor([count]), torch.tensor([0]), nowhere)
+            logits, features = torch.zeros(1, tree.nodes, target.vocab_size), torch.zeros(1, tree.nodes, 16)
+            hybrid.observe(Verified(tree, logits, features, accepted, [count], emitted.tolist(), 1e-3))
         asked.append(slow.asked - before)
     assert asked == [6, 0, 6, 6]
 

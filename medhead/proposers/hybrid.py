@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 MOST_NODES = 64
 _FOLLOW = 0.1  # weight of the newest pass
-_DOUBT = 4.0  # how often what looks certain is wrong, by what the estimates say
+_DOUBT = 2.0  # how often what looks certain is wrong, by what the estimates say
+_MULTIPLE = 2.0  # of what costly members bring
 OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
 
 
@@ -174,22 +175,26 @@ class HybridProposer(Proposer):
         """Whether costly members are worth their time, beside what the others have named.
 
         Where those are right, costly ones add nothing; where they are wrong, what costly ones brought lately. That many tokens
-        for the time of asking must be a better rate than the pass has without them.
+        for the time of asking must be a better rate than the pass has without them. And who promises little is not believed:
+        costly members are only left out for a tree that promises a multiple of what they bring.
         """
         if not any(member.costly for member in self.members):
             return False
         if self.budget is None or found is None or self._asking is None or self._brought is None:
             return True
-        _, rate = self._nodes(found, rows)
+        _, rate, gain = self._nodes(found, rows)
+        if gain < _MULTIPLE * rows * self._brought:
+            return True
         sure = float(found.scores[:, : found.levels[0]].exp().sum(1).clamp(max=1).sum())
         return _DOUBT * (rows - sure) * self._brought > rate * self._asking
 
-    def _nodes(self, found: Candidates, rows: int) -> tuple[int, float]:
-        """Nodes of the tree, and the tokens a second that are expected of it."""
+    def _nodes(self, found: Candidates, rows: int) -> tuple[int, float, float]:
+        """Nodes of the tree, tokens a second that are expected of it, and guesses that are expected to come true."""
         if self.budget is None:
-            return self.tree_size, 0.0
+            return self.tree_size, 0.0, 0.0
         gains = found.gains(self.budget.most - 1).sum(0).tolist()
-        return self.budget.choose(gains, rows, time.perf_counter() - self._began)
+        nodes, rate = self.budget.choose(gains, rows, time.perf_counter() - self._began)
+        return nodes, rate, sum(gains[: nodes - 1])
 
     def observe(self, verified: Verified) -> None:
         """Members see the pass; calibrations and budget learn from it."""
