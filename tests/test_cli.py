@@ -321,3 +321,12 @@ def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[st
     assert capsys.readouterr().err.count("\n") == 1
     assert cli.main(["generate", *command(folders, "--quiet")]) == 0
     assert capsys.readouterr().err == ""
+
+
+def test_benchmarks_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, name in ((["bench"], "medhead.bench "), (["bench", "step"], "medhead.bench.step"),
+                        (["bench", "tasks"], "medhead.bench.tasks"), (["bench", "budget"], "medhead.bench.budget")):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name}")
