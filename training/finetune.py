@@ -300,7 +300,8 @@ def main(argv: list[str] | None = None) -> int:
         options = read_options(args)
         with plain_errors(options):
             run(options)
-        if torch.distributed.is_initialized():  # the threads of a group that is left open can abort the ending process
+        # the threads of a group that is left open can abort the ending process
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     return guarded("medhead.training.finetune", work)

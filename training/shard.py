@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
 from medhead.errors import MedheadError
 from medhead.model_parts import decoder_layers
@@ -24,7 +20,7 @@ def check_processes() -> None:
     Raises:
         MedheadError: there is one process.
     """
-    if not distributed.is_initialized() or distributed.get_world_size() < 2:
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
         raise MedheadError(
             "--shard needs several processes: start it with `accelerate launch` or `torchrun`, or leave it out"
         )
@@ -41,6 +37,10 @@ def spread_layers(target: Target, whole: nn.Module, device: torch.device) -> tup
     Returns:
         How many numbers of the layers are here, and how many there are.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
     mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
     layers = decoder_layers(target.model, target.layers)
     for layer in layers:
@@ -53,6 +53,8 @@ def spread_layers(target: Target, whole: nn.Module, device: torch.device) -> tup
 
 def leave_to_shards(whole: nn.Module) -> None:
     """Have `DistributedDataParallel` care for what is trained alone: pieces differ from process to process."""
+    from torch.nn.parallel import DistributedDataParallel
+
     names = [name for name, p in whole.named_parameters() if not p.requires_grad]
     names += [name for name, _ in whole.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(whole, names)
