@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -300,11 +301,14 @@ def main(argv: list[str] | None = None) -> int:
         options = read_options(args)
         with plain_errors(options):
             run(options)
-        # the threads of a group that is left open can abort the ending process
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
-    return guarded("medhead.training.finetune", work)
+    code = guarded("medhead.training.finetune", work)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # at once: while Python takes itself down, threads of the process group can abort a process that has done its work
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":
