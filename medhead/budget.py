@@ -79,15 +79,9 @@ class TreeBudget:
     """
 
     def __init__(self, costs: PassCosts, most: int, batch: int = 1) -> None:
-        self.costs, self._sizes = costs, _sizes(most)
-        self._step = _STEP
+        self._all_sizes, self._step = _sizes(most), _STEP
         self._known: dict[int, Patience] = {}
-        self._patience = self._of(batch)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Sizes that are tried: those that were worth measuring for so many rows."""
-        return [nodes for nodes in self._sizes if nodes <= max(self.costs.most, 1)]
+        self.rows_change(costs, batch)
 
     @property
     def most(self) -> int:
@@ -115,6 +109,7 @@ class TreeBudget:
     def rows_change(self, costs: PassCosts, batch: int) -> None:
         """There are more or fewer rows; what was learnt with so many goes on. The arguments are those of `again`."""
         self.costs = costs
+        self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.most, 1)]  # that were worth measuring
         self._patience = self._of(batch)
 
     def _of(self, batch: int) -> Patience:

@@ -105,14 +105,16 @@ class ComingNoise:
             if self._whole is None:
                 self._whole = self._make(0, self._most)
             return self._whole[:, :depths]
-        if depths > len(self._made):
-            self._made += self._make(len(self._made), depths).unbind(1)
+        self._look(depths)
         return self._made[0][:, None] if depths == 1 else torch.stack(self._made[:depths], 1)
 
     def at(self, depth: int) -> Tensor:
         """`[batch, vocab]` of the tokens below nodes of this depth."""
         if self._piecemeal:
-            if depth >= len(self._made):
-                self._made += self._make(len(self._made), depth + 1).unbind(1)
+            self._look(depth + 1)
             return self._made[depth]
         return self.upto(depth + 1)[:, depth]
+
+    def _look(self, depths: int) -> None:
+        if depths > len(self._made):
+            self._made += self._make(len(self._made), depths).unbind(1)

@@ -716,6 +716,17 @@ def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, 
     )  # fmt: skip
 
 
+def test_a_target_to_spread_waits_on_the_cpu(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the type that its device computes in: float32 would need twice the memory of a GPU."""
+    asked: list[Any] = []
+    monkeypatch.setattr(parts, "pick_dtype", lambda name, device: torch.bfloat16 if device.type == "cuda" else None)
+    monkeypatch.setattr(parts, "load_model", lambda *given: asked.append(given[1:3]))
+    arguments = ["--model", str(folders["model"]), "--data", "d", "--output", "o"]
+    for more in ([], ["--shard"]):
+        parts.load_target(read_options(finetune.parser().parse_args([*arguments, *more])), torch.device("cuda"))
+    assert asked == [(torch.device("cuda"), torch.bfloat16), (torch.device("cpu"), torch.bfloat16)]
+
+
 def test_a_target_is_spread_over_several_processes_alone(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -124,7 +124,7 @@ def run(options: TrainOptions) -> None:
                 print(f"finished already: {output}", file=sys.stderr)
             return
         tokenizer = load_tokenizer(options.model, options.trust_remote_code)
-        model = load_target(options, torch.device("cpu") if options.shard else device)
+        model = load_target(options, device)
         target = Target(model, packed=False)  # it trains: weights to decode with would only take memory
         if options.length > target.context:
             raise MedheadError(

@@ -90,14 +90,15 @@ def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads
 
 
 def load_target(options: TrainOptions, device: torch.device) -> Any:
-    """The model, in four bits for `qlora`.
+    """The model, in four bits for `qlora`; on the CPU where it will be spread over devices.
 
     Raises:
         MedheadError: it cannot be loaded, or bitsandbytes is missing.
     """
     dtype = pick_dtype(options.dtype, device)
     if options.recipe != "qlora":
-        return load_model(options.model, device, dtype, options.trust_remote_code)
+        place = torch.device("cpu") if options.shard else device
+        return load_model(options.model, place, dtype, options.trust_remote_code)
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:

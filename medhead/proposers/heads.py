@@ -54,6 +54,8 @@ class HeadsProposer(Proposer):
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
     """
 
+    costly = True
+
     def __init__(
         self,
         target: Target,
@@ -104,8 +106,6 @@ class HeadsProposer(Proposer):
         self._texts: list[list[int]] = []
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
         self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
-
-    costly = True
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Forget the last text; heads that look back get storage for these."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from copy import copy
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
@@ -29,6 +29,14 @@ _FOLLOW = 0.1  # weight of the newest pass
 _DOUBT = 2.0  # how often what looks certain is wrong, by what the estimates say
 _MULTIPLE = 2.0  # of what costly members bring
 OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
+
+
+class Expected(NamedTuple):
+    """Nodes of a tree, tokens a second that are expected of it, and how many guesses are expected to come true."""
+
+    nodes: int
+    rate: float = 0.0
+    gain: float = 0.0
 
 
 @register_proposer("hybrid")
@@ -146,16 +154,18 @@ class HybridProposer(Proposer):
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
         self._ask(state, max_depth, costly=False)
-        found = self._merged()
-        self._asked = self._pays_to_ask(found, len(state.texts))
+        found, rows = self._merged(), len(state.texts)
+        expected = None if found is None else self._expected(found, rows)
+        self._asked = self._pays_to_ask(found, expected, rows)
         if self._asked:
             began = time.perf_counter()
             self._ask(state, max_depth, costly=True)
             self._asking = _followed(self._asking, time.perf_counter() - began)
             found = self._merged()
-        if found is None:
+            expected = None if found is None else self._expected(found, rows)
+        if found is None or expected is None:
             return TokenTree.root(state.roots)
-        return found.best(state.roots, self._nodes(found, len(state.texts))[0])
+        return found.best(state.roots, expected.nodes)
 
     def _ask(self, state: DecodeState, max_depth: int, costly: bool) -> None:
         for place, member in enumerate(self.members):
@@ -171,7 +181,7 @@ class HybridProposer(Proposer):
         ]
         return merge(corrected) if corrected else None
 
-    def _pays_to_ask(self, found: Candidates | None, rows: int) -> bool:
+    def _pays_to_ask(self, found: Candidates | None, expected: Expected | None, rows: int) -> bool:
         """Whether costly members are worth their time, beside what the others have named.
 
         Where those are right, costly ones add nothing; where they are wrong, what costly ones brought lately. That many tokens
@@ -180,21 +190,20 @@ class HybridProposer(Proposer):
         """
         if not any(member.costly for member in self.members):
             return False
-        if self.budget is None or found is None or self._asking is None or self._brought is None:
+        if self.budget is None or found is None or expected is None or self._asking is None or self._brought is None:
             return True
-        _, rate, gain = self._nodes(found, rows)
-        if gain < _MULTIPLE * rows * self._brought:
+        if expected.gain < _MULTIPLE * rows * self._brought:
             return True
         sure = float(found.scores[:, : found.levels[0]].exp().sum(1).clamp(max=1).sum())
-        return _DOUBT * (rows - sure) * self._brought > rate * self._asking
+        return _DOUBT * (rows - sure) * self._brought > expected.rate * self._asking
 
-    def _nodes(self, found: Candidates, rows: int) -> tuple[int, float, float]:
-        """Nodes of the tree, tokens a second that are expected of it, and guesses that are expected to come true."""
+    def _expected(self, found: Candidates, rows: int) -> Expected:
+        """What the tree of these candidates would be, and bring."""
         if self.budget is None:
-            return self.tree_size, 0.0, 0.0
+            return Expected(self.tree_size)
         gains = found.gains(self.budget.most - 1).sum(0).tolist()
         nodes, rate = self.budget.choose(gains, rows, time.perf_counter() - self._began)
-        return nodes, rate, sum(gains[: nodes - 1])
+        return Expected(nodes, rate, sum(gains[: nodes - 1]))
 
     def observe(self, verified: Verified) -> None:
         """Members see the pass; calibrations and budget learn from it."""
