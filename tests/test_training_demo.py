@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from medhead.training.demo import __main__ as recipe
-from medhead.training.demo import corpus, pretrain, repeats
+from medhead.training.demo import corpus, loops, pretrain, repeats
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     options = ["--data", str(data), "--eval", str(data), "--output", str(out), "--minutes", "0.08", "--answers", "64"]
-    options += ["--heads", "block", "medusa-parent", "--heads-steps", "2", "--tree", "8", "3"]
+    options += ["--chats", "12", "--heads", "block", "medusa-parent", "--heads-steps", "2", "--tree", "8", "3"]
     options += ["--hidden", "128", "--layers", "2", "--vocab-size", "320"]
     assert recipe.main(options) == 0, capsys.readouterr().err
     card = (out / "model" / "README.md").read_text()
@@ -74,7 +74,7 @@ def test_the_whole_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     weights = (out / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert recipe.main(options) == 0  # everything is there: nothing is trained again
-    assert capsys.readouterr().err.count(": done") == 4
+    assert capsys.readouterr().err.count(": done") == 5
     assert (out / "model" / "model.safetensors").read_bytes() == weights
 
 
@@ -112,6 +112,33 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     bad.write_text('{"a": 1}\n{broken\n')
     with pytest.raises(MedheadError, match=r"bad.jsonl, line 2 is not JSON"):
         list(corpus.read_jsonl(bad))
+
+
+@pytest.mark.parametrize("turn", [1, 2, 3, 10, 16])
+def test_a_loop_is_an_end_that_repeats_itself(turn: int) -> None:
+    begin, words = list(range(1000, 1030)), list(range(turn))
+    assert loops.period(begin + words * (loops.WINDOW // turn + 1)) == turn
+    assert loops.period((words * loops.WINDOW)[: loops.WINDOW]) == turn
+    assert loops.period((words * loops.WINDOW)[: loops.WINDOW - 1]) == 0  # too short to tell
+    broken = begin + words * (loops.WINDOW // turn + 1)
+    broken[-2] = 5000
+    assert loops.period(broken) == 0
+    assert loops.period(list(range(loops.LONGEST + 1)) * 5) == 0  # too long a turn
+
+
+def test_heads_see_loops_several_times(tmp_path: Path) -> None:
+    loop, plain = [7, 8] * 30, list(range(60))
+    answers = [{"answer_ids": [*plain, number]} for number in range(5)] + [{"answer_ids": loop}]
+    chats = [{"answer_ids": [*plain, 100 + number]} for number in range(6)] + [{"answer_ids": [9, *loop]}]
+    for name, records in (("answers", answers), ("chats", chats)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    found = loops.with_loops(tmp_path / "answers.jsonl", tmp_path / "chats.jsonl", tmp_path / "learnt.jsonl", seed=0)
+    learnt = [json.loads(line)["answer_ids"] for line in (tmp_path / "learnt.jsonl").read_text().splitlines()]
+    assert found == (len(learnt), 2)
+    assert learnt.count(loop) == learnt.count([9, *loop]) == loops.TIMES
+    assert all([*plain, number] in learnt for number in range(5))
+    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // loops.SHARE
+    assert len(learnt) == 5 + 2 + 2 * loops.TIMES
 
 
 STORY = (

@@ -17,6 +17,7 @@ from .. import finetune, generate_data
 from . import pretrain
 from .card import finish_heads, write_model_card
 from .corpus import opening_prompts
+from .loops import with_loops
 
 DESCRIPTION = """\
 Train the demo target from scratch, let it write answers, train heads of every kind on them, write the model cards.
@@ -48,7 +49,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
     options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and results")
     options.add_argument("--minutes", type=float, default=94.0, help="of training the target (default: 94)")
-    options.add_argument("--answers", type=int, default=8832, help="answers to train heads on (default: 8832)")
+    options.add_argument("--answers", type=int, default=17664, help="answers to train heads on (default: 17664)")
+    options.add_argument("--chats", type=int, default=7400,
+                         help="chats that are asked for answers that go round in circles (default: 7400)")  # fmt: skip
     options.add_argument("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
     options.add_argument("--heads-steps", type=int, default=0, help="end the training of heads early (default: 0, no)")
     options.add_argument("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
@@ -89,24 +92,36 @@ def run(args: argparse.Namespace) -> None:
     held_out = ["--eval", args.eval] if args.eval else []
     given = ["--data", args.data, *held_out, "--output", out, "--minutes", args.minutes, "--steps", 10**6, *shape]
     stage("target", out / "training.json", pretrain.main, [*map(str, given), "--muon-lr", "0.008"])
-    prompts, answers = out / "prompts.jsonl", out / "answers.jsonl"
-    if not prompts.exists():
-        asked = opening_prompts(args.data, pretrain.MIX, args.answers, seed=11)
-        lines = (json.dumps({"messages": chat}) + "\n" for chat in asked)
-        prompts.write_text("".join(lines), encoding="utf-8")
-    given = ["--model", model, "--prompts", prompts, "--output", answers, "--batch", 96]
-    sampling = ["--temperatures", 0, 0.7, 0, 1.0, "--max-new-tokens", 208, "--max-prompt-tokens", 600, "--seed", 11]
-    stage("answers", out / "answers.done", generate_data.main, [*map(str, given), *map(str, sampling)])
-    (out / "answers.done").touch()
+    learnt = answer(args, model)
     for name in args.heads:
         folder = out / "heads" / name
-        given = ["--model", model, "--data", answers, "--output", folder, "--max-steps", args.heads_steps]
+        given = ["--model", model, "--data", learnt, "--output", folder, "--max-steps", args.heads_steps]
         stage(f"heads {name}", folder / "training.json", finetune.main, [*KINDS[name], *COMMON, *map(str, given)])
         finish_heads(folder, *args.tree)
     write_model_card(model, json.loads((out / "training.json").read_text(encoding="utf-8")))
     print((model / "README.md").read_text(encoding="utf-8"))
     if args.install:
         install(out, DEMO_MODEL.parent, args.heads)
+
+
+def answer(args: argparse.Namespace, model: Path) -> Path:
+    """Let the target answer prompts, and chats that it may go round in circles over; the file that heads learn from."""
+    out, learnt = args.output, args.output / "learnt.jsonl"
+    sets = {"answers": (pretrain.MIX, args.answers, [0, 1, 0, 1, 1]), "chats": ({"general_chat": 1.0}, args.chats, [0])}
+    for name, (mix, count, temperatures) in sets.items():
+        prompts, done = out / f"{name}-prompts.jsonl", out / f"{name}.done"
+        if not prompts.exists():
+            asked = opening_prompts(args.data, mix, count, seed=11)
+            lines = (json.dumps({"messages": chat}) + "\n" for chat in asked)
+            prompts.write_text("".join(lines), encoding="utf-8")
+        given = ["--model", model, "--prompts", prompts, "--output", out / f"{name}.jsonl", "--batch", 96]
+        sampling = ["--temperatures", *temperatures, "--max-new-tokens", 208, "--max-prompt-tokens", 600, "--seed", 11]
+        stage(name, done, generate_data.main, [*map(str, given), *map(str, sampling)])
+        done.touch()
+    if not learnt.exists():
+        count, loops = with_loops(out / "answers.jsonl", out / "chats.jsonl", learnt, seed=11)
+        print(f"{learnt}: {count} answers, {loops} different ones go round in circles", file=sys.stderr)
+    return learnt
 
 
 def install(source: Path, package: Path, names: list[str]) -> None:
