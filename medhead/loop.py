@@ -10,7 +10,7 @@ from torch import Tensor
 
 from medhead.acceptance import Accepted, accept, accept_typical, pick
 from medhead.cache import TreeCache, closed_up
-from medhead.noise import ComingNoise
+from medhead.noise import ComingNoise, depths_at_once
 from medhead.proposers.base import DecodeState, Proposer, Verified
 from medhead.row import Row, Settings
 from medhead.sampling import draw_nodes, is_local, process_nodes, temperature_of
@@ -214,7 +214,7 @@ class DecodeLoop:
         def make(begin: int, end: int) -> Tensor:
             return generator.gumbel(index, first + torch.arange(begin, end, device=device))
 
-        return ComingNoise(make, self._depth_limit(rows) + 1, device.type == "cpu")
+        return ComingNoise(make, self._depth_limit(rows) + 1, depths_at_once(len(rows), self.target.vocab_size, device))
 
     @staticmethod
     def _drawn_with(noise: ComingNoise | None, tree: TokenTree) -> Tensor | None:

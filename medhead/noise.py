@@ -10,24 +10,43 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
+_CHEAP = 2**14  # numbers that are made in about the time that it takes to begin
 
 
-def _mix_(x: Tensor) -> Tensor:
-    """Scramble 32-bit values held in int64, in place: multiply and xor-shift with full avalanche ("lowbias32")."""
+def _mix_(x: Any) -> Any:
+    """Scramble 32-bit values in place: multiply and xor-shift with full avalanche ("lowbias32").
+
+    Args:
+        x: a tensor that holds them in int64, because PyTorch has no arithmetic for uint32; or a uint32 array of numpy.
+    """
+    wide = isinstance(x, Tensor)  # products of uint32 need no mask
     x ^= x >> 16
     x *= 0x7FEB352D
-    x &= _MASK
+    if wide:
+        x &= _MASK
     x ^= x >> 15
     x *= 0x846CA68B
-    x &= _MASK
+    if wide:
+        x &= _MASK
     x ^= x >> 16
     return x
+
+
+def _bits(low: Any, high: Any, rows: Any, positions: Any, lanes: Any) -> Any:
+    """32 random bits for every row, position and lane, `[*positions.shape, V]`; see `_mix_` for what these may be."""
+    key = _mix_((rows * _GOLDEN + low) & _MASK)
+    key = _mix_((key ^ positions) + high & _MASK)
+    second = _mix_((key + _GOLDEN) & _MASK)
+    bits = _mix_(lanes ^ key[..., None])
+    return _mix_(bits ^ second[..., None])
 
 
 def halves(seed: int) -> tuple[int, int]:
@@ -51,6 +70,7 @@ class Noise:
         self._low, self._high = halves(seed)
         index = torch.arange(vocab_size, dtype=torch.int64, device=device)
         self._lanes = _mix_(index * _GOLDEN & _MASK)
+        self._here = _uint32(self._lanes) if self._lanes.device.type == "cpu" else None
 
     def seeded_by(self, seed: Tensor) -> Noise:
         """The same generator with a seed that only the device knows: what `halves` makes of it, `[2]` int64."""
@@ -65,11 +85,14 @@ class Noise:
             rows: integer tensor that broadcasts with `positions`: which row of the batch, as the user numbered them.
             positions: absolute position of the token to draw.
         """
-        key = _mix_((rows * _GOLDEN + self._low) & _MASK)
-        key = _mix_((key ^ positions) + self._high & _MASK)
-        second = _mix_((key + _GOLDEN) & _MASK)
-        bits = _mix_(self._lanes ^ key[..., None])
-        bits = _mix_(bits ^ second[..., None])
+        low, high, lanes = self._low, self._high, self._lanes
+        if self._here is not None and isinstance(low, int) and type(positions) is Tensor and not positions.is_cuda:
+            # numpy starts a small operation in a fraction of the time and has uint32
+            with np.errstate(over="ignore"):
+                found = _bits(*(np.uint32(half) for half in (low, high)), _uint32(rows), _uint32(positions), self._here)
+            bits = torch.from_numpy((found >> np.uint32(9)).view(np.int32))
+            return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
+        bits = _bits(low, high, rows, positions, lanes)
         return (bits >> 9).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
     def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
@@ -77,44 +100,47 @@ class Noise:
         return self.uniform(rows, positions).log_().neg_().log_().neg_()
 
 
-class ComingNoise:
-    """Gumbel noise of the coming positions of every row, made as far as somebody looks.
+def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
+    """A tensor of numbers below 2**32 for numpy."""
+    return values.numpy().astype(np.uint32)
 
-    On a CPU every depth is made when it is first asked for, because trees often end early; elsewhere all at once, because a
-    launch costs more than the numbers.
+
+class ComingNoise:
+    """Gumbel noise of the coming positions of every row, made as far as somebody looks, some depths at a time.
 
     Args:
         make: noise `[batch, end - begin, vocab]` of the depths from `begin` to `end` (0: the token below the root).
         most: how many depths may be asked for.
-        piecemeal: whether to make it depth by depth.
+        piece: how many are made at a time, see `depths_at_once`.
     """
 
-    def __init__(self, make: Callable[[int, int], Tensor], most: int, piecemeal: bool) -> None:
-        self._make, self._most, self._piecemeal = make, most, piecemeal
-        self._made: list[Tensor] = []  # `[batch, vocab]` of every depth
-        self._whole: Tensor | None = None
+    def __init__(self, make: Callable[[int, int], Tensor], most: int, piece: int) -> None:
+        self._make, self._most, self._piece = make, most, min(piece, most)
+        self._made: list[Tensor] = []  # `[batch, piece, vocab]`, the last one may be shorter
 
     @classmethod
     def of(cls, noise: Tensor) -> ComingNoise:
         """That which is there: `[batch, depths, vocab]`."""
-        return cls(lambda begin, end: noise[:, begin:end], noise.shape[1], piecemeal=False)
+        return cls(lambda begin, end: noise[:, begin:end], noise.shape[1], noise.shape[1])
 
     def upto(self, depths: int) -> Tensor:
         """`[batch, depths, vocab]`."""
-        if not self._piecemeal:
-            if self._whole is None:
-                self._whole = self._make(0, self._most)
-            return self._whole[:, :depths]
         self._look(depths)
-        return self._made[0][:, None] if depths == 1 else torch.stack(self._made[:depths], 1)
+        pieces = self._made[: -(-depths // self._piece)]
+        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))[:, :depths]
 
     def at(self, depth: int) -> Tensor:
         """`[batch, vocab]` of the tokens below nodes of this depth."""
-        if self._piecemeal:
-            self._look(depth + 1)
-            return self._made[depth]
-        return self.upto(depth + 1)[:, depth]
+        self._look(depth + 1)
+        return self._made[depth // self._piece][:, depth % self._piece]
 
     def _look(self, depths: int) -> None:
-        if depths > len(self._made):
-            self._made += self._make(len(self._made), depths).unbind(1)
+        while len(self._made) * self._piece < depths:
+            begin = len(self._made) * self._piece
+            self._made.append(self._make(begin, min(begin + self._piece, self._most)))
+
+
+def depths_at_once(rows: int, vocab_size: int, device: torch.device) -> int:
+    """Into what pieces to cut noise: on a CPU, where trees often end early, so much that starting the work does not count;
+    elsewhere all of it, because a launch costs more than the numbers."""
+    return max(1, _CHEAP // (rows * vocab_size)) if device.type == "cpu" else 2**31

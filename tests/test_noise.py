@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medhead import Decoder
-from medhead.noise import ComingNoise, Noise
+from medhead.noise import ComingNoise, Noise, depths_at_once, halves
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -76,9 +76,9 @@ def test_seeded_sampling_follows_the_softmax() -> None:
     assert int(common.sum()) > 10
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), st.booleans())
-def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool, int]], piecemeal: bool) -> None:
-    """In whatever pieces and order; depth by depth, no deeper than somebody looked."""
+@given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), st.integers(1, 12))
+def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool, int]], piece: int) -> None:
+    """In whatever pieces and order; piece by piece, no deeper than somebody looked."""
     noise, made = Noise(3, 11), []
 
     def make(begin: int, end: int) -> torch.Tensor:
@@ -87,10 +87,30 @@ def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool
 
     expected = make(0, 9)
     made.clear()
-    coming = ComingNoise(make, 9, piecemeal)
+    coming = ComingNoise(make, 9, piece)
     for whole, depths in looks:
         if whole:
             assert torch.equal(coming.upto(depths), expected[:, :depths])
         else:
             assert torch.equal(coming.at(depths - 1), expected[:, depths - 1])
-    assert made == list(range(max(depths for _, depths in looks) if piecemeal else 9))
+    deepest = max(depths for _, depths in looks)
+    assert made == list(range(min(9, -(-deepest // piece) * piece)))
+
+
+@given(
+    st.integers(-(2**63), 2**63),
+    st.lists(st.integers(0, 2**20), min_size=1, max_size=3),
+    st.lists(st.integers(0, 2**20), min_size=1, max_size=4),
+)
+def test_a_cpu_makes_the_same_numbers_in_its_own_way(seed: int, rows: list[int], positions: list[int]) -> None:
+    """numpy's uint32 against the tensors that every other device, and a step that is written down, computes with."""
+    noise = Noise(seed, 37)
+    where = torch.tensor(rows)[:, None], torch.tensor(positions)[None] + torch.tensor(rows)[:, None]
+    elsewhere = noise.seeded_by(torch.tensor(halves(seed)))
+    assert torch.equal(noise.uniform(*where), elsewhere.uniform(*where))
+
+
+def test_noise_is_cut_into_pieces_on_a_cpu_alone() -> None:
+    assert depths_at_once(1, 1024, torch.device("cpu")) == 16
+    assert depths_at_once(64, 2**17, torch.device("cpu")) == 1
+    assert depths_at_once(64, 2**17, torch.device("cuda")) > 256

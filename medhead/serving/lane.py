@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from medhead.acceptance import TypicalAcceptance
 from medhead.loop import DecodeLoop
-from medhead.noise import ComingNoise
+from medhead.noise import ComingNoise, depths_at_once
 from medhead.proposers.base import Proposer
 from medhead.row import Row, Settings
 from medhead.sampling import process_nodes, temperature_of
@@ -59,7 +59,7 @@ class Lane(DecodeLoop):
                 [zeros if noise is None else noise.gumbel(first, ahead + length) for noise, length in sources]
             )
 
-        return ComingNoise(make, self._depth_limit(rows) + 1, device.type == "cpu")
+        return ComingNoise(make, self._depth_limit(rows) + 1, depths_at_once(len(rows), self.target.vocab_size, device))
 
     def _temperature(self, rows: list[Row]) -> float | Tensor:
         found = [temperature_of(self._settings(row).processors) for row in rows]
