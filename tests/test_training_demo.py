@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from medhead.training.demo import __main__ as recipe
-from medhead.training.demo import corpus, loops, pretrain, repeats
+from medhead.training.demo import corpus, loops, pretrain, repeats, variety
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
@@ -139,6 +139,27 @@ def test_heads_see_loops_several_times(tmp_path: Path) -> None:
     assert all([*plain, number] in learnt for number in range(5))
     assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // loops.SHARE
     assert len(learnt) == 5 + 2 + 2 * loops.TIMES
+
+
+def test_variety_counts_what_was_not_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    same = [{"answer_ids": [1, 2, 3, 4, 5], "temperature": 0.0}] * 4
+    other = [{"answer_ids": list(range(5 * n, 5 * n + 5)), "temperature": 1.0} for n in range(4)]
+    answers, output = tmp_path / "answers.jsonl", tmp_path / "variety.json"
+    answers.write_text("".join(json.dumps(record) + "\n" for record in same + other))
+    command = ["--answers", str(answers), "--known", "10", "--asked", "10"]
+    assert variety.main([*command, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert (found["0"]["different"], found["0"]["new"]) == (0.5, 0.0)
+    assert (found["1"]["different"], found["1"]["new"]) == (1.0, 1.0)
+    assert "| 1 | 4 | 100.0% | 100.0% |" in capsys.readouterr().out
+    for wrong, said in (
+        ([*command, "--output", str(output)], "is there already"),
+        ([*command[:-1], "11"], "lower them"),
+        ([*command[:-1], "0"], "must be at least 1"),
+        (["--answers", str(tmp_path)], "is no file"),
+    ):
+        assert variety.main(wrong) == 2
+        assert said in capsys.readouterr().err
 
 
 STORY = (
