@@ -681,6 +681,11 @@ def test_a_row_is_a_function_of_seed_and_index() -> None:
     longer = packed(lengths, seed=1, epochs=5)  # more epochs do not change the first ones
     assert all(longer[index]["input_ids"].tolist() == shuffled[index] for index in range(len(one)))
     assert any(packed(lengths, seed=2)[n]["input_ids"].tolist() != shuffled[n] for n in range(5))
+    for epoch in range(3):
+        rows = one.rows_of_epoch(epoch)
+        assert one.epochs_in(rows.start) == epoch
+        assert one.epochs_in(rows.start + len(rows) // 2) == pytest.approx(epoch + len(rows) // 2 / len(rows))
+    assert one.epochs_in(len(one)) == 3
     for index in (-1, len(one)):
         with pytest.raises(IndexError):
             one[index]

@@ -109,6 +109,10 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         """Share of all slots that hold tokens."""
         return self.tokens * self.epochs / (len(self) * self.length)
 
+    def epochs_in(self, rows: int) -> float:
+        """How many epochs the first `rows` rows are."""
+        return float(np.interp(rows, self._first, np.arange(self.epochs + 1)))
+
     def rows_of_epoch(self, epoch: int) -> range:
         """Indices of the rows of one epoch."""
         return range(int(self._first[epoch]), int(self._first[epoch + 1]))
