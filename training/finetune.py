@@ -189,7 +189,8 @@ def run(options: TrainOptions) -> None:
     seen = trainer.state.global_step * options.batch_size * options.accumulation * arguments.world_size
     facts = {
         "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": trainer.state.global_step,
-        "epochs": round(rows.epochs_in(seen), 1), "documents": len(train), "tokens": rows.tokens, "answer_tokens": store.assistant_tokens,
+        "epochs": round(rows.epochs_in(seen), 1), "documents": len(train), "tokens": rows.tokens,
+        "answer_tokens": store.assistant_tokens,
         "minutes": round(minutes, 1), "resumed": found is not None,
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
         "init_from": str(options.init_from or ""),

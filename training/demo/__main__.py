@@ -23,8 +23,9 @@ DESCRIPTION = """\
 Train the demo target from scratch, let it write answers, train heads of every kind on them, write the model cards.
 
 Kill it at any time and start it again: every stage goes on from its last checkpoint, finished stages are skipped.
-The defaults are the recipe of the shipped target and, but for the number of steps (their training.json says how many they
-had), of its block and attention heads; its recurrent and medusa heads are of an earlier recipe (20 minutes, other answers).
+The defaults are the recipe of the shipped target. Its heads took several runs (their training.json says how long): the last run
+of the recurrent and the block heads was on answers like these; the attention and medusa heads are of earlier recipes (fewer
+answers, hardly a loop among them).
 """
 KINDS: dict[str, list[str]] = {  # name of the heads: how they are trained; the first is the default of the demo model
     "recurrent": ["--kind", "recurrent", "--inner-size", "512", "--epochs", "2"],
