@@ -85,15 +85,15 @@ class Noise:
             rows: integer tensor that broadcasts with `positions`: which row of the batch, as the user numbered them.
             positions: absolute position of the token to draw.
         """
-        low, high, lanes = self._low, self._high, self._lanes
-        if self._here is not None and isinstance(low, int) and type(positions) is Tensor and not positions.is_cuda:
-            # numpy starts a small operation in a fraction of the time and has uint32
+        low, high = self._low, self._high
+        if self._here is not None and isinstance(low, int) and isinstance(high, int) and type(positions) is Tensor:
+            # numpy starts a small operation in a fraction of the time, and has uint32
             with np.errstate(over="ignore"):
-                found = _bits(*(np.uint32(half) for half in (low, high)), _uint32(rows), _uint32(positions), self._here)
+                found = _bits(np.uint32(low), np.uint32(high), _uint32(rows), _uint32(positions), self._here)
             bits = torch.from_numpy((found >> np.uint32(9)).view(np.int32))
-            return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
-        bits = _bits(low, high, rows, positions, lanes)
-        return (bits >> 9).to(torch.float32).add_(0.5).mul_(2.0**-23)
+        else:
+            bits = _bits(low, high, rows, positions, self._lanes) >> 9
+        return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
 
     def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Standard Gumbel noise, `[*positions.shape, V]` float32."""
