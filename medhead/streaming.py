@@ -9,6 +9,8 @@ from transformers import PreTrainedTokenizerBase
 
 from medhead.row import Row
 
+_LONGEST = 32  # tokens of a window that is cut
+
 
 class ColumnStream:
     """Feeds a transformers streamer as plain decoding would: one token of every row at a time, in step.
@@ -53,7 +55,8 @@ class ColumnStream:
 class TextStream:
     """Turns tokens into text piece by piece; a character whose bytes are not all there yet waits for them.
 
-    Only a short window is decoded at every call, not the whole output again.
+    Only a short window is decoded at every call, not the whole output again. It begins where a character begins: tokenizers with
+    byte fallback turn all bytes in a row into U+FFFD if one of them has lost its character.
 
     Args:
         tokenizer: what decodes.
@@ -63,28 +66,33 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self._window: list[int] = []
-        self._shown = ""  # text of the window that was handed out
+        self._text = ""  # what was handed out of its text
+        self._complete = 0  # tokens of the window behind which a character begins
 
     def push(self, tokens: list[int]) -> str:
         """New text that is certain after these tokens."""
         self._window += tokens
         text = self._decode()
         certain = text.rstrip("\ufffd")  # what may still become a character once its other bytes are there
-        if not certain.startswith(self._shown):
-            return ""
-        fresh = certain[len(self._shown) :]
-        self._shown = certain
-        if len(self._window) > 32 and fresh and certain == text:
-            self._window = self._window[-8:]
-            self._shown = self._decode()
+        fresh = self._behind(certain)
+        if fresh:
+            self._text = certain
+        if fresh and certain == text:
+            if len(self._window) > _LONGEST:
+                self._window = self._window[self._complete :]
+                self._text = self._decode()
+            self._complete = len(self._window)
         return fresh
 
     def finish(self) -> str:
         """What was held back."""
-        text = self._decode()
-        fresh = text[len(self._shown) :] if text.startswith(self._shown) else text
-        self._window, self._shown = [], ""
+        fresh = self._behind(self._decode())
+        self._window, self._complete, self._text = [], 0, ""
         return fresh
+
+    def _behind(self, text: str) -> str:
+        """The text of the window behind what was handed out, which stays, whatever becomes of its last bytes."""
+        return text[len(self._text) :]
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self._window, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)

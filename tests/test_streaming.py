@@ -10,7 +10,7 @@ from conftest import tiny_llama
 from hypothesis import given
 from hypothesis import strategies as st
 from scripted import OracleProposer
-from transformers import PreTrainedTokenizerBase, TextIteratorStreamer
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast, TextIteratorStreamer
 from transformers.generation.streamers import BaseStreamer
 
 from medhead import Decoder
@@ -85,3 +85,47 @@ def test_a_character_waits_for_its_bytes(tokenizer: PreTrainedTokenizerBase) -> 
     half = TextStream(tokenizer)
     assert half.push(tokens[:2]) == "a"
     assert half.finish() == "\ufffd"  # the text ends inside a character: said at the end, not lost
+
+
+def byte_fallback() -> PreTrainedTokenizerBase:
+    """In the manner of Llama 2, Mistral and Gemma: what the vocabulary lacks is spelt in bytes, and read back by runs of them."""
+    from tokenizers import Tokenizer, decoders, models, normalizers
+
+    letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ"
+    pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *letters]
+    vocab = {piece: number for number, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    made.normalizer = normalizers.Replace(" ", "▁")
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    made.decoder = decoders.Sequence(steps)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+@given(
+    st.lists(st.sampled_from(["a", " b", " ", "😀", "မြန်မာ", "é", "日本"]), max_size=40).map("".join),
+    st.lists(st.integers(1, 5), min_size=1, max_size=10),
+)
+def test_pieces_add_up_with_byte_fallback(text: str, sizes: list[int]) -> None:
+    tokenizer = byte_fallback()
+    tokens = tokenizer(text)["input_ids"]
+    stream, pieces, at, turn = TextStream(tokenizer), [], 0, 0
+    while at < len(tokens):
+        pieces.append(stream.push(tokens[at : at + sizes[turn % len(sizes)]]))
+        at, turn = at + sizes[turn % len(sizes)], turn + 1
+    pieces.append(stream.finish())
+    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
+    assert "\ufffd" not in "".join(pieces)
+
+
+def test_bytes_without_a_character_neither_stop_nor_double_the_text() -> None:
+    tokenizer = byte_fallback()
+    hello, emoji, more = (tokenizer(text)["input_ids"] for text in ("Hello ", "😀", "a world"))
+    cut = TextStream(tokenizer)  # inside the second of two
+    pieces = [cut.push([token]) for token in hello + emoji + emoji[:2]]
+    assert "".join(pieces) == "Hello 😀"
+    assert set(cut.finish()) == {"\ufffd"}
+    stray = TextStream(tokenizer)  # one byte too many, and on it goes
+    pieces = [stray.push([token]) for token in hello + emoji + emoji[:1] + more]
+    assert "".join(pieces).replace("\ufffd", "") == "Hello 😀a world"
+    assert pieces[-1] == "d"
+    assert stray.finish() == ""

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from medhead.training.demo import __main__ as recipe
-from medhead.training.demo import corpus, loops, pretrain, repeats, variety
+from medhead.training.demo import answers as sorting
+from medhead.training.demo import corpus, pretrain, repeats, variety
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
@@ -46,7 +47,20 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_whole_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     options = ["--data", str(data), "--eval", str(data), "--output", str(out), "--minutes", "0.08", "--answers", "64"]
-    options += ["--chats", "12", "--heads", "block", "medusa-parent", "--heads-steps", "2", "--tree", "8", "3"]
+    options += [
+        "--chats",
+        "12",
+        "--held-out",
+        "12",
+        "--heads",
+        "block",
+        "medusa-parent",
+        "--heads-steps",
+        "2",
+        "--tree",
+        "8",
+        "3",
+    ]
     options += ["--hidden", "128", "--layers", "2", "--vocab-size", "320"]
     assert recipe.main(options) == 0, capsys.readouterr().err
     card = (out / "model" / "README.md").read_text()
@@ -74,8 +88,11 @@ def test_the_whole_recipe(data: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     weights = (out / "model" / "model.safetensors").read_bytes()
     capsys.readouterr()
     assert recipe.main(options) == 0  # everything is there: nothing is trained again
-    assert capsys.readouterr().err.count(": done") == 5
+    assert capsys.readouterr().err.count(": done") == 6
     assert (out / "model" / "model.safetensors").read_bytes() == weights
+    options[options.index("--answers") + 1] = "65"
+    assert recipe.main(options) == 2
+    assert "holds a run with --answers 64, not 65" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -108,6 +125,8 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     (tmp_path / "empty").mkdir()
     assert recipe.main(["--data", str(tmp_path / "empty"), "--output", str(tmp_path / "o")]) == 2
     assert "tinystories.jsonl does not exist" in capsys.readouterr().err
+    assert recipe.main(["--data", str(data), "--output", str(tmp_path / "o"), "--chats", "0"]) == 2
+    assert "--chats must be at least 1, got 0" in capsys.readouterr().err
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"a": 1}\n{broken\n')
     with pytest.raises(MedheadError, match=r"bad.jsonl, line 2 is not JSON"):
@@ -117,36 +136,50 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("turn", [1, 2, 3, 10, 16])
 def test_a_loop_is_an_end_that_repeats_itself(turn: int) -> None:
     begin, words = list(range(1000, 1030)), list(range(turn))
-    assert loops.period(begin + words * (loops.WINDOW // turn + 1)) == turn
-    assert loops.period((words * loops.WINDOW)[: loops.WINDOW]) == turn
-    assert loops.period((words * loops.WINDOW)[: loops.WINDOW - 1]) == 0  # too short to tell
-    broken = begin + words * (loops.WINDOW // turn + 1)
+    assert sorting.period(begin + words * (sorting.WINDOW // turn + 1)) == turn
+    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW]) == turn
+    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW - 1]) == 0  # too short to tell
+    broken = begin + words * (sorting.WINDOW // turn + 1)
     broken[-2] = 5000
-    assert loops.period(broken) == 0
-    assert loops.period(list(range(loops.LONGEST + 1)) * 5) == 0  # too long a turn
+    assert sorting.period(broken) == 0
+    assert sorting.period(list(range(sorting.LONGEST + 1)) * 5) == 0  # too long a turn
 
 
-def test_heads_see_loops_several_times(tmp_path: Path) -> None:
+def test_heads_see_loops_several_times_and_are_measured_with_what_they_have_not_seen(tmp_path: Path) -> None:
     loop, plain = [7, 8] * 30, list(range(60))
-    answers = [{"answer_ids": [*plain, number]} for number in range(5)] + [{"answer_ids": loop}]
-    chats = [{"answer_ids": [*plain, 100 + number]} for number in range(6)] + [{"answer_ids": [9, *loop]}]
-    for name, records in (("answers", answers), ("chats", chats)):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    found = loops.with_loops(tmp_path / "answers.jsonl", tmp_path / "chats.jsonl", tmp_path / "learnt.jsonl", seed=0)
-    learnt = [json.loads(line)["answer_ids"] for line in (tmp_path / "learnt.jsonl").read_text().splitlines()]
+    said = {
+        "answers": [[*plain, number] for number in range(5)] + [loop],
+        "chats": [[*plain, 100 + number] for number in range(6)] + [[9, *loop], loop],
+        "asked": [[*plain, 3], loop, [1, 2], [1, 2], [*plain, 200]],
+    }
+    for name, found in said.items():
+        lines = (json.dumps({"prompt_ids": [1], "answer_ids": ids}) + "\n" for ids in found)
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    files = {name: tmp_path / f"{name}.jsonl" for name in (*said, "learnt", "fresh")}
+
+    def read(name: str) -> list[list[int]]:
+        return [json.loads(line)["answer_ids"] for line in files[name].read_text().splitlines()]
+
+    found = sorting.with_loops(files["answers"], files["chats"], files["learnt"], seed=0)
+    learnt = read("learnt")
     assert found == (len(learnt), 2)
-    assert learnt.count(loop) == learnt.count([9, *loop]) == loops.TIMES
+    assert learnt.count(loop) == learnt.count([9, *loop]) == sorting.TIMES
     assert all([*plain, number] in learnt for number in range(5))
-    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // loops.SHARE
-    assert len(learnt) == 5 + 2 + 2 * loops.TIMES
+    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // sorting.SHARE
+    assert len(learnt) == 5 + 2 + 2 * sorting.TIMES
+    assert sorting.unseen(files["asked"], files["learnt"], files["fresh"], seed=0) == 2
+    assert sorted(read("fresh")) == [[*plain, 200], [1, 2]]
+    with pytest.raises(MedheadError, match="nothing is left to measure heads with"):
+        sorting.unseen(files["answers"], files["learnt"], files["fresh"], seed=0)
 
 
 def test_variety_counts_what_was_not_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same = [{"answer_ids": [1, 2, 3, 4, 5], "temperature": 0.0}] * 4
-    other = [{"answer_ids": list(range(5 * n, 5 * n + 5)), "temperature": 1.0} for n in range(4)]
+    same = [{"prompt_ids": [n], "answer_ids": [1, 2, 3, 4, 5], "temperature": 0.0} for n in (0, 0, 1, 2, 3)]
+    other = [{"prompt_ids": [n], "answer_ids": list(range(5 * n, 5 * n + 5)), "temperature": 1.0} for n in range(4)]
     answers, output = tmp_path / "answers.jsonl", tmp_path / "variety.json"
     answers.write_text("".join(json.dumps(record) + "\n" for record in same + other))
     command = ["--answers", str(answers), "--known", "10", "--asked", "10"]
+    (tmp_path / "others.jsonl").write_text("[1, 2]\n")
     assert variety.main([*command, "--output", str(output)]) == 0
     found = json.loads(output.read_text())
     assert (found["0"]["different"], found["0"]["new"]) == (0.5, 0.0)
@@ -157,6 +190,8 @@ def test_variety_counts_what_was_not_said_before(tmp_path: Path, capsys: pytest.
         ([*command[:-1], "11"], "lower them"),
         ([*command[:-1], "0"], "must be at least 1"),
         (["--answers", str(tmp_path)], "is no file"),
+        (["--answers", str(tmp_path / "others.jsonl")], "was not written by"),
+        ([*command, "--output", str(tmp_path / "nowhere" / "o.json")], "there is no folder"),
     ):
         assert variety.main(wrong) == 2
         assert said in capsys.readouterr().err

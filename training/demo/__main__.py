@@ -15,9 +15,9 @@ from medhead.load import DEMO_MODEL
 
 from .. import finetune, generate_data
 from . import pretrain
+from .answers import unseen, with_loops, write_whole
 from .card import finish_heads, write_model_card
-from .corpus import opening_prompts
-from .loops import with_loops
+from .corpus import Chat, opening_prompts
 
 DESCRIPTION = """\
 Train the demo target from scratch, let it write answers, train heads of every kind on them, write the model cards.
@@ -53,6 +53,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--answers", type=int, default=17664, help="answers to train heads on (default: 17664)")
     options.add_argument("--chats", type=int, default=7400,
                          help="chats that are asked for answers that go round in circles (default: 7400)")  # fmt: skip
+    options.add_argument("--held-out", type=int, default=320, help="answers to measure heads with (default: 320)")
     options.add_argument("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
     options.add_argument("--heads-steps", type=int, default=0, help="end the training of heads early (default: 0, no)")
     options.add_argument("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
@@ -88,48 +89,93 @@ def run(args: argparse.Namespace) -> None:
     """All stages in order."""
     if not args.data.is_dir():
         raise MedheadError(f"--data {str(args.data)!r} is no folder; it must hold the training files (jsonl)")
+    for name in ("answers", "chats", "held_out"):
+        if getattr(args, name) < 1:
+            raise MedheadError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(args, name)}")
+    same_recipe(args)
     out, model = args.output, args.output / "model"
     shape = ["--hidden", args.hidden, "--layers", args.layers, "--vocab-size", args.vocab_size]
     held_out = ["--eval", args.eval] if args.eval else []
     given = ["--data", args.data, *held_out, "--output", out, "--minutes", args.minutes, "--steps", 10**6, *shape]
     stage("target", out / "training.json", pretrain.main, [*map(str, given), "--muon-lr", "0.008"])
-    learnt = answer(args, model)
+    learnt, fresh = answer(args, model)
     for name in args.heads:
         folder = out / "heads" / name
-        given = ["--model", model, "--data", learnt, "--output", folder, "--max-steps", args.heads_steps]
+        given = [
+            "--model",
+            model,
+            "--data",
+            learnt,
+            "--eval-data",
+            fresh,
+            "--output",
+            folder,
+            "--max-steps",
+            args.heads_steps,
+        ]
         stage(f"heads {name}", folder / "training.json", finetune.main, [*KINDS[name], *COMMON, *map(str, given)])
-        finish_heads(folder, *args.tree)
+        finish_heads(folder, *args.tree, installed(name, args.heads))
     write_model_card(model, json.loads((out / "training.json").read_text(encoding="utf-8")))
     print((model / "README.md").read_text(encoding="utf-8"))
     if args.install:
         install(out, DEMO_MODEL.parent, args.heads)
 
 
-def answer(args: argparse.Namespace, model: Path) -> Path:
-    """Let the target answer prompts, and chats that it may go round in circles over; the file that heads learn from."""
-    out, learnt = args.output, args.output / "learnt.jsonl"
-    sets = {"answers": (pretrain.MIX, args.answers, [0, 1, 0, 1, 1]), "chats": ({"general_chat": 1.0}, args.chats, [0])}
-    for name, (mix, count, temperatures) in sets.items():
-        prompts, done = out / f"{name}-prompts.jsonl", out / f"{name}.done"
-        if not prompts.exists():
-            asked = opening_prompts(args.data, mix, count, seed=11)
-            lines = (json.dumps({"messages": chat}) + "\n" for chat in asked)
-            prompts.write_text("".join(lines), encoding="utf-8")
-        given = ["--model", model, "--prompts", prompts, "--output", out / f"{name}.jsonl", "--batch", 96]
-        sampling = ["--temperatures", *temperatures, "--max-new-tokens", 208, "--max-prompt-tokens", 600, "--seed", 11]
-        stage(name, done, generate_data.main, [*map(str, given), *map(str, sampling)])
-        done.touch()
+def answer(args: argparse.Namespace, model: Path) -> tuple[Path, Path]:
+    """Let the target answer prompts; the files that heads learn from, and are measured with."""
+    out, learnt, fresh = args.output, args.output / "learnt.jsonl", args.output / "held-out.jsonl"
+    ask(args, model, "answers", opening_prompts(args.data, pretrain.MIX, args.answers, seed=11), [0, 1, 0, 1, 1])
+    ask(args, model, "chats", opening_prompts(args.data, {"general_chat": 1.0}, args.chats, seed=11), [0])
+    ask(args, model, "asked", opening_prompts(args.eval or args.data, pretrain.MIX, args.held_out, seed=12), [0, 1])
     if not learnt.exists():
         count, loops = with_loops(out / "answers.jsonl", out / "chats.jsonl", learnt, seed=11)
         print(f"{learnt}: {count} answers, {loops} different ones go round in circles", file=sys.stderr)
-    return learnt
+    if not fresh.exists():
+        print(f"{fresh}: {unseen(out / 'asked.jsonl', learnt, fresh, seed=11)} answers", file=sys.stderr)
+    return learnt, fresh
+
+
+def ask(args: argparse.Namespace, model: Path, name: str, chats: list[Chat], temperatures: list[float]) -> None:
+    """Stage `name`: the target's answers to these chats, in `name`.jsonl."""
+    prompts, done = args.output / f"{name}-prompts.jsonl", args.output / f"{name}.done"
+    if not prompts.exists():
+        write_whole(prompts, (json.dumps({"messages": chat}) + "\n" for chat in chats))
+    given = ["--model", model, "--prompts", prompts, "--output", args.output / f"{name}.jsonl", "--batch", 96]
+    sampling = ["--temperatures", *temperatures, "--max-new-tokens", 208, "--max-prompt-tokens", 600, "--seed", 11]
+    stage(name, done, generate_data.main, [*map(str, given), *map(str, sampling)])
+    done.touch()
+
+
+def same_recipe(args: argparse.Namespace) -> None:
+    """Refuse to go on with a run that was begun otherwise.
+
+    Raises:
+        MedheadError: the output folder holds a run with other options.
+    """
+    path = args.output / "recipe.json"
+    names = ("answers", "chats", "held_out", "heads_steps", "hidden", "layers", "vocab_size")
+    wanted = {name: getattr(args, name) for name in names} | {"data": str(args.data), "eval": str(args.eval or "")}
+    if not path.exists():
+        args.output.mkdir(parents=True, exist_ok=True)
+        return write_whole(path, [json.dumps(wanted, indent=1) + "\n"])
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise MedheadError(
+                f"{args.output} holds a run with {option} {found.get(name)}, not {value}; give another --output"
+            )
+    return None
+
+
+def installed(name: str, names: list[str]) -> str:
+    """The folder of these heads in the package; the first of all are the default."""
+    return "heads" if name == names[0] else f"heads-{name}"
 
 
 def install(source: Path, package: Path, names: list[str]) -> None:
     """Copy target and heads into the package; the first heads become the default."""
-    goals = {"model": "model"} | {
-        f"heads/{name}": f"heads-{name}" if place else "heads" for place, name in enumerate(names)
-    }
+    goals = {"model": "model"} | {f"heads/{name}": installed(name, names) for name in names}
     for origin, goal in goals.items():
         temporary = package / f".{goal}.new"
         shutil.rmtree(temporary, ignore_errors=True)

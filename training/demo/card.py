@@ -121,8 +121,15 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def finish_heads(folder: Path, size: int, depth: int) -> None:
-    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree."""
+def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
+    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree.
+
+    Args:
+        folder: of the heads.
+        size: nodes of the default tree.
+        depth: of the default tree.
+        goal: folder in the package that they are for.
+    """
     path = folder / "medhead_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields |= {"tree_size": size, "tree_depth": min(depth, fields["depth"])}
@@ -138,7 +145,7 @@ def finish_heads(folder: Path, size: int, depth: int) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name in sorted(named, key=len, reverse=True):
         card = card.replace(name, NAME)
-    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/demo/{folder.name}")
+    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/demo/{goal}")
     sentence = BUILT_WITH.format(name=NAME)
     if sentence not in card:
         card = card.replace("library_name: peft\n", "library_name: peft\nlicense: cc-by-sa-4.0\n", 1)

@@ -97,9 +97,9 @@ def opening_prompts(folder: Path, mix: dict[str, float], count: int, seed: int) 
     rng = random.Random(seed)
     found: list[Chat] = []
     for chat in chats(folder, dict.fromkeys(mix, 1.0), seed):
+        if len(found) >= count:
+            break
         turns = [index for index, message in enumerate(chat) if message["role"] == "assistant" and index > 0]
         if turns:
             found.append(chat[: rng.choice(turns)])
-        if len(found) == count:
-            break
     return found

@@ -1,7 +1,7 @@
 """How much of what a model says it has said before, by temperature: why heads guess greedy text so much better.
 
 Greedy answers of a small model come from a small repertoire, which heads learn by heart; sampled ones do not. Of the 4-grams
-of some answers this counts those that do not occur in many others.
+of some answers this counts those that do not occur in many others. Every prompt counts once.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def variety(answers: list[list[int]], known: int, asked: int) -> dict[str, float
             new += sum(gram not in seen for gram in grams(ids))
             of += len(grams(ids))
         tokens += len(ids)
-        if tokens >= known + asked and of:
+        if tokens >= known + asked and of and counted:
             return {"known_tokens": known, "different": len(seen) / counted, "asked_tokens": asked, "new": new / of}
     raise MedheadError(
         f"there are {tokens} tokens of one temperature, --known and --asked need {known + asked}; lower them"
@@ -59,13 +59,16 @@ def run(args: argparse.Namespace) -> None:
         )
     if args.output and args.output.exists():
         raise MedheadError(f"--output {str(args.output)!r} is there already; nothing is overwritten")
-    by_temperature: dict[float, list[list[int]]] = defaultdict(list)
+    if args.output and not args.output.parent.is_dir():
+        raise MedheadError(f"--output {str(args.output)!r}: there is no folder {str(args.output.parent)!r}")
+    by_temperature: dict[float, dict[tuple[int, ...], list[int]]] = defaultdict(dict)
     for record in read_jsonl(args.answers):
-        if not {"answer_ids", "temperature"} <= record.keys():
+        if not isinstance(record, dict) or not {"prompt_ids", "answer_ids", "temperature"} <= record.keys():
             raise MedheadError(f"{args.answers} was not written by medhead.training.generate_data")
-        by_temperature[record["temperature"]].append(record["answer_ids"])
+        by_temperature[record["temperature"]][tuple(record["prompt_ids"])] = record["answer_ids"]
     found = {}
-    for temperature, answers in sorted(by_temperature.items()):
+    for temperature, of_prompts in sorted(by_temperature.items()):
+        answers = list(of_prompts.values())
         random.Random(0).shuffle(answers)
         found[f"{temperature:g}"] = {"answers": len(answers), **variety(answers, args.known, args.asked)}
     print("| temperature | answers | different 4-grams | new 4-grams |\n|--:|--:|--:|--:|")
