@@ -82,7 +82,8 @@ class Decoder:
         heads: for the proposers `heads` and `hybrid`: heads, the folder of a heads checkpoint, or `mtp` for the
             multi-token-prediction layers in the model's own checkpoint.
         tree_size: nodes of a tree, root included; the proposer's own default if None.
-        typical: lossy acceptance (Medusa's); None, the default, is exact.
+        typical: lossy acceptance (Medusa's); None, the default, is exact. With logits processors that look at the text so
+            far (penalties, bans of n-grams, minimal lengths) every node is asked on its own and acceptance stays exact.
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
@@ -127,7 +128,7 @@ class Decoder:
         elif tree_size is not None or options:
             given = sorted([*options, *(["tree_size"] if tree_size is not None else [])])
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
-        self.proposer, self.typical = proposer, typical
+        self.proposer, self.typical, self.heads = proposer, typical, heads
         self._own_proposer = self.proposer
         self.plans: Plans | None = None
         self.compiled_target: CompiledTarget | None = None

@@ -141,17 +141,24 @@ def read_prompt(args: argparse.Namespace) -> str:
     Raises:
         MedheadError: the file cannot be read.
     """
-    if args.prompt is not None:
-        return str(args.prompt)
-    if args.prompt_file in (None, "-"):
-        if args.prompt_file is None and sys.stdin.isatty():
-            raise MedheadError("no prompt: give --prompt, --prompt-file, or text on standard input")
-        return sys.stdin.read()
+    if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
+        raise MedheadError("no prompt: give --prompt, --prompt-file, or text on standard input")
+    given = "the prompt"
     try:
-        return Path(args.prompt_file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise MedheadError(f"prompt file {args.prompt_file!r} cannot be read: {reason}") from None
+        if args.prompt is not None:
+            text = str(args.prompt)
+        elif args.prompt_file in (None, "-"):
+            given = "the prompt on standard input"
+            text = sys.stdin.read()
+        else:
+            given = f"prompt file {args.prompt_file!r}"
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        text.encode("utf-8")  # a shell hands on bytes that are none as surrogates
+    except UnicodeError:
+        raise MedheadError(f"{given} cannot be read: it is not UTF-8 text") from None
+    except OSError as error:
+        raise MedheadError(f"{given} cannot be read: {error.strerror or error}") from None
+    return text
 
 
 def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:

@@ -248,6 +248,19 @@ def test_wrong_input_gets_one_line(
     assert err.startswith("medhead.generate: error: ")
 
 
+def test_bytes_that_are_no_text_are_refused(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(command(folders, "--prompt", "a\udcff", prompt=None), capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the prompt cannot be read: it is not UTF-8 text" in err
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors=errors))
+        code, _, err = run(command(folders, prompt=None), capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "standard input cannot be read: it is not UTF-8 text" in err
+
+
 def test_wrong_prompt_files(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
     for path, says in (

@@ -131,6 +131,22 @@ def raising(error: BaseException, at: int) -> Callable[[int], None]:
 # ---------------------------------------------------------------- what is written
 
 
+def test_training_ends_with_the_epochs(
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["--kind", "medusa", "--epochs", "2", "--held-out", "0"]
+    steps = {}
+    for name, most in (("whole", "0"), ("more", "1000"), ("less", "2")):
+        code, err = run(command(folders, data, tmp_path / name, *more, "--max-steps", most), capsys)
+        assert code == 0, err
+        facts = json.loads((tmp_path / name / "training.json").read_text())
+        steps[name] = facts["steps"]
+        assert facts["epochs"] == (2 if name != "less" else pytest.approx(2 * 2 / steps["whole"], abs=0.3))
+        assert facts["documents"] == 48
+        assert 0 < facts["answer_tokens"] < facts["tokens"]
+    assert steps["whole"] == steps["more"] > steps["less"] == 2
+
+
 @pytest.mark.parametrize("kind", ["block", "attention", "recurrent", "medusa", "sequential"])
 def test_from_text_to_heads(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],

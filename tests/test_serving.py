@@ -83,6 +83,23 @@ def test_mixed_requests_that_join_at_different_times_get_their_own_text(decoder,
     assert [ticket.result.new_tokens for ticket in tickets] == [len(text) for text in found]
 
 
+def test_a_request_with_a_size_of_its_own_keeps_the_heads(decoder, tokenizer):
+    request = Request(prompt=tokenizer("Once upon a time")["input_ids"], max_new_tokens=40, tree_size=16, trace=True)
+    with Engine(decoder, tokenizer) as running:  # the heads are the decoder's
+        pieces = list(running.submit(request))
+        named = Request(prompt=request.prompt, max_new_tokens=40, proposer="heads")
+        assert running.submit(named).wait() == "".join(piece.text for piece in pieces)
+    assert any("heads" in piece.tree.sources for piece in pieces if piece.tree)
+
+
+def test_a_ticket_that_was_read_to_its_end_ends_for_everybody(tokenizer, engine):
+    ticket = engine.submit(Request(prompt=tokenizer("Hello")["input_ids"], max_new_tokens=4))
+    assert ticket.wait()
+    assert ticket.wait() == ""  # every piece is read once, but nobody waits for ever
+    assert list(ticket) == []
+    assert asyncio.run(ticket.finish()) == ""
+
+
 def test_lanes_of_different_proposers_take_turns_and_stay_exact(decoder, tokenizer, engine):
     proposers = [None, "none", "ngram", "recycling", "lookahead", "heads", "hybrid", None]
     asked = [
@@ -282,6 +299,9 @@ def test_the_model_is_left_as_it_was(decoder, tokenizer):
         ({"tree_size": 1000}, "tree size"),
         ({"proposer": "oracle"}, "no proposer is called 'oracle'"),
         ({"time_limit": 0}, "time_limit"),
+        ({"time_limit": "5"}, "time_limit"),
+        ({"stop": "END"}, "stop must be a tuple of texts, got 'END'"),
+        ({"stop": (1,)}, "stop must be a tuple of texts"),
     ],
 )
 def test_wrong_requests_get_one_line(engine, options, words):

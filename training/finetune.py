@@ -164,6 +164,9 @@ def run(options: TrainOptions) -> None:
         top1 = {f"top1_depth_{d + 1}": row[0] for d, row in enumerate(found.accuracies)}
         return top1 | {"predicted_accepted_length": found.walked["32"]}
 
+    rows_a_step = options.batch_size * options.accumulation * arguments.world_size
+    if arguments.max_steps > 0:  # never more than the epochs
+        arguments.max_steps = min(arguments.max_steps, max(1, -(-len(rows) // rows_a_step)))
     trainer = HeadsTrainer(module, arguments, options, rows, evaluate_heads)
     if main:
         parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
@@ -186,11 +189,11 @@ def run(options: TrainOptions) -> None:
         measured = measure(heads, target, texts) if texts and (main or options.shard) else None
     if not main:
         return
-    seen = trainer.state.global_step * options.batch_size * options.accumulation * arguments.world_size
+    seen = trainer.state.global_step * rows_a_step
     facts = {
         "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": trainer.state.global_step,
         "epochs": round(rows.epochs_in(seen), 1), "documents": len(train), "tokens": rows.tokens,
-        "answer_tokens": store.assistant_tokens,
+        "answer_tokens": store.assistant_tokens_of(train),
         "minutes": round(minutes, 1), "resumed": found is not None,
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
         "init_from": str(options.init_from or ""),

@@ -83,6 +83,10 @@ class TokenStore:
         """Token ids and assistant mask from one place among all tokens to another."""
         return self._tokens[start:end], self._mask[start:end]
 
+    def assistant_tokens_of(self, documents: np.ndarray) -> int:
+        """How many tokens of these documents the assistant wrote."""
+        return sum(int(self[document][1].sum()) for document in documents.tolist())
+
     @property
     def lengths(self) -> np.ndarray:
         """Tokens of every document, `[documents]`."""

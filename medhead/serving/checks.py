@@ -32,8 +32,11 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     _check_range("min_p", request.min_p, 0, 1)
     if request.top_k is not None:
         _check_whole("top_k", request.top_k)
-    if request.time_limit is not None and not request.time_limit > 0:
-        raise MedheadError(f"time_limit must be above 0 seconds, got {request.time_limit!r}")
+    limit = request.time_limit
+    if limit is not None and not (isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0):
+        raise MedheadError(f"time_limit must be a number of seconds above 0, got {limit!r}")
+    if isinstance(request.stop, str) or not all(isinstance(text, str) for text in request.stop):
+        raise MedheadError(f"stop must be a tuple of texts, got {request.stop!r}")
     if request.seed is not None:
         check_seed(request.seed)
     if request.tree_size is not None:

@@ -67,7 +67,7 @@ class Engine:
     Args:
         decoder: what decodes; its proposer serves requests that name none. The engine's thread alone may use it.
         tokenizer: for stop texts and for the pieces' text.
-        heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder.
+        heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder; the decoder's if None.
         max_rows: most rows decoded at a time, all lanes together.
         max_queue: most requests that wait.
         time_limit: seconds after which a request ends, if it does not say so itself.
@@ -95,7 +95,7 @@ class Engine:
                 f"max_rows must be at least 1, max_queue at least 0 and time_limit above 0, "
                 f"got {max_rows}, {max_queue} and {time_limit}"
             )
-        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, heads
+        self.decoder, self.tokenizer, self.heads = decoder, tokenizer, decoder.heads if heads is None else heads
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
         self.listeners: list[Callable[[Request, Result], None]] = []

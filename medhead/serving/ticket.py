@@ -17,7 +17,7 @@ class Ticket:
     """Pieces of the output as they come, and the result at the end.
 
     Use one of `for piece in ticket`, `async for piece in ticket.stream()`, or `await ticket.finish()` /
-    `ticket.wait()` for everything at once. The engine never waits for a slow reader.
+    `ticket.wait()` for everything at once; every piece is read once. The engine never waits for a slow reader.
 
     Attributes:
         request: what was asked for.
@@ -42,7 +42,7 @@ class Ticket:
         """
         while (item := self._queue.get()) is not _END:
             yield item
-        self._raise()
+        self._over()
 
     async def stream(self) -> AsyncIterator[Piece]:
         """Pieces until the end, for asyncio. Leaving the loop early does not cancel: call `cancel`.
@@ -66,7 +66,7 @@ class Ticket:
             if item is _END:
                 break
             yield item
-        self._raise()
+        self._over()
 
     def wait(self) -> str:
         """The whole text, once it is there.
@@ -120,6 +120,8 @@ class Ticket:
             except RuntimeError:  # the caller's event loop is closed: nobody listens
                 self._wake = None
 
-    def _raise(self) -> None:
+    def _over(self) -> None:
+        """Somebody has read the end; whoever reads after him finds it too."""
+        self._queue.put(_END)
         if self._error is not None:
             raise EngineError(self._error)
