@@ -83,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
     options = Parser(prog="python -m medhead.training.demo.variety", description=__doc__)
     options.add_argument("--answers", type=Path, required=True, help="what medhead.training.generate_data wrote")
     options.add_argument(
-        "--known", type=int, default=400_000, help="tokens of each temperature that count as known (400000)"
+        "--known", type=int, default=200_000, help="tokens of each temperature that count as known (200000)"
     )
     options.add_argument(
         "--asked", type=int, default=50_000, help="tokens after these in which new 4-grams are counted (50000)"
