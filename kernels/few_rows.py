@@ -9,8 +9,9 @@ the matrix, so it is measured, once a process for every size.
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -23,6 +24,11 @@ LEAST_NUMBERS = 2**15  # of a matrix; smaller ones are multiplied as usual
 _GAIN = 0.9  # share of the usual time that counts as faster
 _MEASURED_ROWS = (1, 4, 24)  # what the three classes of rows are measured with
 _MEASURED_NUMBERS = 2**21  # a larger matrix is judged by a part of it
+_COLD_NUMBERS, _COPIES, _ROUNDS = (
+    2**23,
+    64,
+    3,
+)  # together copies of it are out of the inner caches, as a model's weights are in every pass
 _HINT = 16  # rows that packed copies are laid out for
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -45,6 +51,7 @@ class Matrix:
         self._stamp: Tensor | None = None
         self._checked, self._version = False, -1
         self._ways: dict[int, bool] = {}  # by class of rows: packed or not
+        self.together: Together | None = None  # what decides that, if it is one of several
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., size]` to `[..., out]`, contiguous. With gradients, and while a step is written down, as `linear` does it."""
@@ -76,7 +83,9 @@ class Matrix:
     def _packs(self, class_: int) -> bool:
         known = self._ways.get(class_)
         if known is None:
-            known = self._ways[class_] = fastest(self.weight, class_, True) == "packed"
+            alone = self.together is None
+            packs = fastest(self.weight, class_, True) == "packed" if alone else self.together.packs(class_)
+            known = self._ways[class_] = packs
         return known
 
     def _copy(self) -> Tensor:
@@ -93,6 +102,24 @@ class Matrix:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copy of what holds it begins without one: it would still read these weights."""
         return
+
+
+class Together:
+    """Matrices that are multiplied one after the other: all with packed copies or none, by what all of them take.
+
+    Going back and forth between two libraries costs more than either, which no measurement of single products sees.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix]) -> None:
+        self.weights = [matrix.weight for matrix in matrices if matrix.packs]
+        for matrix in matrices:
+            matrix.together = self
+
+    def packs(self, class_: int) -> bool:
+        """Whether packed copies are faster for this class of rows."""
+        found = [_measured(*weight.shape, weight.dtype, class_, torch.get_num_threads()) for weight in self.weights]
+        packed = sum(seconds["packed"] for seconds in found)
+        return packed < _GAIN * sum(min(seconds["usual"], seconds.get("turned", math.inf)) for seconds in found)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -156,28 +183,26 @@ def _class(rows: int) -> int:
 
 @cache
 def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int) -> dict[str, float]:
-    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes milliseconds."""
+    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes some 20 ms."""
     part = max(1, min(out, _MEASURED_NUMBERS // size))
-    copies = max(1, min(8, 2**21 // (part * size)))
+    copies = max(1, min(_COPIES, _COLD_NUMBERS // (part * size)))
     with torch.inference_mode():
         x = torch.ones(_MEASURED_ROWS[class_], size, dtype=dtype)
         weights = [torch.ones(part, size, dtype=dtype) for _ in range(copies)]
-        seconds = {"usual": _seconds(F.linear, x, weights)}
+        ways: dict[str, tuple[Product, list[Tensor]]] = {"usual": (F.linear, weights)}
         if class_ and dtype == torch.float32:
-            seconds["turned"] = _seconds(turned, x, weights)
+            ways["turned"] = turned, weights
         if _packs(dtype):
-            seconds["packed"] = _seconds(_multiply, x, [_pack(weight) for weight in weights])
-    return seconds
+            ways["packed"] = _multiply, [_pack(weight) for weight in weights]
+        rounds = [[_seconds(*way, x) for way in ways.values()] for _ in range(_ROUNDS)]  # by turns: the machine changes
+    return dict(zip(ways, map(min, *rounds), strict=True))
 
 
-def _seconds(product: Product, x: Tensor, weights: list[Tensor], repeats: int = 4) -> float:
-    times = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        for weight in weights:
-            product(x, weight)
-        times.append(time.perf_counter() - began)
-    return min(times)
+def _seconds(product: Product, weights: list[Tensor], x: Tensor) -> float:
+    began = time.perf_counter()
+    for weight in weights:
+        product(x, weight)
+    return time.perf_counter() - began
 
 
 def _pack(weight: Tensor) -> Tensor:

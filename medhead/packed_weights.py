@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medhead.kernels.few_rows import Matrix, can_pack
+from medhead.kernels.few_rows import Matrix, Together, can_pack
 
 _SHARE = 0.25  # of the memory that is free: copies may take so much unless they are asked for
 
@@ -30,6 +30,7 @@ class PackedWeights:
         if wanted is None and not fits(size):
             layers = []
         self._matrices = {layer: Matrix(layer.weight.detach(), layer.bias) for layer in layers}
+        self._together = Together(list(self._matrices.values()))
 
     @property
     def on(self) -> bool:
@@ -49,6 +50,7 @@ class PackedWeights:
             matrix = self._matrices[layer]
             if matrix.weight.data_ptr() != layer.weight.data_ptr() or matrix.bias is not layer.bias:
                 matrix = self._matrices[layer] = Matrix(layer.weight.detach(), layer.bias)  # it was given others
+                matrix.together = self._together
             matrix.recheck()
             layer.forward = matrix
         try:

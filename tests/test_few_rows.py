@@ -134,6 +134,32 @@ def test_a_copy_of_its_holder_has_no_matrix() -> None:
     assert copy.deepcopy(layer).matrix is None
 
 
+@needs_packing
+def test_matrices_that_follow_each_other_are_packed_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what all of them take: one that is slower packed alone does not make two libraries take turns."""
+    large, small = (few_rows.Matrix(torch.randn(rows, SIZE)) for rows in (OUT, 2 * OUT))
+    assert large.packs
+    assert small.packs
+    seconds = {OUT: {"usual": 9.0, "turned": 8.0, "packed": 4.0}, 2 * OUT: {"usual": 1.0, "turned": 2.0, "packed": 2.0}}
+
+    def measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int) -> dict[str, float]:
+        return {way: took * (2 if way == "packed" and class_ == 1 else 1) for way, took in seconds[out].items()}
+
+    monkeypatch.setattr(few_rows, "_measured", measured)
+    assert not small._packs(2)
+    for matrix in (large, small):
+        matrix.recheck()
+    together = few_rows.Together([large, small])
+    assert [together.packs(class_) for class_ in (0, 1, 2)] == [True, False, True]
+    with torch.inference_mode():
+        for matrix in (large, small):
+            x = torch.randn(24, SIZE)
+            torch.testing.assert_close(matrix(x), F.linear(x, matrix.weight))
+    assert large.nbytes > 0
+    assert small.nbytes > 0
+    assert not few_rows.Together([]).packs(2)
+
+
 def test_which_is_fastest_is_measured_once() -> None:
     """For every size, type, class of rows and number of threads; small matrices are not worth it."""
     few_rows._measured.cache_clear()

@@ -38,6 +38,7 @@ def model() -> LlamaForCausalLM:
 def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is faster here."""
     monkeypatch.setattr(few_rows, "fastest", lambda *args: "packed" if args[-1] else "usual")
+    monkeypatch.setattr(few_rows.Together, "packs", lambda *_: True)
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:

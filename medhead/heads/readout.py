@@ -87,6 +87,7 @@ class Readout:
                 if layer.matrix is None or layer.matrix.weight.data_ptr() != layer.weight.data_ptr():
                     layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
                 self._matrices.append(layer.matrix)
+        few_rows.Together(self._matrices)
         for matrix in self._matrices:
             matrix.warm()
 
