@@ -24,11 +24,10 @@ LEAST_NUMBERS = 2**15  # of a matrix; smaller ones are multiplied as usual
 _GAIN = 0.9  # share of the usual time that counts as faster
 _MEASURED_ROWS = (1, 4, 24)  # what the three classes of rows are measured with
 _MEASURED_NUMBERS = 2**21  # a larger matrix is judged by a part of it
-_COLD_NUMBERS, _COPIES, _ROUNDS = (
-    2**23,
-    64,
-    3,
-)  # together copies of it are out of the inner caches, as a model's weights are in every pass
+_COLD_NUMBERS = (
+    2**22
+)  # copies of it with so many numbers together are out of the inner caches, as a model's weights are
+_COPIES, _ROUNDS = 64, 2  # copies at most, and how often each way takes its turn
 _HINT = 16  # rows that packed copies are laid out for
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -83,9 +82,11 @@ class Matrix:
     def _packs(self, class_: int) -> bool:
         known = self._ways.get(class_)
         if known is None:
-            alone = self.together is None
-            packs = fastest(self.weight, class_, True) == "packed" if alone else self.together.packs(class_)
-            known = self._ways[class_] = packs
+            if self.together is None:
+                known = fastest(self.weight, class_, True) == "packed"
+            else:
+                known = self.together.packs(class_)
+            self._ways[class_] = known
         return known
 
     def _copy(self) -> Tensor:
@@ -183,7 +184,7 @@ def _class(rows: int) -> int:
 
 @cache
 def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int) -> dict[str, float]:
-    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes some 20 ms."""
+    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes some 10 ms."""
     part = max(1, min(out, _MEASURED_NUMBERS // size))
     copies = max(1, min(_COPIES, _COLD_NUMBERS // (part * size)))
     with torch.inference_mode():
@@ -195,7 +196,7 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int
         if _packs(dtype):
             ways["packed"] = _multiply, [_pack(weight) for weight in weights]
         rounds = [[_seconds(*way, x) for way in ways.values()] for _ in range(_ROUNDS)]  # by turns: the machine changes
-    return dict(zip(ways, map(min, *rounds), strict=True))
+    return {way: min(times) for way, times in zip(ways, zip(*rounds, strict=True), strict=True)}
 
 
 def _seconds(product: Product, weights: list[Tensor], x: Tensor) -> float:
