@@ -99,6 +99,7 @@ def run(args: argparse.Namespace) -> None:
     given = ["--data", args.data, *held_out, "--output", out, "--minutes", args.minutes, "--steps", 10**6, *shape]
     stage("target", out / "training.json", pretrain.main, [*map(str, given), "--muon-lr", "0.008"])
     learnt, fresh = answer(args, model)
+    nodes, depth = args.tree
     for name in args.heads:
         folder = out / "heads" / name
         given = [
@@ -114,7 +115,7 @@ def run(args: argparse.Namespace) -> None:
             args.heads_steps,
         ]
         stage(f"heads {name}", folder / "training.json", finetune.main, [*KINDS[name], *COMMON, *map(str, given)])
-        finish_heads(folder, *args.tree, installed(name, args.heads))
+        finish_heads(folder, nodes, depth, installed(name, args.heads))
     write_model_card(model, json.loads((out / "training.json").read_text(encoding="utf-8")))
     print((model / "README.md").read_text(encoding="utf-8"))
     if args.install:
