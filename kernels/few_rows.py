@@ -24,9 +24,8 @@ LEAST_NUMBERS = 2**15  # of a matrix; smaller ones are multiplied as usual
 _GAIN = 0.9  # share of the usual time that counts as faster
 _MEASURED_ROWS = (1, 4, 24)  # what the three classes of rows are measured with
 _MEASURED_NUMBERS = 2**21  # a larger matrix is judged by a part of it
-_COLD_NUMBERS = (
-    2**22
-)  # copies of it with so many numbers together are out of the inner caches, as a model's weights are
+# copies of it with so many numbers together are out of the inner caches, as a model's weights are
+_COLD_NUMBERS = 2**22
 _COPIES, _ROUNDS = 64, 2  # copies at most, and how often each way takes its turn
 _HINT = 16  # rows that packed copies are laid out for
 
@@ -184,7 +183,7 @@ def _class(rows: int) -> int:
 
 @cache
 def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int) -> dict[str, float]:
-    """Seconds of every way, with `threads` threads, over matrices that do not fit the inner caches; takes some 10 ms."""
+    """Seconds that one such matrix takes in every way, with `threads` threads, out of the inner caches; takes some 10 ms."""
     part = max(1, min(out, _MEASURED_NUMBERS // size))
     copies = max(1, min(_COPIES, _COLD_NUMBERS // (part * size)))
     with torch.inference_mode():
@@ -196,7 +195,8 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int
         if _packs(dtype):
             ways["packed"] = _multiply, [_pack(weight) for weight in weights]
         rounds = [[_seconds(*way, x) for way in ways.values()] for _ in range(_ROUNDS)]  # by turns: the machine changes
-    return {way: min(times) for way, times in zip(ways, zip(*rounds, strict=True), strict=True)}
+    whole = out / (part * copies)  # of the numbers that were multiplied
+    return {way: min(times) * whole for way, times in zip(ways, zip(*rounds, strict=True), strict=True)}
 
 
 def _seconds(product: Product, weights: list[Tensor], x: Tensor) -> float:

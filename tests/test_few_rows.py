@@ -160,6 +160,14 @@ def test_matrices_that_follow_each_other_are_packed_together(monkeypatch: pytest
     assert not few_rows.Together([]).packs(2)
 
 
+def test_measured_seconds_are_those_of_one_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many copies, or how small a part of it, stand for it: with a second for every row, as many seconds as rows."""
+    monkeypatch.setattr(few_rows, "_seconds", lambda product, weights, x: sum(len(weight) for weight in weights))
+    monkeypatch.setattr(few_rows, "_packs", lambda dtype: False)
+    for out, size in ((128, 256), (OUT, SIZE), (4096, 1024), (3000, 2048)):
+        assert few_rows._measured.__wrapped__(out, size, torch.float32, 2, 1)["usual"] == pytest.approx(out)
+
+
 def test_which_is_fastest_is_measured_once() -> None:
     """For every size, type, class of rows and number of threads; small matrices are not worth it."""
     few_rows._measured.cache_clear()
