@@ -107,7 +107,7 @@ class Matrix:
 class Together:
     """Matrices that are multiplied one after the other: all with packed copies or none, by what all of them take.
 
-    Measured in whole passes, a model that mixes both ways is slower than the sum of its products says, so the choice is made for all.
+    In whole passes a model that mixes both ways was slower than the sum of its products says, so the choice is made for all.
     """
 
     def __init__(self, matrices: Sequence[Matrix]) -> None:
