@@ -443,8 +443,8 @@ def test_tokens_encoded_ahead(monkeypatch: pytest.MonkeyPatch, target: Target, n
     fast = Readout(heads, target, torch.float32)
     monkeypatch.setattr(readout_module, "TABLE_BYTES", 0)
     slow = Readout(heads, target, torch.float32)
-    assert slow._table is None
-    assert (fast._table is None) == (not heads.per_path or heads.encodes_by_depth)
+    assert slow.table is None
+    assert (fast.table is None) == (not heads.per_path or heads.encodes_by_depth)
     tokens = torch.tensor([[0, 63, 5], [7, 7, 31]])
     with torch.no_grad():
         for depth in range(4):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -56,16 +56,16 @@ class Readout:
         self.heads = _converted(heads, target.device, self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self._embed = target.embed
+        self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
         self._matrices: list[few_rows.Matrix] = []  # the output matrix first, where packed copies are used
-        self._table = None
+        self.table: Tensor | None = None  # `[vocab, ...]` encoded tokens, where one table serves all depths
         if self.heads.per_path and not self.heads.encodes_by_depth:
-            self._table = self._encode_all(int(target.embedding.num_embeddings), target.device)
+            self.table = self._encode_all(self._count, target.device)
 
     def token(self, tokens: Tensor, depth: int) -> Tensor:
         """What the heads need of token ids at this depth."""
-        if self._table is not None:
-            return F.embedding(tokens, self._table)
+        if self.table is not None:
+            return F.embedding(tokens, self.table)
         return self.heads.encode(self._embedded(tokens, depth), depth)
 
     def logits(self, feature: Tensor, depth: int) -> Tensor:
@@ -115,6 +115,17 @@ class Readout:
     def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
         own = self.heads.own_embedding(depth)
         return (self._embed(tokens) if own is None else F.embedding(tokens, own)).to(self.dtype)
+
+    @property
+    def embeddings_bytes(self) -> int:
+        """Memory that `embeddings` takes."""
+        return self._count * self.heads.config.hidden_size * self.weight.element_size()
+
+    @cached_property
+    @torch.inference_mode()
+    def embeddings(self) -> Tensor:
+        """`[vocab, size]`: the target's embedding of every token, as `encode` gets it."""
+        return self._embedded(torch.arange(self._count, device=self.weight.device), 0)
 
     @torch.inference_mode()
     def _encode_all(self, count: int, device: torch.device) -> Tensor | None:

@@ -9,6 +9,7 @@ matrices instead.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,9 +82,16 @@ class SequentialHeads(Heads):
 
     def advance(self, state: Tensor, token: Tensor, depth: int, shared: None) -> tuple[Tensor, Tensor]:
         """One depth."""
+        project, _, norm, output = self.level(depth)
+        state = F.gelu(norm(project(state) + token))
+        return state, state if output is None else output(state)
+
+    def level(self, depth: int) -> tuple[Any, Any, Any, Any]:
+        """Layers of a depth: of the state, of the token (None if it is used as it is), the norm, and of the output (or None)."""
+        at = self._at(depth)
         project = self.first if depth == 0 else self.proj[0 if self.config.tied else depth - 1]
-        state = F.gelu(self.norms[self._at(depth)](project(state) + token))
-        return state, state if self.outputs is None else self.outputs[self._at(depth)](state)
+        encode, output = (None if layers is None else layers[at] for layers in (self.encoders, self.outputs))
+        return project, encode, self.norms[at], output
 
     def _at(self, depth: int) -> int:
         return 0 if self.config.tied else depth

@@ -18,6 +18,7 @@ from medhead.packed_weights import fits
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
+from medhead.proposers.native_growth import NativeGrowth, native_growth
 from medhead.proposers.static_tree import StaticShape
 from medhead.tree import TokenTree
 
@@ -49,6 +50,7 @@ class HeadsProposer(Proposer):
         least: probability of the likeliest path, in the mean of the rows, below which heads look no further when they name
             candidates for trees of several proposers, on a CPU; None follows what a level of heads costs beside a token, and
             is 0 where `tree_size` is given.
+        native: guess with compiled loops (`native_growth`) when there is one row; None where they are there and faster.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -69,6 +71,7 @@ class HeadsProposer(Proposer):
         rank_by_noise: bool = True,
         sharpness: float = 1.5,
         least: float | None = None,
+        native: bool | None = None,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -102,6 +105,9 @@ class HeadsProposer(Proposer):
         wanted_packed = fits(self.readout.packable_bytes) if target.packed is None else target.packed
         if wanted_packed and target.device.type == "cpu":
             self.readout.pack()
+        self._native: NativeGrowth | None = None
+        if self.shape is None:
+            self._native = native_growth(self.readout, self.width, self.branching, wanted, native)
         self._memory: Store | None = None
         self._texts: list[list[int]] = []
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
@@ -113,6 +119,9 @@ class HeadsProposer(Proposer):
         self.readout.recheck()
         capacity = max(map(len, texts)) + 256
         self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
+        if self._native is not None and len(texts) == 1 and not target.compiles:
+            self._native.refresh()
+            self._choose(target, texts)
 
     def read(self, features: Tensor, start: int) -> None:
         """Remember a chunk of the prompts."""
@@ -179,6 +188,8 @@ class HeadsProposer(Proposer):
     def _tree(self, state: DecodeState, memory: Any, depth: int, looks: bool = True) -> TokenTree:
         if self.shape is not None:
             return self.shape.fill(state.roots, self._expander(state, memory, self.shape.widest, depth), depth)
+        if looks and self._natively(state):
+            return self._grown_natively(state, depth, self.tree_size, 0.0).best(state.roots, self.tree_size)
         expander = self._expander(state, memory, min(self.branching, self.tree_size - 1), depth)
         return grow_tree(state.roots, expander, self.tree_size, depth, self.width, looks)
 
@@ -237,9 +248,33 @@ class HeadsProposer(Proposer):
     def _grown(self, state: DecodeState, depth: int) -> Candidates:
         if len(state.roots) == 1 and self._memory is None and depth == self.max_depth and state.target.compiles:
             return self._grown_compiled(state, depth)
-        expander = self._expander(state, self._view(), self.branching, depth)
         nodes = self.tree_size if self._sized else None
+        if self._natively(state):
+            return self._grown_natively(state, depth, nodes, self.least)
+        expander = self._expander(state, self._view(), self.branching, depth)
         return grow(state.roots, expander, depth, self.width, nodes, least=self.least)
+
+    def _natively(self, state: DecodeState) -> bool:
+        native = self._native
+        return native is not None and len(state.roots) == 1 and not state.target.compiles and native.pays
+
+    def _grown_natively(self, state: DecodeState, depth: int, nodes: int | None, least: float) -> Candidates:
+        assert self._native is not None
+        noise, sharpness = self._ranking(state)
+        scale = sharpness if noise is None else 1 / float(state.temperature)
+        return self._native.grow(int(state.roots), state.features, depth, scale, noise, nodes, least)
+
+    def _choose(self, target: Target, texts: list[list[int]]) -> None:
+        """Measure which way of growing is faster, where nobody has."""
+        assert self._native is not None
+        roots = torch.zeros(1, dtype=torch.long, device=target.device)
+        state = DecodeState(target, texts, roots, torch.zeros(1, self.heads.feature_size, device=target.device))
+        depth, expander = self.max_depth, self._expander(state, None, self.branching, self.max_depth)
+        self._native.compare(
+            lambda: grow(roots, expander, depth, self.width), lambda: self._grown_natively(state, depth, None, 0.0)
+        )
+        if self._native.pays:
+            self.readout.release()
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
         """The same as one compiled function, which always looks as deep as it can."""
@@ -279,8 +314,11 @@ class HeadsProposer(Proposer):
         return None if self._memory is None else self._memory.view()
 
     def _expander(self, state: DecodeState, memory: Any, branching: int, depth: int) -> HeadsExpander:
-        noise, sharpness = (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
-        return HeadsExpander(self.readout, state, memory, branching, depth, noise, sharpness)
+        return HeadsExpander(self.readout, state, memory, branching, depth, *self._ranking(state))
+
+    def _ranking(self, state: DecodeState) -> tuple[ComingNoise | None, float]:
+        """Noise to rank by, and what log-probabilities are multiplied by without."""
+        return (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
 
 
 class HeadsExpander:

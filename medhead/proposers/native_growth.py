@@ -1,0 +1,169 @@
+"""`growth.grow` for one row on a CPU, without starting a tensor operation at every step (`kernels.loops`)."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medhead.errors import MedheadError
+from medhead.proposers.candidates import Candidates
+
+if TYPE_CHECKING:
+    from medhead.heads.readout import Readout
+    from medhead.noise import ComingNoise
+
+_ROUNDS = 5  # of each way, by turns
+
+
+def native_growth(readout: Readout, width: int, branching: int, depth: int, wanted: bool | None) -> NativeGrowth | None:
+    """Growth for these heads, where there is one; arguments as of `NativeGrowth`.
+
+    Args:
+        readout: of the heads.
+        width: nodes of a frontier.
+        branching: candidates of each of them.
+        depth: levels at most.
+        wanted: True for always, False for never, None for where it is faster.
+
+    Raises:
+        MedheadError: it is wanted and cannot be had.
+    """
+    reason = "" if wanted is not False else "not wanted"
+    if not reason and readout.weight.device.type != "cpu":
+        reason = f"these loops run on a CPU, the heads are on {readout.weight.device}"
+    if not reason and importlib.util.find_spec("numba") is None:
+        reason = "they need numba: pip install 'medhead[cpu]'"
+    if not reason:
+        from medhead.heads.native import cell_of
+
+        make_cell = cell_of(readout)
+        if make_cell is not None:
+            return NativeGrowth(readout, make_cell, width, branching, depth, wanted)
+        reason = f"there are none for these heads of kind {readout.heads.config.kind!r}"
+    if wanted:
+        raise MedheadError(f"compiled loops for the heads are wanted (native=True), but {reason}")
+    return None
+
+
+class NativeGrowth:
+    """Grows candidates below one root.
+
+    Args:
+        readout: of heads that have a cell here, see `native_growth`.
+        make_cell: what `heads.native.cell_of` says.
+        width: nodes of a frontier.
+        branching: candidates of each of them.
+        depth: levels at most.
+        pays: whether it is the faster way; None measures (`compare`).
+    """
+
+    def __init__(
+        self, readout: Readout, make_cell: Any, width: int, branching: int, depth: int, pays: bool | None = None
+    ) -> None:
+        from medhead.kernels import loops
+
+        self._loops, self._readout, self._make_cell = loops, readout, make_cell
+        vocab = readout.weight.shape[0]
+        self._width, self._branching = width, (branching := min(branching, vocab))
+        self._names = np.arange(vocab) if readout.tokens is None else readout.tokens.numpy()
+        self._logits = np.zeros((width, vocab), np.float32)
+        most = 1 + depth * width
+        self._scores, self._tokens = np.zeros((most, branching), np.float32), np.zeros((most, branching), np.int64)
+        self._best, self._places = np.zeros(width, np.float32), np.zeros(width, np.int64)
+        self._none = np.zeros(0, np.float32)
+        self._given, self._pays = pays, dict[int, bool]()  # by number of threads
+        self.refresh()
+
+    @property
+    def pays(self) -> bool:
+        """Whether it is the faster way with this number of threads."""
+        return self._pays.get(torch.get_num_threads(), False) if self._given is None else self._given
+
+    def compare(self, usual: Callable[[], Any], this: Callable[[], Any]) -> None:
+        """Measure which of two calls is faster, once for every number of threads; takes some 20 ms, and longer where loops
+        have to be compiled first."""
+        threads = torch.get_num_threads()
+        if self._given is not None or threads in self._pays:
+            return
+        seconds: dict[Callable[[], Any], list[float]] = {usual: [], this: []}
+        for _ in range(1 + _ROUNDS):
+            for way, times in seconds.items():
+                began = time.perf_counter()
+                way()
+                times.append(time.perf_counter() - began)
+        self._pays[threads] = min(seconds[this][1:]) < min(seconds[usual][1:])
+
+    def refresh(self) -> None:
+        """Weights may be others than before."""
+        readout = self._readout
+        self._cell = self._make_cell(self._width)
+        self._weight = self._loops.array_of(readout.weight)
+        self._bias = self._none if readout.bias is None else readout.bias.float().numpy()
+
+    def grow(
+        self,
+        root: int,
+        features: Tensor,
+        depth: int,
+        scale: float,
+        noise: ComingNoise | None = None,
+        nodes: int | None = None,
+        least: float = 0.0,
+    ) -> Candidates:
+        """The same candidates as `growth.grow`.
+
+        Args:
+            root: the root's token.
+            features: `[1, size]` of the target at the token before.
+            depth: levels at most.
+            scale: what logits are multiplied by.
+            noise: of the coming positions, added to the logits.
+            nodes: see `growth.grow`.
+            least: the same.
+        """
+        loops, width, branching = self._loops, self._width, self._branching
+        state = features.float().numpy()
+        origin, tokens = np.zeros(1, np.int64), np.array([root])
+        above, frontier, found = np.zeros(1, np.float32), np.full(1, -1), 0  # of the nodes; `found` of them are done
+        levels, frontiers = [], []
+        for level in range(depth):
+            count = len(tokens)
+            state, feature = self._cell.advance(state, origin, tokens, count, level)
+            loops.product(self._weight, feature, count, self._logits)
+            scores, named = self._scores[found : found + count], self._tokens[found : found + count]
+            coming = self._none if noise is None else noise.at(level)[0].numpy()
+            loops.children(self._logits, count, self._bias, scale, coming, self._names, above, scores, named)
+            levels.append(count * branching)
+            frontiers.append(frontier)
+            if level + 1 == depth:
+                break
+            kept = min(width, count * branching)
+            flat = scores.reshape(-1)
+            loops.likeliest(flat, kept, self._best, self._places)
+            if not self._matters(float(self._best[0]), found + count, nodes, least):
+                break
+            places = self._places[:kept]
+            origin, tokens, above = places // branching, named.reshape(-1)[places], self._best[:kept].copy()
+            frontier = places + found * branching
+            found += count
+        return self._candidates(frontiers, levels)
+
+    def _matters(self, best: float, done: int, nodes: int | None, least: float) -> bool:
+        """See `growth._matters`."""
+        most = math.inf if nodes is None or nodes < 2 else nodes - 1
+        if done * self._branching >= most and self._loops.above(self._scores[:done].reshape(-1), best) >= most:
+            return False
+        return best > -math.inf and math.exp(best) >= least
+
+    def _candidates(self, frontiers: list[Any], levels: list[int]) -> Candidates:
+        done = sum(levels) // self._branching
+        scores, tokens = (torch.from_numpy(part[:done].reshape(1, -1).copy()) for part in (self._scores, self._tokens))
+        above = torch.from_numpy(np.concatenate(frontiers).repeat(self._branching)[None])
+        return Candidates(tokens, above, scores, tuple(levels))
