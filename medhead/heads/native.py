@@ -118,7 +118,7 @@ class SequentialCell:
         size, inner = heads.config.hidden_size, heads.config.inner_size
         self._embeddings = array_of(readout.embeddings)
         self._scale = np.float32(heads.token_scale)
-        self._levels: list[tuple[Any, ...]] = []
+        self._levels: list[Any] = []
         for depth in range(heads.config.depth):
             project, encode, norm, outer = heads.level(depth)
             weights = [array_of(layer.weight) for layer in (project, encode, outer)]
