@@ -108,26 +108,30 @@ def gelu(x):
 
 @loop
 def product(weight, x, rows, out):
-    """`out[r] = weight x[r]` for the first `rows` rows: `[outs, size]`, `[most, size]`, `[most, outs]`.
+    """`out[r] = weight x[r]` for the first `rows` rows: `[outs, size]`, `[most, at least size]`, `[most, outs]`.
 
-    Two rows at a time, so that a row of the matrix is read once for both.
+    Two lines of the matrix and two rows at a time, so that what is read serves four sums.
     """
     outs, size = weight.shape
-    for o in range(outs):
-        line = weight[o]
+    for o in range(0, outs - 1, 2):
+        line, next_line = weight[o], weight[o + 1]
         for r in range(0, rows - 1, 2):
             first, second = x[r], x[r + 1]
-            a, b = _ZERO, _ZERO
+            a, b, c, d = _ZERO, _ZERO, _ZERO, _ZERO
             for i in range(size):
-                w = number(line[i])
-                a += w * first[i]
-                b += w * second[i]
-            out[r, o], out[r + 1, o] = a, b
-        if rows % 2:
-            first, a = x[rows - 1], _ZERO
+                v, w = number(line[i]), number(next_line[i])
+                a += v * first[i]
+                b += v * second[i]
+                c += w * first[i]
+                d += w * second[i]
+            out[r, o], out[r + 1, o], out[r, o + 1], out[r + 1, o + 1] = a, b, c, d
+    for r in range(rows):
+        single = r == rows - 1 and rows % 2 == 1
+        for o in range(0 if single else outs - outs % 2, outs):
+            line, a = weight[o], _ZERO
             for i in range(size):
-                a += number(line[i]) * first[i]
-            out[rows - 1, o] = a
+                a += number(line[i]) * x[r, i]
+            out[r, o] = a
 
 
 @loop

@@ -7,9 +7,8 @@ corrects the coming estimates (ALGORITHMS: probabilities must be calibrated befo
 
 from __future__ import annotations
 
+import itertools
 import math
-
-import torch
 
 from medhead.proposers.candidates import Candidates
 
@@ -33,14 +32,11 @@ class Calibration:
 
     def correct(self, candidates: Candidates) -> Candidates:
         """The same candidates with corrected scores."""
-        total, steps, rises = 0.0, [], False
-        for depth, size in enumerate(candidates.levels):
-            step = math.log(self.ratio(depth))
-            total, rises = total + step, rises or (depth > 0 and step > 0)
-            steps += [total] * size
+        steps = [math.log(self.ratio(depth)) for depth in range(len(candidates.levels))]
         if not any(steps):
             return candidates
-        scores = candidates.scores + torch.tensor(steps, device=candidates.scores.device)
+        rises = any(step > 0 for step in steps[1:])
+        scores = candidates.scores + candidates.of_levels(list(itertools.accumulate(steps)))
         corrected = Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
         # more than promised: a child may be likelier than its parent
         return corrected.falling() if rises else corrected

@@ -8,7 +8,7 @@ proposers are merged by their paths: equal paths become one candidate with the b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -20,7 +20,7 @@ from medhead.proposers.guesses import Guesses
 from medhead.tree import TokenTree
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
-_MIX, _ROOT = 6364136223846793005, 1442695040888963407  # of the hash of a path
+_MIX, _PLACE = 6364136223846793005, 1442695040888963407  # of the hash of a path
 
 
 @dataclass
@@ -59,6 +59,11 @@ class Candidates:
         tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
         return TokenTree(tokens, parents, depth[ids], len(self.levels))
 
+    def of_levels(self, values: Sequence[float]) -> Tensor:
+        """`[n]`: the value of every candidate's level."""
+        depth, _ = _depths(self.levels, self.scores.device)
+        return torch.tensor([0.0, *values], device=depth.device)[depth[1:]]
+
     def gains(self, nodes: int) -> Tensor:
         """`[batch, nodes]`: probabilities of acceptance of the likeliest candidates, falling."""
         count = min(nodes, self.tokens.shape[1])
@@ -73,26 +78,30 @@ class Candidates:
         return {way: score for way, score in zip(ways, scores, strict=True) if score > -torch.inf}
 
     def keys(self) -> Tensor:
-        """`[batch, n]` int64: a hash of every candidate's path."""
-        done = torch.full_like(self.tokens[:, :1], _ROOT)
-        begin = 0
-        for size in self.levels:  # position 0 is the root, so that -1 + 1 finds it
-            level = slice(begin, begin + size)
-            of_parent = done.gather(1, self.above[:, level] + 1)
-            key = (of_parent ^ (of_parent >> 29)) * _MIX + self.tokens[:, level] + 1
-            done, begin = torch.cat([done, key], 1), begin + size
-        return done[:, 1:]
+        """`[batch, n]` int64: a hash of every candidate's path, the sum of hashes of its tokens and their places."""
+        depth, _ = _depths(self.levels, self.scores.device)
+        key = (self.tokens + 1) * _MIX + depth[1:] * _PLACE
+        key = (key ^ (key >> 29)) * _MIX
+        return self._along_paths(key ^ (key >> 32), torch.add, 0)
 
     def falling(self) -> Candidates:
         """The same candidates, none likelier than its parent, as `best` needs them: a node comes with all above it."""
-        scores = F.pad(self.scores, (1, 0))  # position 0 is the root
-        begin = 1 + (self.levels[0] if self.levels else 0)
-        for size in self.levels[1:]:
-            level = slice(begin, begin + size)
-            of_parent = scores.gather(1, self.above[:, begin - 1 : begin - 1 + size] + 1)
-            scores[:, level] = torch.minimum(scores[:, level], of_parent)
-            begin += size
-        return Candidates(self.tokens, self.above, scores[:, 1:], self.levels)
+        scores = self._along_paths(self.scores, torch.minimum, math.inf)
+        return Candidates(self.tokens, self.above, scores, self.levels)
+
+    def _along_paths(self, values: Tensor, add: Callable[[Tensor, Tensor], Tensor], nothing: float) -> Tensor:
+        """Values `[batch, n]` added up from the root to every candidate.
+
+        Args:
+            values: of the candidates.
+            add: joins two of them, in any order.
+            nothing: what changes nothing when it is added.
+        """
+        values = F.pad(values, (1, 0), value=nothing)  # position 0 is the root, which is its own parent
+        parents = F.pad(self.above + 1, (1, 0))
+        for _ in range((len(self.levels) - 1).bit_length()):  # every round reaches twice as far up
+            values, parents = add(values, values.gather(1, parents)), parents.gather(1, parents)
+        return values[:, 1:]
 
     def seen_with(self, noise: Tensor) -> Candidates:
         """The same candidates, likelier where the noise of their positions favours them.
@@ -105,14 +114,10 @@ class Candidates:
             noise: `[batch, depths, vocab]` Gumbel noise, see `DecodeState.noise`.
         """
         depth, _ = _depths(self.levels, self.scores.device)
-        parents = F.pad(self.above + 1, (1, 0))  # position 0 is the root
-        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, parents[:, 1:])).exp()
+        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.above + 1)).exp()
         seen = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
-        seen = F.pad(-(-seen).exp() * (1 - share).clamp(min=0) / share, (1, 0))
-        # sums along the paths: every round reaches twice as far up
-        for _ in range((len(self.levels) - 1).bit_length()):
-            seen, parents = seen + seen.gather(1, parents), parents.gather(1, parents)
-        return Candidates(self.tokens, self.above, seen[:, 1:].masked_fill(share == 0, -torch.inf), self.levels)
+        seen = self._along_paths(-(-seen).exp() * (1 - share).clamp(min=0) / share, torch.add, 0)
+        return Candidates(self.tokens, self.above, seen.masked_fill(share == 0, -torch.inf), self.levels)
 
 
 def merge(members: list[Candidates]) -> Candidates:
@@ -138,27 +143,36 @@ def merge(members: list[Candidates]) -> Candidates:
 
 def _side_by_side(members: list[Candidates]) -> Candidates:
     """All members' candidates, still level by level, their parents' places renewed."""
-    deepest = max(len(member.levels) for member in members)
-    parts: list[tuple[Tensor, Tensor, Tensor]] = []
-    levels = []
-    begins = [0] * len(members)  # of the running level in each member
-    moved = [0] * len(members)  # what the last level's places in a member have to be moved by
-    total = 0
-    for depth in range(deepest):
-        here = total
-        for index, member in enumerate(members):
-            if depth >= len(member.levels):
-                continue
-            size = member.levels[depth]
-            level = slice(begins[index], begins[index] + size)
-            above = member.above[:, level]
-            parts.append((member.tokens[:, level], above + moved[index] if depth else above, member.scores[:, level]))
-            moved[index] = total - begins[index]
-            begins[index] += size
-            total += size
-        levels.append(total - here)
-    tokens, above, scores = (torch.cat(list(part), 1) for part in zip(*parts, strict=True))
-    return Candidates(tokens, above, scores, tuple(levels))
+    order, place, levels = _interleaved(tuple(member.levels for member in members), members[0].scores.device)
+    tokens, scores = (
+        torch.cat(parts, 1).index_select(1, order)
+        for parts in ([member.tokens for member in members], [member.scores for member in members])
+    )
+    above, slot = [], 1  # the root comes before every member's candidates
+    for member in members:
+        above.append(member.above + slot)
+        slot += member.above.shape[1] + 1
+    return Candidates(tokens, place[torch.cat(above, 1).index_select(1, order)], scores, levels)
+
+
+@lru_cache(maxsize=1024)
+def _interleaved(members: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+    """How candidates of several members become one set, level by level.
+
+    Args:
+        members: levels of each.
+        device: of what is given.
+
+    Returns:
+        Which candidate of all members' stands at every place, `[n]`; the place of every member's root (-1) and candidates,
+        member by member; the levels.
+    """
+    depth = torch.cat([torch.arange(len(levels)).repeat_interleave(torch.tensor(levels)) for levels in members])
+    order = depth.sort(stable=True).indices
+    places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order)))
+    root = torch.full((1,), -1)
+    parts = [part for member in places.split([sum(levels) for levels in members]) for part in (root, member)]
+    return order.to(device), torch.cat(parts).to(device), tuple(torch.bincount(depth).tolist())
 
 
 @lru_cache(maxsize=256)

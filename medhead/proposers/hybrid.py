@@ -86,6 +86,9 @@ class HybridProposer(Proposer):
         self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
         self.budget: TreeBudget | None = None
         self._named: list[Candidates | None] = [None] * len(self.members)
+        self._corrected: list[
+            Candidates
+        ] = []  # the same by what the members can be trusted with, of those that named any
         self._began, self._asked = 0.0, False  # the running step: when it began, whether costly members were asked
         self._asking: float | None = None  # seconds
         self._brought: float | None = None  # tokens of a pass in which they were asked, the last one not counted
@@ -150,7 +153,8 @@ class HybridProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
-        self._named, self._began, self._asked = [None] * len(self.members), time.perf_counter(), False
+        self._named, self._corrected = [None] * len(self.members), []
+        self._began, self._asked = time.perf_counter(), False
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
         self._ask(state, max_depth, costly=False)
@@ -169,17 +173,15 @@ class HybridProposer(Proposer):
 
     def _ask(self, state: DecodeState, max_depth: int, costly: bool) -> None:
         for place, member in enumerate(self.members):
-            if member.costly == costly:
-                self._named[place] = member.candidates(state, max_depth)
+            if member.costly != costly:
+                continue
+            named = self._named[place] = member.candidates(state, max_depth)
+            if named is not None:
+                self._corrected.append(self.calibrations[place].correct(named))
 
     def _merged(self) -> Candidates | None:
-        """All that was named so far, by what the members can be trusted with."""
-        corrected = [
-            calibration.correct(named)
-            for calibration, named in zip(self.calibrations, self._named, strict=True)
-            if named is not None
-        ]
-        return merge(corrected) if corrected else None
+        """All that was named so far."""
+        return merge(self._corrected) if self._corrected else None
 
     def _pays_to_ask(self, found: Candidates | None, expected: Expected | None, rows: int) -> bool:
         """Whether costly members are worth their time, beside what the others have named.
