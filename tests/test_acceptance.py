@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from medhead.acceptance import TypicalAcceptance, accept, accept_typical
 from medhead.errors import MedheadError
+from medhead.sampling import first_largest
 from medhead.tree import TokenTree
 
 
@@ -71,3 +72,21 @@ def test_typical_acceptance_matches_its_definition(seed: int, batch: int, nodes:
 def test_typical_thresholds_must_be_probabilities() -> None:
     with pytest.raises(MedheadError, match="epsilon"):
         TypicalAcceptance(0.0, 0.3)
+
+
+@given(
+    st.integers(0, 10_000), st.sampled_from([torch.float32, torch.bfloat16, torch.float16, torch.float64]),
+    st.sampled_from([None, float("nan"), float("inf"), float("-inf")]), st.booleans(),
+)  # fmt: skip
+def test_first_largest_is_argmax(seed: int, dtype: torch.dtype, odd: float | None, ties: bool) -> None:
+    """Ties as well: which of two equal logits is drawn is part of the text."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(2, 3, 37, generator=generator, dtype=torch.float64)
+    values = (values.round() if ties else values).to(dtype)
+    if odd is not None:
+        values[torch.rand(values.shape, generator=generator) < 0.1] = odd
+    found = first_largest(values)
+    assert torch.equal(found, values.argmax(-1))
+    assert torch.equal(first_largest(values[0, 0]), values[0, 0].argmax(-1))
+    if dtype == torch.float64:  # as float32 these are equal
+        assert int(first_largest(torch.tensor([1.0, 1.0 + 1e-12], dtype=dtype))) == 1
