@@ -8,7 +8,10 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
+from medhead.sampling import on_host
 from medhead.tree import TokenTree
+
+_MOST_HERE = 512  # nodes of all rows that are walked over on the host, where they are there
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,13 @@ def accept(tree: TokenTree, drawn: Tensor) -> Accepted:
         tree: the verified tree.
         drawn: `[batch, nodes]`, the target's token at every node.
     """
+    if tree.nodes > 1 and drawn.numel() <= _MOST_HERE and on_host(drawn):
+        return _accept_here(tree, drawn)
+    return accept_at(tree, drawn)
+
+
+def accept_at(tree: TokenTree, drawn: Tensor) -> Accepted:
+    """The same where the tensors are, in shapes that never change: `[batch, max_depth + 1]`. The host looks at nothing."""
     if tree.nodes == 1:
         ones = torch.ones_like(tree.tokens[:, 0])
         return Accepted(torch.zeros_like(tree.tokens), ones, drawn, torch.zeros_like(ones))
@@ -93,6 +103,28 @@ def pick(features: Tensor, last: Tensor) -> Tensor:
     if features.shape[1] == 1:
         return features[:, 0]
     return features[torch.arange(features.shape[0], device=features.device), last]
+
+
+def _accept_here(tree: TokenTree, drawn: Tensor) -> Accepted:
+    """The same on the host: for some hundred nodes a loop is over before tensor operations have begun."""
+    paths, counts = [], []
+    for tokens, parents, said in zip(tree.tokens.tolist(), tree.parents.tolist(), drawn.tolist(), strict=True):
+        depth, last = [0] * len(tokens), 0  # of the nodes on right paths; -1 for all others
+        for node in range(1, len(tokens)):
+            parent = parents[node]
+            kept = depth[parent] >= 0 and tokens[node] == said[parent]
+            depth[node] = depth[parent] + 1 if kept else -1
+            if depth[node] > depth[last]:
+                last = node
+        path = [last]
+        while path[-1]:
+            path.append(parents[path[-1]])
+        paths.append(path[::-1])
+        counts.append(len(path))
+    steps = max(counts)
+    path = torch.tensor([path + [0] * (steps - len(path)) for path in paths])
+    found = torch.tensor(counts)
+    return Accepted(path, found, drawn.gather(1, path), torch.tensor([path[-1] for path in paths]))
 
 
 def _deepest(tree: TokenTree, right: Tensor, tie: Tensor | None = None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from medhead import acceptance
 from medhead.acceptance import TypicalAcceptance, accept, accept_typical
 from medhead.errors import MedheadError
 from medhead.sampling import first_largest
@@ -21,11 +22,14 @@ def random_tree(seed: int, batch: int, nodes: int, vocab: int) -> tuple[TokenTre
     return TokenTree.from_parents(torch.randint(0, vocab, (batch, nodes), generator=generator), parents), generator
 
 
-@given(st.integers(0, 100_000), st.integers(1, 4), st.integers(1, 20))
-def test_accept_matches_the_walk(seed: int, batch: int, nodes: int) -> None:
+@pytest.mark.parametrize("most", [0, 10**6], ids=["tensors", "host"])
+@given(seed=st.integers(0, 100_000), batch=st.integers(1, 4), nodes=st.integers(1, 20))
+def test_accept_matches_the_walk(most: int, seed: int, batch: int, nodes: int) -> None:
     tree, generator = random_tree(seed, batch, nodes, 3)  # few tokens: siblings repeat and guesses are often right
     drawn = torch.randint(0, 3, (batch, nodes), generator=generator)
-    found = accept(tree, drawn)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(acceptance, "_MOST_HERE", most)
+        found = accept(tree, drawn)
     for row in range(batch):
         tokens, parents, said = tree.tokens[row].tolist(), tree.parents[row].tolist(), drawn[row].tolist()
         frontier, depth = [0], 0

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from medhead.acceptance import accept, pick
+from medhead.acceptance import accept_at, pick
 from medhead.captured.buffers import Buffers
 from medhead.noise import ComingNoise, Noise
 from medhead.proposers.base import DecodeState, Proposer
@@ -39,7 +39,7 @@ class FixedStep:
         tree = proposer.propose_at(state, buffers.memory, lengths)
         logits, features = target.verify_at(cache, tree, lengths)
         scores = process_nodes(self.processors, logits) if self.processors else logits
-        accepted = accept(tree, draw_nodes(tree, scores, noise))
+        accepted = accept_at(tree, draw_nodes(tree, scores, noise))
         counts = accepted.counts * buffers.alive
         if tree.nodes > 1:
             cache.commit_at(lengths, accepted.path, counts)
