@@ -5,18 +5,20 @@ from __future__ import annotations
 import json
 import random
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
 from medhead.training.demo import __main__ as recipe
 from medhead.training.demo import answers as sorting
-from medhead.training.demo import corpus, pretrain, repeats, variety
+from medhead.training.demo import corpus, familiar, pretrain, repeats, variety
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
 from medhead.errors import MedheadError
 from medhead.heads.config import read_config
+from medhead.tree import TokenTree
 
 
 @pytest.fixture(scope="module")
@@ -195,6 +197,71 @@ def test_variety_counts_what_was_not_said_before(tmp_path: Path, capsys: pytest.
     ):
         assert variety.main(wrong) == 2
         assert said in capsys.readouterr().err
+
+
+def test_how_far_a_tree_goes_along_a_text() -> None:
+    tree = TokenTree.from_parents(torch.tensor([[5, 6, 7, 8, 9, 8]]), torch.tensor([[0, 0, 0, 2, 3, 1]]))
+    assert familiar.followed(tree, [7, 8, 9, 1]) == 4
+    assert familiar.followed(tree, [7, 8]) == 3  # the text ends
+    assert familiar.followed(tree, [6, 8, 9]) == 3
+    assert familiar.followed(tree, [1, 7]) == 1
+
+
+def test_positions_are_as_familiar_as_their_rarest_words() -> None:
+    learnt = Counter({(1, 2, 3, 4): 3, (2, 3, 4, 5): 2, (3, 4, 5, 6): 100, (4, 5, 6, 7): 12, (5, 6, 7, 8): 9})
+    text = [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert familiar.familiarity(text, learnt, 3) == 1  # the rarest of 4 to 7 ends with 5
+    assert familiar.familiarity(text, learnt, 4) == 1
+    learnt[2, 3, 4, 5] = 30
+    assert familiar.familiarity(text, learnt, 4) == 2
+    assert familiar.familiarity(text, Counter(), 3) == 0
+
+
+def test_means_with_equal_shares() -> None:
+    """Both guess the same in every class; only the shares differ."""
+    of = len(familiar.CLASSES)
+    greedy = familiar.summary([[2], [4, 4, 4], *[[]] * (of - 2)])
+    sampled = familiar.summary([[2, 2, 2], [4], *[[]] * (of - 3), [9]])
+    found = familiar.compared(greedy, sampled)
+    assert greedy["tokens"] == 3.5
+    assert found["ratio"] == pytest.approx(19 / 5 / 3.5)
+    assert found["ratio_with_shares_of_greedy"] == found["ratio_with_shares_of_sampled"] == 1
+
+
+def test_familiar_and_unfamiliar_text(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    learnt, prompts, output = (tmp_path / name for name in ("learnt.jsonl", "prompts.jsonl", "out"))
+    learnt.write_text('{"prompt_ids": [3], "answer_ids": [5, 6, 7, 8, 9]}\n')
+    prompts.write_text('{"messages": [{"role": "user", "content": "The dragon said"}]}\n' * 2)
+    given = [
+        "--model",
+        str(folders["model"]),
+        "--learnt",
+        str(learnt),
+        "--prompts",
+        str(prompts),
+        "--output",
+        str(output),
+    ]
+    short = ["--max-new-tokens", "24", "--tree-size", "6", "--width", "2", "--branching", "2"]
+    command = [*given, "--heads", str(folders["recurrent"]), *short]
+    assert familiar.main(command) == 0
+    found = json.loads((output / "familiar.json").read_text())
+    assert found["greedy"]["positions"] > 0
+    assert 1 <= found["sampled"]["tokens"] <= 5
+    assert sum(of["share"] for of in found["greedy"]["classes"]) == pytest.approx(1)
+    assert (output / "familiar.png").stat().st_size > 1000
+    assert "with equal shares of every class" in capsys.readouterr().out
+    for wrong, said in (
+        (command, "is there already"),
+        ([*command[:-6], "--max-new-tokens", "3", "--output", str(tmp_path / "o")], "at least 16"),
+        ([*given, "--heads", str(folders["attention"]), "--output", str(tmp_path / "o")], "give heads that do not"),
+        ([*command, "--learnt", str(prompts), "--output", str(tmp_path / "o")], "was not written by"),
+    ):
+        assert familiar.main(wrong) == 2
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
 
 
 STORY = (
