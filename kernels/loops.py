@@ -216,3 +216,33 @@ def _insert(values, places, value, place):
         values[k], places[k] = values[k - 1], places[k - 1]
         k -= 1
     values[k], places[k] = value, place
+
+
+@inlined
+def _mixed(x):
+    """See `medhead.noise._mix_`. Numba makes 64 bits of two times 32, so every result is cut."""
+    x = np.uint32((x ^ (x >> np.uint32(16))) * np.uint32(0x7FEB352D))
+    x = np.uint32((x ^ (x >> np.uint32(15))) * np.uint32(0x846CA68B))
+    return np.uint32(x ^ (x >> np.uint32(16)))
+
+
+@loop
+def uniform(low, high, rows, positions, lanes, out):
+    """Uniform numbers of `medhead.noise`, the same to the last bit.
+
+    Args:
+        low: lower half of the seed, uint32.
+        high: its upper half.
+        rows: `[n]` uint32.
+        positions: `[n]` uint32.
+        lanes: `[vocab]` uint32.
+        out: `[n, vocab]` float32.
+    """
+    for place in range(rows.shape[0]):
+        key = _mixed(np.uint32(rows[place] * np.uint32(0x9E3779B9) + low))
+        key = _mixed(np.uint32((key ^ positions[place]) + high))
+        second = _mixed(np.uint32(key + np.uint32(0x9E3779B9)))
+        line = out[place]
+        for lane in range(lanes.shape[0]):
+            bits = _mixed(np.uint32(_mixed(np.uint32(lanes[lane] ^ key)) ^ second))
+            line[lane] = (np.float32(np.int32(bits >> np.uint32(9))) + _HALF) * np.float32(2.0**-23)

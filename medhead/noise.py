@@ -8,8 +8,10 @@ the positions it proposes for (coupling without communication, Daliri et al. 202
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from copy import copy
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -87,17 +89,36 @@ class Noise:
         """
         low, high = self._low, self._high
         if self._here is not None and isinstance(low, int) and isinstance(high, int) and type(positions) is Tensor:
-            # numpy starts a small operation in a fraction of the time, and has uint32
-            with np.errstate(over="ignore"):
-                found = _bits(np.uint32(low), np.uint32(high), _uint32(rows), _uint32(positions), self._here)
-            bits = torch.from_numpy((found >> np.uint32(9)).view(np.int32))
-        else:
-            bits = _bits(low, high, rows, positions, self._lanes) >> 9
+            return self._uniform_here(low, high, *torch.broadcast_tensors(rows, positions))
+        bits = _bits(low, high, rows, positions, self._lanes) >> 9
         return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
+
+    def _uniform_here(self, low: int, high: int, rows: Tensor, positions: Tensor) -> Tensor:
+        """The same on a CPU, by a compiled loop if there is one, else by numpy, which has uint32."""
+        assert self._here is not None
+        halves, places = (np.uint32(low), np.uint32(high)), (_uint32(rows), _uint32(positions))
+        loop = _compiled_loop()
+        if loop is not None:
+            out = np.empty((positions.numel(), len(self._here)), np.float32)
+            loop(*halves, *(place.ravel() for place in places), self._here, out)
+            return torch.from_numpy(out).view(*positions.shape, -1)
+        with np.errstate(over="ignore"):
+            found = _bits(*halves, *places, self._here)
+        return torch.from_numpy((found >> np.uint32(9)).view(np.int32)).to(torch.float32).add_(0.5).mul_(2.0**-23)
 
     def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Standard Gumbel noise, `[*positions.shape, V]` float32."""
         return self.uniform(rows, positions).log_().neg_().log_().neg_()
+
+
+@cache
+def _compiled_loop() -> Callable[..., None] | None:
+    """`kernels.loops.uniform`, None without numba."""
+    if importlib.util.find_spec("numba") is None:
+        return None
+    from medhead.kernels import loops
+
+    return loops.uniform
 
 
 def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from conftest import tiny_llama
 from hypothesis import given
@@ -25,6 +26,19 @@ def test_noise_depends_on_seed_row_and_position_alone() -> None:
     assert all(not torch.equal(o.gumbel(torch.tensor([3]), torch.tensor([9])), alone) for o in others)
     assert not torch.equal(together[0, 0], together[1, 0])
     assert not torch.equal(together[0, 0], together[0, 1])
+
+
+@given(st.integers(-(2**70), 2**70), st.integers(0, 2**33), st.integers(1, 70))
+def test_every_way_makes_the_same_noise(seed: int, position: int, vocab: int) -> None:
+    """A text must not depend on what is installed: compiled loop, numpy and tensors agree to the last bit."""
+    noise = Noise(seed, vocab)
+    rows, positions = torch.tensor([[0], [5]]), position + torch.arange(3)
+    found = noise.uniform(rows, positions)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("medhead.noise._compiled_loop", lambda: None)
+        assert torch.equal(noise.uniform(rows, positions), found)
+    noise._here = None
+    assert torch.equal(noise.uniform(rows, positions), found)
 
 
 def test_uniforms_are_uniform_and_open() -> None:
