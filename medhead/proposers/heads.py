@@ -119,9 +119,14 @@ class HeadsProposer(Proposer):
         self.readout.recheck()
         capacity = max(map(len, texts)) + 256
         self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
-        if self._native is not None and len(texts) == 1 and not target.compiles:
+        if len(texts) == 1:
+            self.warm(target, 1)
+
+    def warm(self, target: Target, rows: int) -> None:
+        """Choose the faster way of guessing for one row; the first time, loops are compiled."""
+        if self._native is not None and not target.compiles:
             self._native.refresh()
-            self._choose(target, texts)
+            self._choose(target)
 
     def read(self, features: Tensor, start: int) -> None:
         """Remember a chunk of the prompts."""
@@ -264,11 +269,11 @@ class HeadsProposer(Proposer):
         scale = sharpness if noise is None else 1 / float(state.temperature)
         return self._native.grow(int(state.roots), state.features, depth, scale, noise, nodes, least)
 
-    def _choose(self, target: Target, texts: list[list[int]]) -> None:
+    def _choose(self, target: Target) -> None:
         """Measure which way of growing is faster, where nobody has."""
         assert self._native is not None
         roots = torch.zeros(1, dtype=torch.long, device=target.device)
-        state = DecodeState(target, texts, roots, torch.zeros(1, self.heads.feature_size, device=target.device))
+        state = DecodeState(target, [[0]], roots, torch.zeros(1, self.heads.feature_size, device=target.device))
         depth, expander = self.max_depth, self._expander(state, None, self.branching, self.max_depth)
         self._native.compare(
             lambda: grow(roots, expander, depth, self.width), lambda: self._grown_natively(state, depth, None, 0.0)

@@ -253,8 +253,10 @@ class HybridProposer(Proposer):
         )  # those of before are near enough
 
     def warm(self, target: Target, rows: int) -> None:
-        """Measure what passes over 1, 2, 4 ... rows cost, where that is not known."""
+        """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
+        for member in self.members:
+            member.warm(target, rows)
         if self.adapts:
             for batch in {costs_batch(count) for count in range(1, rows + 1)}:
                 self._measured(batch)
