@@ -122,9 +122,9 @@ def _accept_here(tree: TokenTree, drawn: Tensor) -> Accepted:
         paths.append(path[::-1])
         counts.append(len(path))
     steps = max(counts)
-    path = torch.tensor([path + [0] * (steps - len(path)) for path in paths])
-    found = torch.tensor(counts)
-    return Accepted(path, found, drawn.gather(1, path), torch.tensor([path[-1] for path in paths]))
+    padded = torch.tensor([path + [0] * (steps - len(path)) for path in paths])
+    ends = torch.tensor([path[-1] for path in paths])
+    return Accepted(padded, torch.tensor(counts), drawn.gather(1, padded), ends)
 
 
 def _deepest(tree: TokenTree, right: Tensor, tie: Tensor | None = None) -> Tensor:

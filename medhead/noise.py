@@ -8,7 +8,6 @@ the positions it proposes for (coupling without communication, Daliri et al. 202
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from copy import copy
 from functools import cache
@@ -17,6 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from medhead.kernels.installed import has_numba
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
@@ -114,7 +115,7 @@ class Noise:
 @cache
 def _compiled_loop() -> Callable[..., None] | None:
     """`kernels.loops.uniform`, None without numba."""
-    if importlib.util.find_spec("numba") is None:
+    if not has_numba():
         return None
     from medhead.kernels import loops
 

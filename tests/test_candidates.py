@@ -5,14 +5,26 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from medhead.kernels.installed import has_numba
 
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, from_guesses, merge
 from medhead.proposers.guesses import Guesses
 from medhead.tree import TokenTree
+
+
+@pytest.fixture(params=["loops", "tensors"], autouse=True)
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One row by compiled loops, and as if these were not installed."""
+    if request.param == "tensors":
+        monkeypatch.setattr("medhead.proposers.candidates.has_numba", lambda: False)
+    elif not has_numba():
+        pytest.skip("needs numba (the extra 'cpu')")
+
 
 Paths = list[tuple[list[int], list[float]]]
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import numpy as np
 import pytest
 import torch
@@ -184,7 +182,7 @@ def test_what_cannot_be_had_is_said(target: Target, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MedheadError, match="none for these heads of kind 'medusa'"):
         HeadsProposer(target, noise_heads(target, "medusa"), native=True)
     assert HeadsProposer(target, noise_heads(target, "medusa"))._native is None
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr("medhead.proposers.native_growth.has_numba", lambda: False)
     with pytest.raises(MedheadError, match=r"need numba: pip install 'medhead\[cpu\]'"):
         HeadsProposer(target, noise_heads(target), native=True)
     assert HeadsProposer(target, noise_heads(target))._native is None

@@ -33,7 +33,7 @@ class Cell(Protocol):
             depth: their depth, 0 for the root.
 
         Returns:
-            States of the nodes and features `[most, hidden]`; both are overwritten by the next call but one.
+            States of the nodes, overwritten by the next call but one, and features `[most, hidden]`, overwritten by the next.
         """
 
 
@@ -67,31 +67,15 @@ class RecurrentCell:
     def advance(self, parents: Array, origin: Array, tokens: Array, count: int, depth: int) -> tuple[Array, Array]:
         """See `Cell`."""
         state = self._states[depth % 2]
-        _recurrent(
-            parents, origin, tokens, count, *self._weights, self._biases[depth], self._eps, self._gates, self._inner, state,
-            self._feature,
-        )  # fmt: skip
+        buffers = self._gates, self._inner, state, self._feature
+        _recurrent(parents, origin, tokens, count, self._weights, self._biases[depth], self._eps, buffers)
         return state, self._feature
 
 
 @loop
-def _recurrent(
-    parents,
-    origin,
-    tokens,
-    count,
-    table,
-    state_norm,
-    of_state,
-    outer,
-    output_norm,
-    bias,
-    eps,
-    gates,
-    inner,
-    state,
-    feature,
-):
+def _recurrent(parents, origin, tokens, count, weights, bias, eps, buffers):
+    table, state_norm, of_state, outer, output_norm = weights
+    gates, inner, state, feature = buffers
     width = inner.shape[1]
     for r in range(count):
         layer_norm(parents[origin[r]], state_norm, eps[0], feature[r])
@@ -131,18 +115,15 @@ class SequentialCell:
     def advance(self, parents: Array, origin: Array, tokens: Array, count: int, depth: int) -> tuple[Array, Array]:
         """See `Cell`."""
         state = self._states[depth % 2]
-        _sequential(
-            parents, origin, tokens, count, *self._levels[depth], self._embeddings, self._scale, self._rows, self._token,
-            self._parts, state, self._feature,
-        )  # fmt: skip
+        buffers = self._rows, self._token, self._parts, state, self._feature
+        _sequential(parents, origin, tokens, count, self._levels[depth], self._embeddings, self._scale, buffers)
         return state, self._feature
 
 
 @loop
-def _sequential(
-    parents, origin, tokens, count, project, encode, outer, weight, bias, eps, embeddings, scale, rows, token, parts, state,
-    feature,
-):  # fmt: skip
+def _sequential(parents, origin, tokens, count, level, embeddings, scale, buffers):
+    project, encode, outer, weight, bias, eps = level
+    rows, token, parts, state, feature = buffers
     size, inner = parents.shape[1], state.shape[1]
     for r in range(count):
         rows[r, :size] = parents[origin[r]]

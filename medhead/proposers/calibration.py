@@ -36,10 +36,7 @@ class Calibration:
         if not any(steps):
             return candidates
         rises = any(step > 0 for step in steps[1:])
-        scores = candidates.scores + candidates.of_levels(list(itertools.accumulate(steps)))
-        corrected = Candidates(candidates.tokens, candidates.above, scores.clamp(max=_MOST), candidates.levels)
-        # more than promised: a child may be likelier than its parent
-        return corrected.falling() if rises else corrected
+        return candidates.corrected(list(itertools.accumulate(steps)), _MOST, rises)
 
     def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
         """See what the text went on with.

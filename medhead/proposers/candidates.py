@@ -10,13 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medhead.kernels.installed import has_numba
 from medhead.proposers.guesses import Guesses
+from medhead.sampling import on_host
 from medhead.tree import TokenTree
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
@@ -43,11 +47,36 @@ class Candidates:
         """The same on a device."""
         return Candidates(self.tokens.to(device), self.above.to(device), self.scores.to(device), self.levels)
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one row and compiled loops can have it (`kernels.candidate_loops`)."""
+        return len(self.scores) == 1 and on_host(self.scores) and has_numba()
+
+    def corrected(self, totals: Sequence[float], most: float, rises: bool) -> Candidates:
+        """The same candidates with other scores.
+
+        Args:
+            totals: what is added to the scores of every level.
+            most: the largest score.
+            rises: whether a child may become likelier than its parent; then it gets its parent's score.
+        """
+        if self.alone:
+            scores = torch.empty_like(self.scores)
+            ends = np.cumsum(self.levels)
+            arrays = self.scores[0].numpy(), self.above[0].numpy(), ends, np.array(totals, np.float32)
+            _loops().corrected(*arrays, np.float32(most), scores[0].numpy())
+            return Candidates(self.tokens, self.above, scores, self.levels)
+        scores = (self.scores + self.of_levels(totals)).clamp(max=most)
+        found = Candidates(self.tokens, self.above, scores, self.levels)
+        return found.falling() if rises else found
+
     def best(self, roots: Tensor, nodes: int) -> TokenTree:
         """The tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`."""
         count = min(nodes - 1, self.tokens.shape[1])
         if count < 1:
             return TokenTree.root(roots)
+        if self.alone:
+            return self._best_alone(int(roots), count)
         depth, ties = _depths(self.levels, roots.device)
         ranked = (self.scores * (1 - ties) + ties).topk(count, dim=1)
         unknown = ranked.values == -torch.inf
@@ -58,6 +87,13 @@ class Candidates:
         parents = F.pad(torch.searchsorted(ids, self.above.gather(1, chosen) + 1), (1, 0))
         tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
         return TokenTree(tokens, parents, depth[ids], len(self.levels))
+
+    def _best_alone(self, root: int, count: int) -> TokenTree:
+        tree = np.empty((3, count + 1), np.int64)
+        arrays = (part[0].numpy() for part in (self.tokens, self.above, self.scores))
+        nodes = _loops().best(*arrays, np.array(self.levels), root, count, tree)
+        tokens, parents, depth = torch.from_numpy(tree[:, None, :nodes]).unbind()
+        return TokenTree(tokens, parents, depth, int(tree[2, nodes - 1]))
 
     def of_levels(self, values: Sequence[float]) -> Tensor:
         """`[n]`: the value of every candidate's level."""
@@ -127,6 +163,8 @@ def merge(members: list[Candidates]) -> Candidates:
     """
     if len(members) == 1:
         return members[0]
+    if all(member.alone for member in members):
+        return _merged_alone(members)
     whole = _side_by_side(members)
     key, order = whole.keys().sort(dim=1, stable=True)
     fresh = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
@@ -141,6 +179,24 @@ def merge(members: list[Candidates]) -> Candidates:
     return Candidates(whole.tokens, above, scores, whole.levels)
 
 
+def _merged_alone(members: list[Candidates]) -> Candidates:
+    """`merge` of one row."""
+    levels = np.zeros((max(len(member.levels) for member in members), len(members)), np.int64)
+    for place, member in enumerate(members):
+        levels[: len(member.levels), place] = member.levels
+    begins = np.cumsum([0, *levels.sum(0)[:-1]])  # of the members, one after the other
+    ends = levels.cumsum(0) + begins
+    tokens, above, scores = (
+        np.concatenate([part[0].numpy() for part in parts])
+        for parts in zip(*((member.tokens, member.above, member.scores) for member in members), strict=True)
+    )
+    found = np.empty_like(tokens), np.empty_like(above), np.empty_like(scores)
+    sizes = np.empty(len(levels), np.int64)
+    count = _loops().merged(tokens, above, scores, begins, ends - levels, ends, *found, sizes)
+    of_tokens, of_above, of_scores = (torch.from_numpy(part[None, :count]) for part in found)
+    return Candidates(of_tokens, of_above, of_scores, tuple(sizes.tolist()))
+
+
 def _side_by_side(members: list[Candidates]) -> Candidates:
     """All members' candidates, still level by level, their parents' places renewed."""
     order, place, levels = _interleaved(tuple(member.levels for member in members), members[0].scores.device)
@@ -153,6 +209,20 @@ def _side_by_side(members: list[Candidates]) -> Candidates:
         above.append(member.above + slot)
         slot += member.above.shape[1] + 1
     return Candidates(tokens, place[torch.cat(above, 1).index_select(1, order)], scores, levels)
+
+
+def warm() -> None:
+    """Have the loops for one row compiled now."""
+    some = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), torch.zeros(1, 1), (1,))
+    if some.alone:
+        merge([some.corrected([0.0], 0.0, False), some]).best(torch.zeros(1, dtype=torch.long), 2)
+
+
+@cache
+def _loops() -> Any:
+    from medhead.kernels import candidate_loops
+
+    return candidate_loops
 
 
 @lru_cache(maxsize=1024)

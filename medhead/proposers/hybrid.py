@@ -16,6 +16,7 @@ from torch import Tensor
 from medhead.budget import TreeBudget
 from medhead.costs import PassCosts, costs_batch, costs_of, known_costs
 from medhead.errors import MedheadError
+from medhead.proposers import candidates
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
@@ -255,6 +256,7 @@ class HybridProposer(Proposer):
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
+        candidates.warm()
         for member in self.members:
             member.warm(target, rows)
         if self.adapts:

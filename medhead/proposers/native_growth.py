@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
+from medhead.kernels.installed import has_numba
 from medhead.proposers.candidates import Candidates
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def native_growth(readout: Readout, width: int, branching: int, depth: int, want
     reason = "" if wanted is not False else "not wanted"
     if not reason and readout.weight.device.type != "cpu":
         reason = f"these loops run on a CPU, the heads are on {readout.weight.device}"
-    if not reason and importlib.util.find_spec("numba") is None:
+    if not reason and not has_numba():
         reason = "they need numba: pip install 'medhead[cpu]'"
     if not reason:
         from medhead.heads.native import cell_of
