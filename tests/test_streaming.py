@@ -64,8 +64,8 @@ def test_text_streamer_and_stop_strings(tokenizer: PreTrainedTokenizerBase) -> N
     assert "".join(streamer) == tokenizer.decode(expected[0, ids.shape[1] :])
 
 
-@given(st.text(max_size=120), st.lists(st.integers(1, 5), min_size=1, max_size=10))
-def test_pieces_add_up_and_no_character_breaks(tokenizer: PreTrainedTokenizerBase, text: str, sizes: list[int]) -> None:
+def streamed(tokenizer: PreTrainedTokenizerBase, text: str, sizes: list[int]) -> None:
+    """A text pushed so many tokens at a time comes out whole, and no piece has half a character."""
     tokens = tokenizer(text)["input_ids"]
     stream, pieces, at, turn = TextStream(tokenizer), [], 0, 0
     while at < len(tokens):
@@ -74,6 +74,11 @@ def test_pieces_add_up_and_no_character_breaks(tokenizer: PreTrainedTokenizerBas
     pieces.append(stream.finish())
     assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
     assert "\ufffd" not in "".join(pieces)
+
+
+@given(st.text(max_size=120), st.lists(st.integers(1, 5), min_size=1, max_size=10))
+def test_pieces_add_up_and_no_character_breaks(tokenizer: PreTrainedTokenizerBase, text: str, sizes: list[int]) -> None:
+    streamed(tokenizer, text, sizes)
 
 
 def test_a_character_waits_for_its_bytes(tokenizer: PreTrainedTokenizerBase) -> None:
@@ -106,15 +111,7 @@ def byte_fallback() -> PreTrainedTokenizerBase:
     st.lists(st.integers(1, 5), min_size=1, max_size=10),
 )
 def test_pieces_add_up_with_byte_fallback(text: str, sizes: list[int]) -> None:
-    tokenizer = byte_fallback()
-    tokens = tokenizer(text)["input_ids"]
-    stream, pieces, at, turn = TextStream(tokenizer), [], 0, 0
-    while at < len(tokens):
-        pieces.append(stream.push(tokens[at : at + sizes[turn % len(sizes)]]))
-        at, turn = at + sizes[turn % len(sizes)], turn + 1
-    pieces.append(stream.finish())
-    assert "".join(pieces) == tokenizer.decode(tokens, skip_special_tokens=True)
-    assert "\ufffd" not in "".join(pieces)
+    streamed(byte_fallback(), text, sizes)
 
 
 def test_bytes_without_a_character_neither_stop_nor_double_the_text() -> None:

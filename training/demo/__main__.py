@@ -102,18 +102,8 @@ def run(args: argparse.Namespace) -> None:
     nodes, depth = args.tree
     for name in args.heads:
         folder = out / "heads" / name
-        given = [
-            "--model",
-            model,
-            "--data",
-            learnt,
-            "--eval-data",
-            fresh,
-            "--output",
-            folder,
-            "--max-steps",
-            args.heads_steps,
-        ]
+        texts = ["--data", learnt, "--eval-data", fresh]
+        given = ["--model", model, *texts, "--output", folder, "--max-steps", args.heads_steps]
         stage(f"heads {name}", folder / "training.json", finetune.main, [*KINDS[name], *COMMON, *map(str, given)])
         finish_heads(folder, nodes, depth, installed(name, args.heads))
     write_model_card(model, json.loads((out / "training.json").read_text(encoding="utf-8")))
