@@ -72,11 +72,15 @@ class Candidates:
 
     def best(self, roots: Tensor, nodes: int) -> TokenTree:
         """The tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`."""
+        if self.alone and nodes > 1 and self.tokens.shape[1]:
+            return self._best_alone(int(roots), min(nodes - 1, self.tokens.shape[1]))
+        return self.best_at(roots, nodes)
+
+    def best_at(self, roots: Tensor, nodes: int) -> TokenTree:
+        """The same where the tensors are, in shapes that never change."""
         count = min(nodes - 1, self.tokens.shape[1])
         if count < 1:
             return TokenTree.root(roots)
-        if self.alone:
-            return self._best_alone(int(roots), count)
         depth, ties = _depths(self.levels, roots.device)
         ranked = (self.scores * (1 - ties) + ties).topk(count, dim=1)
         unknown = ranked.values == -torch.inf

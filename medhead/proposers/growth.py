@@ -41,7 +41,8 @@ def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: 
 
     With `looks`, growing on a CPU ends where nothing deeper can be in the tree; without, shapes never change.
     """
-    return grow(roots, expander, depth, width, nodes if looks else None).best(roots, nodes)
+    found = grow(roots, expander, depth, width, nodes if looks else None)
+    return found.best(roots, nodes) if looks else found.best_at(roots, nodes)
 
 
 def grow(
