@@ -74,12 +74,14 @@ def merged(tokens, above, scores, begins, starts, ends, out_tokens, out_above, o
 
 @loop
 def best(tokens, above, scores, levels, root, most, tree):
-    """The tree of the `most` likeliest candidates: of equal ones those that come first, so that no parent is left out.
+    """The tree of the `most` likeliest candidates; a child counts no more than its parent.
+
+    Of equal ones those that come first are taken, so no parent of a node is ever left out.
 
     Args:
         tokens: `[n]` int64.
         above: `[n]` int64.
-        scores: `[n]`, none above its parent's.
+        scores: `[n]`.
         levels: `[levels]` int64, how many each level has.
         root: token of the root.
         most: how many candidates.
@@ -88,12 +90,16 @@ def best(tokens, above, scores, levels, root, most, tree):
     Returns:
         How many nodes the tree has; candidates with a score of -inf are none.
     """
+    falling = np.empty_like(scores)  # rounding may have put a child above its parent, which would then be left out
+    for place in range(scores.shape[0]):
+        falling[place] = scores[place] if above[place] < 0 else min(scores[place], falling[above[place]])
     most = min(most, scores.shape[0])
     values, places = np.empty(most, np.float32), np.empty(most, np.int64)
-    likeliest(scores, most, values, places)
+    likeliest(falling, most, values, places)
     nodes = np.zeros(scores.shape[0], np.int64)  # of every candidate; 0 for those that are left out
     for rank in range(most):
-        nodes[places[rank]] = values[rank] > -np.inf
+        if values[rank] > -np.inf:
+            nodes[places[rank]] = 1
     tree[0, 0], tree[1, 0], tree[2, 0] = root, 0, 0
     count, place = 1, 0
     for level in range(levels.shape[0]):

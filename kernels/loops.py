@@ -1,8 +1,9 @@
 """Loops over a few rows, compiled for this CPU by numba.
 
 One level of heads for two nodes is three small products and some forty operations on a few thousand numbers; PyTorch takes
-longer to start those than to do them. These loops do such work without starting anything. They serve the guesses of heads
-alone: what the target says is never computed here, so no rounding of theirs can reach the text.
+longer to start those than to do them. These loops do such work without starting anything. Nothing that the target says is
+computed here: guesses may be rounded otherwise than by tensor operations, which cannot reach the text, and noise is the same
+to the last bit.
 
 All arrays are contiguous. Weights are float32, or bfloat16 as the uint16 bits that numpy has for it; sums are float32.
 Importing this module needs numba (the extra `cpu`).
@@ -10,7 +11,9 @@ Importing this module needs numba (the extra `cpu`).
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
@@ -31,12 +34,22 @@ _POWERS = tuple(
 _ERF = tuple(np.float32(x) for x in (0.254829592, -0.284496736, 1.421413741, -1.453152027, 1.061405429))
 _ERF_P, _ROOT_HALF = np.float32(0.3275911), np.float32(0.7071067811865476)
 _MOST, _LEAST = np.float32(126), np.float32(-126)  # powers of two that float32 has
+_VERSION = zlib.crc32(Path(__file__).read_bytes())
 _FREEDOM = {"reassoc", "contract", "nsz", "arcp"}  # sums in any order; infinities mean what they mean
 
 
 def loop(function: F) -> F:
-    """Compile a function when it is first called, for the types it is called with; the result is kept on disk."""
-    return cast(F, numba.njit(cache=True, fastmath=_FREEDOM, error_model="numpy")(function))
+    """Compile a function when it is first called, for the types it is called with.
+
+    The result is kept on disk where a folder for it can be written, by the name of the function. Numba looks for changes in the
+    function's own file alone, so the name says which version of this file, of which it may call something, it was made with.
+    """
+    function.__qualname__ = f"{function.__qualname__}_{_VERSION:08x}"
+    options: dict[str, Any] = {"fastmath": _FREEDOM, "error_model": "numpy"}
+    try:
+        return cast(F, numba.njit(cache=True, **options)(function))
+    except RuntimeError:  # no folder can be written
+        return cast(F, numba.njit(**options)(function))
 
 
 def inlined(function: F) -> F:
@@ -151,7 +164,7 @@ def layer_norm(x, weight, eps, out):
 
 @loop
 def children(logits, rows, bias, scale, noise, names, above, scores, tokens):
-    """The likeliest children of a level's nodes, best first.
+    """The likeliest children of a level's nodes, best first, none likelier than its parent.
 
     Args:
         logits: `[most, vocab]` of the nodes' children, without the bias; overwritten by scaled ones.
@@ -185,7 +198,7 @@ def children(logits, rows, bias, scale, noise, names, above, scores, tokens):
         # what is subtracted from a logit to have its log-probability, and the path's
         share = best[0] + np.float32(np.log(total)) - above[r]
         for k in range(branching):
-            best[k] -= share
+            best[k] = min(best[k] - share, above[r])  # what is certain would be rounded to more
             tokens[r, k] = names[tokens[r, k]]
 
 
@@ -200,7 +213,7 @@ def likeliest(scores, count, values, places):
 
 
 @loop
-def above(scores, least):
+def count_above(scores, least):
     """How many of the scores `[n]` are above `least`."""
     count = 0
     for i in range(scores.shape[0]):

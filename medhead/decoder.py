@@ -234,6 +234,7 @@ class Decoder:
     def warm(self, rows: int = 1) -> None:
         """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
         target = self.compiled_target or self.target
+        Noise(0, target.vocab_size, target.device).gumbel(*torch.zeros(2, 1, dtype=torch.long, device=target.device))
         with target.active(self.proposer.taps):
             self.proposer.warm(target, rows)
 

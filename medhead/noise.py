@@ -102,7 +102,7 @@ class Noise:
         if loop is not None:
             out = np.empty((positions.numel(), len(self._here)), np.float32)
             loop(*halves, *(place.ravel() for place in places), self._here, out)
-            return torch.from_numpy(out).view(*positions.shape, -1)
+            return torch.from_numpy(out).view(*positions.shape, len(self._here))
         with np.errstate(over="ignore"):
             found = _bits(*halves, *places, self._here)
         return torch.from_numpy((found >> np.uint32(9)).view(np.int32)).to(torch.float32).add_(0.5).mul_(2.0**-23)

@@ -198,3 +198,27 @@ def test_children_as_likely_as_their_parents_never_stand_alone(seed: int, nodes:
     tree = named.best(torch.tensor([7]), nodes)
     assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
     assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))
+
+
+@given(st.integers(0, 10**6), st.integers(2, 14), st.booleans(), st.booleans())
+def test_best_is_a_tree_whatever_the_scores_are(seed: int, nodes: int, unknown: bool, rises: bool) -> None:
+    """Scores of -inf are no nodes of their own, and a child above its parent (by rounding) never stands without it."""
+    source = random.Random(seed)
+    levels = tuple(source.randint(1, 4) for _ in range(source.randint(1, 5)))
+    above, scores, begin = [], [], 0
+    for depth, size in enumerate(levels):
+        for _ in range(size):
+            parent = source.randrange(begin - levels[depth - 1], begin) if depth else -1
+            step = source.choice([0.0, -0.3, -2.0])
+            score = (scores[parent] if depth else 0.0) + step + (1e-6 if rises and depth and not step else 0.0)
+            above.append(parent)
+            scores.append(-math.inf if unknown and source.random() < 0.3 else score)
+        begin += size
+    tokens = torch.tensor([[source.randrange(9) for _ in above]])
+    found = Candidates(tokens, torch.tensor([above]), torch.tensor([scores]), levels)
+    found = found.falling() if unknown else found  # below what is unknown all is
+    tree = found.best(torch.tensor([3]), nodes)
+    assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
+    assert tree.nodes <= nodes
+    known = int((found.scores > -math.inf).sum())
+    assert tree.nodes >= min(nodes, 1 + known)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -9,6 +12,7 @@ import torch.nn.functional as F
 from conftest import noise_heads, tiny_llama
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from medhead.kernels.installed import has_numba
 
 from medhead import Decoder
 from medhead.errors import MedheadError
@@ -18,6 +22,7 @@ from medhead.proposers.growth import grow
 from medhead.proposers.heads import HeadsProposer
 from medhead.proposers.native_growth import NativeGrowth
 from medhead.target import Target
+from medhead.tree import TokenTree
 
 loops = pytest.importorskip("medhead.kernels.loops", reason="needs numba (the extra 'cpu')", exc_type=ImportError)
 NATIVE = ["recurrent", "sequential", "sequential_tied"]
@@ -93,10 +98,10 @@ def test_likeliest(values: list[float], data: st.DataObject) -> None:
     loops.likeliest(scores, count, best, places)
     assert best.tolist() == sorted(scores.tolist(), reverse=True)[:count]
     assert scores[places].tolist() == best.tolist()
-    assert loops.above(scores, best[-1]) == count - 1
+    assert loops.count_above(scores, best[-1]) == count - 1
 
 
-def proposer(target: Target, name: str, native: bool, draft_vocab: int = 0, **options: object) -> HeadsProposer:
+def proposer(target: Target, name: str, native: bool | None, draft_vocab: int = 0, **options: object) -> HeadsProposer:
     heads = noise_heads(
         target, name, depth=5, draft_vocab=draft_vocab, **({"scale_input": False} if "tied" in name else {})
     )
@@ -156,14 +161,73 @@ def test_weights_changed_between_texts_are_seen(name: str) -> None:
     with torch.inference_mode():
         before = made._grown_natively(state, 4, None, 0.0)
     for parameter in made.heads.parameters():
-        parameter.data.mul_(1.3)
-    made = HeadsProposer(target, made.heads, native=True)  # tables of encoded tokens are made with the readout
-    made.begin(target, [[1, 2]])
+        parameter.data = 1.3 * parameter.data
+    if name == "sequential":  # recurrent heads have encoded all tokens ahead
+        with torch.no_grad():
+            target.embedding.weight.mul_(1.1)
+    made.begin(target, [[1, 2], [3]])
     with torch.inference_mode():
         after = made._grown_natively(state, 4, None, 0.0)
         wanted = grow(state.roots, made._expander(state, None, made.branching, 4), 4, made.width)
     assert not torch.allclose(before.scores, after.scores)
     torch.testing.assert_close(after.scores, wanted.scores, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "sequential"])
+def test_proposers_can_be_copied(target: Target, name: str) -> None:
+    growth = proposer(target, name, True)._native
+    copied = copy.deepcopy(growth)
+    features = torch.randn(1, target.hidden_size)
+    assert torch.equal(copied.grow(3, features, 4, 1.0).scores, growth.grow(3, features, 4, 1.0).scores)
+
+
+@pytest.mark.parametrize("name", NATIVE)
+def test_certain_children_are_no_likelier_than_their_parents(target: Target, name: str) -> None:
+    """Rounding of large logits must not lift a child above its parent: that would leave the parent out of the tree."""
+    made = proposer(target, name, True, width=3, branching=3, sharpness=40.0, tree_size=8)
+    with torch.inference_mode():
+        for root in range(40):
+            features = torch.randn(1, target.hidden_size)
+            state = DecodeState(target, [[1, root]], torch.tensor([root]), features)
+            found = made._grown_natively(state, 5, None, 0.0)
+            parents = torch.cat([torch.zeros(1), found.scores[0]])[found.above[0] + 1]
+            assert (found.scores[0] <= parents).all()
+            tree = made.propose(state, 5)
+            assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
+
+
+def test_a_rows_that_joins_leaves_packed_copies_alone(target: Target) -> None:
+    made = proposer(target, "recurrent", None, width=2)
+    assert made._native is not None
+    made._native._pays[torch.get_num_threads()] = True
+    given_back = []
+    made.readout.release = lambda: given_back.append(True)  # type: ignore[method-assign]
+    made.newcomers().begin(target, [[3, 4]])
+    assert not given_back
+
+
+def test_without_a_folder_for_them_loops_are_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self: object) -> None:
+        raise RuntimeError("cannot cache function: no locator available")
+
+    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.enable_caching", refuse)
+    assert loops.loop(_one_more)(41) == 42
+
+
+def _one_more(x):
+    return x + 1
+
+
+def test_a_numba_that_cannot_be_used_is_said_and_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(name: str, *rest: object) -> object:
+        if name in ("", "numba") or name.endswith("loops"):
+            raise ImportError("Numba needs NumPy 1.9 or less")
+        return original(name, *rest)
+
+    original = builtins.__import__
+    monkeypatch.setattr(builtins, "__import__", broken)
+    with pytest.warns(UserWarning, match="Numba needs NumPy 1.9 or less"):
+        assert not has_numba.__wrapped__()
 
 
 def test_the_faster_way_is_measured_once(target: Target) -> None:

@@ -7,6 +7,7 @@ installed, or for a kind that is not here, `advance` is all there is.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
@@ -100,7 +101,7 @@ class SequentialCell:
     def __init__(self, readout: Readout, most: int) -> None:
         heads: Any = readout.heads
         size, inner = heads.config.hidden_size, heads.config.inner_size
-        self._embeddings = array_of(readout.embeddings)
+        self._embeddings = array_of(readout.embeddings())
         self._scale = np.float32(heads.token_scale)
         self._levels: list[Any] = []
         for depth in range(heads.config.depth):
@@ -149,9 +150,9 @@ def cell_of(readout: Readout) -> Callable[[int], Cell] | None:
     if readout.weight.dtype not in (torch.float32, torch.bfloat16):
         return None
     if type(heads) is RecurrentHeads and readout.table is not None:
-        return lambda most: RecurrentCell(readout, most)
+        return partial(RecurrentCell, readout)
     if type(heads) is SequentialHeads and _plain(heads) and readout.embeddings_bytes <= TABLE_BYTES:
-        return lambda most: SequentialCell(readout, most)
+        return partial(SequentialCell, readout)
     return None
 
 

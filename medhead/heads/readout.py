@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from copy import deepcopy
-from functools import cache, cached_property
+from functools import cache
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -57,6 +57,8 @@ class Readout:
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
+        self._target_embedding = target.embedding
+        self._embeddings: tuple[Any, Tensor] | None = None
         self._matrices: list[few_rows.Matrix] = []  # the output matrix first, where packed copies are used
         self.table: Tensor | None = None  # `[vocab, ...]` encoded tokens, where one table serves all depths
         if self.heads.per_path and not self.heads.encodes_by_depth:
@@ -121,11 +123,14 @@ class Readout:
         """Memory that `embeddings` takes."""
         return self._count * self.heads.config.hidden_size * self.weight.element_size()
 
-    @cached_property
     @torch.inference_mode()
     def embeddings(self) -> Tensor:
-        """`[vocab, size]`: the target's embedding of every token, as `encode` gets it."""
-        return self._embedded(torch.arange(self._count, device=self.weight.device), 0)
+        """`[vocab, size]`: the target's embedding of every token, as `encode` gets it; made anew when its weights change."""
+        weight = self._target_embedding.weight
+        key = weight.data_ptr(), 0 if weight.is_inference() else weight._version
+        if self._embeddings is None or self._embeddings[0] != key:
+            self._embeddings = key, self._embedded(torch.arange(self._count, device=weight.device), 0)
+        return self._embeddings[1]
 
     @torch.inference_mode()
     def _encode_all(self, count: int, device: torch.device) -> Tensor | None:

@@ -50,7 +50,8 @@ class Candidates:
     @property
     def alone(self) -> bool:
         """Whether there is one row and compiled loops can have it (`kernels.candidate_loops`)."""
-        return len(self.scores) == 1 and on_host(self.scores) and has_numba()
+        plain = self.scores.dtype == torch.float32 and not self.scores.requires_grad
+        return len(self.scores) == 1 and plain and on_host(self.scores) and has_numba()
 
     def corrected(self, totals: Sequence[float], most: float, rises: bool) -> Candidates:
         """The same candidates with other scores.
@@ -215,7 +216,7 @@ def _side_by_side(members: list[Candidates]) -> Candidates:
     return Candidates(tokens, place[torch.cat(above, 1).index_select(1, order)], scores, levels)
 
 
-def warm() -> None:
+def compile_loops() -> None:
     """Have the loops for one row compiled now."""
     some = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), torch.zeros(1, 1), (1,))
     if some.alone:

@@ -16,7 +16,7 @@ from medhead.heads.readout import Readout, shared_readout
 from medhead.noise import ComingNoise
 from medhead.packed_weights import fits
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
-from medhead.proposers.candidates import Candidates
+from medhead.proposers.candidates import Candidates, compile_loops
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.native_growth import NativeGrowth, native_growth
 from medhead.proposers.static_tree import StaticShape
@@ -119,14 +119,15 @@ class HeadsProposer(Proposer):
         self.readout.recheck()
         capacity = max(map(len, texts)) + 256
         self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
+        if self._native is not None:
+            self._native.refresh()  # other rows may leave
         if len(texts) == 1:
-            self.warm(target, 1)
+            self._choose(target)
 
     def warm(self, target: Target, rows: int) -> None:
         """Choose the faster way of guessing for one row; the first time, loops are compiled."""
-        if self._native is not None and not target.compiles:
-            self._native.refresh()
-            self._choose(target)
+        compile_loops()
+        self._choose(target)
 
     def read(self, features: Tensor, start: int) -> None:
         """Remember a chunk of the prompts."""
@@ -270,15 +271,17 @@ class HeadsProposer(Proposer):
         return self._native.grow(int(state.roots), state.features, depth, scale, noise, nodes, least)
 
     def _choose(self, target: Target) -> None:
-        """Measure which way of growing is faster, where nobody has."""
-        assert self._native is not None
+        """Measure which way of growing is faster, where nobody has. Packed copies are given back if loops are."""
+        if self._native is None or target.compiles:
+            return
         roots = torch.zeros(1, dtype=torch.long, device=target.device)
         state = DecodeState(target, [[0]], roots, torch.zeros(1, self.heads.feature_size, device=target.device))
         depth, expander = self.max_depth, self._expander(state, None, self.branching, self.max_depth)
-        self._native.compare(
-            lambda: grow(roots, expander, depth, self.width), lambda: self._grown_natively(state, depth, None, 0.0)
+        measured = self._native.compare(
+            lambda: grow(roots, expander, depth, self.width, self.tree_size),
+            lambda: self._grown_natively(state, depth, self.tree_size, 0.0),
         )
-        if self._native.pays:
+        if measured and self._native.pays:
             self.readout.release()
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:

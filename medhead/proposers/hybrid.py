@@ -16,10 +16,9 @@ from torch import Tensor
 from medhead.budget import TreeBudget
 from medhead.costs import PassCosts, costs_batch, costs_of, known_costs
 from medhead.errors import MedheadError
-from medhead.proposers import candidates
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
-from medhead.proposers.candidates import Candidates, merge
+from medhead.proposers.candidates import Candidates, compile_loops, merge
 from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
@@ -87,9 +86,7 @@ class HybridProposer(Proposer):
         self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
         self.budget: TreeBudget | None = None
         self._named: list[Candidates | None] = [None] * len(self.members)
-        self._corrected: list[
-            Candidates
-        ] = []  # the same by what the members can be trusted with, of those that named any
+        self._corrected: list[Candidates] = []  # the same, by what those who named any can be trusted with
         self._began, self._asked = 0.0, False  # the running step: when it began, whether costly members were asked
         self._asking: float | None = None  # seconds
         self._brought: float | None = None  # tokens of a pass in which they were asked, the last one not counted
@@ -256,7 +253,7 @@ class HybridProposer(Proposer):
     def warm(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
-        candidates.warm()
+        compile_loops()
         for member in self.members:
             member.warm(target, rows)
         if self.adapts:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -67,9 +68,7 @@ class NativeGrowth:
     def __init__(
         self, readout: Readout, make_cell: Any, width: int, branching: int, depth: int, pays: bool | None = None
     ) -> None:
-        from medhead.kernels import loops
-
-        self._loops, self._readout, self._make_cell = loops, readout, make_cell
+        self._readout, self._make_cell = readout, make_cell
         vocab = readout.weight.shape[0]
         self._width, self._branching = width, (branching := min(branching, vocab))
         self._names = np.arange(vocab) if readout.tokens is None else readout.tokens.numpy()
@@ -86,12 +85,12 @@ class NativeGrowth:
         """Whether it is the faster way with this number of threads."""
         return self._pays.get(torch.get_num_threads(), False) if self._given is None else self._given
 
-    def compare(self, usual: Callable[[], Any], this: Callable[[], Any]) -> None:
+    def compare(self, usual: Callable[[], Any], this: Callable[[], Any]) -> bool:
         """Measure which of two calls is faster, once for every number of threads; takes some 20 ms, and longer where loops
-        have to be compiled first."""
+        have to be compiled first. Says whether it measured now."""
         threads = torch.get_num_threads()
         if self._given is not None or threads in self._pays:
-            return
+            return False
         seconds: dict[Callable[[], Any], list[float]] = {usual: [], this: []}
         for _ in range(1 + _ROUNDS):
             for way, times in seconds.items():
@@ -99,12 +98,13 @@ class NativeGrowth:
                 way()
                 times.append(time.perf_counter() - began)
         self._pays[threads] = min(seconds[this][1:]) < min(seconds[usual][1:])
+        return True
 
     def refresh(self) -> None:
         """Weights may be others than before."""
         readout = self._readout
         self._cell = self._make_cell(self._width)
-        self._weight = self._loops.array_of(readout.weight)
+        self._weight = _loops().array_of(readout.weight)
         self._bias = self._none if readout.bias is None else readout.bias.float().numpy()
 
     def grow(
@@ -128,7 +128,7 @@ class NativeGrowth:
             nodes: see `growth.grow`.
             least: the same.
         """
-        loops, width, branching = self._loops, self._width, self._branching
+        loops, width, branching = _loops(), self._width, self._branching
         state = features.float().numpy()
         origin, tokens = np.zeros(1, np.int64), np.array([root])
         above, frontier, found = np.zeros(1, np.float32), np.full(1, -1), 0  # of the nodes; `found` of them are done
@@ -158,7 +158,7 @@ class NativeGrowth:
     def _matters(self, best: float, done: int, nodes: int | None, least: float) -> bool:
         """See `growth._matters`."""
         most = math.inf if nodes is None or nodes < 2 else nodes - 1
-        if done * self._branching >= most and self._loops.above(self._scores[:done].reshape(-1), best) >= most:
+        if done * self._branching >= most and _loops().count_above(self._scores[:done].reshape(-1), best) >= most:
             return False
         return best > -math.inf and math.exp(best) >= least
 
@@ -167,3 +167,10 @@ class NativeGrowth:
         scores, tokens = (torch.from_numpy(part[:done].reshape(1, -1).copy()) for part in (self._scores, self._tokens))
         above = torch.from_numpy(np.concatenate(frontiers).repeat(self._branching)[None])
         return Candidates(tokens, above, scores, tuple(levels))
+
+
+@cache
+def _loops() -> Any:
+    from medhead.kernels import loops
+
+    return loops

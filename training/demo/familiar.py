@@ -82,7 +82,7 @@ class Reader:
         with self.target.active(self.heads.taps):
             features = self._features(text)
             self.heads.begin(self.target, [text[:start]])
-            for root in range(start, len(text) - self.heads.max_depth):
+            for root in range(start, len(text) - max(self.heads.max_depth, AHEAD)):
                 coming = None if noise is None else self._coming(noise, root)
                 roots = torch.tensor([text[root]])
                 state = DecodeState(
@@ -128,7 +128,7 @@ def compared(greedy: dict[str, Any], sampled: dict[str, Any]) -> dict[str, float
         of_greedy, of_sampled = (
             sum(pair[side]["tokens"] * share for pair, share in zip(both, shares, strict=True)) for side in (0, 1)
         )
-        return of_sampled / of_greedy
+        return of_sampled / of_greedy if both else float("nan")
 
     return {
         "ratio": sampled["tokens"] / greedy["tokens"],
