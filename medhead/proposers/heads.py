@@ -252,17 +252,17 @@ class HeadsProposer(Proposer):
     # ---------------------------------------------------------------- inside
 
     def _grown(self, state: DecodeState, depth: int) -> Candidates:
-        if len(state.roots) == 1 and self._memory is None and depth == self.max_depth and state.target.compiles:
-            return self._grown_compiled(state, depth)
         nodes = self.tree_size if self._sized else None
         if self._natively(state):
             return self._grown_natively(state, depth, nodes, self.least)
+        if len(state.roots) == 1 and self._memory is None and depth == self.max_depth and state.target.compiles:
+            return self._grown_compiled(state, depth)
         expander = self._expander(state, self._view(), self.branching, depth)
         return grow(state.roots, expander, depth, self.width, nodes, least=self.least)
 
     def _natively(self, state: DecodeState) -> bool:
         native = self._native
-        return native is not None and len(state.roots) == 1 and not state.target.compiles and native.pays
+        return native is not None and len(state.roots) == 1 and native.pays
 
     def _grown_natively(self, state: DecodeState, depth: int, nodes: int | None, least: float) -> Candidates:
         assert self._native is not None
@@ -272,7 +272,7 @@ class HeadsProposer(Proposer):
 
     def _choose(self, target: Target) -> None:
         """Measure which way of growing is faster, where nobody has. Packed copies are given back if loops are."""
-        if self._native is None or target.compiles:
+        if self._native is None:
             return
         roots = torch.zeros(1, dtype=torch.long, device=target.device)
         state = DecodeState(target, [[0]], roots, torch.zeros(1, self.heads.feature_size, device=target.device))
