@@ -145,6 +145,12 @@ def test_texts_are_those_of_plain_decoding(target: Target, name: str, kind: str,
         assert torch.equal(decoder.generate(ids, **options), plain)
 
 
+def test_no_deeper_than_there_is_room(target: Target) -> None:
+    growth = proposer(target, "recurrent", True, max_depth=2)._native
+    assert growth is not None
+    assert len(growth.grow(3, torch.randn(1, target.hidden_size), 5, 1.0).levels) == 2
+
+
 def test_a_batch_is_left_to_tensor_operations(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     made = proposer(target, "recurrent", True)
     monkeypatch.setattr(NativeGrowth, "grow", None)
@@ -196,7 +202,7 @@ def test_certain_children_are_no_likelier_than_their_parents(target: Target, nam
             assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
 
 
-def test_a_rows_that_joins_leaves_packed_copies_alone(target: Target) -> None:
+def test_a_row_that_joins_leaves_packed_copies_alone(target: Target) -> None:
     made = proposer(target, "recurrent", None, width=2)
     assert made._native is not None
     made._native._pays[torch.get_num_threads()] = True

@@ -73,7 +73,7 @@ class NativeGrowth:
         self._width, self._branching = width, (branching := min(branching, vocab))
         self._names = np.arange(vocab) if readout.tokens is None else readout.tokens.numpy()
         self._logits = np.zeros((width, vocab), np.float32)
-        most = 1 + depth * width
+        self._depth, most = depth, 1 + depth * width
         self._scores, self._tokens = np.zeros((most, branching), np.float32), np.zeros((most, branching), np.int64)
         self._best, self._places = np.zeros(width, np.float32), np.zeros(width, np.int64)
         self._none = np.zeros(0, np.float32)
@@ -133,6 +133,7 @@ class NativeGrowth:
         origin, tokens = np.zeros(1, np.int64), np.array([root])
         above, frontier, found = np.zeros(1, np.float32), np.full(1, -1), 0  # of the nodes; `found` of them are done
         levels, frontiers = [], []
+        depth = min(depth, self._depth)  # there is room for no more
         for level in range(depth):
             count = len(tokens)
             state, feature = self._cell.advance(state, origin, tokens, count, level)
