@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -77,6 +78,30 @@ def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[st
     assert decoder.plans is None
     given = {**prompts(rows=1), "max_new_tokens": 40, "eos_token_id": None, **sampling}
     assert torch.equal(decoder.generate(**given), plain_text(Target(compiled.model, probe=False), **given))
+
+
+def test_trees_reach_the_compiled_pass_in_one_layout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part of a larger tensor would be compiled for its own strides, which are two to three times as slow."""
+    layouts = set()
+
+    def compile_open(run: Callable[..., Any], examples: list[torch.Tensor]) -> Callable[..., Any]:
+        def passes(*given: torch.Tensor) -> Any:
+            layouts.update(
+                (part.stride() == torch.empty(part.shape).stride(), part.storage_offset()) for part in given[:3]
+            )
+            return run(*given)
+
+        return passes
+
+    monkeypatch.setattr("medhead.captured.compiled_target.compile_open", compile_open)
+    target = Decoder(tiny_llama(seed=5), "ngram", step="compiled").compiled_target
+    assert target is not None
+    large = torch.tensor([[5, 6, 7, 8, 9], [0, 0, 1, 1, 2], [0, 1, 2, 2, 3]])[:, None, :4]
+    with torch.inference_mode(), target.active():
+        cache = target.new_cache(1, 40)
+        target.prefill(cache, [[3, 4, 5]])
+        target.verify(cache, TokenTree(*large.unbind(), max_depth=2))
+    assert layouts == {(True, 0)}
 
 
 def test_a_pass_is_compiled_for_the_adapters_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -61,9 +61,11 @@ class CompiledTarget(Target):
         cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
         words = [tree.ancestor_words] if self._takes_words(tree.nodes) else []
         lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
+        # strides are not open, not even those of a dimension of one row, and where a storage begins matters too
         of_tree = [
-            part.contiguous() for part in (tree.tokens, tree.depth, tree.visible, *words)
-        ]  # strides are not open
+            part.clone(memory_format=torch.contiguous_format)
+            for part in (tree.tokens, tree.depth, tree.visible, *words)
+        ]
         given = [*of_tree[:3], lengths, places, *of_tree[3:], *cache.parts]
         key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps), self._state
         if key not in self._passes:
