@@ -258,6 +258,8 @@ def test_familiar_and_unfamiliar_text(
         ([*command[:-6], "--max-new-tokens", "3", "--output", str(tmp_path / "o")], "at least 16"),
         ([*given, "--heads", str(folders["attention"]), "--output", str(tmp_path / "o")], "give heads that do not"),
         ([*command, "--learnt", str(prompts), "--output", str(tmp_path / "o")], "was not written by"),
+        ([*command, "--prompts", str(learnt), "--output", str(tmp_path / "o")], "an object with 'messages'"),
+        ([*command, "--learnt", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")], "is no file"),
     ):
         assert familiar.main(wrong) == 2
         assert said in capsys.readouterr().err

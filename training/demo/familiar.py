@@ -165,6 +165,12 @@ def run(args: argparse.Namespace) -> None:
         raise MedheadError(f"--output {str(args.output)!r} is there already; nothing is overwritten")
     if args.max_new_tokens < 16:
         raise MedheadError(f"--max-new-tokens must be at least 16, got {args.max_new_tokens}")
+    for name in ("learnt", "prompts"):
+        if not getattr(args, name).is_file():
+            raise MedheadError(f"--{name} {str(getattr(args, name))!r} is no file; it must be JSON lines")
+    prompts = [record.get("messages") for record in read_jsonl(args.prompts) if isinstance(record, dict)]
+    if not prompts or not all(prompts):
+        raise MedheadError(f"--prompts {str(args.prompts)!r}: every line must be a chat, an object with 'messages'")
     tokenizer = load_tokenizer(args.model, False)
     model = load_model(args.model, torch.device("cpu"), torch.float32)
     learnt: Counter[tuple[int, ...]] = Counter()
@@ -172,7 +178,6 @@ def run(args: argparse.Namespace) -> None:
         if not isinstance(record, dict) or not {"prompt_ids", "answer_ids"} <= record.keys():
             raise MedheadError(f"{args.learnt} was not written by medhead.training.generate_data")
         learnt.update(grams([*record["prompt_ids"][1 - GRAM :], *record["answer_ids"]]))
-    prompts = [record["messages"] for record in read_jsonl(args.prompts)]
     with Decoder(model, "none") as decoder:
         size = {"tree_size": args.tree_size, "width": args.width, "branching": args.branching}
         reader = Reader(decoder.target, HeadsProposer(decoder.target, args.heads, **size), learnt)
