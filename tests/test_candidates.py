@@ -209,7 +209,7 @@ def test_best_is_a_tree_whatever_the_scores_are(seed: int, nodes: int, unknown: 
     for depth, size in enumerate(levels):
         for _ in range(size):
             parent = source.randrange(begin - levels[depth - 1], begin) if depth else -1
-            step = source.choice([0.0, -0.3, -2.0])
+    XX
             score = (scores[parent] if depth else 0.0) + step + (1e-6 if rises and depth and not step else 0.0)
             above.append(parent)
             scores.append(-math.inf if unknown and source.random() < 0.3 else score)
