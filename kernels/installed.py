@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from functools import cache
+from typing import Any
 
 
 @cache
@@ -13,7 +14,7 @@ def has_numba() -> bool:
     if importlib.util.find_spec("numba") is None:
         return False
     try:
-        from . import candidate_loops, loops  # noqa: F401
+        loops(), candidate_loops()
     except Exception as error:  # numba refuses other versions of numpy by ImportError, and may fail in many ways
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         warnings.warn(
@@ -21,3 +22,19 @@ def has_numba() -> bool:
         )
         return False
     return True
+
+
+@cache
+def loops() -> Any:
+    """The module `loops`, where `has_numba()`; importing it takes a moment."""
+    from . import loops as module
+
+    return module
+
+
+@cache
+def candidate_loops() -> Any:
+    """The module `candidate_loops`, likewise."""
+    from . import candidate_loops as module
+
+    return module

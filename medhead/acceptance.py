@@ -11,7 +11,7 @@ from medhead.errors import MedheadError
 from medhead.sampling import on_host
 from medhead.tree import TokenTree
 
-_MOST_HERE = 512  # nodes of all rows that are walked over on the host, where they are there
+_MOST_NODES = 512  # nodes of all rows that are walked over on the host, where they are there
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def accept(tree: TokenTree, drawn: Tensor) -> Accepted:
         tree: the verified tree.
         drawn: `[batch, nodes]`, the target's token at every node.
     """
-    if tree.nodes > 1 and drawn.numel() <= _MOST_HERE and on_host(drawn):
+    if tree.nodes > 1 and drawn.numel() <= _MOST_NODES and on_host(drawn):
         return _accept_here(tree, drawn)
     return accept_at(tree, drawn)
 

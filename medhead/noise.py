@@ -10,14 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import copy
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medhead.kernels.installed import has_numba
+from medhead.kernels.installed import has_numba, loops
 
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
@@ -98,10 +97,9 @@ class Noise:
         """The same on a CPU, by a compiled loop if there is one, else by numpy, which has uint32."""
         assert self._here is not None
         halves, places = (np.uint32(low), np.uint32(high)), (_uint32(rows), _uint32(positions))
-        loop = _compiled_loop()
-        if loop is not None:
+        if has_numba():
             out = np.empty((positions.numel(), len(self._here)), np.float32)
-            loop(*halves, *(place.ravel() for place in places), self._here, out)
+            loops().uniform(*halves, *(place.ravel() for place in places), self._here, out)
             return torch.from_numpy(out).view(*positions.shape, len(self._here))
         with np.errstate(over="ignore"):
             found = _bits(*halves, *places, self._here)
@@ -110,16 +108,6 @@ class Noise:
     def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
         """Standard Gumbel noise, `[*positions.shape, V]` float32."""
         return self.uniform(rows, positions).log_().neg_().log_().neg_()
-
-
-@cache
-def _compiled_loop() -> Callable[..., None] | None:
-    """`kernels.loops.uniform`, None without numba."""
-    if not has_numba():
-        return None
-    from medhead.kernels import loops
-
-    return loops.uniform
 
 
 def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:

@@ -10,7 +10,7 @@ from transformers.generation import logits_process as lp
 
 from medhead.tree import TokenTree
 
-_MOST_HERE = 2**21  # numbers; beyond, several threads win
+_MOST_NUMBERS = 2**21  # numbers; beyond, several threads win
 # Processors that look at one distribution alone. All others are given each node's own text, one node after the other.
 _LOCAL = tuple(
     getattr(lp, name)
@@ -80,7 +80,7 @@ def draw(scores: Tensor, noise: Tensor | None) -> Tensor:
 
 def first_largest(values: Tensor) -> Tensor:
     """`argmax(-1)` of floating-point numbers. On a CPU numpy finds the same ten times as fast: PyTorch has no vectors for it."""
-    if not on_host(values) or values.numel() > _MOST_HERE:
+    if not on_host(values) or values.numel() > _MOST_NUMBERS:
         return values.argmax(-1)
     values = values.detach().float() if values.element_size() < 4 else values.detach()  # no tie is lost or made
     return torch.from_numpy(np.asarray(values.numpy().argmax(-1)))

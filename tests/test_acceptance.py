@@ -28,7 +28,7 @@ def test_accept_matches_the_walk(most: int, seed: int, batch: int, nodes: int) -
     tree, generator = random_tree(seed, batch, nodes, 3)  # few tokens: siblings repeat and guesses are often right
     drawn = torch.randint(0, 3, (batch, nodes), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acceptance, "_MOST_HERE", most)
+        patch.setattr(acceptance, "_MOST_NODES", most)
         found = accept(tree, drawn)
     for row in range(batch):
         tokens, parents, said = tree.tokens[row].tolist(), tree.parents[row].tolist(), drawn[row].tolist()

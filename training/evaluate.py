@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medhead.bench.prompts import encode_prompts, padded, read_prompts
-from medhead.bench.report import machine
+from medhead.bench.report import label, machine
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -284,7 +284,7 @@ def run(args: argparse.Namespace) -> None:
     place = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {where['threads']} threads"
     kind = str(dtype).removeprefix("torch.")
     heading = (
-        f"{args.model or 'demo model'}, {len(prompts)} prompts, at most {args.new_tokens} tokens, {kind}, "
+        f"{label(args.model)}, {len(prompts)} prompts, at most {args.new_tokens} tokens, {kind}, "
         f"batch {args.batch}, {place}, {where['date']}"
     )
     text = evaluation_table(rows)

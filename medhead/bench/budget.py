@@ -21,7 +21,7 @@ from medhead.bench.command import Progress
 from medhead.bench.contestants import PLAIN, Contestant
 from medhead.bench.measure import Measured, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.bench.report import machine, write_results
+from medhead.bench.report import label, machine, write_results
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -207,7 +207,7 @@ def run(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         rows.append(summary(situation, measure(runners, plain, situation.prompts, args.repeats, progress)))
     where = machine()
     place = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
-    heading = f"{args.model or 'demo model'}, {len(ordinary)} prompts, batch 1, {args.dtype}, {place}, {where['date']}"
+    heading = f"{label(args.model)}, {len(ordinary)} prompts, batch 1, {args.dtype}, {place}, {where['date']}"
     text = table(rows)
     print(f"{heading}\n\n{text}")
     if args.output is None:

@@ -13,7 +13,7 @@ import torch
 from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup, contestants
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.bench.report import machine, plot, summary, table, write_results
+from medhead.bench.report import label, machine, plot, summary, table, write_results
 from medhead.captured import WAYS
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -139,9 +139,7 @@ def report(args: argparse.Namespace, results: list[Measured]) -> None:
     rows, where = summary(results), machine()
     place = where["gpu"] or f"{where['cpu']}, {where['threads']} threads"
     mode = f"temperature {args.temperature:g}" if args.temperature else "greedy"
-    heading = (
-        f"{args.model or 'demo model'}, {len(results[0].tokens)} prompts, {mode}, batch 1, {place}, {where['date']}"
-    )
+    heading = f"{label(args.model)}, {len(results[0].tokens)} prompts, {mode}, batch 1, {place}, {where['date']}"
     text = table(rows, compares_texts=args.temperature == 0)
     print(f"{heading}\n\n{text}")
     if args.output is None:

@@ -37,6 +37,11 @@ def machine() -> dict[str, Any]:
     }
 
 
+def label(model: str | None) -> str:
+    """A model as tables call it: a folder by its name, wherever it lies."""
+    return "demo model" if not model else Path(model).name if Path(model).is_dir() else model
+
+
 def summary(results: list[Measured]) -> list[dict[str, Any]]:
     """Numbers of every contestant, with ratios to transformers and to plain decoding."""
     rates = {result.name: result.rate for result in results}

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from medhead.bench.report import machine, write_results
+from medhead.bench.report import label, machine, write_results
 from medhead.bench.task_prompts import KEEP, Cut, Task, encode_task, read_tasks
 from medhead.bench.task_report import findings, plot, rows_of, sameness, table, totals
 from medhead.bench.task_runs import PLAIN, Field, Setting
@@ -174,8 +174,7 @@ def heading_of(args: argparse.Namespace, where: dict[str, Any]) -> str:
         if args.tree_size
         else "trees of each proposer's own size"
     )
-    model = "demo model" if not args.model else Path(args.model).name if Path(args.model).is_dir() else args.model
-    parts = [args.title, model, Path(args.prompts).name, f"at most {args.new_tokens} tokens"]
+    parts = [args.title, label(args.model), Path(args.prompts).name, f"at most {args.new_tokens} tokens"]
     return ", ".join(part for part in [*parts, size, args.dtype, place, where["date"]] if part)
 
 

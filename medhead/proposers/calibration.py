@@ -35,8 +35,7 @@ class Calibration:
         steps = [math.log(self.ratio(depth)) for depth in range(len(candidates.levels))]
         if not any(steps):
             return candidates
-        rises = any(step > 0 for step in steps[1:])
-        return candidates.corrected(list(itertools.accumulate(steps)), _MOST, rises)
+        return candidates.corrected(list(itertools.accumulate(steps)), _MOST)
 
     def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
         """See what the text went on with.

@@ -10,15 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
-from typing import Any
+from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medhead.kernels.installed import has_numba
+from medhead.kernels.installed import candidate_loops, has_numba
 from medhead.proposers.guesses import Guesses
 from medhead.sampling import on_host
 from medhead.tree import TokenTree
@@ -53,22 +53,22 @@ class Candidates:
         plain = self.scores.dtype == torch.float32 and not self.scores.requires_grad
         return len(self.scores) == 1 and plain and on_host(self.scores) and has_numba()
 
-    def corrected(self, totals: Sequence[float], most: float, rises: bool) -> Candidates:
-        """The same candidates with other scores.
+    def corrected(self, totals: Sequence[float], most: float) -> Candidates:
+        """The same candidates with other scores; a child that would become likelier than its parent gets its parent's.
 
         Args:
             totals: what is added to the scores of every level.
             most: the largest score.
-            rises: whether a child may become likelier than its parent; then it gets its parent's score.
         """
         if self.alone:
             scores = torch.empty_like(self.scores)
             ends = np.cumsum(self.levels)
             arrays = self.scores[0].numpy(), self.above[0].numpy(), ends, np.array(totals, np.float32)
-            _loops().corrected(*arrays, np.float32(most), scores[0].numpy())
+            candidate_loops().corrected(*arrays, np.float32(most), scores[0].numpy())
             return Candidates(self.tokens, self.above, scores, self.levels)
         scores = (self.scores + self.of_levels(totals)).clamp(max=most)
         found = Candidates(self.tokens, self.above, scores, self.levels)
+        rises = any(deeper > above for above, deeper in pairwise(totals))
         return found.falling() if rises else found
 
     def best(self, roots: Tensor, nodes: int) -> TokenTree:
@@ -96,7 +96,7 @@ class Candidates:
     def _best_alone(self, root: int, count: int) -> TokenTree:
         tree = np.empty((3, count + 1), np.int64)
         arrays = (part[0].numpy() for part in (self.tokens, self.above, self.scores))
-        nodes = _loops().best(*arrays, np.array(self.levels), root, count, tree)
+        nodes = candidate_loops().best(*arrays, np.array(self.levels), root, count, tree)
         tokens, parents, depth = torch.from_numpy(tree[:, None, :nodes]).unbind()
         return TokenTree(tokens, parents, depth, int(tree[2, nodes - 1]))
 
@@ -197,7 +197,7 @@ def _merged_alone(members: list[Candidates]) -> Candidates:
     )
     found = np.empty_like(tokens), np.empty_like(above), np.empty_like(scores)
     sizes = np.empty(len(levels), np.int64)
-    count = _loops().merged(tokens, above, scores, begins, ends - levels, ends, *found, sizes)
+    count = candidate_loops().merged(tokens, above, scores, begins, ends - levels, ends, *found, sizes)
     of_tokens, of_above, of_scores = (torch.from_numpy(part[None, :count]) for part in found)
     return Candidates(of_tokens, of_above, of_scores, tuple(sizes.tolist()))
 
@@ -220,14 +220,7 @@ def compile_loops() -> None:
     """Have the loops for one row compiled now."""
     some = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), torch.zeros(1, 1), (1,))
     if some.alone:
-        merge([some.corrected([0.0], 0.0, False), some]).best(torch.zeros(1, dtype=torch.long), 2)
-
-
-@cache
-def _loops() -> Any:
-    from medhead.kernels import candidate_loops
-
-    return candidate_loops
+        merge([some.corrected([0.0], 0.0), some]).best(torch.zeros(1, dtype=torch.long), 2)
 
 
 @lru_cache(maxsize=1024)

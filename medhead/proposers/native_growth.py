@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
-from medhead.kernels.installed import has_numba
+from medhead.kernels.installed import has_numba, loops
 from medhead.proposers.candidates import Candidates
 
 if TYPE_CHECKING:
@@ -104,7 +103,7 @@ class NativeGrowth:
         """Weights may be others than before."""
         readout = self._readout
         self._cell = self._make_cell(self._width)
-        self._weight = _loops().array_of(readout.weight)
+        self._weight = loops().array_of(readout.weight)
         self._bias = self._none if readout.bias is None else readout.bias.float().numpy()
 
     def grow(
@@ -128,7 +127,7 @@ class NativeGrowth:
             nodes: see `growth.grow`.
             least: the same.
         """
-        loops, width, branching = _loops(), self._width, self._branching
+        native, width, branching = loops(), self._width, self._branching
         state = features.float().numpy()
         origin, tokens = np.zeros(1, np.int64), np.array([root])
         above, frontier, found = np.zeros(1, np.float32), np.full(1, -1), 0  # of the nodes; `found` of them are done
@@ -137,17 +136,17 @@ class NativeGrowth:
         for level in range(depth):
             count = len(tokens)
             state, feature = self._cell.advance(state, origin, tokens, count, level)
-            loops.product(self._weight, feature, count, self._logits)
+            native.product(self._weight, feature, count, self._logits)
             scores, named = self._scores[found : found + count], self._tokens[found : found + count]
             coming = self._none if noise is None else noise.at(level)[0].numpy()
-            loops.children(self._logits, count, self._bias, scale, coming, self._names, above, scores, named)
+            native.children(self._logits, count, self._bias, scale, coming, self._names, above, scores, named)
             levels.append(count * branching)
             frontiers.append(frontier)
             if level + 1 == depth:
                 break
             kept = min(width, count * branching)
             flat = scores.reshape(-1)
-            loops.likeliest(flat, kept, self._best, self._places)
+            native.likeliest(flat, kept, self._best, self._places)
             if not self._matters(float(self._best[0]), found + count, nodes, least):
                 break
             places = self._places[:kept]
@@ -159,7 +158,7 @@ class NativeGrowth:
     def _matters(self, best: float, done: int, nodes: int | None, least: float) -> bool:
         """See `growth._matters`."""
         most = math.inf if nodes is None or nodes < 2 else nodes - 1
-        if done * self._branching >= most and _loops().count_above(self._scores[:done].reshape(-1), best) >= most:
+        if done * self._branching >= most and loops().count_above(self._scores[:done].reshape(-1), best) >= most:
             return False
         return best > -math.inf and math.exp(best) >= least
 
@@ -168,10 +167,3 @@ class NativeGrowth:
         scores, tokens = (torch.from_numpy(part[:done].reshape(1, -1).copy()) for part in (self._scores, self._tokens))
         above = torch.from_numpy(np.concatenate(frontiers).repeat(self._branching)[None])
         return Candidates(tokens, above, scores, tuple(levels))
-
-
-@cache
-def _loops() -> Any:
-    from medhead.kernels import loops
-
-    return loops

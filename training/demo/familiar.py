@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from medhead.acceptance import accept
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
@@ -46,12 +47,8 @@ def familiarity(text: list[int], learnt: Counter[tuple[int, ...]], position: int
 
 def followed(tree: TokenTree, text: list[int]) -> int:
     """Tokens of a pass: how far a tree of one row goes along the text behind its root, and one more."""
-    tokens, parents = tree.tokens[0].tolist(), tree.parents[0].tolist()
-    depth = [0]
-    for node in range(1, len(tokens)):
-        above = depth[parents[node]]
-        depth.append(above + 1 if 0 <= above < len(text) and text[above] == tokens[node] else -1)
-    return max(depth) + 1
+    behind = torch.tensor(text[: tree.max_depth] + [-1] * (tree.max_depth + 1 - min(len(text), tree.max_depth)))
+    return int(accept(tree, behind[tree.depth]).counts)
 
 
 class Reader:
