@@ -18,8 +18,8 @@ part() { # name, seconds, command
 }
 nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.csv" 2>&1 || { echo "no GPU here"; exit 2; }
 part tests 130 "$python" -m pytest -q -m gpu
-part kernels 110 "$python" -m medhead.kernels.bench --output "$out/kernels"
-part flex 30 "$python" -m medhead.kernels.bench --flex --contexts 2048 32768 --nodes 64 --groups 4 --batches 1 --output "$out/flex"
+part kernels 110 "$python" -m medhead_kernels.bench --output "$out/kernels"
+part flex 30 "$python" -m medhead_kernels.bench --flex --contexts 2048 32768 --nodes 64 --groups 4 --batches 1 --output "$out/flex"
 part step 130 "$python" -m medhead.bench.step --shapes 1b 8b --nodes 16 64 --output "$out/step"
 part compiled 60 "$python" -m medhead.bench.step --shapes 1b --nodes 64 --steps compiled --heads recurrent --output "$out/compiled"
 part demo 60 "$python" -m medhead.bench --count 4 --repeats 1 --steps graph --proposers hybrid --output "$out/demo"

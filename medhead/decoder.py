@@ -12,19 +12,19 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase, StoppingCriteriaList
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
-from medhead import options
-from medhead.acceptance import TypicalAcceptance
-from medhead.captured import CapturedLoop, CompiledTarget, Plans
+from medhead import generate_options as options
 from medhead.check import CheckReport, check
+from medhead.compile import CapturedLoop, CompiledTarget, Plans
+from medhead.core.acceptance import TypicalAcceptance
+from medhead.core.gumbel import Noise
+from medhead.core.loop import DecodeLoop, StepTimes
+from medhead.core.sequence import Row, Settings
+from medhead.core.stopping import Stopper, token_limit
+from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
-from medhead.hook import restore_generate, teach_generate
-from medhead.loop import DecodeLoop, StepTimes
-from medhead.noise import Noise
+from medhead.model.hf_patch import restore_generate, teach_generate
+from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
-from medhead.row import Row, Settings
-from medhead.stopping import Stopper, token_limit
-from medhead.streaming import ColumnStream
-from medhead.target import Target
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Decoder:
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
-            the target's pass and the heads' guesses. See `medhead.captured`.
+            the target's pass and the heads' guesses. See `medhead.compile`.
         options: further options of the proposer.
 
     Raises:

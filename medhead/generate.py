@@ -13,16 +13,24 @@ from typing import Any
 
 import torch
 
+from medhead.cli.terminal import TerminalPrinter
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
-from medhead.load import DEMO_HEADS, DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import (
+    DEMO_HEADS,
+    DEMO_MODEL,
+    encode_chat,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    pick_dtype,
+)
+from medhead.model.target import ATTENTIONS
 from medhead.proposers import PROPOSERS
 from medhead.proposers.recycling import RecyclingProposer
-from medhead.target import ATTENTIONS
-from medhead.terminal import TerminalPrinter
 
-STEPS = ("loop", "graph", "compiled")  # those that serve users; see `medhead.captured`
+STEPS = ("loop", "graph", "compiled")  # those that serve users; see `medhead.compile`
 EXAMPLES = """\
 examples:
   python -m medhead.generate --prompt "Tell me a story about a dragon."
@@ -237,7 +245,7 @@ def run(args: argparse.Namespace) -> None:
     inputs = torch.tensor([ids], device=device)
     chosen = sampling(args)
     if args.compare:
-        from medhead.compare import compare
+        from medhead.cli.compare import compare
 
         compare(decoder, inputs, chosen, args.seed)
         save_learnt(args, decoder)

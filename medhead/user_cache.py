@@ -19,7 +19,7 @@ import torch
 import transformers
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 T = TypeVar("T")
 

@@ -15,12 +15,12 @@ from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, settings
-from medhead.training.demo.tokenizer import train_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
-from medhead.target import Target
+from medhead.model.target import Target
+from medhead_training.demo.tokenizer import train_tokenizer
 
 settings.register_profile(
     "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
+from medhead.core.tree import TokenTree
+from medhead.model.target import Target
 from medhead.proposers.base import DecodeState, Proposer
-from medhead.target import Target
-from medhead.tree import TokenTree
 
 
 class RandomProposer(Proposer):

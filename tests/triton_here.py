@@ -15,7 +15,7 @@ def _why_not() -> str | None:
         return "triton is not installed (pip install triton)"
     if torch.cuda.is_available():
         return None
-    from medhead.kernels.commit import move
+    from medhead_kernels.commit import move
 
     try:
         move(torch.zeros(1, 1, 1, 1, 16), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long))

@@ -26,8 +26,8 @@ from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads import Heads, load_heads
-from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
-from medhead.target import Target
+from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.target import Target
 
 BUDGET = "budget"
 EXAMPLES = """\

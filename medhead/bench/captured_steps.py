@@ -12,18 +12,18 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from medhead.captured.buffers import Buffers
-from medhead.captured.plans import columns_for
-from medhead.captured.step import FixedStep
-from medhead.captured.ways import make
+from medhead.compile.backends import make
+from medhead.compile.buffers import Buffers
+from medhead.compile.graph_cache import columns_for
+from medhead.compile.step import FixedStep
+from medhead.core.tree import TokenTree
 from medhead.heads import HeadsConfig, build_heads
 from medhead.proposers.base import DecodeState, Proposer
 from medhead.proposers.heads import HeadsProposer
 from medhead.proposers.none import PlainProposer
-from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 DEPTH = 8  # of the heads
 ALONE = "the pass alone"
@@ -82,7 +82,7 @@ _GREEDY = (LogitsProcessorList(), False)
 
 
 def shape_of(target: Target, kind: str) -> HeadsConfig:
-    """Heads as `medhead.training.finetune` makes them by default, for this target."""
+    """Heads as `medhead_training.finetune` makes them by default, for this target."""
     size = target.hidden_size
     taps = sorted({target.layers // 4, target.layers // 2, target.layers - 1}) if kind in ("block", "attention") else []
     heads = max(1, size // 128)

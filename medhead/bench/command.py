@@ -14,10 +14,10 @@ from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import label, machine, plot, summary, table, write_results
-from medhead.captured import WAYS
+from medhead.compile import WAYS
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
-from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers import PROPOSERS
 
 EXAMPLES = """\
@@ -168,7 +168,7 @@ class Progress:
 
 
 def _context(model: Any) -> int:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
     return Target(model, probe=False).context
 

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from medhead.decoder import Decoder, Statistics
 from medhead.heads import load_heads
-from medhead.target import Target
+from medhead.model.target import Target
 
 PROPOSERS_SHOWN = ("ngram", "lookahead", "recycling", "hybrid")
 TRANSFORMERS, LOOKUP, PLAIN = "transformers generate", "transformers prompt lookup", "medhead plain"
@@ -50,7 +50,7 @@ class Lineup:
         proposers: names of further proposers; `hybrid` gets the first heads.
         tree_sizes: further trees of the first heads.
         tree_size: tree of all proposers; each one's own default if None.
-        steps: ways to run a captured step (`medhead.captured`), each for plain decoding and for the first heads.
+        steps: ways to run a captured step (`medhead.compile`), each for plain decoding and for the first heads.
     """
 
     new_tokens: int = 200

@@ -14,7 +14,7 @@ import transformers
 
 from medhead.bench.contestants import PLAIN, TRANSFORMERS
 from medhead.bench.measure import PARTS, Measured
-from medhead.kernels.installed import has_numba
+from medhead_kernels.availability import has_numba
 
 
 def machine() -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 Models have random weights (nothing is downloaded) and the shapes of Llama-3.2-1B, Llama-3.1-8B or Qwen3-30B-A3B. A step of
 `transformers` generate (eager, and with a static cache, which it compiles on CUDA), our plain step, our verify step at
-several tree sizes, and captured steps (`medhead.captured`), with heads of noise as well, are set against the time it takes
+several tree sizes, and captured steps (`medhead.compile`), with heads of noise as well, are set against the time it takes
 to read the weights once at the bandwidth of a copy measured here.
 """
 
@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
-from medhead.acceptance import accept
 from medhead.bench import captured_steps
 from medhead.bench.report import machine, write_results
 from medhead.bench.step_ratios import ratios
-from medhead.captured import WAYS
+from medhead.compile import WAYS
+from medhead.core.acceptance import accept
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads.base import KINDS
-from medhead.kernels.timing import copy_bandwidth
-from medhead.load import pick_device, pick_dtype
-from medhead.target import ATTENTIONS, Target
-from medhead.tree import TokenTree
+from medhead.model.loading import pick_device, pick_dtype
+from medhead.model.target import ATTENTIONS, Target
+from medhead_kernels.timing import copy_bandwidth
 
 EXAMPLES = """\
 examples:

@@ -11,8 +11,8 @@ from typing import Any
 from medhead.bench.prompts import padded
 from medhead.decoder import Decoder
 from medhead.heads import Heads
+from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
-from medhead.target import Target
 
 PLAIN = "none"
 

@@ -18,9 +18,9 @@ from medhead.bench.task_runs import PLAIN, Field, Setting
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead.heads import load_heads
-from medhead.load import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.target import Target
 from medhead.proposers import PROPOSERS
-from medhead.target import Target
 
 SHOWN = ("heads", "ngram", "recycling", "lookahead", "hybrid")
 EXAMPLES = """\

@@ -2,6 +2,6 @@
 
 import sys
 
-from medhead.datastore.command import main
+from medhead.cli.datastore import main
 
 sys.exit(main())

@@ -131,7 +131,7 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from medhead.target import Target
+    from medhead.model.target import Target
 
     config = read_config(folder)
     check_fit(config, Target(model, probe=False), folder)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from medhead.errors import MedheadError
-from medhead.heads.attend import attend
+from medhead.heads.attention_layers import attend
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
+from medhead.heads.draft_cache import Memory
 from medhead.heads.layers import GatedMLP, Linear, Rotary, fuse_layers, split_rows
-from medhead.heads.memory import Memory
 
 
 class JointAttention(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
-from medhead.heads.memory import Memory, MemoryStore, Store
+from medhead.heads.draft_cache import Memory, MemoryStore, Store
 
 __all__ = ["KINDS", "Draft", "Heads", "HeadsConfig", "build_heads", "register_kind"]
 

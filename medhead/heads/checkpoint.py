@@ -18,7 +18,7 @@ from medhead.errors import MedheadError
 from medhead.heads.adapter import SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
 from medhead.heads.base import Heads, build_heads
 from medhead.heads.config import CONFIG_FILE, check_fit, read_config
-from medhead.heads.interop import import_heads, is_foreign
+from medhead.heads.formats import import_heads, is_foreign
 from medhead.heads.mtp import MTP, load_mtp
 
 _PREFIX = f"base_model.model.{SUBMODULE}."
@@ -44,7 +44,7 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
 
 
 def load_heads(folder: str | Path, target: Any) -> Heads:
-    """Load heads for a target (a `medhead.target.Target`), on its device and in its type; also from the layouts of `interop`.
+    """Load heads for a target (`medhead.model.target.Target`), on its device and in its type; also from `heads.formats`.
 
     Raises:
         MedheadError: the checkpoint is missing, damaged, or made for another model.

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
-from medhead.attention import NAME, TreePass, tree_pass
-from medhead.cache import CacheLayout, Slot, TreeCache
 from medhead.errors import MedheadError
 from medhead.heads.base import Draft, Heads, HeadsConfig
-from medhead.heads.memory import Remember
+from medhead.heads.draft_cache import Remember
+from medhead.model.attention import NAME, TreePass, tree_pass
+from medhead.model.kv_cache import CacheLayout, Slot, TreeCache
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 MTP = "mtp"  # given instead of a folder: the layers in the target's own checkpoint
 DEPTH = 8  # deepest tree that may be asked for; the last layer speaks for all depths beyond it

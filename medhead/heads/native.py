@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medhead.heads.readout import TABLE_BYTES, Readout
+from medhead.heads.output_head import TABLE_BYTES, Readout
 from medhead.heads.recurrent import RecurrentHeads
 from medhead.heads.sequential import SequentialHeads
-from medhead.kernels.loops import Array, array_of, gelu, layer_norm, loop, number, product, silu
+from medhead_kernels.loops import Array, array_of, gelu, layer_norm, loop, number, product, silu
 
 
 class Cell(Protocol):

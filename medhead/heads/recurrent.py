@@ -9,8 +9,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
+from medhead.heads.draft_cache import Memory
 from medhead.heads.layers import PathCell
-from medhead.heads.memory import Memory
 
 
 @register_kind("recurrent")

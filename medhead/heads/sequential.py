@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
+from medhead.heads.draft_cache import Memory
 from medhead.heads.layers import Linear
-from medhead.heads.memory import Memory
 
 
 class SpeculatorNorm(nn.Module):

@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.acceptance import Accepted
-    from medhead.noise import ComingNoise
+    from medhead.core.acceptance import Accepted
+    from medhead.core.gumbel import ComingNoise
+    from medhead.model.target import Target
     from medhead.proposers.candidates import Candidates
-    from medhead.target import Target
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Proposer:
         taps: layers of the target whose outputs it reads; none for the last hidden state.
         may_miss: whether it learns from passes without needing every one.
         costly: whether naming candidates takes long enough to think about whether it pays.
-        capturable: whether its part of a step can be captured (`medhead.captured`): shapes that never change, nothing that
+        capturable: whether its part of a step can be captured (`medhead.compile`): shapes that never change, nothing that
             the host has to know. Then it has the methods that end in `_at`.
     """
 

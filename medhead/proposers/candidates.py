@@ -18,10 +18,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medhead.kernels.installed import candidate_loops, has_numba
-from medhead.proposers.guesses import Guesses
-from medhead.sampling import on_host
-from medhead.tree import TokenTree
+from medhead.core.sampling import on_host
+from medhead.core.tree import TokenTree
+from medhead.proposers.trie import Guesses
+from medhead_kernels.availability import candidate_loops, has_numba
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
 _MIX, _PLACE = 6364136223846793005, 1442695040888963407  # of the hash of a path

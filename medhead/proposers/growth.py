@@ -13,8 +13,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from medhead.core.tree import TokenTree
 from medhead.proposers.candidates import Candidates
-from medhead.tree import TokenTree
 
 
 class Expander(Protocol):

@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medhead.core.gumbel import ComingNoise
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
-from medhead.heads.memory import Memory, MemoryStore, Store, write_behind
-from medhead.heads.readout import Readout, shared_readout
-from medhead.noise import ComingNoise
-from medhead.packed_weights import fits
+from medhead.heads.draft_cache import Memory, MemoryStore, Store, write_behind
+from medhead.heads.output_head import Readout, shared_readout
+from medhead.model.packed_linear import fits
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates, compile_loops
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.native_growth import NativeGrowth, native_growth
 from medhead.proposers.static_tree import StaticShape
-from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 UNLIKELY, LIKELY = 0.03, 0.2  # between these lies the probability from which on a guess pays for itself
 _WORTH = 0.8  # tokens that a guess which comes true is worth, per level of heads that it took

@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
-from medhead.budget import TreeBudget
-from medhead.costs import PassCosts, costs_batch, costs_of, known_costs
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, compile_loops, merge
-from medhead.tree import TokenTree
+from medhead.scheduling.cost_model import PassCosts, costs_batch, costs_of, known_costs
+from medhead.scheduling.tree_size import TreeBudget
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 MOST_NODES = 64
 _FOLLOW = 0.1  # weight of the newest pass

@@ -16,16 +16,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates, from_guesses
-from medhead.proposers.guesses import Guesses, plant
 from medhead.proposers.lookahead_sizes import DEFAULTS, MOST_NODES, fit, nodes_needed, tuned_sizes
+from medhead.proposers.trie import Guesses, plant
 from medhead.proposers.window import Pool, Window
-from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 
 @register_proposer("lookahead")

@@ -9,7 +9,7 @@ from medhead import user_cache
 from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 MOST_NODES = 256
 

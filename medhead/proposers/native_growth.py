@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
-from medhead.kernels.installed import has_numba, loops
 from medhead.proposers.candidates import Candidates
+from medhead_kernels.availability import has_numba, loops
 
 if TYPE_CHECKING:
-    from medhead.heads.readout import Readout
-    from medhead.noise import ComingNoise
+    from medhead.core.gumbel import ComingNoise
+    from medhead.heads.output_head import Readout
 
 _ROUNDS = 5  # of each way, by turns
 

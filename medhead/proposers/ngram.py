@@ -9,16 +9,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from medhead.core.tree import TokenTree
 from medhead.datastore.store import Datastore, check_fit
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates, from_guesses
-from medhead.proposers.guesses import Guesses, plant
-from medhead.proposers.recall import StoreMemory, TextMemory
-from medhead.tree import TokenTree
+from medhead.proposers.ppm import StoreMemory, TextMemory
+from medhead.proposers.trie import Guesses, plant
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 
 @register_proposer("ngram")

@@ -13,15 +13,15 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.recycling_state import load_state, save_state
-from medhead.tree import TokenTree
 
 if TYPE_CHECKING:
-    from medhead.target import Target
+    from medhead.model.target import Target
 
 _UNSEEN = -20.0  # log-probability of a successor that was never seen
 

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from medhead.core.tree import TokenTree, rank_parents, sorted_ranks
 from medhead.errors import MedheadError
 from medhead.proposers.growth import Expander
-from medhead.tree import TokenTree, rank_parents, sorted_ranks
 
 
 def best_static_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:

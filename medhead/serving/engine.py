@@ -20,13 +20,13 @@ import torch
 
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.options import check_seed
+from medhead.generate_options import check_seed
 from medhead.proposers.base import Proposer, build_proposer
-from medhead.serving.checks import check_request
-from medhead.serving.lane import Lane
-from medhead.serving.requests import QueueFullError, Reason, Request, Result, Stopped
-from medhead.serving.seat import Seat
-from medhead.serving.ticket import Ticket
+from medhead.serving.decode_batch import Lane
+from medhead.serving.handle import Ticket
+from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
+from medhead.serving.request_state import Seat
+from medhead.serving.validation import check_request
 
 LOG = logging.getLogger(__name__)
 MOST_LANES = 8  # idle lanes beyond these are forgotten, with what their proposers learnt

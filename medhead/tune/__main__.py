@@ -2,7 +2,7 @@
 
 import sys
 
-from medhead.tune.command import main
+from medhead.cli.tune import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,7 +1,0 @@
-"""`python -m medhead.app`."""
-
-import sys
-
-from .command import main
-
-sys.exit(main())

@@ -1,0 +1,1 @@
+"""The `medhead` command: one module for each subcommand, and what they share."""

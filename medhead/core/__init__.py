@@ -1,0 +1,1 @@
+"""The decode step and its parts: trees, acceptance, sampling, stopping, the loop."""

@@ -1,0 +1,81 @@
+"""Does this model verify a token tree correctly? Found by trying, not by a list of names."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from medhead.core.tree import TokenTree
+from medhead.errors import UnsupportedTargetError
+
+if TYPE_CHECKING:
+    from medhead.model.target import Target
+
+PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
+PREFIXES = (5, 3)  # two rows of different length
+TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
+HALF_TOLERANCE = 0.1
+
+
+@torch.inference_mode()
+def check_target(target: Target) -> None:
+    """Compare logits of a small tree with the logits of its paths, one by one, under the model's own attention.
+
+    Raises:
+        UnsupportedTargetError: they differ, or the pass over the tree fails.
+    """
+    tree, prefixes = _probe_tree(target)
+    expected = _path_by_path(target, tree, prefixes)
+    try:
+        with target.active():
+            cache = target.new_cache(len(prefixes), 32)
+            target.prefill(cache, prefixes)
+            logits, _ = target.verify(cache, tree)
+    except UnsupportedTargetError:
+        raise
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        raise UnsupportedTargetError(
+            f"{target.name} cannot verify a token tree: its attention does not go through transformers' registry ({reason})"
+        ) from error
+    logits = logits.float()
+    allowed = TOLERANCE.get(target.dtype, HALF_TOLERANCE) * float(expected.abs().max().clamp(min=1e-3))
+    difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("nan")
+    if not difference <= allowed:
+        raise UnsupportedTargetError(
+            f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
+            f"(allowed {allowed:.3g}); its layers are recurrent, or its attention ignores transformers' registry"
+        )
+
+
+def _probe_tree(target: Target) -> tuple[TokenTree, list[list[int]]]:
+    generator = torch.Generator().manual_seed(0)
+    high = min(target.vocab_size, int(target.embedding.num_embeddings))
+    draw = torch.randint(0, high, (len(PREFIXES), max(PREFIXES) + len(PARENTS)), generator=generator)
+    prefixes = [row[:length].tolist() for row, length in zip(draw, PREFIXES, strict=True)]
+    tokens = draw[:, max(PREFIXES) :].to(target.device)
+    return TokenTree.from_parents(tokens, torch.tensor(PARENTS, device=target.device)), prefixes
+
+
+def _path_by_path(target: Target, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
+    """`[batch, nodes, vocab]` float32: logits at every node, each from an ordinary pass over prefix and path."""
+    training = target.model.training
+    target.model.eval()
+    rows = []
+    try:
+        for row, prefix in enumerate(prefixes):
+            found = []
+            for node in range(tree.nodes):
+                path, at = [], node
+                while at:
+                    path.append(int(tree.tokens[row, at]))
+                    at = int(tree.parents[row, at])
+                ids = [*prefix, int(tree.tokens[row, 0]), *path[::-1]]
+                output = target.model(input_ids=torch.tensor([ids], device=target.device), use_cache=False)
+                found.append(output.logits[0, -1].float())
+            rows.append(torch.stack(found))
+    finally:
+        target.model.train(training)
+    return torch.stack(rows).to(target.device)

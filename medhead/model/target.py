@@ -1,0 +1,329 @@
+"""The target: any causal language model of transformers, made to verify token trees without touching its code."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from medhead.core.tree import TokenTree
+from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.model.attention import NAME, TreePass, tree_pass
+from medhead.model.kv_cache import TreeCache
+from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
+from medhead.model.packed_linear import PackedWeights
+from medhead_kernels.backends import BACKENDS, MOST_NODES, Backend, BackendError, Case, choose
+
+PREFILL_CHUNK = 1024
+ATTENTIONS = ("auto", *BACKENDS)
+
+
+class Target:
+    """A model that verifies trees.
+
+    Args:
+        model: what `from_pretrained` returned; a `PeftModel` around one is fine.
+        probe: check with a small tree that the model verifies trees correctly.
+        attention: `sdpa` (PyTorch's kernels with a dense mask; what they cannot do, soft-capping and sinks, falls to the
+            reference), `triton` (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged
+            with the tree's own block) or `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `triton`
+            on CUDA where it serves the model, else `sdpa`. Layers that a named backend cannot serve say so once.
+        packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
+            rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
+
+    Raises:
+        MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
+        UnsupportedTargetError: the model cannot verify a tree (recurrent or convolutional layers, an attention that does
+            not go through transformers' registry, an encoder).
+    """
+
+    compiles = False  # whether passes, and what `compiled` is given, are compiled
+
+    def __init__(
+        self, model: nn.Module, probe: bool = True, attention: str = "auto", packed: bool | None = None
+    ) -> None:
+        if attention not in ATTENTIONS:
+            raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        inner: Any = model
+        if hasattr(model, "get_base_model"):  # PEFT
+            inner = inner.get_base_model()
+        if not isinstance(inner, PreTrainedModel):
+            raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
+        self.model: Any = inner
+        self.name = type(inner).__name__
+        if getattr(inner.config, "is_encoder_decoder", False):
+            raise UnsupportedTargetError(f"{self.name} has an encoder; medhead decodes decoder-only models")
+        self.output: Any = inner.get_output_embeddings()
+        if not isinstance(self.output, nn.Module):
+            raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
+        self.config = inner.config.get_text_config(decoder=True)
+        self.embedding: Any = inner.get_input_embeddings()
+        weight: Any = self.output.weight
+        self.vocab_size, self.hidden_size = weight.shape
+        self.device = self.embedding.weight.device
+        self.dtype = weight.dtype
+        self.layers = int(getattr(self.config, "num_hidden_layers", 0))
+        self.context = context_length(self.config)
+        self._configs = attention_configs(inner)
+        self._cache_name = cache_argument(inner)
+        self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
+        self._hidden: Tensor | None = None
+        self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
+        self._active = False
+        self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
+        self.layout = find_layout(inner)
+        self.backend = self._choose(attention)
+        if probe:
+            self._probe(attention)
+
+    # ---------------------------------------------------------------- passes
+
+    @contextmanager
+    def active(self, taps: Sequence[int] = ()) -> Iterator[None]:
+        """While active, the model's attention is medhead's; afterwards the model is as it was.
+
+        Args:
+            taps: layers whose outputs are the features that passes return; none for the last hidden state.
+        """
+        if self._active:
+            if tuple(taps) != tuple(self._taps):
+                raise MedheadError(f"{self.name} is read at layers {list(self._taps)} already, asked for {list(taps)}")
+            yield
+            return
+        before = [config._attn_implementation for config in self._configs]
+        training = self.model.training
+        with self.listening(taps), self.packed_weights.active():
+            try:
+                self._active = True
+                self.model.eval()
+                for config in self._configs:
+                    config._attn_implementation = NAME
+                yield
+            finally:
+                for config, name in zip(self._configs, before, strict=True):
+                    config._attn_implementation = name
+                self.model.train(training)
+                self._active = False
+
+    @contextmanager
+    def listening(self, taps: Sequence[int] = ()) -> Iterator[None]:
+        """While listening, passes of the model leave their features behind; nothing else of the model is changed."""
+        hooks = [*self._tap(taps), self.output.register_forward_pre_hook(self._capture)]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._hidden, self._select, self._taps = None, None, {}
+
+    def new_cache(self, batch: int, capacity: int) -> TreeCache:
+        """An empty cache for `batch` rows of about `capacity` tokens."""
+        return TreeCache(self.layout, batch, capacity)
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """The target's one pass over all nodes.
+
+        Returns:
+            logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
+            sees), or the outputs of the tapped layers behind each other.
+        """
+        current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
+        cache.begin(tree.nodes)
+        if self._takes_words(tree.nodes):
+            current.backend, current.words = self.backend, tree.ancestor_words
+            current.host_lengths = tuple(cache.lengths)
+        return self._forward(cache, tree.tokens, tree.depth, current)
+
+    def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
+        """A function of tensors of just these sizes, for proposers; compiled where passes are.
+
+        Args:
+            what: its name, for people.
+            run: must not read tensors.
+            given: arguments that it is called with while it is compiled.
+        """
+        return run
+
+    def verify_at(self, cache: TreeCache, tree: TokenTree, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The same pass behind prefixes whose lengths `[batch]` only the device knows.
+
+        All shapes depend on those of the arguments alone and the host reads nothing, so it can be part of a CUDA graph.
+
+        Args:
+            cache: with room for the nodes.
+            tree: what to verify.
+            lengths: committed tokens of every row.
+        """
+        words = tree.ancestor_words if self._takes_words(tree.nodes) else None
+        return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths)
+
+    def verify_nodes(
+        self,
+        cache: TreeCache,
+        tokens: Tensor,
+        depth: Tensor,
+        visible: Tensor,
+        words: Tensor | None,
+        lengths: Tensor,
+        columns: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """`verify_at` for the parts of a tree.
+
+        Args:
+            cache: with room for the nodes.
+            tokens: `[batch, nodes]`.
+            depth: `[batch, nodes]`.
+            visible: `[batch, nodes, nodes]`.
+            words: ancestor words, where the backend wants them.
+            lengths: `[batch]`.
+            columns: columns of the cache that attention looks at, prefix and nodes among them; all of them if None.
+        """
+        nodes = tokens.shape[1]
+        longest = (cache.capacity if columns is None else columns) - nodes
+        plain = self.backend.name == "reference"
+        current = TreePass(lengths, longest, depth, None if nodes == 1 else visible, nodes, plain)
+        if words is not None:
+            current.backend, current.words = self.backend, words
+        cache.begin_at(lengths, nodes, columns)
+        return self._forward(cache, tokens, depth, current)
+
+    def prefill(
+        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
+    ) -> Tensor:
+        """Fill an empty cache with the tokens of each row, in chunks.
+
+        Args:
+            cache: an empty cache with one row for each of `rows`.
+            rows: token ids; the rows may have different lengths, and may be empty.
+            on_chunk: called with the features `[batch, nodes, size]` of every chunk and the position of its first token.
+
+        Returns:
+            `[batch, size]`: features of every row's last token; zeros for an empty row.
+        """
+        lengths = torch.tensor([len(row) for row in rows], device=self.device)
+        longest = max(map(len, rows))
+        found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
+        padded = torch.zeros(len(rows), longest, dtype=torch.long)
+        for index, row in enumerate(rows):
+            padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
+        padded = padded.to(self.device)
+        for start in range(0, longest, PREFILL_CHUNK):
+            tokens = padded[:, start : start + PREFILL_CHUNK]
+            nodes = tokens.shape[1]
+            cache.lengths = [start] * len(rows)
+            depth = torch.arange(nodes, device=self.device)[None]
+            last = (lengths - 1 - start).clamp(0, nodes - 1)
+            self._select = last
+            cache.begin(nodes)
+            _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+            self._select = None
+            if on_chunk is not None:
+                on_chunk(features, start)
+            inside = (lengths > start) & (lengths <= start + nodes)
+            at_last = features[torch.arange(len(rows), device=self.device), last]
+            found = torch.where(inside[:, None], at_last.to(found.dtype), found)
+        cache.lengths = [len(row) for row in rows]
+        return found
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Input embeddings of token ids, `[*tokens.shape, hidden]`."""
+        return self.embedding(tokens)
+
+    def read_hidden(self, model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
+
+        Args:
+            model: the target's model, or what wraps it.
+            input_ids: `[rows, length]`.
+            position_ids: `[rows, length]`; where they start again at 0 a new text begins, which does not see the one before.
+        """
+        self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
+        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        self._select = None
+        assert self._hidden is not None, "only inside `with target.listening()`"
+        return self._hidden, self._features()
+
+    # ---------------------------------------------------------------- inside
+
+    def _choose(self, attention: str) -> Backend:
+        cases = [Case(k.device.type, k.dtype, k.dim, v.dim) for k, v in self.layout.layers.values()]
+        try:
+            return choose(attention, cases)
+        except BackendError as error:
+            raise MedheadError(str(error)) from None
+
+    def _probe(self, attention: str) -> None:
+        """Check the target; a kernel that nobody asked for by name gives way, out loud, where it is what fails."""
+        from medhead.model.probe import check_target
+
+        try:
+            check_target(self)
+        except UnsupportedTargetError as error:
+            if self.backend.dense:
+                raise
+            if attention != "auto":
+                raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
+            name, self.backend = self.backend.name, BACKENDS["sdpa"]
+            check_target(self)
+            warnings.warn(
+                f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}", stacklevel=3
+            )
+
+    def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int | None = None) -> TreePass:
+        longest, uniform = max(cache.lengths), min(cache.lengths) == max(cache.lengths)
+        lengths = None if uniform else torch.tensor(cache.lengths, device=self.device)
+        plain = self.backend.name == "reference"
+        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain)
+
+    def _takes_words(self, nodes: int) -> bool:
+        """Whether a kernel backend serves a pass over so many nodes."""
+        return not self.backend.dense and nodes <= MOST_NODES
+
+    def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
+        start = current.longest if current.lengths is None else current.lengths[:, None]
+        positions = (depth + start).expand(tokens.shape)
+        with tree_pass(current):
+            output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
+        return output.logits, self._features()
+
+    @property
+    def feature_size(self) -> int:
+        """Size of the features of one token."""
+        return int(self.hidden_size) * max(1, len(self._taps))
+
+    def _features(self) -> Tensor:
+        assert self._hidden is not None, "only inside `with target.active()`"
+        if not self._taps:
+            return self._hidden
+        outputs = [tapped.to(self.device) for tapped in self._taps.values() if tapped is not None]
+        assert len(outputs) == len(self._taps)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _tap(self, taps: Sequence[int]) -> list[Any]:
+        """Hooks that remember the outputs of layers."""
+        if not taps:
+            return []
+        layers = decoder_layers(self.model, self.layers)
+        self._taps = dict.fromkeys(taps)
+
+        def remember(layer: int) -> Callable[..., None]:
+            def hook(module: nn.Module, args: Any, output: Any) -> None:
+                self._taps[layer] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        return [layers[layer].register_forward_hook(remember(layer)) for layer in taps]
+
+    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it goes on."""
+        hidden = args[0]
+        self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
+        if self._select is None:
+            return None
+        rows = torch.arange(hidden.shape[0], device=hidden.device)
+        return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])

@@ -1,0 +1,127 @@
+"""What a caller holds of a request that was submitted."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+from medhead.serving.request import EngineError, Piece, Request, Result
+
+_END = object()
+
+
+class Ticket:
+    """Pieces of the output as they come, and the result at the end.
+
+    Use one of `for piece in ticket`, `async for piece in ticket.stream()`, or `await ticket.finish()` /
+    `ticket.wait()` for everything at once; every piece is read once. The engine never waits for a slow reader.
+
+    Attributes:
+        request: what was asked for.
+        result: filled as the request goes on; final once `done`.
+    """
+
+    def __init__(self, request: Request, notify: Callable[[], None] = lambda: None) -> None:
+        self.request, self.result = request, Result(prompt_tokens=len(request.prompt))
+        self._queue: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self._done, self._cancelled = threading.Event(), threading.Event()
+        self._error: str | None = None
+        self._notify = notify
+        self._wake: Callable[[], None] | None = None
+
+    # ---------------------------------------------------------------- the caller's side
+
+    def __iter__(self) -> Iterator[Piece]:
+        """Pieces until the end.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        while (item := self._queue.get()) is not _END:
+            yield item
+        self._over()
+
+    async def stream(self) -> AsyncIterator[Piece]:
+        """Pieces until the end, for asyncio. Leaving the loop early does not cancel: call `cancel`.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        loop, ready = asyncio.get_running_loop(), asyncio.Event()
+
+        def wake() -> None:
+            loop.call_soon_threadsafe(ready.set)
+
+        self._wake = wake
+        while True:
+            ready.clear()
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                await ready.wait()
+                continue
+            if item is _END:
+                break
+            yield item
+        self._over()
+
+    def wait(self) -> str:
+        """The whole text, once it is there.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        return "".join(piece.text for piece in self)
+
+    async def finish(self) -> str:
+        """The whole text, for asyncio.
+
+        Raises:
+            EngineError: the request failed.
+        """
+        return "".join([piece.text async for piece in self.stream()])
+
+    def cancel(self) -> None:
+        """Nobody waits for it any more; its row is free after the step that runs now. May be called at any time."""
+        self._cancelled.set()
+        self._notify()
+
+    @property
+    def done(self) -> bool:
+        """Whether it has ended, one way or another."""
+        return self._done.is_set()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled.is_set()
+
+    # ---------------------------------------------------------------- the engine's side
+
+    def put(self, piece: Piece) -> None:
+        """Hand on a piece."""
+        self._queue.put(piece)
+        self._awake()
+
+    def end(self, error: str | None = None) -> None:
+        """There will be no more pieces."""
+        self._error = error
+        self._done.set()
+        self._queue.put(_END)
+        self._awake()
+
+    def _awake(self) -> None:
+        if (wake := self._wake) is not None:
+            try:
+                wake()
+            except RuntimeError:  # the caller's event loop is closed: nobody listens
+                self._wake = None
+
+    def _over(self) -> None:
+        """Somebody has read the end; whoever reads after him finds it too."""
+        self._queue.put(_END)
+        if self._error is not None:
+            raise EngineError(self._error)

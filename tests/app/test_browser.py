@@ -1,0 +1,499 @@
+"""The page in a real browser: Debian's chromium, driven by Playwright."""
+
+from __future__ import annotations
+
+import math
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from page_engine import STORY, ScriptedEngine
+
+from medhead_app.service import Service
+
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+if CHROMIUM is None:
+    pytest.skip(
+        "no chromium here (apt-get install chromium): the page is not tested in a browser", allow_module_level=True
+    )
+sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed (pip install playwright)")
+pytest.importorskip("gradio", reason="gradio is not installed")
+pytest.importorskip("uvicorn", reason="uvicorn is not installed")
+
+pytestmark = pytest.mark.slow
+FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 844}, "has_touch": True, "is_mobile": True}
+ATTACK = (
+    "see <b>bold</b> and <script>window.pwned = 1</script> & <img src=x onerror='window.pwned = 2'>"
+    "\n\n```html\n<i>code</i>\n```\n"
+)
+BOX, SEND, STOP = "#mh-message textarea", "#mh-send", "#mh-stop"
+LAST = ".mh-assistant:last-child"
+WORDS = len(ScriptedEngine().tokenizer(STORY)["input_ids"])
+PASSES = WORDS / math.ceil(WORDS / 3)  # tokens a pass of the scripted engine's guesses
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as play:
+        chromium = play.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield chromium
+        chromium.close()
+
+
+@dataclass
+class Site:
+    """A served page over a scripted engine whose script and pace can be changed."""
+
+    engine: ScriptedEngine
+    url: str
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[Site]:
+    from medhead_app.chat.build import build_page
+    from medhead_app.chat.theme import look
+    from medhead_app.listen import in_thread
+    from medhead_app.server import build_app
+
+    engine = ScriptedEngine()
+    service = Service(engine, engine.tokenizer, "scripted model")  # type: ignore[arg-type]
+    with in_thread(build_app(service, build_page(service), look()), service) as url:
+        yield Site(engine, url)
+
+
+@pytest.fixture
+def engine(site: Site) -> ScriptedEngine:
+    """As it is at first, nobody served."""
+    wait_for(lambda: site.engine.running == 0, 10)
+    site.engine.script, site.engine.delay, site.engine.crash = STORY, 0.04, False
+    site.engine.max_rows = site.engine.max_queue = 8
+    site.engine.requests.clear()
+    return site.engine
+
+
+@pytest.fixture
+def opened(browser: Any, site: Site, engine: ScriptedEngine) -> Iterator[Callable[..., Any]]:
+    """Opens pages; afterwards nothing may have gone wrong or elsewhere in any of them."""
+    contexts, wrong = [], []
+
+    def open_page(options: dict[str, Any] = DESKTOP) -> Any:
+        context = browser.new_context(**options, permissions=["clipboard-read", "clipboard-write"])
+        contexts.append(context)
+        page = context.new_page()
+        page.set_default_timeout(20_000)
+        page.on("pageerror", lambda error: wrong.append(str(error)))
+        page.on("request", lambda request: None if is_local(request.url, site) else wrong.append(request.url))
+        page.goto(site.url)
+        page.wait_for_selector(".mh-hello:visible")
+        page.wait_for_function("() => localStorage.getItem('medhead:current')")  # the first event has come back
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert wrong == []
+
+
+def is_local(url: str, site: Site) -> bool:
+    return url.startswith((site.url, "data:", "blob:"))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float) -> float:
+    """Seconds until the condition held."""
+    began = time.perf_counter()
+    while not condition():
+        assert time.perf_counter() - began < seconds, "it did not happen in time"
+        time.sleep(0.01)
+    return time.perf_counter() - began
+
+
+def say(page: Any, text: str, until_done: bool = True) -> None:
+    before = page.locator(".mh-user").count()
+    page.fill(BOX, text)
+    page.press(BOX, "Enter")
+    page.wait_for_function("before => document.querySelectorAll('.mh-user').length > before", arg=before)
+    if until_done:
+        done(page)
+    else:
+        page.wait_for_selector(f"{STOP}:visible")
+
+
+def done(page: Any) -> None:
+    """Wait until an answer is complete."""
+    page.wait_for_selector(f"{SEND}:visible")
+    page.wait_for_function("() => !document.querySelector('.mh-busy')")
+
+
+def last_text(page: Any) -> str:
+    return page.inner_text(f"{LAST} .mh-body")
+
+
+WATCH = """names => {
+  const place = (name) => {
+    const found = [...document.querySelectorAll(name)].find((node) => node.getClientRects().length);
+    const box = found && found.getBoundingClientRect();
+    return box ? [name, box.x, box.y, box.width, box.height].join(' ') : name;
+  };
+  window.seen = [];
+  const look = () => {
+    const body = document.querySelector('.mh-assistant .mh-body');
+    const length = body ? body.innerText.length : 0;
+    const now = { length, places: names.map(place) };
+    if (!window.seen.length || JSON.stringify(window.seen.at(-1)) !== JSON.stringify(now)) window.seen.push(now);
+    requestAnimationFrame(look);
+  };
+  look();
+}"""
+
+
+def watch(page: Any) -> None:
+    """From now on the page notes, in every frame, how long the answer is and where the parts stand that must not move."""
+    names = [".mh-strip", ".mh-composer", BOX, ".mh-scroll", ".mh-tabs .tab-wrapper", ".mh-legend", "#mh-clear"]
+    if page.viewport_size["width"] > 1000:
+        names += [".mh-tree-box", ".mh-lengths-box", ".mh-rows", "#mh-proposer"]
+    page.evaluate(WATCH, names)
+
+
+def fits(page: Any) -> bool:
+    """Whether nothing stands out sideways."""
+    return page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
+
+
+@pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_tokens_arrive_one_by_one_and_nothing_moves(opened: Any, options: dict[str, Any]) -> None:
+    page = opened(options)
+    page.wait_for_timeout(600)  # sides slide
+    watch(page)
+    say(page, "Tell me a story.")
+    page.wait_for_timeout(200)
+    seen = page.evaluate("() => window.seen")
+    lengths = [each["length"] for each in seen]
+    assert len(set(lengths)) >= 8
+    assert lengths == sorted(lengths)
+    assert {tuple(each["places"]) for each in seen} == {tuple(seen[0]["places"])}
+    assert last_text(page).strip() == STORY.strip()
+    assert fits(page)
+    assert "tokens a pass" in page.inner_text(".mh-live")
+    assert page.inner_text(".mh-numbers b >> nth=1").strip() == f"{PASSES:.2f}"
+
+
+def test_where_tokens_came_from_and_the_panel(opened: Any) -> None:
+    page = opened()
+    say(page, "Tell me a story.")
+    token = page.locator(f"{LAST} .mh-token.mh-heads").first
+    assert token.get_attribute("title") == "head at depth 1"
+    shade = token.evaluate("node => getComputedStyle(node).backgroundColor")
+    assert shade not in ("rgba(0, 0, 0, 0)", "transparent")
+    assert page.locator(".mh-tree .mh-accepted").count() >= 2
+    assert page.locator(".mh-tree .mh-rejected").count() == 2
+    assert page.locator(".mh-lengths .mh-bar").count() == 2
+    page.uncheck("text=Show where tokens came from")
+    page.wait_for_selector(f"{LAST} .mh-body p")
+    assert page.locator(".mh-message .mh-token").count() == 0
+
+
+def test_stop_frees_the_row_and_keeps_the_text(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.1
+    say(page, "Tell me a story.", until_done=False)
+    page.wait_for_selector(f"{LAST} .mh-token >> nth=4")
+    page.click(STOP)
+    wait_for(lambda: engine.running == 0, 1.0)
+    page.wait_for_selector(f"{SEND}:visible")
+    assert 0 < len(last_text(page)) < len(STORY) / 2
+    assert "stopped by you" in page.inner_text(f"{LAST} .mh-facts")
+
+
+def test_closing_the_page_frees_its_rows(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.1
+    say(page, "Tell me a story.", until_done=False)
+    page.get_by_role("tab", name="Race").click()
+    page.click("#mh-race")
+    wait_for(lambda: engine.running == 3, 10)
+    page.close()
+    wait_for(lambda: engine.running == 0, 1.0)
+
+
+def test_regenerate_edit_undo_clear_copy(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.005
+    say(page, "First question")
+    first = engine.requests[-1]
+    engine.script = "Another answer. "
+    page.click(f"{LAST} [data-tool=retry]")
+    page.wait_for_function(
+        "() => document.querySelector('.mh-assistant .mh-body')?.innerText.trim() === 'Another answer.'"
+    )
+    done(page)
+    assert engine.requests[-1].prompt == first.prompt
+    assert engine.requests[-1].seed != first.seed
+    assert page.locator(".mh-message").count() == 2
+
+    page.click(f"{LAST} [data-tool=copy]")
+    page.wait_for_function("async () => (await navigator.clipboard.readText()).trim() === 'Another answer.'")
+
+    page.hover(".mh-user")
+    page.click(".mh-user [data-tool=edit]")
+    page.fill(".mh-edit", "Second question")
+    page.press(".mh-edit", "Enter")
+    page.wait_for_function("() => document.querySelector('.mh-user .mh-body').innerText === 'Second question'")
+    wait_for(lambda: len(engine.requests) == 3, 5)
+    page.wait_for_selector(f"{SEND}:visible")
+    assert "Second question" in engine.tokenizer.decode(engine.requests[-1].prompt)
+    page.wait_for_selector(f"{LAST} [data-tool=undo]:visible")
+
+    page.click(f"{LAST} [data-tool=undo]")
+    page.wait_for_selector(".mh-hello:visible")
+    assert page.input_value(BOX) == "Second question"
+
+    say(page, "Third question")
+    page.click("#mh-clear")
+    page.wait_for_selector(".mh-hello:visible")
+    assert page.locator(".mh-message").count() == 0
+
+
+def test_editing_can_be_left(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.0
+    say(page, "First question")
+    page.hover(".mh-user")
+    page.click(".mh-user [data-tool=edit]")
+    page.fill(".mh-edit", "something else")
+    page.press(".mh-edit", "Escape")
+    assert page.inner_text(".mh-user .mh-body") == "First question"
+    assert len(engine.requests) == 1
+
+
+@pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
+def test_a_race_ends_with_its_ratio(opened: Any, engine: ScriptedEngine, options: dict[str, Any]) -> None:
+    page = opened(options)
+    engine.delay = 0.01
+    page.get_by_role("tab", name="Race").click()
+    verdict = page.locator(".mh-verdict").bounding_box()
+    page.fill("#mh-race-prompt textarea", "Tell me a story.")
+    page.click("#mh-race")
+    page.wait_for_selector("#mh-race-plain .mh-token")
+    assert page.locator(".mh-verdict").bounding_box() == verdict
+    page.wait_for_selector(".mh-ratio")
+    assert page.inner_text(".mh-ratio") == f"{PASSES:.2f}×"
+    assert page.inner_text(".mh-identical") == "yes"
+    assert page.inner_text("#mh-race-plain .mh-card-text").strip() == STORY.strip()
+    assert page.inner_text("#mh-race-guessing .mh-card-text").strip() == STORY.strip()
+    assert page.locator(".mh-verdict").bounding_box() == verdict
+    assert page.is_visible("#mh-race")
+    assert fits(page)
+    cards = [page.locator(f"#mh-race-{name} .mh-card").bounding_box() for name in ("plain", "guessing")]
+    for card in cards:
+        assert card["y"] + card["height"] <= verdict["y"] + 1
+
+
+def test_the_proposer_and_settings_act_on_the_next_message(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.0
+    say(page, "One")
+    page.click("#mh-proposer input")
+    page.get_by_role("option", name="ngram").click()
+    page.fill("[aria-label='number input for Temperature']", "0")
+    page.press("[aria-label='number input for Temperature']", "Tab")
+    page.get_by_label("System prompt").fill("Be kind.")
+    page.get_by_label("Seed").fill("41")
+    say(page, "Two")
+    first, second = engine.requests
+    assert (first.proposer, second.proposer) == (None, "ngram")
+    assert (second.temperature, second.seed) == (0, 41)
+    assert "Be kind." in engine.tokenizer.decode(second.prompt)
+    page.wait_for_selector(f"{LAST} .mh-ngram")
+    page.get_by_label("Seed").fill("no number")
+    page.fill(BOX, "Three")
+    page.press(BOX, "Enter")
+    page.wait_for_selector(".mh-state:has-text('not a number')")
+    assert page.input_value(BOX) == "Three"
+
+
+def test_conversations_are_kept_in_the_browser(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.0
+    say(page, "About dogs")
+    page.reload()
+    page.wait_for_selector(LAST)
+    assert last_text(page).strip() == STORY.strip()
+    assert page.locator(f"{LAST} .mh-heads").count() > 10
+    assert page.locator(".mh-tree .mh-accepted").count() >= 2
+
+    page.click(".mh-new")
+    page.wait_for_selector(".mh-hello:visible")
+    say(page, "About cats")
+    assert "About dogs" not in engine.tokenizer.decode(engine.requests[-1].prompt)
+    assert page.locator(".mh-open").all_inner_texts() == ["About cats", "About dogs"]
+    page.click(".mh-open:has-text('dogs')")
+    page.wait_for_selector(".mh-user:has-text('About dogs')")
+    assert page.locator(".mh-message").count() == 2
+
+    remove = page.locator(".mh-row:has-text('cats') .mh-remove")
+    remove.click()
+    assert page.locator(".mh-open").count() == 2  # the first click only asks
+    remove.click()
+    assert page.locator(".mh-open").all_inner_texts() == ["About dogs"]
+    page.reload()
+    page.wait_for_selector(".mh-user:has-text('About dogs')")
+    stranger = opened()  # another browser
+    assert stranger.locator(".mh-open").count() == 0
+
+
+def test_leaving_a_conversation_stops_its_answer(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.delay = 0.1
+    say(page, "About dogs", until_done=False)
+    page.wait_for_selector(f"{LAST} .mh-token >> nth=9")
+    page.click(".mh-new")
+    wait_for(lambda: engine.running == 0, 5.0)  # the promise of a second is for closed pages
+    page.wait_for_selector(".mh-hello:visible")
+    page.wait_for_timeout(500)
+    assert page.locator(".mh-message").count() == 0
+    assert page.is_visible(SEND)
+    page.click(".mh-open")
+    page.wait_for_selector(f"{LAST} .mh-token")  # what was written is kept
+    engine.delay = 0.0
+    say(page, "And cats")
+
+
+def test_html_is_shown_as_text(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.script, engine.delay = ATTACK, 0.0
+    say(page, "<b>mine</b><script>window.pwned = 3</script>")
+    assert page.inner_text(".mh-user .mh-body") == "<b>mine</b><script>window.pwned = 3</script>"
+    assert "<b>bold</b> and <script>window.pwned = 1</script> & <img src=x" in last_text(page)
+    page.uncheck("text=Show where tokens came from")
+    page.wait_for_selector(f"{LAST} .mh-body pre")
+    assert "<b>bold</b> and <script>window.pwned = 1</script> & <img src=x" in last_text(page)
+    assert page.inner_text(f"{LAST} pre code") == "<i>code</i>\n"
+    assert page.locator(".mh-body b, .mh-body img, .mh-body script").count() == 0
+    page.get_by_role("tab", name="Race").click()
+    page.click("#mh-race")
+    page.wait_for_selector(".mh-ratio")
+    assert "<script>window.pwned = 1</script>" in page.inner_text("#mh-race-plain .mh-card-text")
+    page.reload()
+    page.wait_for_selector(LAST)
+    assert page.evaluate("() => window.pwned") is None
+
+
+def test_what_goes_wrong_is_said_in_one_line(opened: Any, engine: ScriptedEngine) -> None:
+    page = opened()
+    engine.max_rows = engine.max_queue = 0
+    page.fill(BOX, "Hello")
+    page.press(BOX, "Enter")
+    page.wait_for_selector(".mh-state:has-text('waiting already')")
+    done(page)
+    assert page.input_value(BOX) == "Hello"  # to be sent again
+    assert page.locator(".mh-message").count() == 0
+    engine.max_rows, engine.crash = 8, True
+    page.press(BOX, "Enter")
+    page.wait_for_selector(".mh-state:has-text('Something went wrong inside')")
+    assert "a secret inside" not in page.inner_text("body")
+    assert "Traceback" not in page.inner_text("body")
+    engine.crash, engine.delay = False, 0.0
+    say(page, "And now")
+    assert last_text(page).strip() == STORY.strip()
+
+
+def test_two_people_get_their_own_text(opened: Any, engine: ScriptedEngine) -> None:
+    def script(request: Any) -> str:
+        animal = "cat" if " cats" in engine.tokenizer.decode(request.prompt) else "dog"
+        return f"The {animal} sleeps. " * 20
+
+    engine.script, engine.delay = script, 0.03
+    pages = {"dog": opened(), "cat": opened()}
+    for animal, page in pages.items():
+        say(page, f"About {animal}s", until_done=False)
+    for animal, page in pages.items():
+        page.wait_for_selector(f"{SEND}:visible")
+        assert last_text(page).strip() == (f"The {animal} sleeps. " * 20).strip()
+
+
+def test_the_phone_opens_and_closes_its_sides(opened: Any) -> None:
+    page = opened(PHONE)
+    page.wait_for_selector("body.mh-ready")
+    for side, inside in (("left", ".mh-new"), ("right", "#mh-proposer")):
+        box = page.locator(inside).bounding_box()
+        assert box is None or box["x"] + box["width"] <= 0 or box["x"] >= 390
+        page.click(f".mh-{side} .toggle-button")
+        page.wait_for_timeout(500)
+        box = page.locator(inside).bounding_box()
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= 390
+        page.click(f".mh-{side} .toggle-button")
+        page.wait_for_timeout(500)
+    assert fits(page)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_tinted_text_is_easy_to_read(opened: Any, scheme: str) -> None:
+    page = opened({**DESKTOP, "color_scheme": scheme})
+    say(page, "Tell me a story.")
+    contrasts = page.evaluate(
+        CONTRASTS, ["heads mh-depth-8", "heads mh-depth-1", "ngram", "recycling", "lookahead", "bonus"]
+    )
+    assert min(contrasts.values()) >= 4.5, contrasts
+    lines = page.evaluate(
+        "() => [...document.querySelectorAll('.mh-legend-item i:last-of-type')].map(i => getComputedStyle(i).borderBottomStyle)"
+    )
+    assert len(set(lines[:4])) == 4  # not told apart by colour alone
+
+
+# contrast (WCAG 2) of the text on each tint; colours are painted, because computed styles come in many notations
+CONTRASTS = """kinds => {
+  const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
+  const painted = (...layers) => {
+    for (const layer of layers) { context.fillStyle = layer; context.fillRect(0, 0, 1, 1); }
+    return [...context.getImageData(0, 0, 1, 1).data].slice(0, 3).map((part) => {
+      part /= 255;
+      return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;
+    });
+  };
+  const light = ([r, g, b]) => 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  const ground = getComputedStyle(document.body).backgroundColor, found = {};
+  const body = document.querySelector('.mh-assistant .mh-body');
+  for (const kind of kinds) {
+    const span = document.createElement('span');
+    span.className = 'mh-token mh-' + kind;
+    body.append(span);
+    const style = getComputedStyle(span);
+    const text = light(painted(ground, style.color)), back = light(painted(ground, style.backgroundColor));
+    found[kind] = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
+    span.remove();
+  }
+  return found;
+}"""
+
+
+def test_the_demo_model_races(browser: Any) -> None:
+    from medhead_app.screenshots import open_page, served
+
+    with served() as url:
+        page = open_page(browser, url, (1280, 800), "light")
+        page.fill("[aria-label='number input for Longest answer']", "40")
+        page.press("[aria-label='number input for Longest answer']", "Tab")
+        page.get_by_role("tab", name="Race").click()
+        page.click("#mh-race")
+        page.wait_for_selector(".mh-ratio", timeout=60_000)
+        assert float(page.inner_text(".mh-ratio").rstrip("×")) > 0
+        assert page.inner_text(".mh-identical") == "yes"
+        assert page.inner_text("#mh-race-plain .mh-card-text") == page.inner_text("#mh-race-guessing .mh-card-text")
+        assert page.locator("#mh-race-guessing .mh-heads").count() > 0
+        page.context.close()

@@ -1,0 +1,63 @@
+"""Captured steps as CUDA graphs: the text of plain decoding, and not one wait of the host inside a step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from test_captured import SAMPLED, prompts
+
+from conftest import HEADS, noise_heads, tiny_llama
+from medhead import Decoder
+from medhead.model.target import Target
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+]
+CUDA = torch.device("cuda")
+
+
+@pytest.fixture(scope="module")
+def on_gpu() -> Target:
+    return Target(tiny_llama(hidden_size=64, head_dim=64).to(CUDA))
+
+
+def there(**given: Any) -> dict[str, Any]:
+    return {name: value.to(CUDA) for name, value in prompts().items()} | given
+
+
+@pytest.mark.parametrize("way", ["graph", "compiled"])
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention", "medusa"])
+def test_a_graph_writes_plain_decodings_text(on_gpu: Target, name: str, sampling: dict[str, Any], way: str) -> None:
+    assert name in HEADS
+    captured = Decoder(on_gpu, "heads", heads=noise_heads(on_gpu, name), tree_size=12, step=way)
+    given = there(max_new_tokens=60, **sampling)
+    expected = Decoder(on_gpu, "none").generate(**given)
+    for _ in range(2):  # the second one replays what the first has captured
+        assert torch.equal(captured.generate(**given), expected)
+    assert captured.statistics.times.whole > 0
+    assert captured.statistics.capture_seconds < 0.5
+
+
+@pytest.mark.parametrize("way", ["eager", "graph"])
+def test_no_step_waits_for_the_host(on_gpu: Target, way: str) -> None:
+    captured = Decoder(on_gpu, "heads", heads=noise_heads(on_gpu, "block_recurrent"), tree_size=12, step=way)
+    captured.generate(**there(max_new_tokens=20))
+    assert captured.plans is not None
+    plan = next(iter(captured.plans._plans.values()))
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with on_gpu.active(captured.proposer.taps), torch.no_grad():
+            plan.run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_plain_decoding_is_a_graph_too(on_gpu: Target) -> None:
+    given = there(max_new_tokens=60, **SAMPLED)
+    captured = Decoder(on_gpu, "none", step="graph")
+    assert torch.equal(captured.generate(**given), Decoder(on_gpu, "none").generate(**given))

@@ -1,0 +1,87 @@
+"""What only a GPU can show: the compiled kernels, at real sizes, in a captured graph. `python -m pytest -m gpu`."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import pytest
+import torch
+from test_backends import Problem, check
+from torch import Tensor
+
+from conftest import tiny_llama
+from medhead import Decoder
+from medhead.model.kv_cache import _move_rows
+from medhead.model.target import Target
+from medhead_kernels.attn_metadata import Scoring
+from medhead_kernels.backends import BACKENDS, Case
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device here"),
+    pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed (pip install triton)"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize(("dim", "group"), [(64, 1), (80, 4), (96, 8), (128, 4), (192, 2), (256, 8)])
+@pytest.mark.parametrize("name", ["triton", "flash", "sdpa"])
+def test_real_sizes(name: str, dim: int, group: int, dtype: torch.dtype) -> None:
+    check(name, Problem.random([700, 33, 0], 64, key_heads=2, group=group, dim=dim, dtype=dtype))
+
+
+def test_a_captured_launch_reads_lengths_on_the_device() -> None:
+    """One graph, replayed with other lengths, words and tensors: the same as fresh launches."""
+    first, second = (Problem.random(lengths, 20, dim=64, seed=n) for n, lengths in enumerate(([300, 20], [7, 300])))
+    scoring, backend = Scoring(0.125), BACKENDS["triton"]
+
+    def run(problem: Problem) -> Tensor:
+        return backend.attention(problem.query, problem.key, problem.value, problem.tree, scoring)
+
+    expected = run(second)
+    run(first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run(first)
+    for mine, other in (
+        (first.query, second.query), (first.key, second.key), (first.value, second.value),
+        (first.tree.lengths, second.tree.lengths), (first.tree.words, second.tree.words), (first.tree.depth, second.tree.depth),
+    ):  # fmt: skip
+        mine.copy_(other)
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_the_same_bits_every_time() -> None:
+    problem, scoring = Problem.random([3000], 64, group=4, dim=128, dtype=torch.bfloat16), Scoring(0.1)
+    runs = [
+        BACKENDS["triton"].attention(problem.query, problem.key, problem.value, problem.tree, scoring) for _ in range(5)
+    ]
+    assert all(torch.equal(runs[0], other) for other in runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 128, 256])
+def test_commit_at_real_sizes(dim: int, dtype: torch.dtype) -> None:
+    from medhead_kernels.commit import move
+
+    store = torch.randn(16, 3, 4, 512, dim, device="cuda", dtype=dtype)
+    path = torch.stack([torch.randperm(63)[:9].sort().values + 1 for _ in range(3)]).cuda()
+    path[:, 0] = 0
+    lengths = torch.tensor([400, 3, 0], device="cuda")
+    expected = store.clone()
+    _move_rows(expected, path, lengths)
+    move(store, path, lengths)
+    assert torch.equal(store, expected)
+
+
+def test_auto_is_triton_and_gives_the_text_of_sdpa() -> None:
+    case = Case("cuda", torch.float32, 64, 64)
+    assert BACKENDS["triton"].why_not(case) is None
+    ids = torch.tensor([[5, 9, 13, 5, 9], [7, 8, 7, 8, 7]], device="cuda")
+    texts = []
+    for attention in ("auto", "sdpa"):
+        target = Target(tiny_llama().cuda(), attention=attention)
+        texts.append(Decoder(target, "recycling").generate(ids, max_new_tokens=40))
+        assert target.backend.name == {"auto": "triton"}.get(attention, attention)
+    assert torch.equal(*texts)

@@ -1,0 +1,235 @@
+"""The benchmark program: it runs, says who took part, writes what it measured, and refuses what cannot be."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from families import MOE, tiny
+from medhead.bench import step
+from medhead.bench.command import main
+from medhead.bench.measure import Measured
+from medhead.bench.memory import PeakMemory
+from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.bench.report import summary
+from medhead.bench.step_ratios import ratios
+from medhead.cli.main import main as cli
+from medhead.errors import MedheadError
+
+
+def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heads = [str(folders["recurrent"]), str(folders["medusa"])]
+    options = [
+        "--model",
+        str(folders["model"]),
+        "--heads",
+        *heads,
+        "--count",
+        "2",
+        "--new-tokens",
+        "12",
+        "--ignore-end",
+    ]
+    options += ["--repeats", "1", "--dtypes", "float32", "--tree-sizes", "4", "8", "--output", str(tmp_path / "new")]
+    assert main(options) == 0
+    out = capsys.readouterr().out
+    content = json.loads((tmp_path / "new" / "results.json").read_text())
+    names = [row["name"] for row in content["results"]]
+    assert names == [
+        "transformers generate",
+        "transformers prompt lookup",
+        "medhead plain",
+        "medhead ngram",
+        "medhead lookahead",
+        "medhead recycling",
+        "medhead hybrid",
+        "medhead heads",
+        "medhead heads (medusa)",
+        "medhead heads, 4 nodes",
+        "medhead heads, 8 nodes",
+    ]
+    for row in content["results"]:
+        assert row["name"] in out
+        assert row["identical"] == row["prompts"] == 2
+        assert row["new_tokens"] == 24  # the end token was ignored
+        assert row["tokens_per_second"] > 0
+        if row["nodes"]:
+            assert row["step_ms"]["forward"] > 0
+            assert row["cache_mib"] > 0
+            assert row["peak_mib"] >= row["cache_mib"]
+    assert content["machine"]["torch"] == torch.__version__
+    assert (tmp_path / "new" / "speed.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "table.md").read_text().strip() in out
+
+
+def test_sampling_shows_what_the_noise_is_worth(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--proposers", "--count", "1"]
+    assert (
+        cli.main(
+            ["bench", *options, "--new-tokens", "8", "--repeats", "1", "--temperature", "1", "--dtypes", "float32"]
+        )
+        == 0
+    )
+    out = capsys.readouterr().out
+    assert "blind to the noise" in out
+    assert out.count("1/1") == 3  # ours, all three; transformers draws other numbers
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--count", "0"], "--count must be at least 1"),
+        (["--temperature", "-1"], "--temperature must be"),
+        (["--prompts", "nowhere.jsonl"], "cannot be read"),
+        (["--heads", "nowhere"], "does not exist"),
+        (["--new-tokens", "160"], "leaves no room"),
+        (["--proposers", "oracle"], "invalid choice"),
+        (["--tree-sizes", "4"], "needs --heads"),
+        (["--output", __file__], "is a file"),
+        (["--dtypes", "float7"], "dtype must be"),
+    ],
+)
+def test_wrong_input(
+    folders: dict[str, Path], options: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    try:
+        code = main(["--model", str(folders["model"]), "--dtypes", "float32", *options])
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    err = capsys.readouterr().err
+    assert code == 2
+    assert says in err
+    assert err.count("\n") == 1
+
+
+def test_prompts_of_every_form(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    path = tmp_path / "prompts.jsonl"
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    records = [{"messages": messages}, {"prompt": "a"}, {"question": "a"}, {"turns": ["a", "z"]}, {"text": "a"}]
+    path.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    chats = read_prompts(path, 9)
+    assert chats == [[{"role": "user", "content": "a"}]] * 5
+    assert len(read_prompts(path, 2)) == 2
+    assert len({tuple(ids) for ids in encode_prompts(tokenizer, chats, 100)}) == 1
+    assert [len(ids) for ids in encode_prompts(tokenizer, chats[:1], 2)] == [2]
+    path.write_text('{"prompt": "one\u2028line\u0085only"}\n', encoding="utf-8")
+    assert read_prompts(path, 1) == [[{"role": "user", "content": "one\u2028line\u0085only"}]]
+    for wrong in ("[1]", "{}", "{not json", '{"messages": []}'):
+        path.write_text(wrong)
+        with pytest.raises(MedheadError, match="line 1"):
+            read_prompts(path, 1)
+    path.write_text("")
+    with pytest.raises(MedheadError, match="no prompt"):
+        read_prompts(path, 1)
+
+
+def test_ratios_are_of_all_tokens_and_all_seconds() -> None:
+    slow = Measured("transformers generate", "float32", seconds=[2.0, 2.0], tokens=[10, 30], passes=[0, 0])
+    plain = Measured("medhead plain", "float32", 1, seconds=[1.0, 1.0], tokens=[10, 30], passes=[10, 30])
+    fast = Measured("medhead heads", "float32", 16, seconds=[0.5, 0.5], tokens=[10, 30], passes=[5, 10])
+    fast.parts, fast.steps = {"forward": 0.8, "propose": 0.1, "accept": 0.1, "commit": 0.0, "other": 0.0}, 10
+    rows = summary([slow, plain, fast])
+    assert [row["x_transformers"] for row in rows] == [1.0, 2.0, 4.0]
+    assert [row["x_plain"] for row in rows] == [0.5, 1.0, 2.0]
+    assert rows[2]["tokens_per_pass"] == pytest.approx(40 / 15, abs=1e-3)
+    assert rows[2]["outside_forward"] == pytest.approx(0.25)
+    assert rows[2]["step_ms"]["forward"] == pytest.approx(80)
+
+
+def test_peak_memory_counts_what_is_alive_together() -> None:
+    with PeakMemory() as memory:
+        first = torch.zeros(1000)
+        view = first[:10]
+        del first, view
+        torch.zeros(2000).add_(1)
+        torch.ones(500)
+    assert memory.peak == 8000
+
+
+def test_step_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every kind of step of a tiny shape, batches too; table, JSON and picture."""
+    options = ["--shapes", "tiny", "--context", "16", "--batch", "1", "2", "--nodes", "4", "9", "--repeats", "1"]
+    assert step.main([*options, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    kinds = ["transformers, eager", "medhead, plain", "medhead, 4 nodes", "medhead, 9 nodes"]
+    assert [(row["batch"], row["step"]) for row in rows] == [(batch, kind) for batch in (1, 2) for kind in kinds]
+    assert all(row["ms"] > 0 for row in rows)
+    assert "| tiny | 2 | 16 | medhead, 9 nodes |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "step.png").stat().st_size > 1000
+
+
+def test_step_benchmark_of_captured_steps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--shapes", "tiny", "--context", "16", "--nodes", "4", "--repeats", "1", "--steps", "recorded"]
+    assert step.main([*options, "--output", str(tmp_path / "out")]) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    assert [row["step"] for row in rows][3:] == [
+        "medhead, plain, recorded",
+        "medhead, 4 nodes, recorded, the pass alone",
+        "medhead, 4 nodes, recorded",
+        "medhead, 4 nodes by block heads, recorded",
+        "medhead, 4 nodes by recurrent heads, recorded",
+    ]
+    said = capsys.readouterr().out
+    assert "- tiny, batch 1, 16 tokens, loop: plain step" in said
+    assert "recurrent heads, 4 nodes:" in said.rsplit("- tiny", 1)[1]
+
+
+def test_ratios_of_steps() -> None:
+    times = {"transformers, eager": 6.0, "medhead, plain": 3.0, "medhead, plain, graph": 1.0}
+    times |= {"medhead, 8 nodes, graph": 1.05, "medhead, 64 nodes, graph, the pass alone": 1.14}
+    times |= {"medhead, 64 nodes, graph": 1.1, "medhead, 64 nodes by block heads, graph": 1.2}
+    place = {"shape": "8b", "batch": 1, "context": 2048}
+    rows = [{**place, "step": name, "ms": ms, "of_reading": ms / 0.8} for name, ms in times.items()]
+    assert ratios(rows) == [
+        "8b, batch 1, 2048 tokens, loop: plain step 3.75 x reading the weights; 2.00 x the speed of transformers generate",
+        "8b, batch 1, 2048 tokens, graph: plain step 1.25 x reading the weights; 6.00 x the speed of transformers generate; "
+        "64 nodes cost 1.10 plain steps; block heads, 64 nodes: 5% of the step outside the pass",
+    ]
+
+
+def test_captured_steps_take_part(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--proposers", "--count", "1"]
+    options += ["--new-tokens", "12", "--repeats", "1", "--dtypes", "float32", "--steps", "recorded"]
+    assert main(options) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if ", recorded |" in line]
+    assert [line.split(" | ")[0] for line in lines[:2]] == ["| medhead plain, recorded", "| medhead heads, recorded"]
+    assert all(" 1/1 " in line for line in lines[:2])
+    assert all(line.endswith("| - |") for line in lines[2:])  # a captured step is not taken apart
+
+
+def test_bytes_that_a_token_reads() -> None:
+    """The output matrix but not the embedding beside it; of experts the share that is asked."""
+    model = step.build("tiny", torch.device("cpu"), torch.float32)
+    everything = sum(p.numel() * 4 for p in model.parameters())
+    assert step.read_bytes(model) == everything - 1024 * 128 * 4
+    moe = tiny("qwen3_moe", MOE)
+    experts = sum(p.numel() * 4 for name, p in moe.named_parameters() if ".experts." in name)
+    share = moe.config.num_experts_per_tok / moe.config.num_experts
+    rest = sum(p.numel() * 4 for p in moe.parameters()) - experts
+    if moe.get_input_embeddings().weight is not moe.get_output_embeddings().weight:
+        rest -= moe.get_input_embeddings().weight.numel() * 4
+    assert experts
+    assert step.read_bytes(moe) == pytest.approx(rest + share * experts)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--nodes", "1"], "--nodes must be at least 2"),
+        (["--context", "1"], "--context must be at least 2"),
+        (["--nodes", "300"], "at most 256"),
+        (["--repeats", "0"], "--repeats must be at least 1"),
+        (["--shapes", "huge"], "invalid choice"),
+    ],
+)
+def test_step_benchmark_refuses(options: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        code = step.main(options)
+    except SystemExit as error:
+        code = int(str(error.code))
+    assert code == 2
+    assert says in capsys.readouterr().err

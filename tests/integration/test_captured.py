@@ -1,0 +1,287 @@
+"""Captured steps: the same text as plain decoding, from a step that reads nothing and whose shapes never change.
+
+`recorded` plays back what was written down once, as a CUDA graph does, so it stands for one on machines without a GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
+
+from conftest import HEADS, noise_heads, tiny_llama
+from families import ACCEPTED, exists, tiny
+from medhead import Decoder, MedheadError, TypicalAcceptance
+from medhead.compile import graph_cache as plans_module
+from medhead.compile.async_output import PlainOutbox
+from medhead.compile.graph_cache import Plans, columns_for
+from medhead.compile.loop import CapturedLoop
+from medhead.core.tree import TokenTree
+from medhead.model.target import Target
+from medhead.proposers.base import DecodeState
+from medhead.proposers.heads import HeadsProposer
+
+SAMPLED = {"do_sample": True, "seed": 5, "temperature": 0.7, "top_k": 20}
+MIXTURES = {name for name, changes in ACCEPTED.items() if any("expert" in field for field in changes)}
+
+
+def prompts(vocab: int = 64, rows: int = 3) -> dict[str, Tensor]:
+    """A ragged batch, padded before the text."""
+    generator = torch.Generator().manual_seed(7)
+    ids, mask = torch.randint(3, vocab, (rows, 9), generator=generator), torch.ones(rows, 9, dtype=torch.long)
+    mask[1:2, :4] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def decoders(target: Target, name: str, way: str, **options: Any) -> tuple[Decoder, Decoder]:
+    """The same heads in captured steps, and in the ordinary loop."""
+    heads = noise_heads(target, name)
+    captured = Decoder(target, "heads", heads=heads, step=way, probe=False, **options)
+    return captured, Decoder(target, "heads", heads=heads, probe=False, **options)
+
+
+def plain_text(target: Target, **arguments: Any) -> Tensor:
+    return Decoder(target, "none", probe=False).generate(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "sampling"),
+    [
+        *((name, {}) for name in sorted(HEADS)),
+        ("block_recurrent", SAMPLED),
+        ("attention", SAMPLED),
+        ("medusa", SAMPLED),
+    ],
+)
+def test_every_kind_of_heads_writes_plain_decodings_text(target: Target, name: str, sampling: dict[str, Any]) -> None:
+    captured, loop = decoders(target, name, "recorded", tree_size=12)
+    given = {**prompts(), "max_new_tokens": 24, **sampling}
+    assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    assert captured.statistics.times.whole > 0
+    assert captured.statistics.times.propose == 0
+    loop.generate(**given)
+    # trees of the ordinary loop shrink near the limit, and equal scores may be ranked the other way round
+    assert abs(captured.statistics.passes - loop.statistics.passes) <= 3
+
+
+@pytest.mark.parametrize("name", sorted(name for name in ACCEPTED if exists(name)))
+def test_every_family(name: str) -> None:
+    target = Target(tiny(name, ACCEPTED[name]), probe=False)
+    captured, _ = decoders(target, "recurrent", "eager" if name in MIXTURES else "recorded", tree_size=8)
+    given = {**prompts(90, 2), "max_new_tokens": 20, "eos_token_id": None}
+    assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    assert captured.statistics.times.whole > 0
+
+
+def test_a_mixture_of_experts_is_recorded_in_bfloat16() -> None:
+    """PyTorch's product of groups has no shape rule for float32 in 2.13, so bfloat16 shows that nothing is read."""
+    target = Target(tiny("qwen3_moe", ACCEPTED["qwen3_moe"]).to(torch.bfloat16), probe=False)
+    given = {**prompts(90, 1), "max_new_tokens": 12, "eos_token_id": None}
+    recorded, _ = decoders(target, "recurrent", "recorded", tree_size=8)
+    eager, _ = decoders(target, "recurrent", "eager", tree_size=8)
+    assert torch.equal(recorded.generate(**given), eager.generate(**given))
+
+
+def test_plain_decoding_is_captured_too(target: Target) -> None:
+    given = {**prompts(), "max_new_tokens": 30, **SAMPLED}
+    decoder = Decoder(target, "none", step="recorded", probe=False)
+    assert torch.equal(decoder.generate(**given), plain_text(target, **given))
+    assert decoder.statistics.times.whole > 0
+
+
+def test_static_trees_are_captured_too(target: Target) -> None:
+    given = {**prompts(), "max_new_tokens": 30}
+    shape = [[0], [1], [0, 0], [0, 1], [0, 0, 0]]
+    decoder = Decoder(target, "heads", heads=noise_heads(target), shape=shape, step="recorded", probe=False)
+    assert torch.equal(decoder.generate(**given), plain_text(target, **given))
+
+
+@pytest.mark.parametrize("behind", [0, 1, 2])
+def test_the_host_may_be_behind(target: Target, behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows that have ended run on until the host has read it, and nothing of that is seen."""
+    made = CapturedLoop.__init__
+    monkeypatch.setattr(CapturedLoop, "__init__", lambda self, plans, settings: made(self, plans, settings, behind))
+    most = 0
+    posted = PlainOutbox.post
+
+    def post(self: PlainOutbox) -> None:
+        nonlocal most
+        posted(self)
+        most = max(most, len(self._waiting))
+
+    monkeypatch.setattr(PlainOutbox, "post", post)
+    captured, loop = decoders(target, "block_recurrent", "recorded", tree_size=10)
+    given = {**prompts(), "max_new_tokens": 60, "eos_token_id": list(range(2, 12))}
+    assert torch.equal(captured.generate(**given), loop.generate(**given))
+    assert most == behind + 1
+    assert captured.statistics.passes == sum(map(bool, captured.statistics.lengths)) == len(captured.statistics.lengths)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention"])
+def test_a_text_outgrows_its_plan(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Room for few tokens at a time: the batch moves to a larger plan, what the heads remember with it."""
+    monkeypatch.setattr(plans_module, "LEAST_COLUMNS", 32)
+    monkeypatch.setattr("medhead.compile.loop._AHEAD", 8)
+    captured, loop = decoders(target, name, "recorded", tree_size=10)
+    given = {**prompts(), "max_new_tokens": 100, "eos_token_id": None}
+    assert torch.equal(captured.generate(**given), loop.generate(**given))
+    assert captured.plans is not None
+    assert len(captured.plans._plans) >= 2
+    assert captured.statistics.times.propose == 0
+
+
+def test_the_end_of_the_context_belongs_to_the_ordinary_loop(target: Target) -> None:
+    captured, _ = decoders(target, "block", "recorded", tree_size=10)
+    given = {**prompts(), "max_new_tokens": 500, "eos_token_id": None}
+    out = captured.generate(**given)
+    assert torch.equal(out, plain_text(target, **given))
+    assert captured.statistics.times.whole > 0
+    assert captured.statistics.times.propose > 0
+
+
+class Never(StoppingCriteria):
+    """A criterion that has to see every token."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **arguments: Any) -> Tensor:
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"repetition_penalty": 1.3},
+        {"return_dict_in_generate": True, "output_scores": True},
+        {"return_dict_in_generate": True, "output_logits": True},
+        {"stopping_criteria": StoppingCriteriaList([Never()])},
+    ],
+    ids=["text", "scores", "logits", "criteria"],
+)
+def test_what_the_host_has_to_see_is_left_to_the_ordinary_loop(target: Target, changes: dict[str, Any]) -> None:
+    captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
+    given = {**prompts(), "max_new_tokens": 20, **changes}
+    out, expected = captured.generate(**given), plain_text(target, **given)
+    if "return_dict_in_generate" in changes:
+        out, expected = out.sequences, expected.sequences
+    assert torch.equal(out, expected)
+    assert captured.statistics.times.whole == 0
+    assert captured.statistics.times.forward > 0
+
+
+def test_typical_acceptance_is_left_to_the_ordinary_loop(target: Target) -> None:
+    heads, rule = noise_heads(target), TypicalAcceptance()
+    given = {**prompts(), "max_new_tokens": 20, "do_sample": True, "seed": 1}
+    captured = Decoder(target, "heads", heads=heads, typical=rule, step="recorded", probe=False)
+    loop = Decoder(target, "heads", heads=heads, typical=rule, probe=False)
+    assert torch.equal(captured.generate(**given), loop.generate(**given))
+    assert captured.statistics.times.whole == 0
+
+
+def test_a_plan_serves_the_next_generation(target: Target) -> None:
+    """Another prompt and another seed need no new capture; another temperature, another batch do."""
+    captured, _ = decoders(target, "block_recurrent", "recorded", tree_size=8)
+    assert captured.plans is not None
+    for seed, rows, temperature, expected in ((1, 3, 0.7, 1), (2, 3, 0.7, 1), (2, 3, 0.9, 2), (2, 2, 0.9, 3)):
+        given = {
+            **prompts(rows=rows),
+            "max_new_tokens": 20,
+            "do_sample": True,
+            "seed": seed,
+            "temperature": temperature,
+        }
+        assert torch.equal(captured.generate(**given), plain_text(target, **given))
+        assert len(captured.plans._plans) == expected
+    captured.close()
+    assert not captured.plans._plans
+
+
+def test_few_plans_are_kept(target: Target) -> None:
+    captured, _ = decoders(target, "recurrent", "eager", tree_size=4)
+    for rows in range(1, 8):
+        captured.generate(
+            **prompts(rows=rows) if rows > 1 else {"input_ids": prompts()["input_ids"][:1]}, max_new_tokens=4
+        )
+    assert captured.plans is not None
+    assert len(captured.plans._plans) == plans_module.MOST
+
+
+def test_an_adapter_that_is_switched_off_is_noticed() -> None:
+    model: PreTrainedModel = tiny_llama(seed=5)
+    adapted = get_peft_model(model, LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    target = Target(adapted)
+    captured, loop = decoders(target, "recurrent", "recorded", tree_size=8)
+    given = {**prompts(), "max_new_tokens": 20}
+    on = captured.generate(**given)
+    assert torch.equal(on, loop.generate(**given))
+    with adapted.disable_adapter():
+        off = captured.generate(**given)
+        assert torch.equal(off, loop.generate(**given))
+    assert not torch.equal(on, off)
+
+
+def test_other_proposers_for_a_while_use_the_ordinary_loop(target: Target) -> None:
+    captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
+    with captured.using("ngram"):
+        captured.generate(**prompts(), max_new_tokens=10)
+        assert captured.statistics.times.whole == 0
+    assert captured.check(prompts()["input_ids"], max_new_tokens=10).identical
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="PyTorch compiles for a CPU with g++, which is not installed")
+def test_compiled() -> None:
+    target = Target(tiny_llama(num_hidden_layers=1), probe=False)
+    heads = noise_heads(target, depth=2)
+    captured = Decoder(target, "heads", heads=heads, tree_size=4, step="compiled", probe=False)
+    given = {**prompts(rows=2), "max_new_tokens": 20}
+    assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    assert captured.statistics.times.whole > 0
+    assert captured.statistics.capture_seconds > 0
+
+
+@pytest.mark.parametrize(
+    ("proposer", "options", "said"),
+    [
+        ("heads", {"step": "fast"}, "step must be one of loop, eager, recorded, compiled, graph; got 'fast'"),
+        ("ngram", {"step": "recorded"}, "'ngram' works on the host"),
+        ("heads", {"step": "graph"}, "needs a CUDA device"),
+        ("heads", {"step": "eager", "attention": "flash"}, "does not go with attention 'flash'"),
+    ],
+)
+def test_wrong_input_in_one_line(target: Target, proposer: str, options: dict[str, Any], said: str) -> None:
+    if proposer == "heads":
+        options = {**options, "heads": noise_heads(target)}
+    with pytest.raises(MedheadError, match=said) as caught:
+        Decoder(target.model, proposer, **options)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_step_that_asks_the_host_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = HeadsProposer.propose_at
+
+    def asks(self: HeadsProposer, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
+        assert int(lengths.max()) >= 0
+        return before(self, state, memory, lengths)
+
+    monkeypatch.setattr(HeadsProposer, "propose_at", asks)
+    captured, _ = decoders(target, "recurrent", "recorded")
+    with pytest.raises(MedheadError, match=r"cannot be recorded .*decode with step='loop'"):
+        captured.generate(**prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("room", "columns"), [(1, 256), (256, 256), (257, 512), (2048, 2048), (2049, 4096), (5000, 6144)]
+)
+def test_columns(room: int, columns: int) -> None:
+    assert columns_for(room) == columns
+
+
+def test_plans_need_one_device(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(target, "device", torch.device("meta"))
+    proposer = Decoder(target, "none", probe=False).proposer
+    with pytest.raises(MedheadError, match="the whole model on one device"):
+        Plans(target, proposer, "eager")

@@ -1,0 +1,346 @@
+"""The command line: what it prints, how it ends, and one line for everything that can be wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import hear_ctrl_c
+from medhead import generate
+from medhead.cli.main import main as cli
+from medhead.datastore import build_datastore
+
+ROOT = Path(__file__).parents[2]
+
+
+def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
+    """Options for the tiny model, with a prompt."""
+    said = [] if prompt is None else ["--prompt", prompt]
+    return ["--model", str(folders["model"]), *said, "--max-new-tokens", "24", *more]
+
+
+def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    """Exit code, standard output and standard error."""
+    try:
+        code = generate.main(arguments)
+    except SystemExit as ended:
+        code = int(ended.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(["--help"], capsys)
+    assert code == 0
+    for name in ("--heads", "--tree-size", "--check", "--compare", "--trace", "--json", "examples:", "exit codes"):
+        assert name in out
+
+
+def test_json_says_everything(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(command(folders, "--heads", str(folders["recurrent"]), "--json", "--check"), capsys)
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["identical"] is True
+    assert result["new_tokens"] == len(result["token_ids"]) <= 24
+    assert result["proposer"] == "hybrid"
+    assert result["accepted_length"] == pytest.approx(result["new_tokens"] / result["passes"], abs=1e-3)
+    assert set(result) >= {"text", "prompt_tokens", "seconds", "tokens_per_second"}
+
+
+def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    texts = set()
+    for proposer in (
+        ["none"],
+        ["ngram"],
+        ["recycling"],
+        ["lookahead", "--lookahead", "3", "3", "2"],
+        ["heads", "--heads", str(folders["medusa"]), "--tree-size", "7"],
+    ):
+        code, out, err = run(
+            command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "3", "--proposer", *proposer), capsys
+        )
+        assert code == 0, err
+        assert "tokens/s" in err
+        texts.add(out)
+    assert len(texts) == 1
+    code, out, _ = run(command(folders, "--temperature", "0.8", "--top-p", "0.9", "--seed", "4", "--quiet"), capsys)
+    assert {out} != texts
+
+
+def test_a_captured_step(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`recorded` stands for the two that users are offered, which need a GPU or a compiler."""
+    monkeypatch.setattr(generate, "STEPS", ("loop", "recorded"))
+    plain = run(command(folders), capsys)[1]
+    code, out, err = run(command(folders, "--heads", str(folders["recurrent"]), "--step", "recorded"), capsys)
+    assert (code, out) == (0, plain)
+    assert err.startswith("[heads, ")
+    assert "step recorded]" in err
+    code, _, err = run(command(folders, "--proposer", "ngram", "--step", "recorded"), capsys)
+    assert code == 2
+    assert "'ngram' works on the host" in err
+
+
+def test_compiled_pieces_are_announced(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes half a minute in silence, so it is said; here nothing is compiled."""
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda function, examples: function)
+    plain = run(command(folders), capsys)[1]
+    code, out, err = run(command(folders, "--proposer", "ngram", "--step", "compiled"), capsys)
+    assert (code, out) == (0, plain)
+    assert "medhead.generate: compiling the pass over one node for one text" in err
+    assert ", compiled pass]" in err
+
+
+def test_raw_differs_from_chat(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    chat = json.loads(run(command(folders, "--json"), capsys)[1])
+    raw = json.loads(run(command(folders, "--json", "--raw"), capsys)[1])
+    system = json.loads(run(command(folders, "--json", "--system", "Be kind."), capsys)[1])
+    assert raw["prompt_tokens"] < chat["prompt_tokens"] < system["prompt_tokens"]
+
+
+def test_prompt_from_a_file_and_from_standard_input(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prompt.txt").write_text("Once upon a time")
+    expected = run(command(folders), capsys)[1]
+    assert run(command(folders, "--prompt-file", str(tmp_path / "prompt.txt"), prompt=None), capsys)[1] == expected
+    for more in ([], ["--prompt-file", "-"]):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("Once upon a time"))
+        assert run(command(folders, *more, prompt=None), capsys)[1] == expected
+
+
+def test_compare_and_trace(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(command(folders, "--compare"), capsys)
+    assert code == 0, err
+    assert "transformers generate" in out
+    assert "identical to plain decoding: yes" in out
+    plain = run(command(folders), capsys)[1]
+    code, out, _ = run(command(folders, "--trace", "--proposer", "recycling"), capsys)
+    assert code == 0
+    for colour in ("\033[32m", "\033[4m", "\033[0m"):
+        out = out.replace(colour, "")
+    assert out == plain
+
+
+def test_recycling_learns_from_run_to_run(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The file is made and written back only on request, and knowing more changes no token."""
+    state = tmp_path / "state.safetensors"
+    code, _, err = run(command(folders, "--recycling-state", str(state)), capsys)
+    assert (code, "does not exist" in err) == (2, True)
+    options = command(folders, "--recycling-state", str(state), "--json")
+    results = []
+    for more in (["--save-recycling-state"], [], ["--save-recycling-state", "--compare"]):
+        before = state.read_bytes() if state.exists() else b""
+        code, out, err = run([*options, *more], capsys)
+        assert code == 0, err
+        assert (state.read_bytes() == before) == (not more)
+        results += [] if "--compare" in more else [json.loads(out)]
+    first, second = results
+    assert first["proposer"] == second["proposer"] == "recycling"
+    assert first["token_ids"] == second["token_ids"]
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+WRONG: dict[str, tuple[list[str], str]] = {
+    "model": (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
+    "model folder without a model": (["--model", "{empty}"], "holds no config.json"),
+    "heads": (["--heads", "./nowhere"], "heads folder 'nowhere' does not exist"),
+    "heads of another model": (["--heads", "{other}"], "trained for another model"),
+    "damaged heads": (["--heads", "{damaged_heads}"], "truncated or damaged"),
+    "damaged model": (["--model", "{damaged_model}"], "truncated or damaged"),
+    "heads without heads": (["--proposer", "heads"], "needs heads"),
+    "empty prompt": (["--prompt", "  "], "the prompt is empty"),
+    "long prompt": (["--prompt", "dragon " * 200], "the model's context is 160"),
+    "datastore": (["--datastore", "./nowhere"], "datastore folder 'nowhere' does not exist"),
+    "no datastore": (["--datastore", "{empty}"], "it is not a datastore"),
+    "datastore of another tokenizer": (["--datastore", "{store}"], "built with another tokenizer"),
+    "datastore for heads": (
+        ["--datastore", "{store}", "--proposer", "heads"],
+        "--datastore belongs to the proposer 'ngram', but 'heads' guesses",
+    ),
+    "lookahead W": (["--lookahead", "0", "4", "5"], "W (window) of at least 1, got 0"),
+    "lookahead size": (["--lookahead", "5", "4", "5", "--tree-size", "9"], "needs 30 nodes, the tree has at most 9"),
+    "lookahead numbers": (["--lookahead", "5", "4"], "expected 3 arguments"),
+    "lookahead for ngram": (
+        ["--lookahead", "5", "4", "5", "--proposer", "ngram"],
+        "belongs to the proposer 'lookahead'",
+    ),
+    "two proposers": (["--lookahead", "5", "4", "5", "--recycling-state", "x"], "but 'lookahead' guesses"),
+    "recycling state": (["--recycling-state", "./nowhere"], "'nowhere' does not exist"),
+    "recycling state that is none": (["--recycling-state", "{model}/config.json"], "no recycling state"),
+    "recycling state to write": (
+        ["--recycling-state", "{model}/config.json", "--save-recycling-state"],
+        "no recycling state",
+    ),
+    "recycling state without a folder": (
+        ["--recycling-state", "{empty}/deep/x", "--save-recycling-state"],
+        "the folder '{empty}/deep' of --recycling-state does not exist",
+    ),
+    "saving to nowhere": (["--save-recycling-state"], "needs --recycling-state FILE"),
+    "two prompts": (["--prompt-file", "x.txt"], "not both"),
+    "new tokens": (["--max-new-tokens", "-5"], "--max-new-tokens must be"),
+    "temperature": (["--temperature", "-1"], "--temperature must be"),
+    "temperature nan": (["--temperature", "nan"], "--temperature must be"),
+    "top p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be"),
+    "top k": (["--temperature", "1", "--top-k", "0"], "--top-k must be"),
+    "top k while greedy": (["--top-k", "4"], "need --temperature above 0"),
+    "seed": (["--seed", "-2"], "--seed must be"),
+    "tree size": (["--tree-size", "1000"], "--tree-size must be from 1 to 256"),
+    "no number": (["--tree-size", "many"], "invalid int value"),
+    "device": (["--device", "cuda:77"], "is not there"),
+    "no device": (["--device", "toaster"], "is not there"),
+    "dtype": (["--dtype", "float7"], "dtype must be"),
+    "proposer": (["--proposer", "oracle"], "invalid choice"),
+    "option": (["--colour"], "unrecognized"),
+}
+
+
+@pytest.fixture(scope="module")
+def wrong_folders(folders: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("wrong")
+    (root / "empty").mkdir()
+    shutil.copytree(folders["recurrent"], root / "other")
+    config = root / "other" / "medhead_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"hidden_size": 48}))
+    for source, goal, name in (
+        ("recurrent", "damaged_heads", "adapter_model.safetensors"),
+        ("model", "damaged_model", "model.safetensors"),
+    ):
+        shutil.copytree(folders[source], root / goal)
+        weights = root / goal / name
+        weights.write_bytes(weights.read_bytes()[:-200])
+    build_datastore([[1, 2, 3]], Strange(), root / "store")
+    return {path.name: str(path) for path in root.iterdir()} | {"model": str(folders["model"])}
+
+
+class Strange:
+    """A tokenizer as large as the model's, with other tokens."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {f"strange {index}": index for index in range(300)}
+
+
+@pytest.mark.parametrize("name", sorted(WRONG))
+def test_wrong_input_gets_one_line(
+    folders: dict[str, Path], wrong_folders: dict[str, str], name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given, says = WRONG[name]
+    code, out, err = run(command(folders, *(value.format(**wrong_folders) for value in given)), capsys)
+    assert code == 2
+    assert out == ""
+    assert says.format(**wrong_folders) in err
+    assert err.count("\n") == 1
+    assert err.startswith("medhead.generate: error: ")
+
+
+def test_bytes_that_are_no_text_are_refused(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, _, err = run(command(folders, "--prompt", "a\udcff", prompt=None), capsys)
+    assert (code, err.count("\n")) == (2, 1)
+    assert "the prompt cannot be read: it is not UTF-8 text" in err
+    for errors in ("strict", "surrogateescape"):
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), encoding="utf-8", errors=errors))
+        code, _, err = run(command(folders, prompt=None), capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert "standard input cannot be read: it is not UTF-8 text" in err
+
+
+def test_wrong_prompt_files(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    for path, says in (
+        (tmp_path / "missing", "No such file"),
+        (tmp_path / "binary", "not UTF-8"),
+        (tmp_path, "directory"),
+    ):
+        code, _, err = run(command(folders, "--prompt-file", str(path), prompt=None), capsys)
+        assert (code, err.count("\n")) == (2, 1)
+        assert says in err
+
+
+def test_half_precision_that_the_device_lacks(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lacking(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("not implemented for 'Half'")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lacking)
+    code, _, err = run(command(folders, "--dtype", "float16"), capsys)
+    assert code == 2
+    assert "this cpu cannot compute in float16; use --dtype float32" in err
+
+
+def test_a_failure_is_code_1(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise RuntimeError("out of\nluck")
+
+    monkeypatch.setattr(generate, "make_decoder", fails)
+    code, _, err = run(command(folders), capsys)
+    assert code == 1
+    assert err == "medhead.generate: failed: RuntimeError: out of luck (set MEDHEAD_DEBUG=1 for the details)\n"
+
+
+@pytest.mark.slow
+def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
+    """A real process, a real signal."""
+    arguments = command(folders, "--max-new-tokens", "100", "--raw", prompt="Once")
+    slow = "import time, medhead.model.target as t; f = t.Target.verify\n"
+    slow += "t.Target.verify = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
+    slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", slow],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        preexec_fn=hear_ctrl_c,
+    )
+    assert process.stdout is not None
+    first = process.stdout.read(1)
+    time.sleep(1)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    assert first + out
+    assert out.endswith("\n")
+    assert "stopped" in err
+    assert "tokens/s" in err
+    assert "Traceback" not in err
+
+
+def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[str, Path]) -> None:
+    assert cli.main(["--help"]) == 0
+    assert "generate" in capsys.readouterr().out
+    assert cli.main([]) == 2
+    assert cli.main(["fly"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+    assert cli.main(["generate", *command(folders, "--quiet")]) == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_benchmarks_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, name in ((["bench"], "medhead.bench "), (["bench", "step"], "medhead.bench.step"),
+                        (["bench", "tasks"], "medhead.bench.tasks"), (["bench", "budget"], "medhead.bench.budget")):  # fmt: skip
+        with pytest.raises(SystemExit) as ended:
+            cli.main([*words, "--help"])
+        assert ended.value.code == 0
+        assert capsys.readouterr().out.startswith(f"usage: {name}")

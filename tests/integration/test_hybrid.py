@@ -1,0 +1,550 @@
+"""Hybrid trees: what estimates, costs and the budget make of them."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_candidates import candidates_from_paths
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from conftest import noise_heads, tiny_llama
+from medhead import Decoder, MedheadError
+from medhead.core.acceptance import Accepted
+from medhead.core.gumbel import ComingNoise, Noise
+from medhead.core.tree import TokenTree
+from medhead.model.target import Target
+from medhead.proposers import DecodeState, build_proposer
+from medhead.proposers.base import Verified
+from medhead.proposers.calibration import Calibration
+from medhead.proposers.candidates import Candidates
+from medhead.proposers.heads import HeadsProposer
+from medhead.scheduling.cost_model import PassCosts, costs_of, measure_costs
+from medhead.scheduling.tree_size import TreeBudget
+from medhead.user_cache import cache_folder
+
+COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
+
+
+# --- costs ---
+
+
+def test_costs_between_measurements() -> None:
+    """Straight lines between, in proportion beyond, and never cheaper with more nodes."""
+    costs = PassCosts({1: 1.0, 8: 0.9, 32: 2.0})
+    assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 4.0])
+    assert costs.most == 32
+
+
+def test_costs_follow_the_passes() -> None:
+    """A machine that became half as fast makes every size dearer; one outlier does not."""
+    costs = PassCosts(COSTS)
+    costs.saw(8, 120.0)
+    assert costs(1) < 2
+    for _ in range(100):
+        costs.saw(8, 2.4)
+    assert costs(32) == pytest.approx(4.0, rel=1e-3)
+    assert 1.4 < costs(1) < 2.0  # trees alone may have become dearer
+    for _ in range(900):
+        costs.saw(8, 2.4)
+    assert [costs(1), costs(32)] == pytest.approx([2.0, 4.0], rel=1e-2)
+
+
+def test_trees_dearer_than_measured_do_not_make_plain_decoding_look_dear() -> None:
+    """Ragged batches: passes over trees take longer than measured, passes over one node do not; a busy machine slows both."""
+    costs = PassCosts({1: 1.0, 8: 2.0})
+    for _ in range(30):
+        costs.saw(8, 2.8)
+        costs.saw(1, 1.0)
+    assert costs(1) == pytest.approx(1.0, abs=0.1)
+    assert costs(8) == pytest.approx(2.8, abs=0.3)
+    for _ in range(200):
+        costs.saw(1, 3.0)
+    assert costs(1) == pytest.approx(3.0, rel=0.01)
+    assert costs(8) == pytest.approx(6.0, rel=0.1)  # and what was so dear back then is forgotten
+    for _ in range(50):
+        costs.saw(8, 600.0)
+    assert costs(8) <= 1.01 * 10 * 2.0
+    assert costs.skew <= 1.6
+
+
+def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
+    """Kept by what decides them; a damaged file is measured again and said so; a folder that cannot be is no trouble."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "kept"))
+    measured: list[int] = []
+    monkeypatch.setattr(
+        "medhead.scheduling.cost_model.measure_costs",
+        lambda target, batch: measured.append(batch) or PassCosts(dict(COSTS)),
+    )
+    assert [costs_of(target, 1)(8), costs_of(target, 1)(8)] == [1.2, 1.2]
+    assert costs_of(target, 2)(8) == 1.2
+    assert measured == [1, 2]
+    assert costs_of(target, 1, most=8).most == 8
+    files = sorted(cache_folder().glob("*.json"))
+    assert len(files) == 2
+    for damaged in ("{", "[]", '{"2": 1.0}', '{"1": -1}', '{"1": "x"}', '{"one": 1}'):
+        for file in files:
+            file.write_text(damaged)
+        with pytest.warns(UserWarning, match="measured again"):
+            assert costs_of(target, 1)(8) == 1.2
+    assert json.loads(files[0].read_text()) or json.loads(files[1].read_text())
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "file"))
+    assert costs_of(target, 1)(8) == 1.2
+
+
+@torch.inference_mode()
+def test_measured_costs(target: Target) -> None:
+    """The measurement runs for batches, leaves nothing behind, and knows one node."""
+    with target.active():
+        costs = measure_costs(target, 2, most=8)
+    assert costs.nodes == [1, 2, 4, 8]
+    assert 0 < costs(1) <= costs(8)
+
+
+@torch.inference_mode()
+def test_slow_models_are_measured_shortly(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Three sizes and one run of each; sizes beyond one that is too dear are left out."""
+    passes: list[int] = []
+    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
+    monkeypatch.setattr("medhead.scheduling.cost_model._seconds", lambda target, action: action() or float(passes[-1]))
+    monkeypatch.setattr("medhead.scheduling.cost_model.SECONDS", -1.0)
+    assert measure_costs(target, 1).nodes == [1, 16]
+    assert passes == [1, 16]
+    monkeypatch.setattr("medhead.scheduling.cost_model._WORTHLESS", 20)
+    assert measure_costs(target, 1).nodes == [1, 16, 64]
+
+
+def test_a_busy_moment_does_not_make_a_size_dear(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Every size costs its square root, but 4 passes in a row, some time after the first turns, take ten times as long."""
+    passes: list[int] = []
+    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
+
+    def seconds(_: Target, action: Callable[[], None]) -> float:
+        action()
+        return passes[-1] ** 0.5 * (10 if 30 <= len(passes) < 34 else 1)
+
+    monkeypatch.setattr("medhead.scheduling.cost_model._seconds", seconds)
+    found = measure_costs(target, 1).measured
+    assert found == {nodes: pytest.approx(nodes**0.5) for nodes in found}
+    assert set(found) == {1, 2, 4, 8, 12, 16, 24, 32, 64}
+
+
+# --- calibration ---
+
+
+def test_calibration_learns_ratios() -> None:
+    """Promises of 0.9 that are kept half of the time are worth half; paths add their depths' corrections up."""
+    source = random.Random(0)
+    calibration = Calibration()
+    named = candidates_from_paths([[([1, 2], [math.log(0.9), math.log(0.81)])]])
+    assert named is not None
+    for _ in range(3000):
+        first, second = source.random() < 0.45, source.random() < 0.9
+        calibration.learn(named, [[1 if first else 9, 2 if second else 9, 5]], [3])
+    assert calibration.ratio(0) == pytest.approx(0.5, abs=0.15)
+    assert calibration.ratio(1) == pytest.approx(1.0, abs=0.15)
+    found = calibration.correct(named).scores.exp()[0].tolist()
+    assert found == pytest.approx([0.9 * calibration.ratio(0), 0.81 * calibration.ratio(0) * calibration.ratio(1)])
+
+
+def test_calibration_learns_only_what_is_known() -> None:
+    """Nothing about depths that the text has not reached or below nodes that were wrong; estimates never exceed one."""
+    calibration = Calibration()
+    named = candidates_from_paths([[([1, 2, 3], [-0.1, -0.2, -0.3])], []])
+    assert named is not None
+    calibration.learn(named, [[1, 9, 9], [1, 2, 3]], [1, 3])
+    assert calibration.ratio(0) > 1
+    assert calibration.ratio(1) == 1
+    calibration.learn(named, [[7, 2, 3], [0, 0, 0]], [3, 3])
+    assert calibration.ratio(1) == 1
+    for _ in range(500):
+        calibration.learn(named, [[1, 2, 3], [0, 0, 0]], [3, 3])
+    assert bool((calibration.correct(named).scores < 0).all())
+
+
+# --- budget ---
+
+
+@given(st.integers(0, 10**6), st.integers(1, 4), st.booleans())
+def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None:
+    """No size that may be chosen has more expected tokens a second; before guessing has paid once, none is dear."""
+    source = random.Random(seed)
+    gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
+    budget, proposing = TreeBudget(PassCosts(COSTS), 32, batch=2), source.random()
+    if proven:
+        budget.saw(2, 2.0, budget.costs(2), 0.0)
+    chosen, _ = budget.choose(gains, rows, proposing)
+    sizes = [n for n in budget.sizes if proven or n <= 2 or budget.costs(n) <= 1.5 * budget.costs(1)]
+    assert 1 < len(sizes) < len(budget.sizes) or proven
+    assert budget.deepest() == max(sizes) - 1
+    rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in sizes}
+    assert rates[chosen] == pytest.approx(max(rates.values()))
+    assert budget.sizes[0] == 1
+    assert budget.sizes[-1] == 32
+
+
+def test_looks_are_cheap_again_after_a_rest() -> None:
+    gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32, batch=2)
+    assert budget.choose(gains, 1, 0.0)[0] == 4
+    budget.saw(4, 4.0, 1.5, 0.1)
+    assert budget.choose(gains, 1, 0.0)[0] > 4
+    while not budget.resting():
+        budget.saw(4, 1.0, 1.5, 1.0)
+    asleep = []
+    while budget.resting():
+        asleep.append(budget.asleep())
+        budget.saw(1, 1.0, 1.0, 0.0)
+    assert asleep == [True] * (len(asleep) - 8) + [False] * 8
+    assert budget.choose(gains, 1, 0.0)[0] == 4
+
+
+def test_plain_passes_prove_nothing() -> None:
+    """However long one took: only tokens that guesses brought say that guessing pays. The smallest tree can always be tried."""
+    budget = TreeBudget(PassCosts({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
+    assert budget.deepest() == 1
+    budget.saw(1, 1.0, 0.5, 0.0)
+    assert budget.deepest() == 1
+    budget.saw(2, 1.9, 1.7, 0.1)
+    assert budget.deepest() == 15
+
+
+def test_sizes_follow_the_rows() -> None:
+    """Sizes that were not worth measuring for many rows are there again for one."""
+    budget = TreeBudget(PassCosts({1: 1.0, 16: 7.0}), 64, batch=16)
+    assert budget.most == 16
+    budget.again(PassCosts({1: 1.0, 16: 1.05, 64: 8.0}), 1)
+    assert budget.most == 64
+    assert budget.deepest() == 63  # one row may look at any tree
+
+
+def test_costs_of_a_short_context(tmp_path: Path) -> None:
+    config = GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=2)
+    target = Target(GPT2LMHeadModel(config).eval())
+    with torch.inference_mode(), target.active():
+        assert measure_costs(target, 1).most == 32
+
+
+def test_failure_rests_and_success_does_not() -> None:
+    """What never helps is asked ever more rarely; what helps is always asked, also after bad luck."""
+    costs = {1: 1.0, 8: 1.2}
+    noise, good = TreeBudget(PassCosts(costs), 8), TreeBudget(PassCosts(costs), 8)
+    asked = 0
+    for _ in range(1000):
+        resting = noise.resting()
+        asked += not resting
+        noise.saw(1 if resting else 8, 1, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+    assert asked < 15
+    source = random.Random(1)
+    asked = 0
+    for _ in range(1000):
+        resting = good.resting()
+        asked += not resting
+        tokens = 1 if resting else source.choice([1, 2, 3, 6])
+        good.saw(1 if resting else 8, tokens, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+    assert asked > 900
+
+
+# --- the proposer ---
+
+
+def test_a_sleeping_hybrid_spares_who_may_miss_passes(target: Target) -> None:
+    class Watching(Fixed):
+        def observe(self, verified: Verified) -> None:
+            self.seen = [*getattr(self, "seen", []), verified.tree.nodes]
+
+    class Missing(Watching):
+        may_miss = True
+
+    members: list[Any] = [Watching(target, []), Missing(target, [])]
+    hybrid = build_proposer("hybrid", target, members=members, costs=PassCosts({1: 1.0, 8: 1.2}))
+    hybrid.begin(target, [[0]])
+    verified = Verified(TokenTree.root(torch.tensor([0])), *[torch.zeros(1, 1, 1)] * 2, None, [1], [[0]], 9.0)  # type: ignore[arg-type]
+    while not hybrid.budget.resting():
+        hybrid.observe(verified)
+    begun = len(members[0].seen)
+    while hybrid.budget.resting():
+        hybrid.observe(verified)
+    assert len(members[0].seen) > begun + 8
+    assert len(members[1].seen) == begun + 8
+
+
+class Fixed(HeadsProposer):
+    """Names given paths, whatever the heads."""
+
+    def __init__(self, target: Target, paths: list[tuple[list[int], list[float]]]) -> None:
+        super().__init__(target, noise_heads(target, "medusa"))
+        self.paths = paths
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        return candidates_from_paths([self.paths for _ in state.texts])
+
+
+def test_members_are_merged(target: Target) -> None:
+    """The likeliest of all members' paths, equal ones once; a member that knows nothing is no trouble."""
+    one = Fixed(target, [([1, 2], [-0.1, -0.5]), ([3], [-0.4])])
+    two = Fixed(target, [([1, 4], [-0.2, -0.3]), ([1, 2], [-0.2, -0.35])])
+    hybrid = build_proposer("hybrid", target, members=[one, two, Fixed(target, [])], tree_size=4)
+    state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
+    tree = hybrid.propose(state, 8)
+    assert sorted(map(tuple, tree.paths(0))) == [(1, 2), (1, 4)]
+    nothing = build_proposer("hybrid", target, members=[Fixed(target, [])], tree_size=4)
+    assert nothing.propose(state, 8).nodes == 1
+
+
+def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
+    """Asking costs time: not where a cheap member has been right all the time, but where it doubts or names nothing."""
+
+    class Cheap(Fixed):
+        costly = False
+
+    class Slow(Fixed):
+        asked = 0
+
+        def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+            self.asked += 1
+            time.sleep(0.001)
+            return super().candidates(state, max_depth)
+
+    cheap, slow = Cheap(target, [([1, 2, 3], [-0.01, -0.02, -0.03])]), Slow(target, [([4, 5], [-0.3, -0.6])])
+    hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=PassCosts({1: 1e-3, 8: 1.2e-3}))
+    hybrid.begin(target, [[0]])
+    state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
+    copied, asked = list(range(1, 8)), []
+    for paths in ([], [(copied, [-0.01 * depth for depth in range(1, 8)])], [([1], [-1.2])], []):
+        cheap.paths = paths
+        before = slow.asked
+        for _ in range(6):
+            tree = hybrid.propose(state, 8)
+            count = 8 if len(paths) == 1 and len(paths[0][0]) > 1 else 2
+            emitted, nowhere = torch.tensor([[*copied, 9]]), torch.zeros(1, 8, dtype=torch.long)
+            accepted = Accepted(emitted, torch.tensor([count]), torch.tensor([0]), nowhere)
+            logits, features = torch.zeros(1, tree.nodes, target.vocab_size), torch.zeros(1, tree.nodes, 16)
+            hybrid.observe(Verified(tree, logits, features, accepted, [count], emitted.tolist(), 1e-3))
+        asked.append(slow.asked - before)
+    assert asked == [6, 0, 6, 6]
+
+
+@pytest.mark.parametrize("sampling", [False, True])
+@torch.inference_mode()
+def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, sampling: bool) -> None:
+    """Before anything was learnt, the tree of heads in a hybrid is the tree of heads alone, however unlikely its nodes."""
+    heads = noise_heads(target, "recurrent", depth=4)
+    options: dict[str, Any] = {"heads": heads, "tree_size": 24, "width": 6, "branching": 3, "dtype": torch.float32}
+    alone = build_proposer("heads", target, **options)
+    hybrid = build_proposer("hybrid", target, members=["heads"], **options)
+    torch.manual_seed(0)
+    noise = ComingNoise.of(-(-torch.rand(2, 8, target.vocab_size).log()).log()) if sampling else None
+    features = torch.randn(2, target.hidden_size)
+    state = DecodeState(target, [[5, 9], [13, 7]], torch.tensor([9, 7]), features, noise)
+    for proposer in (alone, hybrid):
+        proposer.begin(target, state.texts)
+    one, other = alone.propose(state, 8), hybrid.propose(state, 8)
+    assert one.nodes == other.nodes == 24
+    for row in range(2):
+        assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))
+
+
+def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
+    """Costs for fewer rows are taken from the cache if they are there; else those of before serve on."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
+    asked: list[int] = []
+
+    def measured(_: Target, batch: int, most: int = 64) -> PassCosts:
+        asked.append(batch)
+        return PassCosts({1: 1e-3 * batch, 8: 2e-3 * batch})
+
+    monkeypatch.setattr("medhead.scheduling.cost_model.measure_costs", measured)
+    hybrid: Any = build_proposer("hybrid", target, members=["ngram"])
+    costs_of(target, 1)
+    hybrid.begin(target, [[5, 6]] * 4)
+    hybrid.keep_rows([0, 1])
+    assert hybrid.budget.costs(1) == 4e-3
+    hybrid.keep_rows([0])
+    assert hybrid.budget.costs(1) == 1e-3
+    assert asked == [1, 4]
+
+
+def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
+    """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
+    costs = PassCosts({1: 1.0, 8: 4.0})
+    budget, rests = TreeBudget(costs, 8), []
+    for _ in range(2):
+        while not budget.resting():
+            budget.saw(8, 1.0, 4.0, 0.1)
+        rest = 0
+        while budget.resting():
+            rest += 1
+            budget.saw(1, 1.0, 1.0, 0.0)
+        rests.append(rest)
+    assert rests == [16, 32]
+    budget.saw(8, 1.0, 4.0, 0.1)
+    for _ in range(2):
+        assert budget.resting()
+        budget.again(costs)
+        assert budget.resting()  # a look every few passes would cost more than a twentieth
+        for _ in range(63):  # some three passes were lost
+            budget.saw(1, 1.0, 1.0, 0.0)
+        budget.again(costs)
+        assert not budget.resting()
+        budget.saw(8, 1.0, 4.0, 0.1)
+    for _ in range(63):
+        budget.saw(1, 1.0, 1.0, 0.0)
+    budget.again(costs)
+    for _ in range(40):
+        budget.saw(8, 6.0, 4.0, 0.1)
+        assert not budget.resting()
+
+
+def test_warming_measures_before_the_first_text(
+    monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path
+) -> None:
+    """So that a generation is not the one to wait for it."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
+    asked: list[int] = []
+    monkeypatch.setattr(
+        "medhead.scheduling.cost_model.measure_costs",
+        lambda target, batch: asked.append(batch) or PassCosts({1: 1e-3, 8: 2e-3}),
+    )
+    decoder = Decoder(target, "hybrid", members=["ngram"])
+    decoder.warm(3)
+    assert sorted(asked) == [1, 2, 4]
+    decoder.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=4, do_sample=False)
+    assert sorted(asked) == [1, 2, 4]
+
+
+def test_what_fails_with_many_rows_may_pay_with_few() -> None:
+    """Every class of rows has its own patience, which goes on where it was when rows leave and come back."""
+    costs, few = PassCosts({1: 1.0, 8: 4.0}), PassCosts({1: 1.0, 8: 1.5})
+    budget = TreeBudget(costs, 8, 16)
+    while not budget.resting():
+        budget.saw(8, 2.0, 4.0, 0.1)
+    budget.rows_change(few, 1)
+    for _ in range(30):
+        assert not budget.resting()
+        budget.saw(8, 2.0, 1.5, 0.1)
+    budget.rows_change(costs, 16)  # success elsewhere says nothing
+    for _ in range(16):
+        assert budget.resting()
+        budget.saw(1, 1.0, 1.0, 0.0)
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+    for _ in range(40):
+        budget.saw(1, 1.0, 1.0, 0.0)
+    budget.again(costs, 16)  # another text: one look
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+    budget.rows_change(costs, 8)  # never seen: one look is enough
+    assert not budget.resting()
+    budget.saw(8, 2.0, 4.0, 0.1)
+    assert budget.resting()
+
+
+def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the hybrid rests, a step draws for one position; the text is the same."""
+
+    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    hybrid: Any = build_proposer(
+        "hybrid", target, members=[Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])], costs=costs
+    )
+    made, gumbel = [], Noise.gumbel
+
+    def watch(self: Noise, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        made.append((hybrid.budget.resting(), positions.shape[1]))
+        return gumbel(self, rows, positions)
+
+    decoder, ids = Decoder(target, hybrid), torch.tensor([[5, 9, 13]])
+    sampling: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "top_k": 0, "seed": 4}
+    expected = Decoder(target, "none").generate(ids, **sampling)
+    monkeypatch.setattr(Noise, "gumbel", watch)
+    monkeypatch.setattr(hybrid, "_outside", lambda verified: 1e-2)
+    assert torch.equal(decoder.generate(ids, **sampling), expected)
+    assert {depths for resting, depths in made if resting} == {1}
+    assert any(not resting for resting, _ in made)
+
+
+def test_heads_of_noise_are_left_alone(target: Target) -> None:
+    """Guesses that cost and never come true end in plain decoding."""
+    model = tiny_llama()
+    paths = [([1, 2, 3], [-0.1, -0.2, -0.3])]
+    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    hybrid: Any = build_proposer("hybrid", target, members=[Fixed(target, paths)], costs=costs)
+    sizes = []
+    watch = hybrid.observe
+
+    def observe(verified: Verified) -> None:
+        """The pass took what such passes cost, however busy the machine is."""
+        sizes.append(verified.tree.nodes)
+        verified.seconds = costs(verified.tree.nodes)
+        watch(verified)
+
+    hybrid.observe, hybrid._outside = observe, lambda verified: 1e-4
+    decoder = Decoder(model, hybrid)
+    ids = torch.tensor([[5, 9, 13]])
+    text = decoder.generate(ids, max_new_tokens=100, do_sample=False)
+    assert torch.equal(text, model.generate(ids, max_new_tokens=100, do_sample=False))
+    assert len(sizes) > 20
+    assert sizes.count(1) > 0.8 * len(sizes)
+
+
+class Seldom(HeadsProposer):
+    """A tree at every third pass only."""
+
+    passes = 0
+    patient = True
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        self.passes += 1
+        if self.passes % 3:
+            return TokenTree.root(state.roots)
+        return super().propose(state, max_depth)
+
+    def observe(self, verified: Any) -> None:
+        super().observe(verified)
+        if not self.patient:
+            self._catch_up()
+
+
+@pytest.mark.parametrize("name", ["attention", "block"])
+@torch.inference_mode()
+def test_memory_catches_up(target: Target, name: str) -> None:
+    """Passes of plain decoding that were remembered late are remembered right, also when rows end."""
+    ids = torch.tensor([[5, 9, 13, 5, 9], [20, 21, 22, 23, 24], [7, 7, 7, 7, 7]])
+    sampling = {"do_sample": True, "seed": 3, "top_k": 0, "eos_token_id": [1, 2, 3, 4, 5, 6], "max_new_tokens": 25}
+    rows = []
+    for Seldom.patient in (True, False):
+        proposer = Seldom(target, noise_heads(target, name), dtype=torch.float32)
+        Decoder(target, proposer).generate(ids, **sampling)
+        proposer._catch_up()
+        assert proposer._memory is not None
+        view = proposer._memory.view()
+        rows.append((proposer._memory.lengths, view.rows))
+    assert rows[0][0] == rows[1][0]
+    torch.testing.assert_close(rows[0][1], rows[1][1], rtol=1e-5, atol=1e-5)
+    assert max(rows[0][0]) > 12
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"members": []}, "at least one member"),
+        ({"members": ["none"]}, "names no candidates"),
+        ({"members": ["heads"]}, "needs heads"),
+        ({"members": ["recycling"], "tree_size": 0}, "from 1 to 256"),
+        ({"members": ["nobody"]}, "no proposer is called"),
+    ],
+)
+def test_refusals(target: Target, options: dict[str, Any], says: str) -> None:
+    with pytest.raises(MedheadError, match=says):
+        build_proposer("hybrid", target, **options)

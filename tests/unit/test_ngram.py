@@ -1,0 +1,227 @@
+"""What `ngram` names, against a search through the text with the rule written out."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from test_automaton import ends
+from torch import Tensor
+from transformers import LogitsProcessor
+
+from conftest import tiny_llama
+from medhead import Decoder, TokenTree
+from medhead.errors import MedheadError
+from medhead.model.target import Target
+from medhead.proposers import DecodeState, build_proposer
+from medhead.proposers.ngram import NgramProposer
+from medhead.proposers.ppm import TextMemory, doubt
+from medhead.proposers.trie import Guesses, plant
+
+TEXTS = st.lists(st.integers(0, 3), min_size=2, max_size=40)
+H = 9.0
+
+
+def next_chances(text: list[int], path: list[int], longest: int, floor: float) -> dict[int, float]:
+    """Chances of the tokens behind text + path: contexts longest first, each leaves doubt / (weight + doubt) to the next,
+    down to what could not make a node likely enough."""
+    whole = text + path
+    contexts: dict[tuple[int, ...], int] = {}
+    for length in range(1, min(longest + len(path), len(whole)) + 1):
+        places = tuple(end for end in ends(text, whole[-length:]) if end + 1 < len(text))
+        unfinished = (
+            whole[-length:] == text[-length:]
+        )  # the text's own end is one more place, which nothing follows yet
+        if places:
+            contexts[(*places, -1) if unfinished else places] = length
+    chances: dict[int, float] = {}
+    rest = 1.0
+    for places, length in sorted(contexts.items(), key=lambda item: -item[1]):
+        weights = {end: 0.5 ** ((len(text) - 1 - end) / H) for end in places if end >= 0}
+        total = sum(weights.values()) + doubt(length)
+        for end in weights:
+            weight = 0.5 ** ((len(text) - 2 - end) / H)  # an occurrence of context and follower ends one token later
+            chances[text[end + 1]] = chances.get(text[end + 1], 0.0) + rest * weight / total
+        rest *= doubt(length) / total
+        if rest <= floor:
+            break
+    return chances
+
+
+def brute_force(text: list[int], longest: int, depth: int, least: float) -> dict[tuple[int, ...], float]:
+    """Every path whose chance is at least `least`."""
+    found: dict[tuple[int, ...], float] = {}
+    frontier: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
+    while frontier:
+        path, chance = frontier.pop()
+        if len(path) == depth:
+            continue
+        for token, share in next_chances(text, list(path), longest, max(0.02, least / chance)).items():
+            below = chance * min(share, 1.0)
+            if below >= least:
+                found[(*path, token)] = below
+                frontier.append(((*path, token), below))
+    return found
+
+
+def memory(text: list[int], longest: int, depth: int, half_life: float = H) -> TextMemory:
+    made = TextMemory(longest, depth, half_life)
+    made.extend(text)
+    return made
+
+
+@given(TEXTS, st.integers(1, 6), st.integers(1, 4))
+def test_candidates_are_those_of_a_search(text: list[int], longest: int, depth: int) -> None:
+    found = dict(memory(text, longest, depth).guesses(text[-1], 10**6, depth, 0.03).paths())
+    expected = brute_force(text, longest, depth, 0.03)
+    sure = {path for path, chance in expected.items() if chance > 0.0301}
+    assert sure <= set(found)
+    for path, chance in found.items():
+        assert chance == pytest.approx(min(expected.get(path, 0.03), 1.0), rel=1e-3)
+
+
+@given(TEXTS, st.integers(2, 10))
+def test_a_small_tree_holds_the_likeliest(text: list[int], nodes: int) -> None:
+    everything = memory(text, 4, 4).guesses(text[-1], 10**6, 4, 0.01)
+    few = memory(text, 4, 4).guesses(text[-1], nodes, 4, 0.01)
+    assert len(few) == min(nodes, len(everything))
+    assert few.chances == pytest.approx(sorted(everything.chances, reverse=True)[:nodes])
+    assert sorted(everything.likeliest(nodes).chances) == pytest.approx(sorted(few.chances))
+
+
+@given(TEXTS, st.integers(1, 39))
+def test_reading_in_parts_is_reading_at_once(text: list[int], cut: int) -> None:
+    parts = TextMemory(4, 4, H)
+    parts.extend(text[:cut])
+    parts.guesses(text[0], 8, 4, 0.01)
+    parts.extend(text)
+    assert parts.guesses(text[-1], 20, 4, 0.01).paths() == memory(text, 4, 4).guesses(text[-1], 20, 4, 0.01).paths()
+
+
+def test_longest_match_first_then_recency_and_count() -> None:
+    def first(text: list[int]) -> list[int]:
+        return memory(text, 8, 1).guesses(text[-1], 9, 1, 0.0).tokens[1:]  # best first
+
+    assert first([1, 2, 3, 4, 5, 3, 6, 1, 2, 3])[0] == 4  # behind (1, 2, 3), though 6 is newer behind (3)
+    assert first([3, 4, 9, 3, 6, 9, 0, 3]) == [6, 4]  # the newer one
+    assert first([3, 4, 9, 3, 4, 9, 3, 6, 0, 3]) == [4, 6]  # the one that was there more often
+
+
+def test_a_copy_is_found_at_full_depth() -> None:
+    text = [*list(range(10, 40)), 5, 6, *list(range(10, 20))]
+    found = memory(text, 16, 10, 4096).guesses(text[-1], 16, 10, 0.02)
+    assert found.tokens == list(range(19, 30))
+    assert found.depths == list(range(11))
+    assert found.chances[1] > 0.7
+
+
+def state(target: Target, texts: list[list[int]]) -> DecodeState:
+    roots = torch.tensor([text[-1] for text in texts])
+    return DecodeState(target, texts, roots, torch.zeros(len(texts), 1))
+
+
+def test_rows_have_trees_of_their_own(target: Target) -> None:
+    proposer = NgramProposer(target, tree_size=6)
+    texts = [[4, 5, 6, 7, 4, 5], [9], [8, 8, 8, 8]]
+    proposer.begin(target, texts)
+    tree = proposer.propose(state(target, texts), 3)
+    assert tree.paths(0)[0][:2] == [6, 7]
+    assert set(tree.tokens[1].tolist()) == {9}
+    assert tree.paths(2)[0] == [8, 8, 8]
+    assert tree.nodes <= 6
+    assert int(tree.depth.max()) <= 3
+    proposer.keep_rows([2])
+    again = proposer.propose(state(target, texts[2:]), 3)
+    assert again.paths(0) == [[8, 8, 8]]
+    assert proposer.propose(state(target, texts[2:]), 0).nodes == 1
+
+
+def test_without_repetition_there_is_only_the_root(target: Target) -> None:
+    proposer = build_proposer("ngram", target)
+    texts = [[4, 5, 6], [7, 8]]
+    proposer.begin(target, texts)
+    assert proposer.propose(state(target, texts), 10).nodes == 1
+
+
+class Copies(LogitsProcessor):
+    """Makes a model say again what it said 17 tokens ago."""
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        return scores.scatter(1, input_ids[:, -17:-16], 1e4)
+
+
+def test_text_that_repeats_is_copied_in_few_passes() -> None:
+    model = tiny_llama(eos_token_id=None, context=400)
+    decoder = Decoder(model, "ngram")
+    for first in (3, 23):  # nothing of one text is left in the next
+        prompt = torch.arange(first, first + 17)[None]
+        found = decoder.generate(prompt, max_new_tokens=300, do_sample=False, logits_processor=[Copies()])
+        assert torch.equal(found[0], prompt[0].repeat(19)[: 17 + 300])
+        assert decoder.statistics.lengths[0] == 1  # nothing was said twice yet
+        assert decoder.statistics.accepted_length > 6
+
+
+def test_wrong_options(target: Target) -> None:
+    for options, says in (
+        ({"longest": 0}, "at least 1, got 0"),
+        ({"max_depth": 0}, "at least 1"),
+        ({"half_life": 0}, "half_life must be at least 1"),
+        ({"least": 1.5}, "from 0 to 1"),
+        ({"datastore": "./nowhere"}, "'nowhere' does not exist"),
+    ):
+        with pytest.raises(MedheadError, match=says) as refusal:
+            build_proposer("ngram", target, **options)
+        assert "\n" not in str(refusal.value)
+
+
+def test_a_step_costs_microseconds() -> None:
+    """100,000 tokens, half of them a loop: reading one more and naming a tree; the bound is loose, the machine busy."""
+    generator = torch.Generator().manual_seed(1)
+    varied = (torch.rand(50_000, generator=generator) ** 3 * 2000).long().tolist()
+    text = varied + [7, 8, 9, 10, 7, 8] * 5000 + varied[:20_000]
+    made = memory(text, 16, 10, 4096)
+    times = []
+    for token in varied[20_000:20_200]:
+        text.append(token)
+        began = time.perf_counter()
+        made.extend(text)
+        made.guesses(token, 16, 10, 0.02)
+        times.append(time.perf_counter() - began)
+    assert sorted(times)[len(times) // 2] < 0.002
+
+
+# -------------------------------------------------------------------- candidates
+
+PATHS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=3), st.floats(0.01, 1)), max_size=8)
+
+
+def trie(paths: list[tuple[list[int], float]]) -> Guesses:
+    made = Guesses(9)
+    for path, chance in paths:
+        node = 0
+        for token in path:
+            node = made.add(node, token, chance)
+    return made
+
+
+@given(PATHS, PATHS, st.integers(1, 12))
+def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int) -> None:
+    first, second = trie(one), trie(other)
+    alone, added = dict(first.paths()), dict(second.paths())
+    first.merge(second)
+    merged = dict(first.paths())
+    assert set(merged) == set(alone) | set(added)
+    for path, chance in merged.items():
+        assert chance == pytest.approx(1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)))
+        assert chance <= merged.get(path[:-1], 1.0)
+    few = dict(first.likeliest(nodes).paths())
+    assert len(few) == min(nodes - 1, len(merged))
+    assert all(path[:-1] in few for path in few if len(path) > 1)
+    assert sum(few.values()) == pytest.approx(sum(sorted(merged.values(), reverse=True)[: nodes - 1]))
+    tree = plant([first, Guesses(9)], torch.tensor([9, 9]))
+    assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
+    grown = [{tuple(path[:n]) for path in tree.paths(row) for n in range(1, len(path) + 1)} for row in (0, 1)]
+    assert grown == [set(merged), {(9,)} if merged else set()]  # the second row is padded with its root

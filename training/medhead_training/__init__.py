@@ -1,0 +1,1 @@
+"""Heads fine-tuning: data, objective, trainer, evaluation, export."""

@@ -1,0 +1,1 @@
+"""Training data: records, encoding, packing, stored features."""

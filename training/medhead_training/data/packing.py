@@ -1,0 +1,154 @@
+"""Documents packed into rows of one length, so that no step is spent on padding and every step is as large as another.
+
+Documents of a shuffled window go into rows by best fit, longest first. The plan of an epoch depends on seed and epoch
+alone, so row i of the data set is a function of (seed, i): training goes on after a stop exactly where it was.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from medhead.errors import MedheadError
+from medhead_training.data.feature_store import TokenStore
+
+WINDOW = 4096  # pieces that are fitted together
+
+
+def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Which sizes go together: the largest first, each into the fullest bin that still has room for it.
+
+    Args:
+        sizes: each from 1 to `capacity`.
+        capacity: of a bin.
+
+    Returns:
+        For every bin the indices of its sizes.
+    """
+    bins: list[list[int]] = []
+    rooms: list[int] = []  # ascending room of the open bins, and below which bins these are
+    owners: list[int] = []
+    for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        size = sizes[index]
+        at = bisect_left(rooms, size)
+        if at == len(rooms):
+            bins.append([])
+            room, owner = capacity, len(bins) - 1
+        else:
+            room, owner = rooms.pop(at), owners.pop(at)
+        bins[owner].append(index)
+        if room > size:
+            at = bisect_left(rooms, room - size)
+            rooms.insert(at, room - size)
+            owners.insert(at, owner)
+    return bins
+
+
+class PackedDataset(Dataset[dict[str, Tensor]]):
+    """Rows of exactly `length` slots, all epochs one after the other.
+
+    A row is a dictionary of `input_ids` (int64), `mask` (bool, what the assistant wrote), `document` (int64, number of
+    the document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
+    Documents longer than `length` are cut into pieces, which count as documents of their own.
+
+    Args:
+        store: of the token ids.
+        documents: which documents of the store to use.
+        length: slots of a row.
+        seed: of the order and of what is packed together.
+        epochs: how often each document comes; every epoch is packed anew.
+        pad_token: id in the padding.
+
+    Raises:
+        MedheadError: there is no document, or a number makes no sense.
+    """
+
+    def __init__(
+        self,
+        store: TokenStore,
+        documents: Sequence[int] | np.ndarray,
+        length: int,
+        seed: int = 0,
+        epochs: int = 1,
+        pad_token: int = 0,
+    ) -> None:
+        chosen = np.asarray(documents, dtype=np.int64)
+        if not len(chosen):
+            raise MedheadError("there is no document to pack")
+        if length < 1 or epochs < 1 or seed < 0:
+            raise MedheadError(
+                f"length and epochs must be at least 1, the seed at least 0; got {length}, {epochs}, {seed}"
+            )
+        self.store, self.length, self.seed, self.epochs, self.pad_token = store, length, seed, epochs, pad_token
+        sizes = store.lengths[chosen]
+        starts = np.asarray(store.ends)[chosen] - sizes
+        pieces = -(-sizes // length)
+        number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
+        self._starts = np.repeat(starts, pieces) + number * length
+        self._sizes = np.minimum(length, np.repeat(sizes, pieces) - number * length)
+        self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        rows = [len(self._plan(epoch)[1]) - 1 for epoch in range(epochs)]
+        self._first = np.concatenate([[0], np.cumsum(rows)])  # row at which each epoch begins
+
+    def __len__(self) -> int:
+        return int(self._first[-1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one epoch."""
+        return int(self._sizes.sum())
+
+    @property
+    def efficiency(self) -> float:
+        """Share of all slots that hold tokens."""
+        return self.tokens * self.epochs / (len(self) * self.length)
+
+    def epochs_in(self, rows: int) -> float:
+        """How many epochs the first `rows` rows are."""
+        return float(np.interp(rows, self._first, np.arange(self.epochs + 1)))
+
+    def rows_of_epoch(self, epoch: int) -> range:
+        """Indices of the rows of one epoch."""
+        return range(int(self._first[epoch]), int(self._first[epoch + 1]))
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        """Row `index`; it depends on the seed and the index alone."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"row {index} of {len(self)}")
+        epoch = int(np.searchsorted(self._first, index, side="right")) - 1
+        order, bounds = self._plan(epoch)
+        row = index - int(self._first[epoch])
+        input_ids = np.full(self.length, self.pad_token, dtype=np.int64)
+        mask = np.zeros(self.length, dtype=np.bool_)
+        document = np.full(self.length, -1, dtype=np.int64)
+        position_ids = np.zeros(self.length, dtype=np.int64)
+        at = 0
+        for number, piece in enumerate(order[bounds[row] : bounds[row + 1]]):
+            start, size = int(self._starts[piece]), int(self._sizes[piece])
+            here = slice(at, at + size)
+            input_ids[here], mask[here] = self.store.read(start, start + size)
+            document[here] = number
+            position_ids[here] = np.arange(size)
+            at += size
+        arrays = {"input_ids": input_ids, "mask": mask, "document": document, "position_ids": position_ids}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+
+    def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Pieces in the order of the epoch's rows, and where each row begins among them (and the last one ends)."""
+        if epoch not in self._plans:
+            generator = np.random.default_rng([self.seed, epoch])
+            shuffled = generator.permutation(len(self._sizes))
+            rows: list[np.ndarray] = []
+            for start in range(0, len(shuffled), WINDOW):
+                window = shuffled[start : start + WINDOW]
+                rows += [window[row] for row in best_fit(self._sizes[window].tolist(), self.length)]
+            rows = [rows[row] for row in generator.permutation(len(rows))]
+            while len(self._plans) > 1:  # a loader at the border of two epochs asks for both
+                self._plans.pop(next(iter(self._plans)))
+            self._plans[epoch] = np.concatenate(rows), np.concatenate([[0], np.cumsum([len(row) for row in rows])])
+        return self._plans[epoch]

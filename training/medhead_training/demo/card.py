@@ -1,0 +1,155 @@
+"""Model cards of the demo model and its heads, written from what was measured."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from medhead.decoder import Decoder
+
+NAME = "Llama-medhead-demo-5M"
+SAMPLES = (  # what the user says, turn by turn
+    ("Tell me a short story.",),
+    ("Tell me a story about a little girl and a dragon.",),
+    ("Write a story about a dog who finds a ball.",),
+    (
+        "I want to book a table at a restaurant for two people.",
+        "In San Jose, at 7 pm tonight.",
+        "Yes, please. Thank you.",
+    ),
+    ("Can you help me find a bus to San Francisco?", "From Fresno, on the 5th of March.", "The first one is fine."),
+)
+
+MODEL_CARD = """\
+---
+license: cc-by-sa-4.0
+language: en
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+**Built with Llama.** A chat and story model with {parameters:,} parameters, trained from scratch so that medhead has something to
+show and to test on a laptop. It tells short stories and holds simple booking dialogues. It knows nothing about the world:
+use it for nothing else.
+
+- Architecture: Llama ({layers} layers, hidden size {hidden}, {heads}/{kv} heads, context {context}, byte-level BPE with {vocab:,} tokens, tied embeddings).
+- Training: {steps:,} steps of {tokens_per_step:,} tokens ({tokens:,} tokens) in {minutes} minutes on 2 CPU cores, bfloat16 autocast, Muon
+  for matrices and AdamW for the rest, by `python -m medhead_training.demo`, seed {seed}.
+- Validation loss (nats a token): {losses}.
+
+## Text it was trained on
+
+| set | licence |
+|---|---|
+| TinyStories (roneneldan) | CDLA-Sharing-1.0 |
+| stories and general chats of erikhyrkas/snakes, generated with Llama 3.1 | MIT; Llama 3.1 Community Licence (hence "Llama" in the name) |
+| Schema-Guided Dialogue (google-research-datasets) | CC-BY-SA-4.0 |
+
+Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.
+
+## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens an answer, not chosen)
+
+{samples}
+"""
+
+BUILT_WITH = (
+    "**Built with Llama.** Trained on text that {name} wrote, whose own training text is in part generated with Llama 3.1 "
+    "(Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved). "
+    "Licence: that of the model, cc-by-sa-4.0."
+)
+
+
+def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
+    """Sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
+    found = []
+    with Decoder(model, "none", probe=False) as decoder:
+        for seed, turns in enumerate(SAMPLES):
+            chat: list[dict[str, str]] = []
+            for turn in turns:
+                chat.append({"role": "user", "content": turn})
+                given = tokenizer.apply_chat_template(
+                    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+                )
+                options = {"max_new_tokens": 250, "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": seed}
+                output = decoder.generate(given["input_ids"], attention_mask=given["attention_mask"], **options)
+                text = tokenizer.decode(output[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+                chat.append({"role": "assistant", "content": text})
+            found.append(chat)
+    return found
+
+
+def as_markdown(chat: list[dict[str, str]]) -> str:
+    """What the user said in bold, what the model said as a quotation."""
+    lines = []
+    for message in chat:
+        if message["role"] == "user":
+            lines.append(f"**{message['content']}**")
+        else:
+            lines.append("\n".join(f"> {line}" for line in message["content"].splitlines() or [""]))
+    return "\n\n".join(lines)
+
+
+def write_model_card(folder: Path, training: dict[str, Any]) -> None:
+    """`README.md` of the model folder."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    said = [as_markdown(chat) for chat in samples(model, tokenizer)]
+    text = MODEL_CARD.format(
+        name=NAME,
+        parameters=training["parameters"],
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        kv=config.num_key_value_heads,
+        context=config.max_position_embeddings,
+        vocab=config.vocab_size,
+        steps=training["steps"],
+        tokens_per_step=training["tokens_per_step"],
+        tokens=training["tokens"],
+        minutes=training["minutes"],
+        seed=training["seed"],
+        losses=", ".join(f"{name} {loss:.3f}" for name, loss in training["validation_loss"].items()) or "not measured",
+        samples="\n\n".join(said),
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+
+
+def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
+    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree.
+
+    Args:
+        folder: of the heads.
+        size: nodes of the default tree.
+        depth: of the default tree.
+        goal: folder in the package that they are for.
+    """
+    path = folder / "medhead_config.json"
+    fields = json.loads(path.read_text(encoding="utf-8"))
+    fields |= {"tree_size": size, "tree_depth": min(depth, fields["depth"])}
+    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+    path = folder / "adapter_config.json"
+    adapter = json.loads(path.read_text(encoding="utf-8"))
+    trained_for, adapter["base_model_name_or_path"] = adapter["base_model_name_or_path"], NAME
+    path.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
+    facts_path = folder / "training.json"
+    facts = json.loads(facts_path.read_text(encoding="utf-8"))
+    named = {str(trained_for), str(facts.get("model", ""))} - {"", NAME}
+    facts_path.write_text(json.dumps(facts | {"model": NAME}, indent=1) + "\n", encoding="utf-8")
+    card = (folder / "README.md").read_text(encoding="utf-8")
+    for name in sorted(named, key=len, reverse=True):
+        card = card.replace(name, NAME)
+    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/assets/{goal}")
+    sentence = BUILT_WITH.format(name=NAME)
+    if sentence not in card:
+        card = card.replace("library_name: peft\n", "library_name: peft\nlicense: cc-by-sa-4.0\n", 1)
+        head, title, rest = card.partition("\n# ")
+        line, _, body = rest.partition("\n")
+        card = f"{head}{title}{line}\n\n{sentence}\n{body}"
+    (folder / "README.md").write_text(card, encoding="utf-8")

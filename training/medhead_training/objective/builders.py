@@ -1,0 +1,154 @@
+"""Target and heads of a run: loaded, made, and joined to one PEFT model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM
+
+from medhead.errors import MedheadError
+from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
+from medhead.heads.adapter import wrap
+from medhead.model.loading import load_model, pick_dtype
+from medhead.model.target import Target
+from medhead_training.data.feature_store import TokenStore
+from medhead_training.trainer.options import TrainOptions
+
+
+def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> HeadsConfig:
+    """The configuration that the options ask for, with sizes taken from the target."""
+    kind, size, config = options.kind, target.hidden_size, target.config
+    deep = kind in ("attention", "block")
+    taps = options.taps
+    if taps is None:
+        count = 5 if kind == "block" and target.layers >= 16 else 3
+        spread = np.linspace(1, target.layers - 1, count) if target.layers > 1 else np.zeros(1)
+        taps = sorted({round(float(layer)) for layer in spread}) if deep else []
+    heads = int(getattr(config, "num_attention_heads", 0) or 4)
+    dim = int(getattr(config, "head_dim", None) or size // heads)
+    correction = options.correction or {"medusa": "parent", "block": "recurrent"}.get(kind, "none")
+    return HeadsConfig(
+        kind=kind,
+        depth=options.depth,
+        hidden_size=size,
+        vocab_size=target.vocab_size,
+        target_layers=target.layers,
+        target_type=str(getattr(target.model.config, "model_type", "")),
+        inner_size=options.inner_size or 2 * size,
+        blocks=options.blocks or (2 if kind == "block" else 1),
+        correction=correction,
+        correction_size=options.correction_size or 3 * size // 2,
+        taps=taps,
+        num_heads=heads,
+        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        head_dim=dim + dim % 2,
+        causal=options.causal,
+        draft_vocab=draft_vocab,
+    )
+
+
+def draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> torch.Tensor | None:
+    """`[draft vocabulary]`: the most frequent tokens of the answers, in order of their ids; None for all."""
+    if options.draft_vocab == 0:
+        return None
+    counts = np.zeros(vocab_size, dtype=np.int64)
+    for start in range(0, store.tokens, 1 << 22):
+        tokens, mask = store.read(start, min(start + (1 << 22), store.tokens))
+        counts += np.bincount(tokens[mask], minlength=vocab_size)[:vocab_size]
+    wanted = options.draft_vocab
+    if wanted < 0:
+        covered = np.cumsum(np.sort(counts)[::-1]) / max(counts.sum(), 1)
+        wanted = min(32768, -(-(int(np.searchsorted(covered, 0.998)) + 1) // 64) * 64)
+    if wanted >= vocab_size:
+        return None
+    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:wanted]).copy())
+
+
+def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads:
+    """Heads to begin with: fresh ones, or those of `--init-from`."""
+    if options.init_from:
+        heads = load_heads(options.init_from, target)
+        if heads.config.kind != options.kind:
+            raise MedheadError(
+                f"--init-from holds heads of kind {heads.config.kind!r}, the run trains {options.kind!r}"
+            )
+        if heads.config.own_output:
+            raise MedheadError(
+                "--init-from holds heads with an output matrix of their own, which cannot be trained here"
+            )
+        return heads.float().requires_grad_(True)
+    tokens = draft_tokens(options, store, target.vocab_size)
+    torch.manual_seed(options.seed)
+    heads = build_heads(heads_config(options, target, 0 if tokens is None else len(tokens)))
+    if tokens is not None:
+        assert heads.draft_tokens is not None
+        heads.draft_tokens.copy_(tokens)
+    return heads.to(target.device)
+
+
+def load_target(options: TrainOptions, device: torch.device) -> Any:
+    """The model, in four bits for `qlora`; on the CPU where it will be spread over devices.
+
+    Raises:
+        MedheadError: it cannot be loaded, or bitsandbytes is missing.
+    """
+    dtype = pick_dtype(options.dtype, device)
+    if options.recipe != "qlora":
+        place = torch.device("cpu") if options.shard else device
+        return load_model(options.model, place, dtype, options.trust_remote_code)
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError:
+        raise MedheadError("--recipe qlora needs bitsandbytes: pip install 'medhead[qlora]'") from None
+    from peft import prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, quantization_config=four_bits, device_map={"": device}, dtype=dtype, use_safetensors=True,
+            trust_remote_code=options.trust_remote_code,
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MedheadError(f"model {options.model!r} cannot be loaded in 4 bits: {reason}") from None
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def adapted(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
+    """A PEFT model around target and heads, with LoRA if the recipe has it, and its copy of the heads.
+
+    Raises:
+        MedheadError: the target has no such modules, or they are the embedding or output matrix, which heads share.
+    """
+    model = target.model
+    if options.recipe == "heads":
+        return wrap(model, heads)
+    lora = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
+            "target_modules": options.lora_targets or linear_layers(model)}  # fmt: skip
+    try:
+        if options.gradient_checkpointing:
+            new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.24
+            (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
+                {"use_reentrant": False}
+            )
+        wrapped, heads = wrap(model, heads, lora)
+    except ValueError as error:
+        raise MedheadError(f"{target.name} cannot be adapted: {' '.join(str(error).split())[:200]}") from None
+    if model.get_output_embeddings() is not target.output or model.get_input_embeddings() is not target.embedding:
+        raise MedheadError("--lora-targets names the embedding or the output matrix, which heads share; leave it out")
+    return wrapped, heads
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Names of the linear layers inside the decoder layers, for LoRA."""
+    names = set()
+    for name, module in model.named_modules():
+        linear = "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
+        if linear and any(part.isdigit() for part in name.split(".")):
+            names.add(name.rsplit(".", 1)[-1])
+    if not names:
+        raise MedheadError("no linear layers were found to adapt; name them with --lora-targets")
+    return sorted(names)
