@@ -16,13 +16,13 @@ from medhead import generate_options as options
 from medhead.check import CheckReport, check
 from medhead.compile import CapturedLoop, CompiledTarget, Plans
 from medhead.core.acceptance import TypicalAcceptance
-from medhead.core.gumbel import Noise
+from medhead.core.gumbel import GumbelNoise
 from medhead.core.loop import DecodeLoop, StepTimes
-from medhead.core.sequence import Row, Settings
-from medhead.core.stopping import Stopper, token_limit
+from medhead.core.sequence import Sequence, Settings
+from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
-from medhead.model.hf_patch import restore_generate, teach_generate
+from medhead.model.hf_patch import patch_generate, unpatch_generate
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
 
@@ -137,9 +137,11 @@ class Decoder:
         elif step != "loop":
             self.plans = Plans(self.target, self.proposer, step)
         self.statistics = Statistics()
-        self.on_pass: Callable[[Row, list[int]], None] | None = None  # called with a row and the tokens of each pass
+        self.on_pass: Callable[[Sequence, list[int]], None] | None = (
+            None  # called with a row and the tokens of each pass
+        )
         self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None
-        teach_generate(self.model)
+        patch_generate(self.model)
 
     # ---------------------------------------------------------------- decoding
 
@@ -195,13 +197,13 @@ class Decoder:
         asked = int(config.max_length) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.context)
         rows = [
-            Row(index, ids, text, processors=options.row_processors(processors, index))
+            Sequence(index, ids, text, processors=options.row_processors(processors, index))
             for index, (ids, text) in enumerate(zip(padded, texts, strict=True))
         ]
         prompt_tokens = sum(map(len, texts))
         pad = _pad_token(config)
         stream = None if streamer is None else ColumnStream(streamer, len(rows), pad)
-        stopper = Stopper(criteria, limit, self.target.device)
+        stopper = StopChecker(criteria, limit, self.target.device)
         lengths: list[int] = []
         keep = bool(config.return_dict_in_generate)
         settings = Settings(
@@ -216,7 +218,7 @@ class Decoder:
         )
         loop = self._loop(settings)
         try:
-            with loop.target.active(self.proposer.taps):
+            with loop.target.active(self.proposer.feature_layers):
                 loop.run(list(rows))
         finally:
             self._count(rows, loop, prompt_tokens, lengths)
@@ -231,12 +233,14 @@ class Decoder:
     # ---------------------------------------------------------------- life
 
     @torch.inference_mode()
-    def warm(self, rows: int = 1) -> None:
+    def warmup(self, rows: int = 1) -> None:
         """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
         target = self.compiled_target or self.target
-        Noise(0, target.vocab_size, target.device).gumbel(*torch.zeros(2, 1, dtype=torch.long, device=target.device))
-        with target.active(self.proposer.taps):
-            self.proposer.warm(target, rows)
+        GumbelNoise(0, target.vocab_size, target.device).gumbel(
+            *torch.zeros(2, 1, dtype=torch.long, device=target.device)
+        )
+        with target.active(self.proposer.feature_layers):
+            self.proposer.warmup(target, rows)
 
     def close(self) -> None:
         """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
@@ -246,8 +250,8 @@ class Decoder:
             self.compiled_target.clear()
         if self._own_target:
             self.target.packed_weights.clear()
-            self.proposer.release()
-        restore_generate(self.model)
+            self.proposer.free()
+        unpatch_generate(self.model)
 
     def __enter__(self) -> Decoder:
         return self
@@ -276,14 +280,14 @@ class Decoder:
             return CapturedLoop(self.plans, settings)
         return DecodeLoop(self.compiled_target or self.target, self.proposer, settings)
 
-    def _noise(self, config: GenerationConfig, seed: int | None) -> Noise | None:
+    def _noise(self, config: GenerationConfig, seed: int | None) -> GumbelNoise | None:
         if not config.do_sample:
             if seed is not None:
                 options.check_seed(seed)
             return None
-        return Noise(options.check_seed(seed), self.target.vocab_size, self.target.device)
+        return GumbelNoise(options.check_seed(seed), self.target.vocab_size, self.target.device)
 
-    def _count(self, rows: list[Row], loop: DecodeLoop, prompt_tokens: int, lengths: list[int]) -> None:
+    def _count(self, rows: list[Sequence], loop: DecodeLoop, prompt_tokens: int, lengths: list[int]) -> None:
         self.statistics = Statistics(
             new_tokens=sum(len(row.output) for row in rows),
             passes=sum(row.passes for row in rows),
@@ -299,8 +303,10 @@ class Decoder:
         )
 
 
-def _listener(stream: ColumnStream | None, lengths: list[int], also: Callable[[Row, list[int]], None] | None) -> Any:
-    def listen(row: Row, new: list[int], ended: bool) -> None:
+def _listener(
+    stream: ColumnStream | None, lengths: list[int], also: Callable[[Sequence, list[int]], None] | None
+) -> Any:
+    def listen(row: Sequence, new: list[int], ended: bool) -> None:
         lengths.append(len(new))
         if also is not None:
             also(row, new)
@@ -318,7 +324,7 @@ def _pad_token(config: GenerationConfig) -> int:
 
 
 def _result(
-    rows: list[Row], input_ids: Tensor, pad: int, config: GenerationConfig
+    rows: list[Sequence], input_ids: Tensor, pad: int, config: GenerationConfig
 ) -> Tensor | GenerateDecoderOnlyOutput:
     longest = max(len(row.output) for row in rows)
     output = torch.full((len(rows), longest), pad, dtype=input_ids.dtype)

@@ -241,7 +241,7 @@ def run(args: argparse.Namespace) -> None:
     ids = encode_chat(tokenizer, read_prompt(args), args.system, args.raw)
     model = load_model(name, device, dtype, args.trust_remote_code)
     decoder = make_decoder(args, model, tokenizer)
-    decoder.warm()  # so that it does not count as time of the answer
+    decoder.warmup()  # so that it does not count as time of the answer
     inputs = torch.tensor([ids], device=device)
     chosen = sampling(args)
     if args.compare:

@@ -57,15 +57,27 @@ HEADS: dict[str, dict[str, Any]] = {
     "sequential": {"kind": "sequential"},
     "sequential_tied": {"kind": "sequential", "tied": True, "scale_input": True},
     "sequential_own": {"kind": "sequential", "own_embedding": True, "own_output": True},
-    "attention": {"kind": "attention", "taps": [0, 1]},
+    "attention": {"kind": "attention", "feature_layers": [0, 1]},
     "attention_last": {"kind": "attention", "norm_before_residual": True},
-    "attention_own": {"kind": "attention", "taps": [1], "own_embedding": True, "own_output": True, "layer_size": 24},
-    "block": {"kind": "block", "taps": [0, 1]},
-    "block_parent": {"kind": "block", "correction": "parent", "blocks": 2, "taps": [1]},
-    "block_recurrent": {"kind": "block", "correction": "recurrent", "blocks": 2, "taps": [0, 1]},
+    "attention_own": {
+        "kind": "attention",
+        "feature_layers": [1],
+        "own_embedding": True,
+        "own_output": True,
+        "layer_size": 24,
+    },
+    "block": {"kind": "block", "feature_layers": [0, 1]},
+    "block_parent": {"kind": "block", "correction": "parent", "blocks": 2, "feature_layers": [1]},
+    "block_recurrent": {"kind": "block", "correction": "recurrent", "blocks": 2, "feature_layers": [0, 1]},
     "block_second": {"kind": "block", "anchor_predicts": False},
     "block_full": {"kind": "block", "correction": "recurrent", "causal": False},
-    "block_dflash": {"kind": "block", "causal": False, "anchor_predicts": False, "mask_token": 3, "taps": [0, 1]},
+    "block_dflash": {
+        "kind": "block",
+        "causal": False,
+        "anchor_predicts": False,
+        "mask_token": 3,
+        "feature_layers": [0, 1],
+    },
 }
 
 

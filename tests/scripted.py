@@ -52,8 +52,8 @@ class OracleProposer(Proposer):
         depth = min(max_depth, self.max_depth)
         tokens, parents = [], [0]
         for at in range(depth):
-            above = 0 if at == 0 else 2 * at  # the decoy comes first, the true node second
-            parents += [above, above]
+            parent_index = 0 if at == 0 else 2 * at  # the decoy comes first, the true node second
+            parents += [parent_index, parent_index]
         for text, row in zip(state.texts, self.rows, strict=True):
             names = [text[-1]]
             for token in (self.answers[row][len(text) : len(text) + depth] + [0] * depth)[:depth]:

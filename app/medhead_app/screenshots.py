@@ -55,11 +55,10 @@ def shoot(folder: Path) -> None:
 @contextmanager
 def served() -> Iterator[str]:
     """The demo model's page on a free port of this machine; its address."""
-    from medhead_app.listen import in_thread
-    from medhead_app.server import build_app
-
     from medhead_app.chat.build import build_page
     from medhead_app.chat.theme import look
+    from medhead_app.listen import in_thread
+    from medhead_app.server import build_app
 
     model = load_model(DEMO_MODEL, torch.device("cpu"), torch.float32)
     tokenizer = load_tokenizer(DEMO_MODEL)

@@ -12,12 +12,11 @@ from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
+from medhead_app.api.errors import LOG, ApiError, internal
+from medhead_app.api.routes import Api
 from medhead_app.guards import LOCAL_HOSTS, MAX_BODY, Auth, BodyLimit, SameOrigin
 from medhead_app.metrics import Metrics
 from medhead_app.service import Service
-
-from medhead_app.api.errors import LOG, ApiError, internal
-from medhead_app.api.routes import Api
 
 SAMPLE_EVERY = 1.0  # seconds
 

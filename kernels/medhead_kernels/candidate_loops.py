@@ -12,7 +12,7 @@ from medhead_kernels.loops import likeliest, loop
 
 
 @loop
-def corrected(scores, above, ends, totals, most, out):
+def corrected(scores, parent_index, ends, totals, most, out):
     """Scores `[n]` moved by the total of their level, none above `most` or above its parent's.
 
     Args:
@@ -27,14 +27,14 @@ def corrected(scores, above, ends, totals, most, out):
     for level in range(ends.shape[0]):
         while place < ends[level]:
             score = min(scores[place] + totals[level], most)
-            if above[place] >= 0:
-                score = min(score, out[above[place]])
+            if parent_index[place] >= 0:
+                score = min(score, out[parent_index[place]])
             out[place] = score
             place += 1
 
 
 @loop
-def merged(tokens, above, scores, begins, starts, ends, out_tokens, out_above, out_scores, out_levels):
+def merged(tokens, parent_index, scores, begins, starts, ends, out_tokens, out_above, out_scores, out_levels):
     """Candidates of several members as one set in which every path stands once, with the best of its scores.
 
     Args:
@@ -58,7 +58,7 @@ def merged(tokens, above, scores, begins, starts, ends, out_tokens, out_above, o
         begin = count
         for member in range(starts.shape[1]):
             for given in range(starts[level, member], ends[level, member]):
-                parent = -1 if above[given] < 0 else places[begins[member] + above[given]]
+                parent = -1 if parent_index[given] < 0 else places[begins[member] + parent_index[given]]
                 place = begin
                 while place < count and not (out_above[place] == parent and out_tokens[place] == tokens[given]):
                     place += 1
@@ -73,7 +73,7 @@ def merged(tokens, above, scores, begins, starts, ends, out_tokens, out_above, o
 
 
 @loop
-def best(tokens, above, scores, levels, root, most, tree):
+def best(tokens, parent_index, scores, levels, root, most, tree):
     """The tree of the `most` likeliest candidates; a child counts no more than its parent.
 
     Of equal ones those that come first are taken, so no parent of a node is ever left out.
@@ -90,12 +90,16 @@ def best(tokens, above, scores, levels, root, most, tree):
     Returns:
         How many nodes the tree has; candidates with a score of -inf are none.
     """
-    falling = np.empty_like(scores)  # rounding may have put a child above its parent, which would then be left out
+    make_monotone = np.empty_like(
+        scores
+    )  # rounding may have put a child above its parent, which would then be left out
     for place in range(scores.shape[0]):
-        falling[place] = scores[place] if above[place] < 0 else min(scores[place], falling[above[place]])
+        make_monotone[place] = (
+            scores[place] if parent_index[place] < 0 else min(scores[place], make_monotone[parent_index[place]])
+        )
     most = min(most, scores.shape[0])
     values, places = np.empty(most, np.float32), np.empty(most, np.int64)
-    likeliest(falling, most, values, places)
+    likeliest(make_monotone, most, values, places)
     nodes = np.zeros(scores.shape[0], np.int64)  # of every candidate; 0 for those that are left out
     for rank in range(most):
         if values[rank] > -np.inf:
@@ -107,7 +111,7 @@ def best(tokens, above, scores, levels, root, most, tree):
             if nodes[place]:
                 nodes[place] = count
                 tree[0, count], tree[2, count] = tokens[place], level + 1
-                tree[1, count] = 0 if above[place] < 0 else nodes[above[place]]
+                tree[1, count] = 0 if parent_index[place] < 0 else nodes[parent_index[place]]
                 count += 1
             place += 1
     return count

@@ -2,7 +2,7 @@
 
 BLAS libraries are made for one row (a matrix-vector product) and for many. For the 2 to 64 rows of a tree, `x W^T` often
 spends most of its time bringing the weight matrix into another layout, anew in every product. Two ways around that:
-`W x^T` reads the matrix where it lies (`turned`), and oneDNN multiplies with a copy that is kept in the layout it wants
+`W x^T` reads the matrix where it lies (`transposed`), and oneDNN multiplies with a copy that is kept in the layout it wants
 (`packed`). All three give the same numbers up to rounding; which is fastest is a matter of the machine, its library and
 the matrix, so it is measured, once a process for every size.
 """
@@ -32,7 +32,7 @@ _HINT = 16  # rows that packed copies are laid out for
 Product = Callable[[Tensor, Tensor], Tensor]
 
 
-class Matrix:
+class PackedLinear:
     """A weight matrix to multiply with, in whichever way is fastest here for the number of rows.
 
     A copy is packed when it is first worth it and kept. It is made anew when the weights were changed in place; `recheck` has
@@ -49,7 +49,7 @@ class Matrix:
         self._stamp: Tensor | None = None
         self._checked, self._version = False, -1
         self._ways: dict[int, bool] = {}  # by class of rows: packed or not
-        self.together: Together | None = None  # what decides that, if it is one of several
+        self.together: PackGroup | None = None  # what decides that, if it is one of several
 
     def __call__(self, x: Tensor) -> Tensor:
         """`[..., size]` to `[..., out]`, contiguous. With gradients, and while a step is written down, as `linear` does it."""
@@ -59,7 +59,7 @@ class Matrix:
                 return _multiply(x, self._copy(), self.bias)
         return linear(x, self.weight, self.bias)
 
-    def warm(self) -> None:
+    def warmup(self) -> None:
         """Measure now which way is fastest, for any number of rows, so that no pass is the one to wait for it."""
         for class_ in range(len(_MEASURED_ROWS)) if self.packs else ():
             self._packs(class_)
@@ -104,13 +104,13 @@ class Matrix:
         return
 
 
-class Together:
+class PackGroup:
     """Matrices that are multiplied one after the other: all with packed copies or none, by what all of them take.
 
     In whole passes a model that mixes both ways was slower than the sum of its products says, so the choice is made for all.
     """
 
-    def __init__(self, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, matrices: Sequence[PackedLinear]) -> None:
         self.weights = [matrix.weight for matrix in matrices if matrix.packs]
         for matrix in matrices:
             matrix.together = self
@@ -119,7 +119,7 @@ class Together:
         """Whether packed copies are faster for this class of rows."""
         found = [_measured(*weight.shape, weight.dtype, class_, torch.get_num_threads()) for weight in self.weights]
         packed = sum(seconds["packed"] for seconds in found)
-        return packed < _GAIN * sum(min(seconds["usual"], seconds.get("turned", math.inf)) for seconds in found)
+        return packed < _GAIN * sum(min(seconds["usual"], seconds.get("transposed", math.inf)) for seconds in found)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -135,12 +135,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     rows = x.numel() // x.shape[-1]
     turns = 1 < rows <= MOST_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
-    if turns and fastest(weight, _class(rows), False) == "turned":
-        return turned(x, weight, bias)
+    if turns and fastest(weight, _class(rows), False) == "transposed":
+        return transposed(x, weight, bias)
     return F.linear(x, weight, bias)
 
 
-def turned(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def transposed(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The same as `(W x^T)^T`."""
     out = torch.mm(weight, x.reshape(-1, x.shape[-1]).t()).t()
     if bias is not None:
@@ -162,7 +162,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def fastest(weight: Tensor, class_: int, packs: bool) -> str:
-    """How to multiply with a matrix of this size and type: `usual`, `turned` or `packed`.
+    """How to multiply with a matrix of this size and type: `usual`, `transposed` or `packed`.
 
     Args:
         weight: `[out, size]`.
@@ -191,7 +191,7 @@ def _measured(out: int, size: int, dtype: torch.dtype, class_: int, threads: int
         weights = [torch.ones(part, size, dtype=dtype) for _ in range(copies)]
         ways: dict[str, tuple[Product, list[Tensor]]] = {"usual": (F.linear, weights)}
         if class_ and dtype == torch.float32:
-            ways["turned"] = turned, weights
+            ways["transposed"] = transposed, weights
         if _packs(dtype):
             ways["packed"] = _multiply, [_pack(weight) for weight in weights]
         rounds = [[_seconds(*way, x) for way in ways.values()] for _ in range(_ROUNDS)]  # by turns: the machine changes

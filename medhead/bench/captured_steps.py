@@ -73,7 +73,7 @@ def steps_of(
         heads = build_heads(shape_of(target, kind))
         for count in nodes:
             with_heads = HeadsProposer(target, heads, tree_size=count, dtype=target.dtype)
-            with target.active(with_heads.taps):
+            with target.active(with_heads.feature_layers):
                 step = FixedStep(target, with_heads, *_GREEDY)
                 yield f"{count} nodes by {kind} heads, {way}", _ready(step, rows, context, way)
 
@@ -84,12 +84,14 @@ _GREEDY = (LogitsProcessorList(), False)
 def shape_of(target: Target, kind: str) -> HeadsConfig:
     """Heads as `medhead_training.finetune` makes them by default, for this target."""
     size = target.hidden_size
-    taps = sorted({target.layers // 4, target.layers // 2, target.layers - 1}) if kind in ("block", "attention") else []
+    feature_layers = (
+        sorted({target.layers // 4, target.layers // 2, target.layers - 1}) if kind in ("block", "attention") else []
+    )
     heads = max(1, size // 128)
     return HeadsConfig(
         kind=kind, depth=DEPTH, hidden_size=size, vocab_size=target.vocab_size, target_layers=target.layers,
         inner_size=2 * size, correction_size=3 * size // 2, correction="recurrent" if kind == "block" else "none",
-        blocks=2, taps=taps, num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
+        blocks=2, feature_layers=feature_layers, num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
     )  # fmt: skip
 
 

@@ -93,7 +93,7 @@ class Field:
         self.options: dict[str, dict[str, Any]] = {name: {} for name in self.names}
         if heads is not None:
             made: Any = build_proposer("heads", target, heads=heads)
-            known = {"heads": heads, "dtype": made.readout.dtype}  # the faster type is measured once
+            known = {"heads": heads, "dtype": made.output_head.dtype}  # the faster type is measured once
             self.options |= {name: known for name in ("heads", "hybrid") if name in self.options}
         for name in self.names:
             self.make(name)

@@ -24,7 +24,7 @@ from medhead.heads.config import CONFIG_FILE
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
-from medhead.scheduling.cost_model import PassCosts, costs_batch, measure_costs, store_costs
+from medhead.scheduling.cost_model import CostModel, costs_batch, measure_costs, store_costs
 from medhead.tune import trees, windows
 from medhead.tune.search import measured, search
 from medhead.tune.trees import Tree
@@ -38,7 +38,7 @@ examples:
 """
 
 
-def cost_table(costs: PassCosts) -> str:
+def cost_table(costs: CostModel) -> str:
     """Milliseconds of a pass by number of nodes, and against one node."""
     return ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from medhead.core.gumbel import halves
-from medhead.model.kv_cache import Stores, TreeCache
+from medhead.model.kv_cache import KVBuffers, TreeCache
 from medhead.model.target import Target
 
 
@@ -28,7 +28,7 @@ class Buffers:
         out: `[batch, 1 + steps]` int64, what the last step emitted: how many tokens, then the tokens.
     """
 
-    stores: Stores
+    stores: KVBuffers
     memory: Tensor | None
     lengths: Tensor
     alive: Tensor

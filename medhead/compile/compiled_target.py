@@ -59,7 +59,7 @@ class CompiledTarget(Target):
         if not self._ready:
             return super().verify(cache, tree)
         cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
-        words = [tree.ancestor_words] if self._takes_words(tree.nodes) else []
+        words = [tree.ancestor_bitmask] if self._takes_words(tree.nodes) else []
         lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
         # strides are not open, not even those of a dimension of one row, and where a storage begins matters too
         of_tree = [
@@ -67,7 +67,7 @@ class CompiledTarget(Target):
             for part in (tree.tokens, tree.depth, tree.visible, *words)
         ]
         given = [*of_tree[:3], lengths, places, *of_tree[3:], *cache.parts]
-        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._taps), self._state
+        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._feature_layers), self._state
         if key not in self._passes:
             self._passes[key] = self._compile(tree, bool(words), given)
         return self._passes[key](*given)

@@ -7,7 +7,7 @@ import torch
 from medhead.compile.async_output import outbox
 from medhead.compile.graph_cache import Plan, Plans
 from medhead.core.loop import DecodeLoop
-from medhead.core.sequence import Row, Settings
+from medhead.core.sequence import Sequence, Settings
 
 _AHEAD = 1024  # tokens that room is made for at a time; a text that grows beyond gets a plan with more
 
@@ -31,7 +31,7 @@ class CapturedLoop(DecodeLoop):
         # columns that a row may need beyond what the host knows of
         self._margin = self.proposer.steps * (self.behind + 1) + self.proposer.tree_size
 
-    def run(self, rows: list[Row]) -> None:
+    def run(self, rows: list[Sequence]) -> None:
         """Decode all rows to their end; their `output` grows as they go."""
         self.start(rows)
         while self.rows and self._can_go_on():
@@ -72,7 +72,7 @@ class CapturedLoop(DecodeLoop):
         self._unload(plan, rows, alive)
         self.times.whole += self._now() - taken
 
-    def _read(self, rows: list[Row], alive: list[int], plan: Plan, out: list[list[int]]) -> list[int]:
+    def _read(self, rows: list[Sequence], alive: list[int], plan: Plan, out: list[list[int]]) -> list[int]:
         """Hand the rows what a step emitted; returns the places of those that go on."""
         running = [rows[place] for place in alive]
         counts, emitted = [out[place][0] for place in alive], [out[place][1:] for place in alive]
@@ -99,7 +99,7 @@ class CapturedLoop(DecodeLoop):
         self.capture_seconds += self._now() - began
         return plan
 
-    def _unload(self, plan: Plan, rows: list[Row], alive: list[int]) -> None:
+    def _unload(self, plan: Plan, rows: list[Sequence], alive: list[int]) -> None:
         """Go on with the rows that are left as any loop does."""
         self.rows = [rows[place] for place in alive]
         lengths = [len(row.text) - 1 for row in self.rows]

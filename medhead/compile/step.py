@@ -8,7 +8,7 @@ from transformers import LogitsProcessorList
 
 from medhead.compile.buffers import Buffers
 from medhead.core.acceptance import accept_at, pick
-from medhead.core.gumbel import ComingNoise, Noise
+from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.sampling import draw_nodes, process_nodes, temperature_of
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState, Proposer
@@ -27,14 +27,14 @@ class FixedStep:
     def __init__(self, target: Target, proposer: Proposer, processors: LogitsProcessorList, samples: bool) -> None:
         self.target, self.proposer, self.processors = target, proposer, processors
         self.temperature = temperature_of(processors)
-        self.noise = Noise(0, target.vocab_size, target.device) if samples else None
+        self.noise = GumbelNoise(0, target.vocab_size, target.device) if samples else None
 
     def __call__(self, buffers: Buffers) -> None:
         """Decode one step further; a row that is not alive stays as it is."""
         target, proposer, lengths = self.target, self.proposer, buffers.lengths
         cache = buffers.cache(target)
         noise = self._noise(buffers)
-        coming = None if noise is None else ComingNoise.of(noise)
+        coming = None if noise is None else LazyGumbel.of(noise)
         state = DecodeState(target, [], buffers.roots, buffers.features, coming, self.temperature)
         tree = proposer.propose_at(state, buffers.memory, lengths)
         logits, features = target.verify_at(cache, tree, lengths)

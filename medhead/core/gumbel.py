@@ -56,7 +56,7 @@ def halves(seed: int) -> tuple[int, int]:
     return seed & _MASK, (seed >> 32) & _MASK
 
 
-class Noise:
+class GumbelNoise:
     """Gumbel noise for the rows of one generation.
 
     Args:
@@ -74,7 +74,7 @@ class Noise:
         self._lanes = _mix_(index * _GOLDEN & _MASK)
         self._here = _uint32(self._lanes) if self._lanes.device.type == "cpu" else None
 
-    def seeded_by(self, seed: Tensor) -> Noise:
+    def seeded_by(self, seed: Tensor) -> GumbelNoise:
         """The same generator with a seed that only the device knows: what `halves` makes of it, `[2]` int64."""
         other = copy(self)
         other._low, other._high = seed.unbind()
@@ -115,13 +115,13 @@ def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
     return values.numpy().astype(np.uint32)
 
 
-class ComingNoise:
+class LazyGumbel:
     """Gumbel noise of the coming positions of every row, made as far as somebody looks, some depths at a time.
 
     Args:
         make: noise `[batch, end - begin, vocab]` of the depths from `begin` to `end` (0: the token below the root).
         most: how many depths may be asked for.
-        piece: how many are made at a time, see `depths_at_once`.
+        piece: how many are made at a time, see `chunk_size`.
     """
 
     def __init__(self, make: Callable[[int, int], Tensor], most: int, piece: int) -> None:
@@ -129,11 +129,11 @@ class ComingNoise:
         self._made: list[Tensor] = []  # `[batch, piece, vocab]`, the last one may be shorter
 
     @classmethod
-    def of(cls, noise: Tensor) -> ComingNoise:
+    def of(cls, noise: Tensor) -> LazyGumbel:
         """That which is there: `[batch, depths, vocab]`."""
         return cls(lambda begin, end: noise[:, begin:end], noise.shape[1], noise.shape[1])
 
-    def upto(self, depths: int) -> Tensor:
+    def prefix(self, depths: int) -> Tensor:
         """`[batch, depths, vocab]`."""
         self._look(depths)
         pieces = self._made[: -(-depths // self._piece)]
@@ -150,7 +150,7 @@ class ComingNoise:
             self._made.append(self._make(begin, min(begin + self._piece, self._most)))
 
 
-def depths_at_once(rows: int, vocab_size: int, device: torch.device) -> int:
+def chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
     """Into what pieces to cut noise: on a CPU, where trees often end early, so much that starting the work does not count;
     elsewhere all of it, because a launch costs more than the numbers."""
     return max(1, _CHEAP // (rows * vocab_size)) if device.type == "cpu" else 2**31

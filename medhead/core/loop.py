@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from medhead.core.acceptance import Accepted, accept, accept_typical, pick
-from medhead.core.gumbel import ComingNoise, depths_at_once
+from medhead.core.gumbel import LazyGumbel, chunk_size
 from medhead.core.sampling import draw_nodes, is_local, process_nodes, temperature_of
-from medhead.core.sequence import Row, Settings
+from medhead.core.sequence import Sequence, Settings
 from medhead.core.sequential_accept import walk
 from medhead.core.tree import TokenTree
-from medhead.model.kv_cache import TreeCache, closed_up
+from medhead.model.kv_cache import TreeCache, compact_order
 from medhead.model.target import Target
-from medhead.proposers.base import DecodeState, Proposer, Verified
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput
 
 
 @dataclass
@@ -55,17 +55,17 @@ class DecodeLoop:
         self.times = StepTimes()
         self.prefill_seconds, self.capture_seconds = 0.0, 0.0
         self.cache_bytes = 0
-        self.rows: list[Row] = []
-        self.verified: Verified | None = None
+        self.rows: list[Sequence] = []
+        self.verified: VerifyOutput | None = None
 
-    def run(self, rows: list[Row]) -> None:
+    def run(self, rows: list[Sequence]) -> None:
         """Decode all rows to their end; their `output` grows as they go."""
         self.start(rows)
         while self.rows:
             self.step()
         self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
 
-    def start(self, rows: list[Row]) -> None:
+    def start(self, rows: list[Sequence]) -> None:
         """Read the prompts of the first rows."""
         began = self._now()
         self.proposer.begin(self.target, [row.text for row in rows])
@@ -74,16 +74,16 @@ class DecodeLoop:
         self.rows = rows
         self.prefill_seconds += self._now() - began
 
-    def join(self, rows: list[Row]) -> None:
+    def join(self, rows: list[Sequence]) -> None:
         """Read the prompts of more rows; from the next step on they are decoded with the others."""
         if not self.rows:
             return self.start(rows)
         began = self._now()
-        newcomers = self.proposer.newcomers()
+        newcomers = self.proposer.fork()
         newcomers.begin(self.target, [row.text for row in rows])
         cache, features = self._prefill(rows, newcomers)
         self.cache.join(cache)
-        self.proposer.absorb(newcomers)
+        self.proposer.merge(newcomers)
         self._features = torch.cat([self._features, features.to(self._features.dtype)])
         self._roots = torch.cat([self._roots, self._last_tokens(rows)])
         self.rows = self.rows + rows
@@ -95,7 +95,7 @@ class DecodeLoop:
         if len(places) == len(self.rows):
             return
         self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
-        places = closed_up(places)
+        places = compact_order(places)
         self.rows = [self.rows[place] for place in places]
         if places:
             self._roots, self._features = self._roots[places], self._features[places]
@@ -118,8 +118,8 @@ class DecodeLoop:
         decided = self._now()
         self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
         committed = self._now()
-        self.verified = Verified(tree, logits, features, accepted, counts, emitted, decided - proposed)
-        self.proposer.observe(self.verified)
+        self.verified = VerifyOutput(tree, logits, features, accepted, counts, emitted, decided - proposed)
+        self.proposer.update(self.verified)
         raw = _along(accepted, logits) if self.settings.keep_logits else None
         running = self._emit(rows, counts, emitted, scores, raw)
         self._roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
@@ -134,29 +134,29 @@ class DecodeLoop:
 
     # ---------------------------------------------------------------- inside
 
-    def _prefill(self, rows: list[Row], proposer: Proposer) -> tuple[TreeCache, Tensor]:
+    def _prefill(self, rows: list[Sequence], proposer: Proposer) -> tuple[TreeCache, Tensor]:
         """A cache with the prompts but their last tokens, and the features above those."""
         longest = max(len(row.text) for row in rows)
         wanted = max(self._settings(row).stopper.limit for row in rows)
         cache = self.target.new_cache(len(rows), longest + min(wanted, 256) + proposer.tree_size)
-        return cache, self.target.prefill(cache, [row.text[:-1] for row in rows], proposer.read)
+        return cache, self.target.prefill(cache, [row.text[:-1] for row in rows], proposer.on_prefill)
 
-    def _last_tokens(self, rows: list[Row]) -> Tensor:
+    def _last_tokens(self, rows: list[Sequence]) -> Tensor:
         return torch.tensor([row.text[-1] for row in rows], device=self.target.device)
 
-    def _settings(self, row: Row) -> Settings:
+    def _settings(self, row: Sequence) -> Settings:
         return self.settings if row.own is None else row.own
 
-    def _temperature(self, rows: list[Row]) -> float | Tensor:
+    def _temperature(self, rows: list[Sequence]) -> float | Tensor:
         """What proposers divide logits by, a number or `[rows, 1, 1]`."""
         return self.temperature
 
-    def _score(self, rows: list[Row], logits: Tensor) -> Tensor:
+    def _score(self, rows: list[Sequence], logits: Tensor) -> Tensor:
         """`[rows, nodes, vocab]`: what the draws are made from. Without processors the logits will do."""
         return process_nodes(self.settings.processors, logits) if self.settings.processors else logits
 
     def _accept(
-        self, rows: list[Row], tree: TokenTree, logits: Tensor, noise: Tensor | None
+        self, rows: list[Sequence], tree: TokenTree, logits: Tensor, noise: Tensor | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Walk the trees; also the processed scores of every emitted token where somebody wants them."""
         settings, rule = self.settings, self.settings.typical
@@ -171,7 +171,7 @@ class DecodeLoop:
 
     def _emit(
         self,
-        rows: list[Row],
+        rows: list[Sequence],
         counts: list[int],
         emitted: list[list[int]],
         scores: list[list[Tensor]] | None = None,
@@ -197,14 +197,14 @@ class DecodeLoop:
                 running.append(place)
         return running
 
-    def _depth_limit(self, rows: list[Row]) -> int:
+    def _depth_limit(self, rows: list[Sequence]) -> int:
         """No tree is deeper than what rows may still emit, or than the context."""
         wanted = max(self._settings(row).stopper.limit - len(row.output) for row in rows) - 1
         room = self.target.context - max(len(row.text) for row in rows) - 1
         return max(0, min(self.proposer.next_depth, wanted, room))
 
-    def _noise(self, rows: list[Row]) -> ComingNoise | None:
-        """Noise of the positions that this step may draw."""
+    def _noise(self, rows: list[Sequence]) -> LazyGumbel | None:
+        """GumbelNoise of the positions that this step may draw."""
         generator, device = self.settings.noise, self.target.device
         if generator is None:
             return None
@@ -214,14 +214,14 @@ class DecodeLoop:
         def make(begin: int, end: int) -> Tensor:
             return generator.gumbel(index, first + torch.arange(begin, end, device=device))
 
-        return ComingNoise(make, self._depth_limit(rows) + 1, depths_at_once(len(rows), self.target.vocab_size, device))
+        return LazyGumbel(make, self._depth_limit(rows) + 1, chunk_size(len(rows), self.target.vocab_size, device))
 
     @staticmethod
-    def _drawn_with(noise: ComingNoise | None, tree: TokenTree) -> Tensor | None:
+    def _drawn_with(noise: LazyGumbel | None, tree: TokenTree) -> Tensor | None:
         """`[rows, depths, vocab]`: the noise of the nodes of a tree."""
         if noise is None:
             return None
-        return noise.upto(1 + (int(tree.depth.max()) if tree.depth.device.type == "cpu" else tree.max_depth))
+        return noise.prefix(1 + (int(tree.depth.max()) if tree.depth.device.type == "cpu" else tree.max_depth))
 
     def _now(self) -> float:
         if self.settings.synchronize is not None:

@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.core.acceptance import TypicalAcceptance
-from medhead.core.gumbel import Noise
-from medhead.core.stopping import Stopper
+from medhead.core.gumbel import GumbelNoise
+from medhead.core.stopping import StopChecker
 
 
 @dataclass
-class Row:
+class Sequence:
     """One sequence being decoded.
 
     Attributes:
@@ -56,10 +56,10 @@ class Settings:
     """
 
     processors: LogitsProcessorList
-    stopper: Stopper
-    noise: Noise | None = None
+    stopper: StopChecker
+    noise: GumbelNoise | None = None
     typical: TypicalAcceptance | None = None
     keep_scores: bool = False
     keep_logits: bool = False
-    on_tokens: Callable[[Row, list[int], bool], None] | None = None
+    on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
     synchronize: Callable[[], None] | None = None

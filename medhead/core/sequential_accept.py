@@ -11,12 +11,12 @@ from torch import Tensor
 
 from medhead.core.acceptance import Accepted
 from medhead.core.sampling import draw
-from medhead.core.sequence import Row, Settings
+from medhead.core.sequence import Sequence, Settings
 from medhead.core.tree import TokenTree
 
 
 def walk(
-    rows: list[Row], tree: TokenTree, logits: Tensor, noise: Tensor | None, settings: Settings
+    rows: list[Sequence], tree: TokenTree, logits: Tensor, noise: Tensor | None, settings: Settings
 ) -> tuple[Accepted, list[list[Tensor]]]:
     """Accept node by node; also returns the processed scores `[vocab]` of every row's emitted tokens.
 

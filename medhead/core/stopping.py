@@ -12,7 +12,7 @@ from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengt
 from medhead.errors import MedheadError
 
 
-class Stopper:
+class StopChecker:
     """Cuts what a pass emitted where plain decoding would have stopped.
 
     Args:

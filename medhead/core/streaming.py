@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medhead.core.sequence import Row
+from medhead.core.sequence import Sequence
 
 _LONGEST = 32  # tokens of a window that is cut
 
@@ -27,7 +27,7 @@ class ColumnStream:
         self._ended = [False] * rows
         self._sent = 0
 
-    def add(self, row: Row, new: list[int], ended: bool) -> None:
+    def add(self, row: Sequence, new: list[int], ended: bool) -> None:
         """Take new tokens of a row, and whether they are its last; hand on every column that is complete."""
         self._outputs[row.index] += new
         self._ended[row.index] = ended

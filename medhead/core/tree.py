@@ -149,7 +149,7 @@ class TokenTree:
         return seen
 
     @property
-    def ancestor_words(self) -> Tensor:
+    def ancestor_bitmask(self) -> Tensor:
         """`[batch, nodes, ceil(nodes / 64)]` int64: bit j % 64 of word j // 64 is set when j is the node or an ancestor."""
         words = -(-self.nodes // WORD_BITS)
         bits = torch.nn.functional.pad(self.visible, (0, words * WORD_BITS - self.nodes)).long()

@@ -1,7 +1,7 @@
 """One decoder layer, autoregressive over depth, on features fused from several layers of the target (EAGLE-3, Li et al. 2025).
 
 The layer's input is [norm(embedding of the next token); norm(feature)], its residual stream is the feature, and what
-comes out is the feature of the next depth. It looks back on the whole text (`Memory`) and on its own path, whose keys
+comes out is the feature of the next depth. It looks back on the whole text (`DraftCacheView`) and on its own path, whose keys
 and values are part of a node's state, so that every node of a frontier sees exactly its ancestors. Module names are
 those of the hub's EAGLE-3 checkpoints.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from medhead.errors import MedheadError
 from medhead.heads.attention_layers import attend
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import GatedMLP, Linear, Rotary, fuse_layers, split_rows
 
 
@@ -106,18 +106,18 @@ class AttentionHeads(Heads):
         """The token's part of queries, keys and values."""
         return self.midlayer.self_attn.of_half(self.midlayer.input_layernorm(embedding), second=False)
 
-    def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Keys and values of a committed token: of its feature and of the token behind it."""
         _, key, value = self._project(self.midlayer.hidden_norm(self.fc(features)), token)
         key = self.rotary(key, positions, longest)
         return torch.cat([key.flatten(-2), value.flatten(-2)], -1)
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """The fused feature of the token before the root, whose keys and values the memory ends with."""
         assert memory is not None
         return Draft(self.fc(features), memory)
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Memory) -> tuple[Tensor, Tensor]:
+    def advance(self, state: Tensor, token: Tensor, depth: int, shared: DraftCacheView) -> tuple[Tensor, Tensor]:
         """One pass of the layer over nodes of one depth."""
         layer = self.midlayer
         feature, path = state[..., : self.size], state[..., self.size :]

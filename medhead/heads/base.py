@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
-from medhead.heads.draft_cache import Memory, MemoryStore, Store
+from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache
 
 __all__ = ["KINDS", "Draft", "Heads", "HeadsConfig", "build_heads", "register_kind"]
 
@@ -40,10 +40,10 @@ class Heads(nn.Module):
     Attributes:
         per_path: whether what a node says depends on its path. If not, one distribution serves a whole depth.
         corrections: values of `config.correction` that the kind knows.
-        fuses: whether the kind reads several layers of the target at once (`config.taps`).
+        fuses: whether the kind reads several layers of the target at once (`config.feature_layers`).
         encodes_by_depth: whether `encode` depends on the depth.
-        memory_size: numbers kept for every committed token (`remember`); 0 if the heads do not look back.
-        plain_memory: whether `new_memory` is a `MemoryStore`, or None.
+        memory_size: numbers kept for every committed token (`encode_cache_entry`); 0 if the heads do not look back.
+        plain_draft_cache: whether `new_draft_cache` is a `TensorDraftCache`, or None.
         draft_tokens: `[draft_vocab]` int64, token ids that the heads may name; None for all.
     """
 
@@ -52,7 +52,7 @@ class Heads(nn.Module):
     fuses = False
     encodes_by_depth = False
     memory_size = 0
-    plain_memory = True
+    plain_draft_cache = True
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
@@ -60,8 +60,10 @@ class Heads(nn.Module):
             raise MedheadError(
                 f"heads of kind {config.kind!r} know the corrections {', '.join(self.corrections)}; got {config.correction!r}"
             )
-        if len(config.taps) > 1 and not self.fuses:
-            raise MedheadError(f"heads of kind {config.kind!r} read one layer of the target, got taps {config.taps}")
+        if len(config.feature_layers) > 1 and not self.fuses:
+            raise MedheadError(
+                f"heads of kind {config.kind!r} read one layer of the target, got feature_layers {config.feature_layers}"
+            )
         self.config = config
         self.draft_tokens: Tensor | None
         tokens = torch.arange(config.draft_vocab) if config.draft_vocab else None
@@ -70,7 +72,7 @@ class Heads(nn.Module):
     @property
     def feature_size(self) -> int:
         """Size of what the target hands over for a token: its last hidden state, or the outputs of the tapped layers."""
-        return self.config.hidden_size * max(1, len(self.config.taps))
+        return self.config.hidden_size * max(1, len(self.config.feature_layers))
 
     def own_embedding(self, depth: int) -> Tensor | None:
         """`[vocab, size]` an embedding that the heads bring, or None for the target's."""
@@ -87,11 +89,11 @@ class Heads(nn.Module):
         """
         return embedding
 
-    def new_memory(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> Store | None:
+    def new_draft_cache(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> DraftCache | None:
         """Empty storage of what is kept of `batch` texts of about `capacity` tokens; None for kinds that do not look back."""
-        return MemoryStore(batch, self.memory_size, dtype, device, capacity) if self.memory_size else None
+        return TensorDraftCache(batch, self.memory_size, dtype, device, capacity) if self.memory_size else None
 
-    def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """What is kept of committed tokens, `[batch, tokens, memory_size]`.
 
         Args:
@@ -102,7 +104,7 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """Begin a proposal at every anchor.
 
         Args:

@@ -2,7 +2,7 @@
 
 The block is [root, mask, mask, ...]; slot d speaks for the children of depth-d nodes. Queries come from the block, keys
 and values from the block and from the target's features of every committed token, which each layer projects for itself
-(`Memory`). What a slot says is the same for all nodes of its depth, so a correction that sees the path is added: of the
+(`DraftCacheView`). What a slot says is the same for all nodes of its depth, so a correction that sees the path is added: of the
 parent token, or of the whole path by a small recurrent cell (as Domino does). Proposing costs one pass whatever the
 depth, and one small product a depth.
 """
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from medhead.heads.attention_layers import attend
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import GatedMLP, Linear, ParentCorrection, PathCell, Rotary, fuse_layers, split_rows
 
 
@@ -101,7 +101,7 @@ class BlockHeads(Heads):
             return torch.cat([embedding, self.parent(embedding)], -1)
         return embedding
 
-    def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """Keys and values of the fused feature in every layer; the token behind it does not matter."""
         context, parts = self.hidden_norm(self.fc(features)), []
         layer: Any
@@ -110,7 +110,7 @@ class BlockHeads(Heads):
             parts += [self.rotary(key, positions, longest).flatten(-2), value.flatten(-2)]
         return torch.cat(parts, -1)
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """The pass over the block: `root` is what `encode` made of the root's token, `[batch, anchors, ...]`."""
         assert memory is not None
         size = self.config.hidden_size
@@ -127,7 +127,7 @@ class BlockHeads(Heads):
         feature = self.norm(slot)
         return state, feature if self.parent is None else feature + code
 
-    def _pass(self, root: Tensor, memory: Memory, depth: int | None) -> Tensor:
+    def _pass(self, root: Tensor, memory: DraftCacheView, depth: int | None) -> Tensor:
         """`[batch, anchors, hidden]` to slots `[batch, anchors, slots, hidden]`."""
         batch, anchors, _ = root.shape
         count = self.slots

@@ -29,7 +29,7 @@ class HeadsConfig:
         blocks: residual blocks of each Medusa head, layers of a block head.
         correction: what makes siblings' children differ in a parallel kind: `none`, `parent` or `recurrent`.
         correction_size: width of a block head's correction.
-        taps: layers of the target whose outputs are fused into the feature, in order; empty for the last hidden state.
+        feature_layers: layers of the target whose outputs are fused into the feature, in order; empty for the last hidden state.
         num_heads: query heads of attention.
         key_heads: key and value heads of attention.
         head_dim: size of a head.
@@ -67,7 +67,7 @@ class HeadsConfig:
     blocks: int = 1
     correction: str = "none"
     correction_size: int = 256
-    taps: list[int] = field(default_factory=list)
+    feature_layers: list[int] = field(default_factory=list)
     num_heads: int = 4
     key_heads: int = 2
     head_dim: int = 64
@@ -107,13 +107,15 @@ class HeadsConfig:
             raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
         if self.correction not in CORRECTIONS:
             raise MedheadError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
-        bad = [layer for layer in self.taps if not isinstance(layer, int) or not 0 <= layer < self.target_layers]
+        bad = [
+            layer for layer in self.feature_layers if not isinstance(layer, int) or not 0 <= layer < self.target_layers
+        ]
         if bad:
             raise MedheadError(
-                f"taps name layers of the target from 0 to {self.target_layers - 1}, got {self.taps}: {bad[0]} is none"
+                f"feature_layers name layers of the target from 0 to {self.target_layers - 1}, got {self.feature_layers}: {bad[0]} is none"
             )
-        if len(set(self.taps)) < len(self.taps):
-            raise MedheadError(f"taps name every layer once, got {self.taps}")
+        if len(set(self.feature_layers)) < len(self.feature_layers):
+            raise MedheadError(f"feature_layers name every layer once, got {self.feature_layers}")
 
     @property
     def label(self) -> str:

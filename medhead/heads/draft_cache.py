@@ -1,7 +1,7 @@
 """What heads keep of the text: one row for every committed token, as the target's cache keeps keys and values.
 
-Attention heads need to look back. `Memory` is the view of it that one proposal (or one training step) reads;
-`MemoryStore` is the storage beside the target's cache that decoding appends to after every pass.
+Attention heads need to look back. `DraftCacheView` is the view of it that one proposal (or one training step) reads;
+`TensorDraftCache` is the storage beside the target's cache that decoding appends to after every pass.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Remember = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+EncodeCacheEntry = Callable[[Tensor, Tensor, Tensor, int], Tensor]
 PAGE = 64  # rows are allocated in multiples of this
 
 
 @dataclass
-class Memory:
+class DraftCacheView:
     """Rows of a text that queries may look at.
 
     Attributes:
-        rows: `[batch, length, size]`, what `Heads.remember` made of every token.
+        rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
         end: `[batch, queries or 1]` int64: a query sees the rows before `end`. It is also the root's position.
         begin: `[batch, queries or 1]` int64, first row that is seen (texts packed behind each other), or None for 0.
         full: every query sees every row.
@@ -44,14 +44,14 @@ class Memory:
         return seen if self.begin is None else seen & (index >= self.begin[..., None])
 
 
-class Store(Protocol):
-    """What decoding asks of the storage beside the target's cache; `MemoryStore` says what each method does."""
+class DraftCache(Protocol):
+    """What decoding asks of the storage beside the target's cache; `TensorDraftCache` says what each method does."""
 
     @property
     def lengths(self) -> list[int]:
         """Tokens of every text that are kept."""
 
-    def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
+    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
         """Put new tokens behind every text."""
 
     def advance(self, counts: list[int]) -> None:
@@ -67,8 +67,8 @@ class Store(Protocol):
         """What `Heads.start` is given."""
 
 
-class MemoryStore:
-    """Preallocated, ragged storage of `Memory` rows for a batch that is being decoded.
+class TensorDraftCache:
+    """Preallocated, ragged storage of `DraftCacheView` rows for a batch that is being decoded.
 
     Args:
         batch: number of texts.
@@ -85,17 +85,17 @@ class MemoryStore:
         self._rows = torch.zeros(batch, -(-capacity // PAGE) * PAGE, size, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, rows: Tensor, lengths: list[int]) -> MemoryStore:
+    def of(cls, rows: Tensor, lengths: list[int]) -> TensorDraftCache:
         """Storage that is there already, `[batch, capacity, size]`, with so many rows of every text in it."""
         store = cls(0, rows.shape[2], rows.dtype, rows.device, 0)
         store._rows, store.lengths = rows, list(lengths)
         return store
 
-    def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
+    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
         """Put new rows behind every text; they are part of it once `advance` says so.
 
         Args:
-            remember: `Heads.remember`, which makes the rows.
+            encode_cache_entry: `Heads.encode_cache_entry`, which makes the rows.
             features: `[batch, count, size]`.
             token: `[batch, count, ...]`.
         """
@@ -107,10 +107,10 @@ class MemoryStore:
             self._rows = bigger
         if min(self.lengths) == longest:
             offsets = torch.arange(count, device=self._rows.device)
-            rows = remember(features, token, offsets[None] + longest, longest + count)
+            rows = encode_cache_entry(features, token, offsets[None] + longest, longest + count)
             self._rows[:, longest : longest + count] = rows
             return
-        write_behind(self._rows, self._end(), remember, features, token)
+        append_entries(self._rows, self._end(), encode_cache_entry, features, token)
 
     def advance(self, counts: list[int]) -> None:
         """This many of the rows written last are part of each text now."""
@@ -121,16 +121,16 @@ class MemoryStore:
         self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
         self.lengths = [self.lengths[row] for row in rows]
 
-    def join(self, other: MemoryStore) -> None:
+    def join(self, other: TensorDraftCache) -> None:
         """Put the texts of another storage behind these."""
         length = max(self._rows.shape[1], other._rows.shape[1])
         parts = [F.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in (self._rows, other._rows)]
         self._rows, self.lengths = torch.cat(parts), self.lengths + other.lengths
 
-    def view(self) -> Memory:
+    def view(self) -> DraftCacheView:
         """Everything that is part of the texts."""
         longest = max(self.lengths)
-        return Memory(self._rows[:, :longest], self._end()[:, None], full=min(self.lengths) == longest)
+        return DraftCacheView(self._rows[:, :longest], self._end()[:, None], full=min(self.lengths) == longest)
 
     @property
     def rows(self) -> Tensor:
@@ -138,18 +138,20 @@ class MemoryStore:
         return self._rows
 
     def nbytes(self) -> int:
-        """Memory of the storage."""
+        """DraftCacheView of the storage."""
         return self._rows.numel() * self._rows.element_size()
 
     def _end(self) -> Tensor:
         return torch.tensor(self.lengths, device=self._rows.device)
 
 
-def write_behind(rows: Tensor, lengths: Tensor, remember: Remember, features: Tensor, token: Tensor) -> None:
+def append_entries(
+    rows: Tensor, lengths: Tensor, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor
+) -> None:
     """Put new rows into `rows` `[batch, capacity, size]` behind texts whose lengths `[batch]` the device knows.
 
     There must be room: nobody looks.
     """
     where = lengths[:, None] + torch.arange(features.shape[1], device=rows.device)
-    made = remember(features, token, where, rows.shape[1])
+    made = encode_cache_entry(features, token, where, rows.shape[1])
     rows.scatter_(1, where[..., None].expand_as(made), made.to(rows.dtype))

@@ -8,23 +8,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead_kernels import skinny_gemm as few_rows
+from medhead_kernels import skinny_gemm as skinny_gemm
 
 
 class Linear(nn.Linear):
     """PyTorch's layer, fast for the few rows of a frontier too.
 
     Attributes:
-        matrix: what it multiplies by while decoding (`Readout` sets it); None in training.
+        matrix: what it multiplies by while decoding (`OutputHead` sets it); None in training.
     """
 
-    matrix: few_rows.Matrix | None = None
+    matrix: skinny_gemm.PackedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` to `[..., out]`."""
         if self.matrix is not None and self.matrix.weight.data_ptr() == self.weight.data_ptr():
             return self.matrix(x)
-        return few_rows.linear(x, self.weight, self.bias)  # in training, or it was given other weights since
+        return skinny_gemm.linear(x, self.weight, self.bias)  # in training, or it was given other weights since
 
 
 class Rotary(nn.Module):

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import Linear, ParentCorrection
 
 
@@ -54,7 +54,7 @@ class MedusaHeads(Heads):
             return None
         return self.output_matrices[0 if self.config.tied else depth]
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """The hidden state itself, shared."""
         return Draft(features[..., :0], features)
 

@@ -22,9 +22,9 @@ from transformers.utils import logging
 
 from medhead.errors import MedheadError
 from medhead.heads.base import Draft, Heads, HeadsConfig
-from medhead.heads.draft_cache import Remember
+from medhead.heads.draft_cache import EncodeCacheEntry
 from medhead.model.attention import NAME, TreePass, tree_pass
-from medhead.model.kv_cache import CacheLayout, Slot, TreeCache
+from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -71,7 +71,7 @@ class MtpHeads(Heads):
         target: the model whose layers they are.
     """
 
-    plain_memory = False
+    plain_draft_cache = False
 
     def __init__(self, mtp: Any, target: Target) -> None:
         layers = len(mtp.layers)
@@ -92,7 +92,7 @@ class MtpHeads(Heads):
         self.dtype = mtp.layers[0].eh_proj.weight.dtype
         self.layout = self._find_layout(target.device)
 
-    def new_memory(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MtpMemory:
+    def new_draft_cache(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MtpMemory:
         """The layers' cache."""
         return MtpMemory(self, batch, device, capacity)
 
@@ -139,12 +139,12 @@ class MtpHeads(Heads):
         for layer in range(self.layers):
             self._mtp[0].forward_layer(layer, nothing, positions, cache, inputs_embeds=nothing)
             kept = cache.layers[layer].keys, cache.layers[layer].values
-            found[layer] = tuple(Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in kept)
+            found[layer] = tuple(KVSpec(t.shape[1], t.shape[3], t.dtype, t.device) for t in kept)
         return CacheLayout(found)
 
 
 class MtpMemory:
-    """The layers' keys and values of the text up to the root, and what they said at the root; see `memory.MemoryStore`.
+    """The layers' keys and values of the text up to the root, and what they said at the root; see `memory.TensorDraftCache`.
 
     Attributes:
         cache: keys and values.
@@ -162,8 +162,8 @@ class MtpMemory:
         """Tokens of every row, the first one not counted."""
         return self.cache.lengths
 
-    def write(self, remember: Remember, features: Tensor, token: Tensor) -> None:
-        """Run all layers over the next tokens of every row (what they make is kept, not what `remember` would)."""
+    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
+        """Run all layers over the next tokens of every row (what they make is kept, not what `encode_cache_entry` would)."""
         hidden, token = features.to(self.heads.dtype), token.to(self.heads.dtype)
         depth = torch.arange(token.shape[1], device=token.device)[None]
         self._said = []

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medhead.heads.output_head import TABLE_BYTES, Readout
+from medhead.heads.output_head import TABLE_BYTES, OutputHead
 from medhead.heads.recurrent import RecurrentHeads
 from medhead.heads.sequential import SequentialHeads
 from medhead_kernels.loops import Array, array_of, gelu, layer_norm, loop, number, product, silu
@@ -46,14 +46,14 @@ def _numbers(tensor: Tensor) -> Array:
 class RecurrentCell:
     """`PathCell` and the norm behind it."""
 
-    def __init__(self, readout: Readout, most: int) -> None:
-        heads = readout.heads
+    def __init__(self, output_head: OutputHead, most: int) -> None:
+        heads = output_head.heads
         assert isinstance(heads, RecurrentHeads)
-        assert readout.table is not None
+        assert output_head.table is not None
         cell, size = heads.cell, heads.config.hidden_size
         self._eps = np.float32(cell.state_norm.eps), np.float32(heads.output_norm.eps)
         self._weights = (
-            array_of(readout.table),
+            array_of(output_head.table),
             _numbers(cell.state_norm.weight),
             array_of(cell.of_state.weight),
             array_of(cell.outer.weight),
@@ -98,10 +98,10 @@ def _recurrent(parents, origin, tokens, count, weights, bias, eps, buffers):
 class SequentialCell:
     """`SequentialHeads` with projections of their own, from the target's embedding and into its output matrix."""
 
-    def __init__(self, readout: Readout, most: int) -> None:
-        heads: Any = readout.heads
+    def __init__(self, output_head: OutputHead, most: int) -> None:
+        heads: Any = output_head.heads
         size, inner = heads.config.hidden_size, heads.config.inner_size
-        self._embeddings = array_of(readout.embeddings())
+        self._embeddings = array_of(output_head.embeddings())
         self._scale = np.float32(heads.token_scale)
         self._levels: list[Any] = []
         for depth in range(heads.config.depth):
@@ -144,15 +144,15 @@ def _sequential(parents, origin, tokens, count, level, embeddings, scale, buffer
     product(outer, state, count, feature)
 
 
-def cell_of(readout: Readout) -> Callable[[int], Cell] | None:
+def cell_of(output_head: OutputHead) -> Callable[[int], Cell] | None:
     """How to make the cell of these heads for so many nodes at most; None where `advance` is all there is."""
-    heads = readout.heads
-    if readout.weight.dtype not in (torch.float32, torch.bfloat16):
+    heads = output_head.heads
+    if output_head.weight.dtype not in (torch.float32, torch.bfloat16):
         return None
-    if type(heads) is RecurrentHeads and readout.table is not None:
-        return partial(RecurrentCell, readout)
-    if type(heads) is SequentialHeads and _plain(heads) and readout.embeddings_bytes <= TABLE_BYTES:
-        return partial(SequentialCell, readout)
+    if type(heads) is RecurrentHeads and output_head.table is not None:
+        return partial(RecurrentCell, output_head)
+    if type(heads) is SequentialHeads and _plain(heads) and output_head.embeddings_bytes <= TABLE_BYTES:
+        return partial(SequentialCell, output_head)
     return None
 
 

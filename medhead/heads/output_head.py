@@ -14,7 +14,7 @@ from torch import Tensor
 
 from medhead.heads.base import Heads
 from medhead.heads.layers import Linear
-from medhead_kernels import skinny_gemm as few_rows
+from medhead_kernels import skinny_gemm as skinny_gemm
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -22,21 +22,21 @@ if TYPE_CHECKING:
 TABLE_BYTES = 64 * 2**20  # largest table of encoded tokens that is kept
 
 
-_SHARED: WeakValueDictionary[tuple[Any, ...], Readout] = WeakValueDictionary()
+_SHARED: WeakValueDictionary[tuple[Any, ...], OutputHead] = WeakValueDictionary()
 
 
-def shared_readout(heads: Heads, target: Target, dtype: torch.dtype | None) -> Readout:
-    """The readout of these heads that somebody holds already, so that tables and copies are kept once, else a new one."""
+def shared_output_head(heads: Heads, target: Target, dtype: torch.dtype | None) -> OutputHead:
+    """The output_head of these heads that somebody holds already, so that tables and copies are kept once, else a new one."""
     versions = tuple(0 if p.is_inference() else p._version for p in heads.parameters())
     key = (id(heads), id(target), dtype, versions)
     found = _SHARED.get(key)
     if found is None:
-        found = _SHARED[key] = Readout(heads, target, dtype)
+        found = _SHARED[key] = OutputHead(heads, target, dtype)
         found.holds = heads, target  # as long as it lives nobody else has their ids
     return found
 
 
-class Readout:
+class OutputHead:
     """Heads, the rows of the output matrix that they name tokens with, and the type they compute in.
 
     Args:
@@ -59,7 +59,7 @@ class Readout:
         self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
         self._target_embedding = target.embedding
         self._embeddings: tuple[Any, Tensor] | None = None
-        self._matrices: list[few_rows.Matrix] = []  # the output matrix first, where packed copies are used
+        self._matrices: list[skinny_gemm.PackedLinear] = []  # the output matrix first, where packed copies are used
         self.table: Tensor | None = None  # `[vocab, ...]` encoded tokens, where one table serves all depths
         if self.heads.per_path and not self.heads.encodes_by_depth:
             self.table = self._encode_all(self._count, target.device)
@@ -74,44 +74,44 @@ class Readout:
         """`[..., hidden]` to float32 `[..., draft vocabulary]`."""
         own = self.heads.own_output(depth)
         if own is not None:
-            return few_rows.linear(feature, own).float()
+            return skinny_gemm.linear(feature, own).float()
         if self._matrices:
             return self._matrices[0](feature).float()
-        return few_rows.linear(feature, self.weight, self.bias).float()
+        return skinny_gemm.linear(feature, self.weight, self.bias).float()
 
     def pack(self) -> None:
-        """From now on multiply with packed copies of the weights, the heads' too, where that is faster (`few_rows.Matrix`)."""
+        """From now on multiply with packed copies of the weights, the heads' too, where that is faster (`skinny_gemm.PackedLinear`)."""
         if self._matrices:
             return
-        self._matrices = [few_rows.Matrix(self.weight, self.bias)]
+        self._matrices = [skinny_gemm.PackedLinear(self.weight, self.bias)]
         for layer in self.heads.modules():
             if isinstance(layer, Linear):
                 if layer.matrix is None or layer.matrix.weight.data_ptr() != layer.weight.data_ptr():
-                    layer.matrix = few_rows.Matrix(layer.weight.detach(), layer.bias)
+                    layer.matrix = skinny_gemm.PackedLinear(layer.weight.detach(), layer.bias)
                 self._matrices.append(layer.matrix)
-        few_rows.Together(self._matrices)
+        skinny_gemm.PackGroup(self._matrices)
         for matrix in self._matrices:
-            matrix.warm()
+            matrix.warmup()
 
     def recheck(self) -> None:
         """A text begins: weights may have been changed since the last one."""
         for matrix in self._matrices:
             matrix.recheck()
 
-    def release(self) -> None:
+    def free(self) -> None:
         """Give the packed copies back; they are made again when they are needed."""
         for matrix in self._matrices:
             matrix.clear()
 
     @property
     def packable_bytes(self) -> int:
-        """Memory that packed copies of everything would take."""
+        """DraftCacheView that packed copies of everything would take."""
         layers = [layer.weight for layer in self.heads.modules() if isinstance(layer, Linear)]
         return sum(weight.numel() * weight.element_size() for weight in [self.weight, *layers])
 
     @property
     def nbytes(self) -> int:
-        """Memory of the packed copies."""
+        """DraftCacheView of the packed copies."""
         return sum(matrix.nbytes for matrix in self._matrices)
 
     def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
@@ -120,7 +120,7 @@ class Readout:
 
     @property
     def embeddings_bytes(self) -> int:
-        """Memory that `embeddings` takes."""
+        """DraftCacheView that `embeddings` takes."""
         return self._count * self.heads.config.hidden_size * self.weight.element_size()
 
     @torch.inference_mode()
@@ -153,7 +153,7 @@ def _measured_dtype(out: int, size: int, threads: int, repeats: int = 16) -> tor
     """Measured once a process, so that everybody comes to the same choice; a few ms."""
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
-        matrix, vectors = few_rows.Matrix(torch.ones(out, size, dtype=dtype)), torch.ones(4, size, dtype=dtype)
+        matrix, vectors = skinny_gemm.PackedLinear(torch.ones(out, size, dtype=dtype)), torch.ones(4, size, dtype=dtype)
         times = []
         with torch.inference_mode():
             matrix(vectors)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import PathCell
 
 
@@ -22,7 +22,7 @@ class RecurrentHeads(Heads):
         self.cell = PathCell(config.hidden_size, config.inner_size, config.depth)
         self.output_norm = nn.LayerNorm(config.hidden_size, bias=False)
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """The hidden state itself."""
         return Draft(features, None)
 

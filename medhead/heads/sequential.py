@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import Linear
 
 
@@ -71,7 +71,7 @@ class SequentialHeads(Heads):
         """A loaded checkpoint's output matrix of this depth."""
         return self.output_matrices[self._at(depth)] if self.config.own_output else None
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         """The hidden state itself, scaled if the configuration says so."""
         return Draft(features if self.input_norm is None else self.input_norm(features) / math.sqrt(2), None)
 

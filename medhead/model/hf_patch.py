@@ -16,7 +16,7 @@ _NAME = "_extract_generation_mode_kwargs"
 _open: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
-def teach_generate(model: nn.Module) -> None:
+def patch_generate(model: nn.Module) -> None:
     """Let this model's `generate` hand streamer and tokenizer to decoders; counts how often it was asked."""
     _open[model] = _open.get(model, 0) + 1
     if _NAME in model.__dict__:
@@ -38,8 +38,8 @@ def teach_generate(model: nn.Module) -> None:
     object.__setattr__(model, _NAME, extract)
 
 
-def restore_generate(model: nn.Module) -> None:
-    """Undo `teach_generate`; the last one to leave takes the change off."""
+def unpatch_generate(model: nn.Module) -> None:
+    """Undo `patch_generate`; the last one to leave takes the change off."""
     _open[model] = _open.get(model, 1) - 1
     if _open[model] <= 0:
         _open.pop(model, None)

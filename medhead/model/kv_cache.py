@@ -20,7 +20,7 @@ PAGE = 64  # rows are allocated in multiples of this
 
 
 @dataclass(frozen=True)
-class Slot:
+class KVSpec:
     """Shape of one layer's keys or values: heads, size of a head, type, and the device they live on."""
 
     heads: int
@@ -29,16 +29,16 @@ class Slot:
     device: torch.device
 
 
-Stores = dict[Slot, Any]  # `[slots, batch, heads, tokens, dim]` of every shape, or a list of its slots
+KVBuffers = dict[KVSpec, Any]  # `[slots, batch, heads, tokens, dim]` of every shape, or a list of its slots
 
 
 @dataclass(frozen=True)
 class CacheLayout:
     """What a target caches: for every layer with a cache of its own, the slots of its keys and values."""
 
-    layers: dict[int, tuple[Slot, Slot]]
+    layers: dict[int, tuple[KVSpec, KVSpec]]
 
-    def slots(self) -> dict[Slot, int]:
+    def slots(self) -> dict[KVSpec, int]:
         """Every shape, in the order of `TreeCache.stores`, and how many layers' keys or values have it."""
         return _places_of(self)[1]
 
@@ -66,7 +66,7 @@ class TreeCache(Cache):
         self.lengths = [0] * batch  # committed tokens of every row, on the host
 
     @classmethod
-    def over(cls, layout: CacheLayout, stores: Stores) -> TreeCache:
+    def over(cls, layout: CacheLayout, stores: KVBuffers) -> TreeCache:
         """A cache over storage that is there already, as `stores` of another gives it; only the device knows its lengths.
 
         Storage may be taken apart (`store.unbind()`): a compiler that sees one tensor change in many places copies all of it.
@@ -76,7 +76,7 @@ class TreeCache(Cache):
         cache.lengths = [0]
         return cache
 
-    def _hold(self, layout: CacheLayout, stores: Stores) -> None:
+    def _hold(self, layout: CacheLayout, stores: KVBuffers) -> None:
         super().__init__(layers=[])
         self.layout, self._stores = layout, stores
         self.capacity: int = next(iter(stores.values()))[0].shape[2]
@@ -124,7 +124,7 @@ class TreeCache(Cache):
             if isinstance(store, list):
                 for part in store:
                     _move_rows(part[None], *on_slot)
-            elif moves_by_kernel(slot.device):
+            elif use_triton_commit(slot.device):
                 from medhead_kernels import ops
 
                 ops.move(store, *on_slot, counts.to(slot.device))
@@ -132,7 +132,7 @@ class TreeCache(Cache):
                 _move_rows(store, *on_slot)
 
     @property
-    def stores(self) -> Stores:
+    def stores(self) -> KVBuffers:
         """`[slots, batch, heads, capacity, dim]` of every shape."""
         return self._stores
 
@@ -181,7 +181,7 @@ class TreeCache(Cache):
         """
         if path is not None and path.shape[1] > 1:
             for slot, store in self._stores.items():
-                by_kernel, here = moves_by_kernel(slot.device), path.to(slot.device)
+                by_kernel, here = use_triton_commit(slot.device), path.to(slot.device)
                 if not by_kernel and self._start is not None and len(path) == 1:
                     _move_few(store, here[0], self._start)
                 else:
@@ -275,16 +275,18 @@ class TreeCache(Cache):
         self._refresh_views()
 
 
-def closed_up(rows: list[int]) -> list[int]:
+def compact_order(rows: list[int]) -> list[int]:
     """The same rows in the order that `TreeCache.keep_rows` moves the fewest for: the last ones stand where others have left."""
     kept, behind = set(rows), [row for row in rows if row >= len(rows)]
     return [row if row in kept else behind.pop() for row in range(len(rows))]
 
 
-def _places_of(layout: CacheLayout) -> tuple[dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]], dict[Slot, int]]:
+def _places_of(
+    layout: CacheLayout,
+) -> tuple[dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]], dict[KVSpec, int]]:
     """Where every layer's keys and values lie: a shape and a place in its storage; and how many places each shape has."""
-    found: dict[int, tuple[tuple[Slot, int], tuple[Slot, int]]] = {}
-    counts: dict[Slot, int] = {}
+    found: dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = {}
+    counts: dict[KVSpec, int] = {}
     for layer, pair in layout.layers.items():
         places = []
         for slot in pair:
@@ -316,14 +318,14 @@ def _move_by_kernel(store: Tensor, path: Tensor, lengths: Tensor) -> None:
 
 
 @lru_cache(maxsize=8)
-def moves_by_kernel(device: torch.device) -> bool:
+def use_triton_commit(device: torch.device) -> bool:
     """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed and does it rightly."""
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
-    return kernel_moves_rightly(device)
+    return selftest_commit(device)
 
 
-def kernel_moves_rightly(device: torch.device) -> bool:
+def selftest_commit(device: torch.device) -> bool:
     """Try the kernel on four rows; a kernel that fails here (no compiler, say) gives way, out loud."""
     try:
         store = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from medhead.errors import UnsupportedTargetError
-from medhead.model.kv_cache import CacheLayout, Slot
+from medhead.model.kv_cache import CacheLayout, KVSpec
 
 
 @torch.inference_mode()
@@ -47,7 +47,7 @@ def find_layout(model: Any) -> CacheLayout:
                 "medhead cannot verify trees with them yet"
             )
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-            found[index] = tuple(Slot(t.shape[1], t.shape[3], t.dtype, t.device) for t in (keys, values))
+            found[index] = tuple(KVSpec(t.shape[1], t.shape[3], t.dtype, t.device) for t in (keys, values))
     if not found:
         raise UnsupportedTargetError(f"{name} wrote nothing into its key/value cache")
     return CacheLayout(found)  # type: ignore[arg-type]

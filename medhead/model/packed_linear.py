@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from medhead_kernels.skinny_gemm import Matrix, Together, can_pack
+from medhead_kernels.skinny_gemm import PackedLinear, PackGroup, can_pack
 
 _SHARE = 0.25  # of the memory that is free: copies may take so much unless they are asked for
 
@@ -29,8 +29,8 @@ class PackedWeights:
         size = sum({id(layer.weight): layer.weight.numel() * layer.weight.element_size() for layer in layers}.values())
         if wanted is None and not fits(size):
             layers = []
-        self._matrices = {layer: Matrix(layer.weight.detach(), layer.bias) for layer in layers}
-        self._together = Together(list(self._matrices.values()))
+        self._matrices = {layer: PackedLinear(layer.weight.detach(), layer.bias) for layer in layers}
+        self._together = PackGroup(list(self._matrices.values()))
 
     @property
     def on(self) -> bool:
@@ -44,12 +44,12 @@ class PackedWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While active, the layers multiply by `Matrix`; afterwards they are as they were."""
+        """While active, the layers multiply by `PackedLinear`; afterwards they are as they were."""
         taken = [] if torch.is_autocast_enabled("cpu") else _packable(self._matrices)
         for layer in taken:
             matrix = self._matrices[layer]
             if matrix.weight.data_ptr() != layer.weight.data_ptr() or matrix.bias is not layer.bias:
-                matrix = self._matrices[layer] = Matrix(layer.weight.detach(), layer.bias)  # it was given others
+                matrix = self._matrices[layer] = PackedLinear(layer.weight.detach(), layer.bias)  # it was given others
                 matrix.together = self._together
             matrix.recheck()
             layer.forward = matrix

@@ -73,7 +73,7 @@ class Target:
         self._cache_name = cache_argument(inner)
         self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
-        self._taps: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
+        self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self.layout = find_layout(inner)
@@ -84,20 +84,22 @@ class Target:
     # ---------------------------------------------------------------- passes
 
     @contextmanager
-    def active(self, taps: Sequence[int] = ()) -> Iterator[None]:
+    def active(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
         """While active, the model's attention is medhead's; afterwards the model is as it was.
 
         Args:
-            taps: layers whose outputs are the features that passes return; none for the last hidden state.
+            feature_layers: layers whose outputs are the features that passes return; none for the last hidden state.
         """
         if self._active:
-            if tuple(taps) != tuple(self._taps):
-                raise MedheadError(f"{self.name} is read at layers {list(self._taps)} already, asked for {list(taps)}")
+            if tuple(feature_layers) != tuple(self._feature_layers):
+                raise MedheadError(
+                    f"{self.name} is read at layers {list(self._feature_layers)} already, asked for {list(feature_layers)}"
+                )
             yield
             return
         before = [config._attn_implementation for config in self._configs]
         training = self.model.training
-        with self.listening(taps), self.packed_weights.active():
+        with self.listening(feature_layers), self.packed_weights.active():
             try:
                 self._active = True
                 self.model.eval()
@@ -111,15 +113,15 @@ class Target:
                 self._active = False
 
     @contextmanager
-    def listening(self, taps: Sequence[int] = ()) -> Iterator[None]:
+    def listening(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
         """While listening, passes of the model leave their features behind; nothing else of the model is changed."""
-        hooks = [*self._tap(taps), self.output.register_forward_pre_hook(self._capture)]
+        hooks = [*self._tap(feature_layers), self.output.register_forward_pre_hook(self._capture)]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
-            self._hidden, self._select, self._taps = None, None, {}
+            self._hidden, self._select, self._feature_layers = None, None, {}
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """An empty cache for `batch` rows of about `capacity` tokens."""
@@ -135,7 +137,7 @@ class Target:
         current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
         cache.begin(tree.nodes)
         if self._takes_words(tree.nodes):
-            current.backend, current.words = self.backend, tree.ancestor_words
+            current.backend, current.words = self.backend, tree.ancestor_bitmask
             current.host_lengths = tuple(cache.lengths)
         return self._forward(cache, tree.tokens, tree.depth, current)
 
@@ -159,7 +161,7 @@ class Target:
             tree: what to verify.
             lengths: committed tokens of every row.
         """
-        words = tree.ancestor_words if self._takes_words(tree.nodes) else None
+        words = tree.ancestor_bitmask if self._takes_words(tree.nodes) else None
         return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths)
 
     def verify_nodes(
@@ -294,30 +296,30 @@ class Target:
     @property
     def feature_size(self) -> int:
         """Size of the features of one token."""
-        return int(self.hidden_size) * max(1, len(self._taps))
+        return int(self.hidden_size) * max(1, len(self._feature_layers))
 
     def _features(self) -> Tensor:
         assert self._hidden is not None, "only inside `with target.active()`"
-        if not self._taps:
+        if not self._feature_layers:
             return self._hidden
-        outputs = [tapped.to(self.device) for tapped in self._taps.values() if tapped is not None]
-        assert len(outputs) == len(self._taps)
+        outputs = [tapped.to(self.device) for tapped in self._feature_layers.values() if tapped is not None]
+        assert len(outputs) == len(self._feature_layers)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
-    def _tap(self, taps: Sequence[int]) -> list[Any]:
-        """Hooks that remember the outputs of layers."""
-        if not taps:
+    def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
+        """Hooks that encode_cache_entry the outputs of layers."""
+        if not feature_layers:
             return []
         layers = decoder_layers(self.model, self.layers)
-        self._taps = dict.fromkeys(taps)
+        self._feature_layers = dict.fromkeys(feature_layers)
 
-        def remember(layer: int) -> Callable[..., None]:
+        def encode_cache_entry(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._taps[layer] = output[0] if isinstance(output, tuple) else output
+                self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
-        return [layers[layer].register_forward_hook(remember(layer)) for layer in taps]
+        return [layers[layer].register_forward_hook(encode_cache_entry(layer)) for layer in feature_layers]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it goes on."""

@@ -18,7 +18,7 @@ from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
     from medhead.core.acceptance import Accepted
-    from medhead.core.gumbel import ComingNoise
+    from medhead.core.gumbel import LazyGumbel
     from medhead.model.target import Target
     from medhead.proposers.candidates import Candidates
 
@@ -32,7 +32,7 @@ class DecodeState:
         texts: prompt and emitted tokens of every row; the last one is the root.
         roots: `[batch]` root tokens on the target's device.
         features: `[batch, size]` of the target at the token before the root: its last hidden state, or the outputs of the
-            proposer's `taps`.
+            proposer's `feature_layers`.
         noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
     """
@@ -41,12 +41,12 @@ class DecodeState:
     texts: list[list[int]]
     roots: Tensor
     features: Tensor
-    noise: ComingNoise | None = None
+    noise: LazyGumbel | None = None
     temperature: float | Tensor = 1.0
 
 
 @dataclass
-class Verified:
+class VerifyOutput:
     """What a pass found.
 
     Attributes:
@@ -76,9 +76,9 @@ class Proposer:
         max_depth: the deepest tree it names.
         tree_size: number of nodes it names, root included.
         uses_noise: whether it ranks by the noise of the coming positions.
-        taps: layers of the target whose outputs it reads; none for the last hidden state.
-        may_miss: whether it learns from passes without needing every one.
-        costly: whether naming candidates takes long enough to think about whether it pays.
+        feature_layers: layers of the target whose outputs it reads; none for the last hidden state.
+        skippable: whether it learns from passes without needing every one.
+        is_expensive: whether naming candidates takes long enough to think about whether it pays.
         capturable: whether its part of a step can be captured (`medhead.compile`): shapes that never change, nothing that
             the host has to know. Then it has the methods that end in `_at`.
     """
@@ -87,10 +87,10 @@ class Proposer:
     max_depth = 0
     tree_size = 1
     uses_noise = False
-    taps: tuple[int, ...] = ()
+    feature_layers: tuple[int, ...] = ()
     capturable = False
-    may_miss = False
-    costly = False
+    skippable = False
+    is_expensive = False
     packed_bytes = 0  # memory of packed copies of its weights
 
     @property
@@ -106,7 +106,7 @@ class Proposer:
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """A generation starts with these prompts; forget the last one."""
 
-    def read(self, features: Tensor, start: int) -> None:
+    def on_prefill(self, features: Tensor, start: int) -> None:
         """See the target's features `[batch, tokens, size]` of the prompts' tokens from position `start` on."""
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
@@ -117,23 +117,23 @@ class Proposer:
         """All that it can name, with estimates, for trees of several proposers; None if it knows nothing."""
         return None
 
-    def observe(self, verified: Verified) -> None:
+    def update(self, verified: VerifyOutput) -> None:
         """See what the target said."""
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
 
-    def newcomers(self) -> Proposer:
+    def fork(self) -> Proposer:
         """A proposer that shares all that was learnt, for rows that will join: it is begun with their prompts and reads them."""
         return copy(self)
 
-    def absorb(self, newcomers: Any) -> None:
+    def merge(self, newcomers: Any) -> None:
         """The rows of `newcomers()` join, behind those that are there."""
 
-    def warm(self, target: Target, rows: int) -> None:
+    def warmup(self, target: Target, rows: int) -> None:
         """Do now what would else take time when up to so many rows are decoded."""
 
-    def release(self) -> None:
+    def free(self) -> None:
         """Give back memory that is only kept for speed; it is taken again when it is needed."""
 
     def memory(self) -> Tensor | None:

@@ -45,22 +45,22 @@ class Calibration:
             emitted: tokens of every row after the pass.
             counts: how many of them are real.
         """
-        all_tokens, all_above = candidates.tokens.tolist(), candidates.above.tolist()
+        all_tokens, all_parents = candidates.tokens.tolist(), candidates.parent_index.tolist()
         promised = candidates.scores.exp().tolist()
         for row, count in enumerate(counts):
-            tokens, above, chances = all_tokens[row], all_above[row], promised[row]
-            node, begin, chance = -1, 0, 1.0
+            tokens, parent_index, probs = all_tokens[row], all_parents[row], promised[row]
+            node, begin, prob = -1, 0, 1.0
             for depth, size in enumerate(candidates.levels[:count]):
                 level = range(begin, begin + size)
                 begin += size
-                children = [place for place in level if above[place] == node and chances[place] > 0]
+                children = [place for place in level if parent_index[place] == node and probs[place] > 0]
                 if not children:
                     break
                 hit = next((place for place in children if tokens[place] == emitted[row][depth]), None)
-                self._note(depth, min(1.0, sum(chances[place] for place in children) / chance), hit is not None)
+                self._note(depth, min(1.0, sum(probs[place] for place in children) / prob), hit is not None)
                 if hit is None:
                     break
-                node, chance = hit, chances[hit]
+                node, prob = hit, probs[hit]
 
     def _note(self, depth: int, predicted: float, right: bool) -> None:
         while len(self._right) <= depth:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medhead.core.sampling import on_host
 from medhead.core.tree import TokenTree
-from medhead.proposers.trie import Guesses
+from medhead.proposers.trie import DraftTrie
 from medhead_kernels.availability import candidate_loops, has_numba
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
@@ -39,16 +39,16 @@ class Candidates:
     """
 
     tokens: Tensor
-    above: Tensor
+    parent_index: Tensor
     scores: Tensor
     levels: tuple[int, ...]
 
     def to(self, device: torch.device | str) -> Candidates:
         """The same on a device."""
-        return Candidates(self.tokens.to(device), self.above.to(device), self.scores.to(device), self.levels)
+        return Candidates(self.tokens.to(device), self.parent_index.to(device), self.scores.to(device), self.levels)
 
     @property
-    def alone(self) -> bool:
+    def is_single(self) -> bool:
         """Whether there is one row and compiled loops can have it (`kernels.candidate_loops`)."""
         plain = self.scores.dtype == torch.float32 and not self.scores.requires_grad
         return len(self.scores) == 1 and plain and on_host(self.scores) and has_numba()
@@ -60,21 +60,21 @@ class Candidates:
             totals: what is added to the scores of every level.
             most: the largest score.
         """
-        if self.alone:
+        if self.is_single:
             scores = torch.empty_like(self.scores)
             ends = np.cumsum(self.levels)
-            arrays = self.scores[0].numpy(), self.above[0].numpy(), ends, np.array(totals, np.float32)
+            arrays = self.scores[0].numpy(), self.parent_index[0].numpy(), ends, np.array(totals, np.float32)
             candidate_loops().corrected(*arrays, np.float32(most), scores[0].numpy())
-            return Candidates(self.tokens, self.above, scores, self.levels)
+            return Candidates(self.tokens, self.parent_index, scores, self.levels)
         scores = (self.scores + self.of_levels(totals)).clamp(max=most)
-        found = Candidates(self.tokens, self.above, scores, self.levels)
-        rises = any(deeper > above for above, deeper in pairwise(totals))
-        return found.falling() if rises else found
+        found = Candidates(self.tokens, self.parent_index, scores, self.levels)
+        rises = any(deeper > parent_index for parent_index, deeper in pairwise(totals))
+        return found.make_monotone() if rises else found
 
     def best(self, roots: Tensor, nodes: int) -> TokenTree:
         """The tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`."""
-        if self.alone and nodes > 1 and self.tokens.shape[1]:
-            return self._best_alone(int(roots), min(nodes - 1, self.tokens.shape[1]))
+        if self.is_single and nodes > 1 and self.tokens.shape[1]:
+            return self._best_single(int(roots), min(nodes - 1, self.tokens.shape[1]))
         return self.best_at(roots, nodes)
 
     def best_at(self, roots: Tensor, nodes: int) -> TokenTree:
@@ -89,13 +89,13 @@ class Candidates:
         chosen = torch.where(unknown, likeliest, ranked.indices)  # a row that knows too little repeats its best
         chosen = chosen.sort(1).values  # in order of depth, so parents stay before their children
         ids = F.pad(chosen + 1, (1, 0))
-        parents = F.pad(torch.searchsorted(ids, self.above.gather(1, chosen) + 1), (1, 0))
+        parents = F.pad(torch.searchsorted(ids, self.parent_index.gather(1, chosen) + 1), (1, 0))
         tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
         return TokenTree(tokens, parents, depth[ids], len(self.levels))
 
-    def _best_alone(self, root: int, count: int) -> TokenTree:
+    def _best_single(self, root: int, count: int) -> TokenTree:
         tree = np.empty((3, count + 1), np.int64)
-        arrays = (part[0].numpy() for part in (self.tokens, self.above, self.scores))
+        arrays = (part[0].numpy() for part in (self.tokens, self.parent_index, self.scores))
         nodes = candidate_loops().best(*arrays, np.array(self.levels), root, count, tree)
         tokens, parents, depth = torch.from_numpy(tree[:, None, :nodes]).unbind()
         return TokenTree(tokens, parents, depth, int(tree[2, nodes - 1]))
@@ -112,9 +112,9 @@ class Candidates:
 
     def paths(self, row: int) -> dict[tuple[int, ...], float]:
         """Scores of all paths of a row by their tokens; for people who look, it walks over nodes."""
-        tokens, above, scores = (part[row].tolist() for part in (self.tokens, self.above, self.scores))
+        tokens, parent_index, scores = (part[row].tolist() for part in (self.tokens, self.parent_index, self.scores))
         ways: list[tuple[int, ...]] = []
-        for token, parent in zip(tokens, above, strict=True):
+        for token, parent in zip(tokens, parent_index, strict=True):
             ways.append((*(ways[parent] if parent >= 0 else ()), token))
         return {way: score for way, score in zip(ways, scores, strict=True) if score > -torch.inf}
 
@@ -125,10 +125,10 @@ class Candidates:
         key = (key ^ (key >> 29)) * _MIX
         return self._along_paths(key ^ (key >> 32), torch.add, 0)
 
-    def falling(self) -> Candidates:
+    def make_monotone(self) -> Candidates:
         """The same candidates, none likelier than its parent, as `best` needs them: a node comes with all above it."""
         scores = self._along_paths(self.scores, torch.minimum, math.inf)
-        return Candidates(self.tokens, self.above, scores, self.levels)
+        return Candidates(self.tokens, self.parent_index, scores, self.levels)
 
     def _along_paths(self, values: Tensor, add: Callable[[Tensor, Tensor], Tensor], nothing: float) -> Tensor:
         """Values `[batch, n]` added up from the root to every candidate.
@@ -139,12 +139,12 @@ class Candidates:
             nothing: what changes nothing when it is added.
         """
         values = F.pad(values, (1, 0), value=nothing)  # position 0 is the root, which is its own parent
-        parents = F.pad(self.above + 1, (1, 0))
+        parents = F.pad(self.parent_index + 1, (1, 0))
         for _ in range((len(self.levels) - 1).bit_length()):  # every round reaches twice as far up
             values, parents = add(values, values.gather(1, parents)), parents.gather(1, parents)
         return values[:, 1:]
 
-    def seen_with(self, noise: Tensor) -> Candidates:
+    def condition_on_noise(self, noise: Tensor) -> Candidates:
         """The same candidates, likelier where the noise of their positions favours them.
 
         A token of probability p is drawn when its `log p + noise` beats all others'. Those have 1 - p together, so the
@@ -155,10 +155,10 @@ class Candidates:
             noise: `[batch, depths, vocab]` Gumbel noise, see `DecodeState.noise`.
         """
         depth, _ = _depths(self.levels, self.scores.device)
-        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.above + 1)).exp()
+        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.parent_index + 1)).exp()
         seen = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
         seen = self._along_paths(-(-seen).exp() * (1 - share).clamp(min=0) / share, torch.add, 0)
-        return Candidates(self.tokens, self.above, seen.masked_fill(share == 0, -torch.inf), self.levels)
+        return Candidates(self.tokens, self.parent_index, seen.masked_fill(share == 0, -torch.inf), self.levels)
 
 
 def merge(members: list[Candidates]) -> Candidates:
@@ -168,8 +168,8 @@ def merge(members: list[Candidates]) -> Candidates:
     """
     if len(members) == 1:
         return members[0]
-    if all(member.alone for member in members):
-        return _merged_alone(members)
+    if all(member.is_single for member in members):
+        return _merge_single(members)
     whole = _side_by_side(members)
     key, order = whole.keys().sort(dim=1, stable=True)
     fresh = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
@@ -180,24 +180,24 @@ def merge(members: list[Candidates]) -> Candidates:
     scores = torch.empty_like(of_sorted).scatter_(1, order, of_sorted)
     starts = torch.where(fresh, torch.arange(key.shape[1], device=key.device), 0).cummax(1).values
     first = torch.empty_like(order).scatter_(1, order, order.gather(1, starts))  # where each path stands first
-    above = F.pad(first, (1, 0), value=-1).gather(1, whole.above + 1)
-    return Candidates(whole.tokens, above, scores, whole.levels)
+    parent_index = F.pad(first, (1, 0), value=-1).gather(1, whole.parent_index + 1)
+    return Candidates(whole.tokens, parent_index, scores, whole.levels)
 
 
-def _merged_alone(members: list[Candidates]) -> Candidates:
+def _merge_single(members: list[Candidates]) -> Candidates:
     """`merge` of one row."""
     levels = np.zeros((max(len(member.levels) for member in members), len(members)), np.int64)
     for place, member in enumerate(members):
         levels[: len(member.levels), place] = member.levels
     begins = np.cumsum([0, *levels.sum(0)[:-1]])  # of the members, one after the other
     ends = levels.cumsum(0) + begins
-    tokens, above, scores = (
+    tokens, parent_index, scores = (
         np.concatenate([part[0].numpy() for part in parts])
-        for parts in zip(*((member.tokens, member.above, member.scores) for member in members), strict=True)
+        for parts in zip(*((member.tokens, member.parent_index, member.scores) for member in members), strict=True)
     )
-    found = np.empty_like(tokens), np.empty_like(above), np.empty_like(scores)
+    found = np.empty_like(tokens), np.empty_like(parent_index), np.empty_like(scores)
     sizes = np.empty(len(levels), np.int64)
-    count = candidate_loops().merged(tokens, above, scores, begins, ends - levels, ends, *found, sizes)
+    count = candidate_loops().merged(tokens, parent_index, scores, begins, ends - levels, ends, *found, sizes)
     of_tokens, of_above, of_scores = (torch.from_numpy(part[None, :count]) for part in found)
     return Candidates(of_tokens, of_above, of_scores, tuple(sizes.tolist()))
 
@@ -209,17 +209,17 @@ def _side_by_side(members: list[Candidates]) -> Candidates:
         torch.cat(parts, 1).index_select(1, order)
         for parts in ([member.tokens for member in members], [member.scores for member in members])
     )
-    above, slot = [], 1  # the root comes before every member's candidates
+    parent_index, slot = [], 1  # the root comes before every member's candidates
     for member in members:
-        above.append(member.above + slot)
-        slot += member.above.shape[1] + 1
-    return Candidates(tokens, place[torch.cat(above, 1).index_select(1, order)], scores, levels)
+        parent_index.append(member.parent_index + slot)
+        slot += member.parent_index.shape[1] + 1
+    return Candidates(tokens, place[torch.cat(parent_index, 1).index_select(1, order)], scores, levels)
 
 
 def compile_loops() -> None:
     """Have the loops for one row compiled now."""
     some = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), torch.zeros(1, 1), (1,))
-    if some.alone:
+    if some.is_single:
         merge([some.corrected([0.0], 0.0), some]).best(torch.zeros(1, dtype=torch.long), 2)
 
 
@@ -251,8 +251,8 @@ def _depths(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tens
     return depth, -_TIE * depth[1:]
 
 
-def from_guesses(rows: Sequence[Guesses], device: torch.device | str = "cpu") -> Candidates | None:
-    """Guesses of every row as tensors; None if no row has any."""
+def candidates_from_tries(rows: Sequence[DraftTrie], device: torch.device | str = "cpu") -> Candidates | None:
+    """DraftTrie of every row as tensors; None if no row has any."""
     levels: list[list[list[int]]] = []  # [depth][row] nodes
     for row, guesses in enumerate(rows):
         for node in range(1, len(guesses)):
@@ -264,14 +264,14 @@ def from_guesses(rows: Sequence[Guesses], device: torch.device | str = "cpu") ->
         return None
     sizes = tuple(max(map(len, level)) for level in levels)
     total = sum(sizes)
-    tokens, above = ([[fill] * total for _ in rows] for fill in (0, -1))
+    tokens, parent_index = ([[fill] * total for _ in rows] for fill in (0, -1))
     scores = [[-torch.inf] * total for _ in rows]
     for row, guesses in enumerate(rows):
         begin, places = 0, {0: -1}
         for size, level in zip(sizes, levels, strict=True):
             for place, node in enumerate(level[row], begin):
                 places[node] = place
-                tokens[row][place], above[row][place] = guesses.tokens[node], places[guesses.parents[node]]
-                scores[row][place] = math.log(guesses.chances[node])
+                tokens[row][place], parent_index[row][place] = guesses.tokens[node], places[guesses.parents[node]]
+                scores[row][place] = math.log(guesses.probs[node])
             begin += size
-    return Candidates(torch.tensor(tokens), torch.tensor(above), torch.tensor(scores), sizes).to(device)
+    return Candidates(torch.tensor(tokens), torch.tensor(parent_index), torch.tensor(scores), sizes).to(device)

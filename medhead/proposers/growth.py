@@ -88,8 +88,8 @@ def grow(
         frontier = best + named
         named += candidates.shape[1]
     levels = tuple(candidates.shape[1] for candidates in all_scores)
-    above = torch.cat(frontiers, 1).repeat_interleave(branching, 1)
-    return Candidates(torch.cat(all_tokens, 1), above, torch.cat(all_scores, 1), levels)
+    parent_index = torch.cat(frontiers, 1).repeat_interleave(branching, 1)
+    return Candidates(torch.cat(all_tokens, 1), parent_index, torch.cat(all_scores, 1), levels)
 
 
 def _matters(frontier: Tensor, all_scores: list[Tensor], nodes: int | None, least: float) -> bool:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from medhead.core.gumbel import ComingNoise
+from medhead.core.gumbel import LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
-from medhead.heads.draft_cache import Memory, MemoryStore, Store, write_behind
-from medhead.heads.output_head import Readout, shared_readout
+from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache, append_entries
+from medhead.heads.output_head import OutputHead, shared_output_head
 from medhead.model.packed_linear import fits
-from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates, compile_loops
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.native_growth import NativeGrowth, native_growth
@@ -56,7 +56,7 @@ class HeadsProposer(Proposer):
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
     """
 
-    costly = True
+    is_expensive = True
 
     def __init__(
         self,
@@ -96,19 +96,19 @@ class HeadsProposer(Proposer):
         self.sharpness, self._given_least, self._sized = sharpness, least, tree_size is not None
         self._level, self._token = 0.0, 1.0  # seconds that a level of heads takes, and a token of the target
         self.max_depth = wanted
-        self.taps = tuple(config.taps)
+        self.feature_layers = tuple(config.feature_layers)
         self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
-        self.readout = shared_readout(self.heads, target, dtype)
-        self.heads = self.readout.heads
-        wanted_packed = fits(self.readout.packable_bytes) if target.packed is None else target.packed
+        self.output_head = shared_output_head(self.heads, target, dtype)
+        self.heads = self.output_head.heads
+        wanted_packed = fits(self.output_head.packable_bytes) if target.packed is None else target.packed
         if wanted_packed and target.device.type == "cpu":
-            self.readout.pack()
+            self.output_head.pack()
         self._native: NativeGrowth | None = None
         if self.shape is None:
-            self._native = native_growth(self.readout, self.width, self.branching, wanted, native)
-        self._memory: Store | None = None
+            self._native = native_growth(self.output_head, self.width, self.branching, wanted, native)
+        self._memory: DraftCache | None = None
         self._texts: list[list[int]] = []
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
         self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
@@ -116,21 +116,21 @@ class HeadsProposer(Proposer):
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Forget the last text; heads that look back get storage for these."""
         self._texts, self._waiting = texts, []
-        self.readout.recheck()
+        self.output_head.recheck()
         capacity = max(map(len, texts)) + 256
-        self._memory = self.heads.new_memory(len(texts), self.readout.dtype, target.device, capacity)
+        self._memory = self.heads.new_draft_cache(len(texts), self.output_head.dtype, target.device, capacity)
         if self._native is not None:
             self._native.refresh()  # other rows may leave
         if len(texts) == 1:
             self._choose(target)
 
-    def warm(self, target: Target, rows: int) -> None:
+    def warmup(self, target: Target, rows: int) -> None:
         """Choose the faster way of guessing for one row; the first time, loops are compiled."""
         compile_loops()
         self._choose(target)
 
-    def read(self, features: Tensor, start: int) -> None:
-        """Remember a chunk of the prompts."""
+    def on_prefill(self, features: Tensor, start: int) -> None:
+        """EncodeCacheEntry a chunk of the prompts."""
         if self._memory is None:
             return
         count = features.shape[1]
@@ -142,7 +142,7 @@ class HeadsProposer(Proposer):
         ends = [min(len(text) - 1, start + count) for text in self._texts]
         self._memory.advance([end - length for end, length in zip(ends, self._memory.lengths, strict=True)])
 
-    def observe(self, verified: Verified) -> None:
+    def update(self, verified: VerifyOutput) -> None:
         """Keep what memory has to know of the accepted nodes; passes of plain decoding wait and are remembered at once."""
         if verified.seconds:
             token = verified.seconds * len(verified.counts) / sum(verified.counts)
@@ -164,14 +164,14 @@ class HeadsProposer(Proposer):
             self._catch_up()
             self._memory.keep_rows(rows)
 
-    def absorb(self, newcomers: HeadsProposer) -> None:
-        """What they remember joins."""
+    def merge(self, newcomers: HeadsProposer) -> None:
+        """What they encode_cache_entry joins."""
         if self._memory is not None:
             self._catch_up()
             self._memory.join(newcomers._memory)
 
     def _catch_up(self) -> None:
-        """Remember the passes over one node that have not been."""
+        """EncodeCacheEntry the passes over one node that have not been."""
         if self._memory is None or not self._waiting:
             return
         features, emitted = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
@@ -181,8 +181,8 @@ class HeadsProposer(Proposer):
 
     def _remember(self, features: Tensor, behind: Tensor) -> None:
         assert self._memory is not None
-        token = self.readout.token(behind, 0)
-        self._memory.write(self.heads.remember, features.to(self.readout.dtype), token)
+        token = self.output_head.token(behind, 0)
+        self._memory.write(self.heads.encode_cache_entry, features.to(self.output_head.dtype), token)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """A tree for every row, ranked by the heads and, when sampling, by the noise of the coming positions."""
@@ -210,44 +210,44 @@ class HeadsProposer(Proposer):
         self._level = self._level + _FOLLOW * (level - self._level) if self._level else level
         return found
 
-    def release(self) -> None:
+    def free(self) -> None:
         """Give packed copies of the heads' weights back."""
-        self.readout.release()
+        self.output_head.free()
 
     @property
     def packed_bytes(self) -> int:  # type: ignore[override]
-        """Memory of packed copies of the heads' weights."""
-        return self.readout.nbytes
+        """DraftCacheView of packed copies of the heads' weights."""
+        return self.output_head.nbytes
 
     # ---------------------------------------------------------------- captured steps
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
         """Heads whose memory is plain rows, or that have none."""
-        return self.heads.plain_memory
+        return self.heads.plain_draft_cache
 
     def memory(self) -> Tensor | None:
         """The rows of the heads' memory."""
         self._catch_up()
-        return self._memory.rows if isinstance(self._memory, MemoryStore) else None
+        return self._memory.rows if isinstance(self._memory, TensorDraftCache) else None
 
     def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
         """A tree of `tree_size` nodes, `max_depth` deep."""
         depth = self.steps - 1
         if depth < 1:
             return TokenTree.root(state.roots)
-        view = None if memory is None else Memory(memory, lengths[:, None])
+        view = None if memory is None else DraftCacheView(memory, lengths[:, None])
         return self._tree(state, view, depth, looks=False)
 
     def observe_at(self, memory: Tensor, lengths: Tensor, features: Tensor, emitted: Tensor) -> None:
-        """The heads remember."""
-        dtype, token = self.readout.dtype, self.readout.token(emitted, 0)
-        write_behind(memory, lengths, self.heads.remember, features.to(dtype), token)
+        """The heads encode_cache_entry."""
+        dtype, token = self.output_head.dtype, self.output_head.token(emitted, 0)
+        append_entries(memory, lengths, self.heads.encode_cache_entry, features.to(dtype), token)
 
     def resume(self, memory: Tensor | None, lengths: list[int]) -> None:
         """A store of these rows."""
         if memory is not None:
-            self._memory = MemoryStore.of(memory, lengths)
+            self._memory = TensorDraftCache.of(memory, lengths)
 
     # ---------------------------------------------------------------- inside
 
@@ -282,28 +282,28 @@ class HeadsProposer(Proposer):
             lambda: self._grown_natively(state, depth, self.tree_size, 0.0),
         )
         if measured and self._native.pays:
-            self.readout.release()
+            self.output_head.free()
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
         """The same as one compiled function, which always looks as deep as it can."""
         given = [state.roots, state.features]
         if state.noise is not None:
             temperature = torch.as_tensor(state.temperature, device=state.roots.device)
-            given += [state.noise.upto(depth).contiguous(), temperature]
+            given += [state.noise.prefix(depth).contiguous(), temperature]
 
         def run(roots: Tensor, features: Tensor, noise: Tensor | None = None, temperature: Tensor | None = None) -> Any:
-            coming = None if noise is None else ComingNoise.of(noise)
+            coming = None if noise is None else LazyGumbel.of(noise)
             over = DecodeState(state.target, [], roots, features, coming, 1.0 if temperature is None else temperature)
             found = grow(roots, self._expander(over, None, self.branching, depth), depth, self.width)
-            return found.tokens, found.above, found.scores, found.levels
+            return found.tokens, found.parent_index, found.scores, found.levels
 
         if len(given) not in self._compiled:
             levels = run(*given)[3]  # eagerly, before anything is written down: tables are made
             compiled = state.target.compiled("the guesses of the heads", lambda *tensors: run(*tensors)[:3], given)
             self._compiled[len(given)] = compiled, levels
         compiled, levels = self._compiled[len(given)]
-        tokens, above, scores = compiled(*given)
-        return Candidates(tokens, above, scores, levels)
+        tokens, parent_index, scores = compiled(*given)
+        return Candidates(tokens, parent_index, scores, levels)
 
     @property
     def least(self) -> float:
@@ -322,10 +322,10 @@ class HeadsProposer(Proposer):
         return None if self._memory is None else self._memory.view()
 
     def _expander(self, state: DecodeState, memory: Any, branching: int, depth: int) -> HeadsExpander:
-        return HeadsExpander(self.readout, state, memory, branching, depth, *self._ranking(state))
+        return HeadsExpander(self.output_head, state, memory, branching, depth, *self._ranking(state))
 
-    def _ranking(self, state: DecodeState) -> tuple[ComingNoise | None, float]:
-        """Noise to rank by, and what log-probabilities are multiplied by without."""
+    def _ranking(self, state: DecodeState) -> tuple[LazyGumbel | None, float]:
+        """GumbelNoise to rank by, and what log-probabilities are multiplied by without."""
         return (state.noise if self.uses_noise else None), (self.sharpness if state.noise is None else 1.0)
 
 
@@ -334,41 +334,43 @@ class HeadsExpander:
 
     def __init__(
         self,
-        readout: Readout,
+        output_head: OutputHead,
         state: DecodeState,
         memory: Any,
         branching: int,
         depth: int,
-        noise: ComingNoise | None,
+        noise: LazyGumbel | None,
         sharpness: float = 1.0,
     ) -> None:
-        self.readout, self.state, self.memory = readout, state, memory
+        self.output_head, self.state, self.memory = output_head, state, memory
         self.branching, self.depth, self.sharpness = branching, depth, sharpness
         self.noise = noise
 
     def start(self) -> Tensor:
         """`[batch, 1, state]`: the heads' state above the root."""
-        readout, state = self.readout, self.state
-        self._root = readout.token(state.roots[:, None], 0)
-        draft = readout.heads.start(state.features.to(readout.dtype)[:, None], self._root, self.memory, self.depth)
+        output_head, state = self.output_head, self.state
+        self._root = output_head.token(state.roots[:, None], 0)
+        draft = output_head.heads.start(
+            state.features.to(output_head.dtype)[:, None], self._root, self.memory, self.depth
+        )
         self._shared = draft.shared
         return draft.state
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `growth.Expander.expand`."""
-        readout, width = self.readout, tokens.shape[1]
-        if readout.heads.per_path:
-            token = self._root if depth == 0 else readout.token(tokens, depth)
-            state, feature = readout.heads.advance(state, token, depth, self._shared)
+        output_head, width = self.output_head, tokens.shape[1]
+        if output_head.heads.per_path:
+            token = self._root if depth == 0 else output_head.token(tokens, depth)
+            state, feature = output_head.heads.advance(state, token, depth, self._shared)
         else:  # one distribution serves the whole depth
-            _, feature = readout.heads.advance(state[:, :1], self._root, depth, self._shared)
-        logits = readout.logits(feature, depth)
+            _, feature = output_head.heads.advance(state[:, :1], self._root, depth, self._shared)
+        logits = output_head.logits(feature, depth)
         if self.noise is not None:
             noise = self.noise.at(depth)
-            noise = noise if readout.tokens is None else noise[:, readout.tokens]
+            noise = noise if output_head.tokens is None else noise[:, output_head.tokens]
             logits = logits / self.state.temperature + noise[:, None]
         elif self.sharpness != 1:
             logits = logits * self.sharpness
         top = logits.log_softmax(-1).topk(min(self.branching, logits.shape[-1]), dim=-1)
-        children = top.indices if readout.tokens is None else readout.tokens[top.indices]
+        children = top.indices if output_head.tokens is None else output_head.tokens[top.indices]
         return state, top.values.expand(-1, width, -1), children.expand(-1, width, -1)

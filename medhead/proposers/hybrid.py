@@ -1,8 +1,8 @@
 """Trees of several proposers at once, no larger than pays.
 
 Every member names candidates with estimates; the estimates are corrected by what was really accepted (`Calibration`);
-equal paths are merged; the likeliest nodes are the tree, as many of them as `TreeBudget` says. Heads are only asked where what
-cheaper members name leaves something to gain.
+equal paths are merged; the likeliest nodes are the tree, as many as `TreeSizeController` says. Heads are only asked
+where what cheaper members name leaves something to gain.
 """
 
 from __future__ import annotations
@@ -15,11 +15,18 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, Verified, build_proposer, check_tree_size, register_proposer
+from medhead.proposers.base import (
+    DecodeState,
+    Proposer,
+    VerifyOutput,
+    build_proposer,
+    check_tree_size,
+    register_proposer,
+)
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, compile_loops, merge
-from medhead.scheduling.cost_model import PassCosts, costs_batch, costs_of, known_costs
-from medhead.scheduling.tree_size import TreeBudget
+from medhead.scheduling.cost_model import CostModel, costs_batch, costs_of, known_costs
+from medhead.scheduling.tree_size import TreeSizeController
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -27,7 +34,7 @@ if TYPE_CHECKING:
 MOST_NODES = 64
 _FOLLOW = 0.1  # weight of the newest pass
 _DOUBT = 2.0  # how often what looks certain is wrong, by what the estimates say
-_MULTIPLE = 2.0  # of what costly members bring
+_MULTIPLE = 2.0  # of what is_expensive members bring
 OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
 
 
@@ -62,7 +69,7 @@ class HybridProposer(Proposer):
         heads: Any = None,
         tree_size: int | None = None,
         members: list[str | Proposer] | None = None,
-        costs: PassCosts | None = None,
+        costs: CostModel | None = None,
         **options: Any,
     ) -> None:
         if members is None:
@@ -79,15 +86,22 @@ class HybridProposer(Proposer):
         self.tree_size = MOST_NODES if tree_size is None else check_tree_size(tree_size)
         self.max_depth = max(member.max_depth for member in self.members)
         self.uses_noise = any(member.uses_noise for member in self.members)
-        taps = {tuple(member.taps) for member in self.members if member.taps or member.name == "heads"}
-        if len(taps) > 1:
-            raise MedheadError(f"members of a hybrid read one set of layers of the target, got {sorted(taps)}")
-        self.taps = next(iter(taps), ())
-        self._given, self._costs = costs, dict[int, PassCosts | None]()  # by rows; None where nobody has measured
-        self.budget: TreeBudget | None = None
+        feature_layers = {
+            tuple(member.feature_layers) for member in self.members if member.feature_layers or member.name == "heads"
+        }
+        if len(feature_layers) > 1:
+            raise MedheadError(
+                f"members of a hybrid read one set of layers of the target, got {sorted(feature_layers)}"
+            )
+        self.feature_layers = next(iter(feature_layers), ())
+        self._given, self._costs = costs, dict[int, CostModel | None]()  # by rows; None where nobody has measured
+        self.budget: TreeSizeController | None = None
         self._named: list[Candidates | None] = [None] * len(self.members)
         self._corrected: list[Candidates] = []  # the same, by what those who named any can be trusted with
-        self._began, self._asked = 0.0, False  # the running step: when it began, whether costly members were asked
+        self._began, self._asked = (
+            0.0,
+            False,
+        )  # the running step: when it began, whether is_expensive members were asked
         self._asking: float | None = None  # seconds
         self._brought: float | None = None  # tokens of a pass in which they were asked, the last one not counted
 
@@ -104,10 +118,10 @@ class HybridProposer(Proposer):
             raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
         return member
 
-    def release(self) -> None:
+    def free(self) -> None:
         """All members give back."""
         for member in self.members:
-            member.release()
+            member.free()
 
     @property
     def packed_bytes(self) -> int:  # type: ignore[override]
@@ -127,27 +141,27 @@ class HybridProposer(Proposer):
         if self.adapts:
             costs = self._measured(len(texts))
             if self.budget is None:
-                self.budget = TreeBudget(costs, self.tree_size, costs_batch(len(texts)))
+                self.budget = TreeSizeController(costs, self.tree_size, costs_batch(len(texts)))
             self.budget.again(costs, costs_batch(len(texts)))
 
-    def _measured(self, rows: int) -> PassCosts:
+    def _measured(self, rows: int) -> CostModel:
         """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
         batch = costs_batch(rows)
         costs = self._costs.get(batch) or self._given or costs_of(self._target, batch, self.tree_size)
         self._costs[batch] = costs
         return costs
 
-    def _known(self, rows: int) -> PassCosts | None:
+    def _known(self, rows: int) -> CostModel | None:
         """The same where nothing may be measured: in the midst of a text."""
         batch = costs_batch(rows)
         if batch not in self._costs:
             self._costs[batch] = self._given or known_costs(self._target, batch, self.tree_size)
         return self._costs[batch]
 
-    def read(self, features: Tensor, start: int) -> None:
+    def on_prefill(self, features: Tensor, start: int) -> None:
         """Members read the prompts."""
         for member in self.members:
-            member.read(features, start)
+            member.on_prefill(features, start)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
@@ -155,13 +169,13 @@ class HybridProposer(Proposer):
         self._began, self._asked = time.perf_counter(), False
         if max_depth < 1 or (self.budget is not None and self.budget.resting()):
             return TokenTree.root(state.roots)
-        self._ask(state, max_depth, costly=False)
+        self._ask(state, max_depth, is_expensive=False)
         found, rows = self._merged(), len(state.texts)
         expected = None if found is None else self._expected(found, rows)
         self._asked = self._pays_to_ask(found, expected, rows)
         if self._asked:
             began = time.perf_counter()
-            self._ask(state, max_depth, costly=True)
+            self._ask(state, max_depth, is_expensive=True)
             self._asking = _followed(self._asking, time.perf_counter() - began)
             found = self._merged()
             expected = None if found is None else self._expected(found, rows)
@@ -169,9 +183,9 @@ class HybridProposer(Proposer):
             return TokenTree.root(state.roots)
         return found.best(state.roots, expected.nodes)
 
-    def _ask(self, state: DecodeState, max_depth: int, costly: bool) -> None:
+    def _ask(self, state: DecodeState, max_depth: int, is_expensive: bool) -> None:
         for place, member in enumerate(self.members):
-            if member.costly != costly:
+            if member.is_expensive != is_expensive:
                 continue
             named = self._named[place] = member.candidates(state, max_depth)
             if named is not None:
@@ -182,13 +196,13 @@ class HybridProposer(Proposer):
         return merge(self._corrected) if self._corrected else None
 
     def _pays_to_ask(self, found: Candidates | None, expected: Expected | None, rows: int) -> bool:
-        """Whether costly members are worth their time, beside what the others have named.
+        """Whether is_expensive members are worth their time, beside what the others have named.
 
-        Where those are right, costly ones add nothing; where they are wrong, what costly ones brought lately. That many tokens
+        Where those are right, expensive ones add nothing; where they are wrong, what expensive ones brought lately. That many tokens
         for the time of asking must be a better rate than the pass has without them. And who promises little is not believed:
-        costly members are only left out for a tree that promises a multiple of what they bring.
+        is_expensive members are only left out for a tree that promises a multiple of what they bring.
         """
-        if not any(member.costly for member in self.members):
+        if not any(member.is_expensive for member in self.members):
             return False
         if self.budget is None or found is None or expected is None or self._asking is None or self._brought is None:
             return True
@@ -205,12 +219,12 @@ class HybridProposer(Proposer):
         nodes, rate = self.budget.choose(gains, rows, time.perf_counter() - self._began)
         return Expected(nodes, rate, sum(gains[: nodes - 1]))
 
-    def observe(self, verified: Verified) -> None:
+    def update(self, verified: VerifyOutput) -> None:
         """Members see the pass; calibrations and budget learn from it."""
         asleep = self.budget is not None and self.budget.asleep()
         for member in self.members:
-            if not (asleep and member.may_miss):
-                member.observe(verified)
+            if not (asleep and member.skippable):
+                member.update(verified)
         for calibration, named in zip(self.calibrations, self._named, strict=True):
             if named is not None:
                 calibration.learn(named, verified.emitted, verified.counts)
@@ -220,7 +234,7 @@ class HybridProposer(Proposer):
         if self.budget is not None:
             self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._outside(verified))
 
-    def _outside(self, verified: Verified) -> float:
+    def _outside(self, verified: VerifyOutput) -> float:
         """Seconds of the step so far that were not the pass."""
         return max(0.0, time.perf_counter() - self._began - verified.seconds)
 
@@ -230,16 +244,16 @@ class HybridProposer(Proposer):
             member.keep_rows(rows)
         self._now_rows(len(rows))
 
-    def newcomers(self) -> HybridProposer:
+    def fork(self) -> HybridProposer:
         """Newcomers of all members."""
         copied = copy(self)
-        copied.members, copied.budget = [member.newcomers() for member in self.members], None
+        copied.members, copied.budget = [member.fork() for member in self.members], None
         return copied
 
-    def absorb(self, newcomers: HybridProposer) -> None:
+    def merge(self, newcomers: HybridProposer) -> None:
         """Rows join all members."""
         for member, joining in zip(self.members, newcomers.members, strict=True):
-            member.absorb(joining)
+            member.merge(joining)
         self._now_rows(self._rows + newcomers._rows)
 
     def _now_rows(self, rows: int) -> None:
@@ -250,12 +264,12 @@ class HybridProposer(Proposer):
             self._known(rows) or self.budget.costs, costs_batch(rows)
         )  # those of before are near enough
 
-    def warm(self, target: Target, rows: int) -> None:
+    def warmup(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
         compile_loops()
         for member in self.members:
-            member.warm(target, rows)
+            member.warmup(target, rows)
         if self.adapts:
             for batch in {costs_batch(count) for count in range(1, rows + 1)}:
                 self._measured(batch)

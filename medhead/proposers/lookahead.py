@@ -18,10 +18,10 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
-from medhead.proposers.candidates import Candidates, from_guesses
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
+from medhead.proposers.candidates import Candidates, candidates_from_tries
 from medhead.proposers.lookahead_sizes import DEFAULTS, MOST_NODES, fit, nodes_needed, tuned_sizes
-from medhead.proposers.trie import Guesses, plant
+from medhead.proposers.trie import DraftTrie, to_token_tree
 from medhead.proposers.window import Pool, Window
 
 if TYPE_CHECKING:
@@ -88,19 +88,20 @@ class LookaheadProposer(Proposer):
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """The n-grams of all rows."""
-        return from_guesses(self.guesses(state, max_depth), state.roots.device)
+        return candidates_from_tries(self.guesses(state, max_depth), state.roots.device)
 
-    def guesses(self, state: DecodeState, max_depth: int) -> list[Guesses]:
+    def guesses(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
         """The n-grams behind every root, newest first; the chances are 2/3 a token and 1/2, 1/3, ... for each older one.
 
         The window is left out: it is there to be continued, not to be accepted.
         """
         self._read_text(state)
         return [
-            self._guess(Guesses(text[-1]), pool, max_depth) for pool, text in zip(self.pools, state.texts, strict=True)
+            self._guess(DraftTrie(text[-1]), pool, max_depth)
+            for pool, text in zip(self.pools, state.texts, strict=True)
         ]
 
-    def _guess(self, found: Guesses, pool: Pool, max_depth: int) -> Guesses:
+    def _guess(self, found: DraftTrie, pool: Pool, max_depth: int) -> DraftTrie:
         for rank, gram in enumerate(pool.after(found.tokens[0])):
             node = 0
             for depth, token in enumerate(gram[:max_depth], 1):
@@ -114,13 +115,13 @@ class LookaheadProposer(Proposer):
         looks = self.tree_size > 1 and max_depth >= self.window_depth
         rows = []
         for pool, window, text in zip(self.pools, self.windows, state.texts, strict=True):
-            row = Guesses(text[-1])
+            row = DraftTrie(text[-1])
             if looks:
                 self._last.append(_place(row, window))
             rows.append(self._guess(row, pool, min(max_depth, self.max_depth)))
-        return plant(rows, state.roots)
+        return to_token_tree(rows, state.roots)
 
-    def observe(self, verified: Verified) -> None:
+    def update(self, verified: VerifyOutput) -> None:
         """Read what the target says at the window's last level, as it would draw it there."""
         if not self._last:
             return
@@ -130,7 +131,7 @@ class LookaheadProposer(Proposer):
             for gram in window.advance(root, fresh):
                 pool.add(gram)
 
-    def _answers(self, verified: Verified) -> list[list[int]]:
+    def _answers(self, verified: VerifyOutput) -> list[list[int]]:
         """`[batch][columns]`: the target's token behind each node of the last level."""
         assert self._state is not None
         longest = max(map(len, self._last))  # rows that joined later have younger windows
@@ -140,7 +141,7 @@ class LookaheadProposer(Proposer):
         if self._state.noise is not None:
             depth = verified.tree.depth.gather(1, nodes)
             logits = logits.float() / self._state.temperature + _take(
-                self._state.noise.upto(verified.tree.max_depth + 1), depth
+                self._state.noise.prefix(verified.tree.max_depth + 1), depth
             )
         answers: list[list[int]] = logits.argmax(-1).tolist()
         return [row[: len(nodes)] for row, nodes in zip(answers, self._last, strict=True)]
@@ -150,13 +151,13 @@ class LookaheadProposer(Proposer):
         self.pools, self.windows = [self.pools[row] for row in rows], [self.windows[row] for row in rows]
         self._read = [self._read[row] for row in rows]
 
-    def absorb(self, newcomers: LookaheadProposer) -> None:
+    def merge(self, newcomers: LookaheadProposer) -> None:
         """Their pools and windows join."""
         self.pools, self.windows = self.pools + newcomers.pools, self.windows + newcomers.windows
         self._read = self._read + newcomers._read
 
 
-def _place(row: Guesses, window: Window) -> list[int]:
+def _place(row: DraftTrie, window: Window) -> list[int]:
     """Put a window's nodes below the root; returns those of its last level by column.
 
     Chances are not estimated for them.
@@ -165,7 +166,7 @@ def _place(row: Guesses, window: Window) -> list[int]:
     for token in window.levels[0]:
         nodes.append(row.add(nodes[-1], token, 1.0))
     for level in window.levels[1:]:
-        nodes = [row.add(above, token, 1.0) for above, token in zip(nodes, level, strict=True)]
+        nodes = [row.add(parent_index, token, 1.0) for parent_index, token in zip(nodes, level, strict=True)]
     return nodes
 
 

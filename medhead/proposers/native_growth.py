@@ -16,17 +16,19 @@ from medhead.proposers.candidates import Candidates
 from medhead_kernels.availability import has_numba, loops
 
 if TYPE_CHECKING:
-    from medhead.core.gumbel import ComingNoise
-    from medhead.heads.output_head import Readout
+    from medhead.core.gumbel import LazyGumbel
+    from medhead.heads.output_head import OutputHead
 
 _ROUNDS = 5  # of each way, by turns
 
 
-def native_growth(readout: Readout, width: int, branching: int, depth: int, wanted: bool | None) -> NativeGrowth | None:
+def native_growth(
+    output_head: OutputHead, width: int, branching: int, depth: int, wanted: bool | None
+) -> NativeGrowth | None:
     """Growth for these heads, where there is one; arguments as of `NativeGrowth`.
 
     Args:
-        readout: of the heads.
+        output_head: of the heads.
         width: nodes of a frontier.
         branching: candidates of each of them.
         depth: levels at most.
@@ -36,17 +38,17 @@ def native_growth(readout: Readout, width: int, branching: int, depth: int, want
         MedheadError: it is wanted and cannot be had.
     """
     reason = "" if wanted is not False else "not wanted"
-    if not reason and readout.weight.device.type != "cpu":
-        reason = f"these loops run on a CPU, the heads are on {readout.weight.device}"
+    if not reason and output_head.weight.device.type != "cpu":
+        reason = f"these loops run on a CPU, the heads are on {output_head.weight.device}"
     if not reason and not has_numba():
         reason = "they need numba: pip install 'medhead[cpu]'"
     if not reason:
         from medhead.heads.native import cell_of
 
-        make_cell = cell_of(readout)
+        make_cell = cell_of(output_head)
         if make_cell is not None:
-            return NativeGrowth(readout, make_cell, width, branching, depth, wanted)
-        reason = f"there are none for these heads of kind {readout.heads.config.kind!r}"
+            return NativeGrowth(output_head, make_cell, width, branching, depth, wanted)
+        reason = f"there are none for these heads of kind {output_head.heads.config.kind!r}"
     if wanted:
         raise MedheadError(f"compiled loops for the heads are wanted (native=True), but {reason}")
     return None
@@ -56,7 +58,7 @@ class NativeGrowth:
     """Grows candidates below one root.
 
     Args:
-        readout: of heads that have a cell here, see `native_growth`.
+        output_head: of heads that have a cell here, see `native_growth`.
         make_cell: what `heads.native.cell_of` says.
         width: nodes of a frontier.
         branching: candidates of each of them.
@@ -65,12 +67,12 @@ class NativeGrowth:
     """
 
     def __init__(
-        self, readout: Readout, make_cell: Any, width: int, branching: int, depth: int, pays: bool | None = None
+        self, output_head: OutputHead, make_cell: Any, width: int, branching: int, depth: int, pays: bool | None = None
     ) -> None:
-        self._readout, self._make_cell = readout, make_cell
-        vocab = readout.weight.shape[0]
+        self._output_head, self._make_cell = output_head, make_cell
+        vocab = output_head.weight.shape[0]
         self._width, self._branching = width, (branching := min(branching, vocab))
-        self._names = np.arange(vocab) if readout.tokens is None else readout.tokens.numpy()
+        self._names = np.arange(vocab) if output_head.tokens is None else output_head.tokens.numpy()
         self._logits = np.zeros((width, vocab), np.float32)
         self._depth, most = depth, 1 + depth * width
         self._scores, self._tokens = np.zeros((most, branching), np.float32), np.zeros((most, branching), np.int64)
@@ -101,10 +103,10 @@ class NativeGrowth:
 
     def refresh(self) -> None:
         """Weights may be others than before."""
-        readout = self._readout
+        output_head = self._output_head
         self._cell = self._make_cell(self._width)
-        self._weight = loops().array_of(readout.weight)
-        self._bias = self._none if readout.bias is None else readout.bias.float().numpy()
+        self._weight = loops().array_of(output_head.weight)
+        self._bias = self._none if output_head.bias is None else output_head.bias.float().numpy()
 
     def grow(
         self,
@@ -112,7 +114,7 @@ class NativeGrowth:
         features: Tensor,
         depth: int,
         scale: float,
-        noise: ComingNoise | None = None,
+        noise: LazyGumbel | None = None,
         nodes: int | None = None,
         least: float = 0.0,
     ) -> Candidates:
@@ -130,7 +132,11 @@ class NativeGrowth:
         native, width, branching = loops(), self._width, self._branching
         state = features.float().numpy()
         origin, tokens = np.zeros(1, np.int64), np.array([root])
-        above, frontier, found = np.zeros(1, np.float32), np.full(1, -1), 0  # of the nodes; `found` of them are done
+        parent_index, frontier, found = (
+            np.zeros(1, np.float32),
+            np.full(1, -1),
+            0,
+        )  # of the nodes; `found` of them are done
         levels, frontiers = [], []
         depth = min(depth, self._depth)  # there is room for no more
         for level in range(depth):
@@ -139,7 +145,7 @@ class NativeGrowth:
             native.product(self._weight, feature, count, self._logits)
             scores, named = self._scores[found : found + count], self._tokens[found : found + count]
             coming = self._none if noise is None else noise.at(level)[0].numpy()
-            native.children(self._logits, count, self._bias, scale, coming, self._names, above, scores, named)
+            native.children(self._logits, count, self._bias, scale, coming, self._names, parent_index, scores, named)
             levels.append(count * branching)
             frontiers.append(frontier)
             if level + 1 == depth:
@@ -150,7 +156,7 @@ class NativeGrowth:
             if not self._matters(float(self._best[0]), found + count, nodes, least):
                 break
             places = self._places[:kept]
-            origin, tokens, above = places // branching, named.reshape(-1)[places], self._best[:kept].copy()
+            origin, tokens, parent_index = places // branching, named.reshape(-1)[places], self._best[:kept].copy()
             frontier = places + found * branching
             found += count
         return self._candidates(frontiers, levels)
@@ -165,5 +171,5 @@ class NativeGrowth:
     def _candidates(self, frontiers: list[Any], levels: list[int]) -> Candidates:
         done = sum(levels) // self._branching
         scores, tokens = (torch.from_numpy(part[:done].reshape(1, -1).copy()) for part in (self._scores, self._tokens))
-        above = torch.from_numpy(np.concatenate(frontiers).repeat(self._branching)[None])
-        return Candidates(tokens, above, scores, tuple(levels))
+        parent_index = torch.from_numpy(np.concatenate(frontiers).repeat(self._branching)[None])
+        return Candidates(tokens, parent_index, scores, tuple(levels))

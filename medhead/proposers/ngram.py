@@ -13,9 +13,9 @@ from medhead.core.tree import TokenTree
 from medhead.datastore.store import Datastore, check_fit
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
-from medhead.proposers.candidates import Candidates, from_guesses
+from medhead.proposers.candidates import Candidates, candidates_from_tries
 from medhead.proposers.ppm import StoreMemory, TextMemory
-from medhead.proposers.trie import Guesses, plant
+from medhead.proposers.trie import DraftTrie, to_token_tree
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -73,15 +73,19 @@ class NgramProposer(Proposer):
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """The guesses of all rows; when sampling, seen with the noise of the coming positions."""
-        found = from_guesses(self.guesses(state, max_depth), state.roots.device)
-        return found if found is None or state.noise is None else found.seen_with(state.noise.upto(len(found.levels)))
+        found = candidates_from_tries(self.guesses(state, max_depth), state.roots.device)
+        return (
+            found
+            if found is None or state.noise is None
+            else found.condition_on_noise(state.noise.prefix(len(found.levels)))
+        )
 
-    def guesses(self, state: DecodeState, max_depth: int) -> list[Guesses]:
+    def guesses(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
         """The likeliest `tree_size` nodes of every row, text and datastore merged."""
         depth = min(max_depth, self.max_depth)
         return [self._row(memory, text, depth) for memory, text in zip(self._texts, state.texts, strict=True)]
 
-    def _row(self, memory: TextMemory, text: list[int], depth: int) -> Guesses:
+    def _row(self, memory: TextMemory, text: list[int], depth: int) -> DraftTrie:
         memory.extend(text)
         found = memory.guesses(text[-1], self.tree_size, depth, self.least)
         if self._store is not None:
@@ -90,12 +94,12 @@ class NgramProposer(Proposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of every row as its tree."""
-        return plant(self.guesses(state, max_depth), state.roots)
+        return to_token_tree(self.guesses(state, max_depth), state.roots)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Only these rows go on."""
         self._texts = [self._texts[row] for row in rows]
 
-    def absorb(self, newcomers: NgramProposer) -> None:
+    def merge(self, newcomers: NgramProposer) -> None:
         """Their texts join."""
         self._texts = self._texts + newcomers._texts

@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from medhead.datastore.store import Datastore, Place
 from medhead.proposers.automaton import SuffixAutomaton
-from medhead.proposers.trie import Guesses
+from medhead.proposers.trie import DraftTrie
 
 C = TypeVar("C")
 _REST = 0.02  # when less is left, shorter contexts are not asked any more
@@ -34,7 +34,7 @@ def best_first(
     nodes: int,
     depth: int,
     least: float,
-) -> Guesses:
+) -> DraftTrie:
     """The `nodes` likeliest nodes below a root, by a best-first search: a child is never likelier than its parent.
 
     Args:
@@ -46,19 +46,19 @@ def best_first(
         depth: deepest node.
         least: no node is less likely.
     """
-    found, heap, named = Guesses(root), [], 0  # type: ignore[var-annotated]
-    node, chance, least = 0, 1.0, max(least, 1e-9)  # 0 is no chance
+    found, heap, named = DraftTrie(root), [], 0  # type: ignore[var-annotated]
+    node, prob, least = 0, 1.0, max(least, 1e-9)  # 0 is no chance
     while True:
         if found.depths[node] < depth:
-            for token, (share, behind) in following(context, max(least / chance, _REST)).items():
-                if chance * share >= least:
+            for token, (share, behind) in following(context, max(least / prob, _REST)).items():
+                if prob * share >= least:
                     named += 1  # breaks ties: what was named first comes first
-                    heapq.heappush(heap, (-chance * share, named, node, token, behind))
+                    heapq.heappush(heap, (-prob * share, named, node, token, behind))
         if not heap or len(found) >= nodes:
             return found
         negative, _, parent, token, context = heapq.heappop(heap)
-        chance = -negative
-        node = found.add(parent, token, chance)
+        prob = -negative
+        node = found.add(parent, token, prob)
 
 
 class TextMemory:
@@ -80,11 +80,11 @@ class TextMemory:
         for place in range(self.automaton.size, len(text)):
             self.automaton.append(text[place])
 
-    def guesses(self, root: int, nodes: int, depth: int, least: float) -> Guesses:
+    def guesses(self, root: int, nodes: int, depth: int, least: float) -> DraftTrie:
         """The likeliest `nodes` nodes below the text's end, best first; none less likely than `least`."""
         suffixes = list(self.automaton.suffixes(self.longest))
         if not suffixes or depth < 1:
-            return Guesses(root)
+            return DraftTrie(root)
         self._ending = {state for state, _ in self.automaton.suffixes(self.automaton.bound)}
         return best_first(root, suffixes[0], self._following, nodes, depth, least)
 
@@ -117,11 +117,11 @@ class StoreMemory:
     def __init__(self, store: Datastore, longest: int, places: int = 32) -> None:
         self.store, self.longest, self.places = store, longest, places
 
-    def guesses(self, text: list[int], nodes: int, depth: int, least: float) -> Guesses:
+    def guesses(self, text: list[int], nodes: int, depth: int, least: float) -> DraftTrie:
         """The likeliest `nodes` nodes below the text's end, best first; none less likely than `least`."""
         places = self.store.places_like(text, self.longest, self.places)
         if not places or depth < 1:
-            return Guesses(text[-1])
+            return DraftTrie(text[-1])
         return best_first(text[-1], places, self._following, nodes, depth, least)
 
     def _following(self, places: list[Place], floor: float) -> dict[int, tuple[float, list[Place]]]:

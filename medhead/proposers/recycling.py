@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, Verified, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.recycling_state import load_state, save_state
@@ -42,7 +42,7 @@ class RecyclingProposer(Proposer):
         MedheadError: a number that cannot be, or a file that is missing, damaged, foreign, or of another vocabulary.
     """
 
-    uses_noise, may_miss = True, True
+    uses_noise, skippable = True, True
 
     def __init__(
         self,
@@ -106,8 +106,8 @@ class RecyclingProposer(Proposer):
             logp = (logp / self._state.temperature + noise).log_softmax(-1)
         return state.expand(-1, tokens.shape[1], -1), logp, children
 
-    def observe(self, verified: Verified) -> None:
-        """Remember what the target named at every node; of nodes with one token, one is remembered."""
+    def update(self, verified: VerifyOutput) -> None:
+        """EncodeCacheEntry what the target named at every node; of nodes with one token, one is remembered."""
         nodes = verified.tree.tokens.flatten()
         self._newest[nodes] = torch.arange(len(nodes), device=nodes.device)  # whichever wins, it wins both matrices
         taken = self._newest[nodes]

@@ -62,9 +62,9 @@ class StaticShape:
         root: tuple[int, ...] = ()
         levels = [[root], *([p for p in paths if len(p) == d + 1] for d in range(self.depth))]
         self._expand, self._pick = [], []
-        for above, below in pairwise(levels):
-            inner = [place for place, path in enumerate(above) if any(child[:-1] == path for child in below)]
-            order = {above[place]: index for index, place in enumerate(inner)}
+        for parent_index, below in pairwise(levels):
+            inner = [place for place, path in enumerate(parent_index) if any(child[:-1] == path for child in below)]
+            order = {parent_index[place]: index for index, place in enumerate(inner)}
             self._expand.append(torch.tensor(inner, device=device))
             picked = [order[child[:-1]] * self.widest + child[-1] for child in below]
             self._pick.append(torch.tensor(picked, device=device))
@@ -75,13 +75,13 @@ class StaticShape:
     def fill(self, roots: Tensor, expander: Expander, max_depth: int) -> TokenTree:
         """Fill the shape's first `max_depth` levels for roots `[batch]`; the expander must name `widest` children."""
         state, tokens, filled = expander.start(), roots[:, None], [roots[:, None]]
-        for level, (expand, pick, above) in enumerate(zip(self._expand, self._pick, self._above, strict=True)):
+        for level, (expand, pick, parent_index) in enumerate(zip(self._expand, self._pick, self._above, strict=True)):
             if level == max_depth:
                 break
             state = state[:, expand] if state.shape[1] > 1 else state.expand(-1, len(expand), -1)
             state, _, children = expander.expand(state, tokens[:, expand], level)
             tokens = children.flatten(1)[:, pick]
-            state = state[:, above] if state.shape[1] > 1 else state.expand(-1, len(above), -1)
+            state = state[:, parent_index] if state.shape[1] > 1 else state.expand(-1, len(parent_index), -1)
             filled.append(tokens)
         tree_tokens = torch.cat(filled, 1)  # nodes are in order of depth: fewer levels are a beginning of the shape
         batch, nodes = tree_tokens.shape

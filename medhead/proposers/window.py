@@ -47,7 +47,7 @@ class Pool:
         self._after: dict[int, dict[Gram, None]] = {}
 
     def add(self, gram: Sequence[int]) -> None:
-        """Remember an n-gram as the newest of its first token."""
+        """EncodeCacheEntry an n-gram as the newest of its first token."""
         first, rest = gram[0], tuple(gram[1:])
         known = self._after.setdefault(first, {})
         known.pop(rest, None)

@@ -28,7 +28,7 @@ _DEAREST = 1.6  # no tree is so many times dearer (or cheaper) than measured, be
 _FARTHEST = 10.0  # no pass counts as more than so many times as slow (or fast) as measured
 
 
-class PassCosts:
+class CostModel:
     """Seconds of a pass over n nodes a row, between measured numbers by straight lines.
 
     Args:
@@ -83,7 +83,7 @@ class PassCosts:
         self.drift, self.skew = self.drift * change * self.skew / skew, skew
 
 
-def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:
+def measure_costs(target: Target, batch: int, most: int = MOST) -> CostModel:
     """Time passes of `target` (active) over `batch` rows.
 
     All sizes are timed in turn, several times over, so that a busy moment of the machine does not fall on one of them. Sizes
@@ -105,7 +105,7 @@ def measure_costs(target: Target, batch: int, most: int = MOST) -> PassCosts:
             if any(known < nodes and min(found[known]) > _WORTHLESS * min(found[1]) for known in found):
                 continue
             found.setdefault(nodes, []).append(_seconds(target, lambda nodes=nodes: target.verify(cache, trees[nodes])))  # type: ignore[misc]
-    return PassCosts({nodes: _typical(times) for nodes, times in found.items()})
+    return CostModel({nodes: _typical(times) for nodes, times in found.items()})
 
 
 def _tree(target: Target, batch: int, nodes: int) -> TokenTree:
@@ -131,7 +131,7 @@ def costs_batch(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:
+def costs_of(target: Target, batch: int, most: int = MOST) -> CostModel:
     """The costs from the user's cache, or measured now and kept there."""
     found = known_costs(target, batch, most)
     if found is not None:
@@ -141,17 +141,17 @@ def costs_of(target: Target, batch: int, most: int = MOST) -> PassCosts:
     return _up_to(most, measured.measured)
 
 
-def known_costs(target: Target, batch: int, most: int = MOST) -> PassCosts | None:
+def known_costs(target: Target, batch: int, most: int = MOST) -> CostModel | None:
     """The costs from the user's cache; None if they are not there."""
     known = user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
     return None if known is None else _up_to(most, known)
 
 
-def _up_to(most: int, seconds: dict[int, float]) -> PassCosts:
-    return PassCosts({nodes: spent for nodes, spent in seconds.items() if nodes <= max(most, 1)})
+def _up_to(most: int, seconds: dict[int, float]) -> CostModel:
+    return CostModel({nodes: spent for nodes, spent in seconds.items() if nodes <= max(most, 1)})
 
 
-def store_costs(target: Target, batch: int, costs: PassCosts) -> None:
+def store_costs(target: Target, batch: int, costs: CostModel) -> None:
     """Keep costs in the user's cache."""
     user_cache.write(_file(target, batch), costs.measured)
 

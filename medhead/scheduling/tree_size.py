@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medhead.scheduling.cost_model import PassCosts
+from medhead.scheduling.cost_model import CostModel
 
 _FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
 _START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
@@ -21,7 +21,7 @@ _MEMORY = 0.97  # what a pass remembers of the ones before
 _STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
 
 
-class Patience:
+class SpeculationBackoff:
     """Whether guessing has paid lately, and how long it rests after it has not; for one number of rows.
 
     Args:
@@ -69,7 +69,7 @@ class Patience:
         self._rest, self._tokens, self._spent, self.proven = 0, _DOUBT, _AGAIN * _DOUBT, False
 
 
-class TreeBudget:
+class TreeSizeController:
     """The budget of one generation after the other.
 
     Args:
@@ -78,9 +78,9 @@ class TreeBudget:
         batch: class of the number of rows: what pays for one text need not pay for sixteen.
     """
 
-    def __init__(self, costs: PassCosts, most: int, batch: int = 1) -> None:
+    def __init__(self, costs: CostModel, most: int, batch: int = 1) -> None:
         self._all_sizes, self._step = _sizes(most), _STEP
-        self._known: dict[int, Patience] = {}
+        self._known: dict[int, SpeculationBackoff] = {}
         self.rows_change(costs, batch)
 
     @property
@@ -96,7 +96,7 @@ class TreeBudget:
         """Whether it rests, and will for some passes yet: who learns from passes may miss this one."""
         return self._patience.asleep()
 
-    def again(self, costs: PassCosts, batch: int = 1) -> None:
+    def again(self, costs: CostModel, batch: int = 1) -> None:
         """Another text begins: one look, with the patience that was left, unless looks would take too much of the time.
 
         Args:
@@ -106,17 +106,17 @@ class TreeBudget:
         self.rows_change(costs, batch)
         self._patience.look()
 
-    def rows_change(self, costs: PassCosts, batch: int) -> None:
+    def rows_change(self, costs: CostModel, batch: int) -> None:
         """There are more or fewer rows; what was learnt with so many goes on. The arguments are those of `again`."""
         self.costs = costs
         self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.most, 1)]  # that were worth measuring
         self._patience = self._of(batch)
 
-    def _of(self, batch: int) -> Patience:
+    def _of(self, batch: int) -> SpeculationBackoff:
         """Of one class of rows. One text may be unlucky for some passes; one pass over many texts tells."""
         if batch not in self._known:
             trusted = batch == 1 and not self._known
-            self._known[batch] = Patience(_TRUST, _START) if trusted else Patience(_DOUBT, _AGAIN)
+            self._known[batch] = SpeculationBackoff(_TRUST, _START) if trusted else SpeculationBackoff(_DOUBT, _AGAIN)
         return self._known[batch]
 
     def choose(self, gains: Sequence[float], rows: int, proposing: float) -> tuple[int, float]:

@@ -1,7 +1,17 @@
 """Serving several people with one model: requests join and leave one decode loop between steps (continuous batching)."""
 
 from medhead.serving.engine import Engine
-from medhead.serving.handle import Ticket
-from medhead.serving.request import EngineError, Piece, QueueFullError, Request, Result, Stopped, TreeView
+from medhead.serving.handle import RequestHandle
+from medhead.serving.request import EngineError, QueueFullError, Request, Result, StepOutput, Stopped, TreeView
 
-__all__ = ["Engine", "EngineError", "Piece", "QueueFullError", "Request", "Result", "Stopped", "Ticket", "TreeView"]
+__all__ = [
+    "Engine",
+    "EngineError",
+    "QueueFullError",
+    "Request",
+    "RequestHandle",
+    "Result",
+    "StepOutput",
+    "Stopped",
+    "TreeView",
+]

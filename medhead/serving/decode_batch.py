@@ -7,19 +7,19 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 
 from medhead.core.acceptance import TypicalAcceptance
-from medhead.core.gumbel import ComingNoise, depths_at_once
+from medhead.core.gumbel import LazyGumbel, chunk_size
 from medhead.core.loop import DecodeLoop
 from medhead.core.sampling import process_nodes, temperature_of
-from medhead.core.sequence import Row, Settings
-from medhead.core.stopping import Stopper
+from medhead.core.sequence import Sequence, Settings
+from medhead.core.stopping import StopChecker
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
 
 
-class Lane(DecodeLoop):
-    """Rows with settings of their own (`Row.own`), which must have local processors only.
+class DecodeBatch(DecodeLoop):
+    """Rows with settings of their own (`Sequence.own`), which must have local processors only.
 
-    Noise of a row is that of row 0 of a generation with its seed: the text it would get alone.
+    GumbelNoise of a row is that of row 0 of a generation with its seed: the text it would get alone.
 
     Args:
         target: the target.
@@ -31,7 +31,7 @@ class Lane(DecodeLoop):
     """
 
     def __init__(self, target: Target, proposer: Proposer, typical: TypicalAcceptance | None = None) -> None:
-        nothing = Stopper(StoppingCriteriaList(), 1, target.device)
+        nothing = StopChecker(StoppingCriteriaList(), 1, target.device)
         synchronize = torch.cuda.synchronize if target.device.type == "cuda" else None
         super().__init__(
             target, proposer, Settings(LogitsProcessorList(), nothing, typical=typical, synchronize=synchronize)
@@ -44,8 +44,8 @@ class Lane(DecodeLoop):
         if not self.rows and hasattr(self, "cache"):
             del self.cache
 
-    def _noise(self, rows: list[Row]) -> ComingNoise | None:
-        """Noise of the rows that sample, zeros for those that do not."""
+    def _noise(self, rows: list[Sequence]) -> LazyGumbel | None:
+        """GumbelNoise of the rows that sample, zeros for those that do not."""
         sources = [(self._settings(row).noise, len(row.text)) for row in rows]
         if all(noise is None for noise, _ in sources):
             return None
@@ -59,13 +59,13 @@ class Lane(DecodeLoop):
                 [zeros if noise is None else noise.gumbel(first, ahead + length) for noise, length in sources]
             )
 
-        return ComingNoise(make, self._depth_limit(rows) + 1, depths_at_once(len(rows), self.target.vocab_size, device))
+        return LazyGumbel(make, self._depth_limit(rows) + 1, chunk_size(len(rows), self.target.vocab_size, device))
 
-    def _temperature(self, rows: list[Row]) -> float | Tensor:
+    def _temperature(self, rows: list[Sequence]) -> float | Tensor:
         found = [temperature_of(self._settings(row).processors) for row in rows]
         return found[0] if len(set(found)) == 1 else torch.tensor(found, device=self.target.device)[:, None, None]
 
-    def _score(self, rows: list[Row], logits: Tensor) -> Tensor:
+    def _score(self, rows: list[Sequence], logits: Tensor) -> Tensor:
         lists = [self._settings(row).processors for row in rows]
         if not any(lists):
             return logits

@@ -22,10 +22,10 @@ from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate_options import check_seed
 from medhead.proposers.base import Proposer, build_proposer
-from medhead.serving.decode_batch import Lane
-from medhead.serving.handle import Ticket
+from medhead.serving.decode_batch import DecodeBatch
+from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
-from medhead.serving.request_state import Seat
+from medhead.serving.request_state import RequestState
 from medhead.serving.validation import check_request
 
 LOG = logging.getLogger(__name__)
@@ -100,15 +100,15 @@ class Engine:
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.end_tokens = _end_tokens(self.target.model, tokenizer)
-        self._waiting: deque[Seat] = deque()
-        self._seats: dict[int, Seat] = {}  # by the id of their row
-        self._lanes: OrderedDict[Key, Lane] = OrderedDict()
+        self._waiting: deque[RequestState] = deque()
+        self._seats: dict[int, RequestState] = {}  # by the id of their row
+        self._lanes: OrderedDict[Key, DecodeBatch] = OrderedDict()
         self._awake = threading.Condition()
         self._totals, self._ended = EngineStatistics(), Counter[str]()
         self._running = False
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
-        self._active, self._taps = ExitStack(), None  # type: tuple[ExitStack, tuple[int, ...] | None]
+        self._active, self._feature_layers = ExitStack(), None  # type: tuple[ExitStack, tuple[int, ...] | None]
 
     @property
     def has_heads(self) -> bool:
@@ -136,7 +136,7 @@ class Engine:
             raise self._failed
         return self
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> RequestHandle:
         """Put a request into the queue; returns at once. May be called from any thread.
 
         Raises:
@@ -146,10 +146,10 @@ class Engine:
                 proposer, token ids outside of the vocabulary.
         """
         check_request(request, self.target, self.has_heads)
-        ticket = Ticket(request, self._notify)
+        ticket = RequestHandle(request, self._notify)
         ticket.result.seed = check_seed(request.seed) if request.temperature > 0 else 0
         deadline = time.perf_counter() + (self.time_limit if request.time_limit is None else request.time_limit)
-        seat = Seat(ticket, self.target, self.tokenizer, self.end_tokens, deadline)
+        seat = RequestState(ticket, self.target, self.tokenizer, self.end_tokens, deadline)
         with self._awake:
             if not self._running:
                 raise Stopped("the engine is not running")
@@ -186,7 +186,7 @@ class Engine:
     @torch.inference_mode()
     def _run(self, ready: threading.Event) -> None:
         try:
-            self.decoder.warm(self.max_rows)
+            self.decoder.warmup(self.max_rows)
         except Exception as error:
             self._failed, self._running = error, False
             return
@@ -203,7 +203,7 @@ class Engine:
         with self._awake:
             if self._running and not self._waiting and not self._seats:
                 self._active.close()  # nobody is served: the model is left as it was
-                self._taps = None
+                self._feature_layers = None
                 self._awake.wait()
             if not self._running:
                 return False
@@ -232,7 +232,7 @@ class Engine:
             self._end(seat, _why(seat))
 
     @staticmethod
-    def _goes_on(seat: Seat) -> bool:
+    def _goes_on(seat: RequestState) -> bool:
         return not seat.ticket.cancelled and time.perf_counter() < seat.deadline
 
     def _join(self) -> None:
@@ -241,13 +241,13 @@ class Engine:
             free = self.max_rows - len(self._seats)
             seats = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
             self._seats.update({id(seat.row): seat for seat in seats})
-        groups: dict[Key, list[Seat]] = {}
+        groups: dict[Key, list[RequestState]] = {}
         for seat in seats:
             groups.setdefault(self._key(seat.ticket.request), []).append(seat)
         for key, group in groups.items():
             self._seat(key, group)
 
-    def _seat(self, key: Key, seats: list[Seat]) -> None:
+    def _seat(self, key: Key, seats: list[RequestState]) -> None:
         try:
             lane = self._lane(key)
         except Exception as error:
@@ -262,7 +262,7 @@ class Engine:
             lane.used = max(lane.used, min(others))  # time it has not used is no credit
         self._guarded(lane, lambda: self._read(lane, seats), seats)
 
-    def _read(self, lane: Lane, seats: list[Seat]) -> None:
+    def _read(self, lane: DecodeBatch, seats: list[RequestState]) -> None:
         began = time.perf_counter()
         for seat in seats:
             seat.ticket.result.queued = began - seat.submitted
@@ -274,7 +274,7 @@ class Engine:
             seat.ticket.result.busy += spent
         self._spent(lane, spent)
 
-    def _step(self, lane: Lane) -> None:
+    def _step(self, lane: DecodeBatch) -> None:
         rows, began = lane.rows, time.perf_counter()
         self._activate(lane)
         lane.step()
@@ -291,21 +291,23 @@ class Engine:
         if not lane.rows:
             lane.verified = None  # an idle lane holds no logits
 
-    def _spent(self, lane: Lane, seconds: float) -> None:
+    def _spent(self, lane: DecodeBatch, seconds: float) -> None:
         lane.used += seconds
         with self._awake:
             self._totals.busy += seconds
 
-    def _activate(self, lane: Lane) -> None:
+    def _activate(self, lane: DecodeBatch) -> None:
         """The model reads the layers that the lane's proposer wants."""
-        taps = tuple(lane.proposer.taps)
-        if taps != self._taps:
+        feature_layers = tuple(lane.proposer.feature_layers)
+        if feature_layers != self._feature_layers:
             self._active.close()
-            self._taps = None
-            self._active.enter_context(self.target.active(taps))
-            self._taps = taps
+            self._feature_layers = None
+            self._active.enter_context(self.target.active(feature_layers))
+            self._feature_layers = feature_layers
 
-    def _guarded(self, lane: Lane, action: Callable[[], None], joining: list[Seat] | None = None) -> None:
+    def _guarded(
+        self, lane: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
+    ) -> None:
         """What fails ends the requests of its lane, and no others."""
         rows = {id(row) for row in lane.rows} | {id(seat.row) for seat in joining or []}
         try:
@@ -324,9 +326,9 @@ class Engine:
             return (None, request.tree_size)
         return (request.proposer, request.tree_size)
 
-    def _lane(self, key: Key) -> Lane:
+    def _lane(self, key: Key) -> DecodeBatch:
         if key not in self._lanes:
-            self._lanes[key] = Lane(self.target, self._proposer(key), self.decoder.typical)
+            self._lanes[key] = DecodeBatch(self.target, self._proposer(key), self.decoder.typical)
         self._lanes.move_to_end(key)
         for other in [k for k, lane in self._lanes.items() if not lane.rows and k != key]:
             if len(self._lanes) > MOST_LANES:
@@ -345,7 +347,7 @@ class Engine:
 
     # ---------------------------------------------------------------- ends
 
-    def _end(self, seat: Seat, reason: Reason, error: str | None = None) -> None:
+    def _end(self, seat: RequestState, reason: Reason, error: str | None = None) -> None:
         result = seat.ticket.result
         result.reason, result.seconds = reason, time.perf_counter() - seat.submitted
         with self._awake:
@@ -373,7 +375,7 @@ class Engine:
             self._awake.notify()
 
 
-def _why(seat: Seat) -> Reason:
+def _why(seat: RequestState) -> Reason:
     return "cancelled" if seat.ticket.cancelled else "timeout"
 
 

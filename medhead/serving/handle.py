@@ -8,12 +8,12 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
-from medhead.serving.request import EngineError, Piece, Request, Result
+from medhead.serving.request import EngineError, Request, Result, StepOutput
 
 _END = object()
 
 
-class Ticket:
+class RequestHandle:
     """Pieces of the output as they come, and the result at the end.
 
     Use one of `for piece in ticket`, `async for piece in ticket.stream()`, or `await ticket.finish()` /
@@ -34,7 +34,7 @@ class Ticket:
 
     # ---------------------------------------------------------------- the caller's side
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[StepOutput]:
         """Pieces until the end.
 
         Raises:
@@ -44,7 +44,7 @@ class Ticket:
             yield item
         self._over()
 
-    async def stream(self) -> AsyncIterator[Piece]:
+    async def stream(self) -> AsyncIterator[StepOutput]:
         """Pieces until the end, for asyncio. Leaving the loop early does not cancel: call `cancel`.
 
         Raises:
@@ -101,7 +101,7 @@ class Ticket:
 
     # ---------------------------------------------------------------- the engine's side
 
-    def put(self, piece: Piece) -> None:
+    def put(self, piece: StepOutput) -> None:
         """Hand on a piece."""
         self._queue.put(piece)
         self._awake()

@@ -38,7 +38,7 @@ class Request:
         proposer: name of a registered proposer; None for the engine's own. `none` is plain decoding.
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
-        trace: fill `Piece.sources` and `Piece.tree`, which costs a little.
+        trace: fill `StepOutput.sources` and `StepOutput.tree`, which costs a little.
     """
 
     prompt: list[int]
@@ -73,7 +73,7 @@ class TreeView:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StepOutput:
     """What one pass gave one request.
 
     Attributes:

@@ -10,18 +10,18 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as lp
 
-from medhead.core.gumbel import Noise
-from medhead.core.sequence import Row, Settings
-from medhead.core.stopping import Stopper, token_limit
+from medhead.core.gumbel import GumbelNoise
+from medhead.core.sequence import Sequence, Settings
+from medhead.core.stopping import StopChecker, token_limit
 from medhead.model.target import Target
-from medhead.proposers.base import Verified
-from medhead.serving.decode_batch import Lane
+from medhead.proposers.base import VerifyOutput
+from medhead.serving.decode_batch import DecodeBatch
 from medhead.serving.detokenizer import Output
-from medhead.serving.handle import Ticket
-from medhead.serving.request import Piece, Reason, Request, TreeView
+from medhead.serving.handle import RequestHandle
+from medhead.serving.request import Reason, Request, StepOutput, TreeView
 
 
-class Seat:
+class RequestState:
     """One row and its ticket.
 
     Args:
@@ -33,28 +33,30 @@ class Seat:
     """
 
     def __init__(
-        self, ticket: Ticket, target: Target, tokenizer: Any, end_tokens: frozenset[int], deadline: float
+        self, ticket: RequestHandle, target: Target, tokenizer: Any, end_tokens: frozenset[int], deadline: float
     ) -> None:
         request = ticket.request
         self.ticket, self.deadline, self._end_tokens = ticket, deadline, end_tokens
         self.submitted = time.perf_counter()
         self.output = Output(tokenizer, request.stop)
         limit = token_limit(request.max_new_tokens, len(request.prompt), target.context)
-        self.row = Row(0, list(request.prompt), list(request.prompt))
+        self.row = Sequence(0, list(request.prompt), list(request.prompt))
         self.row.own = Settings(
             processors_of(request),
-            SeatStopper(self, limit, end_tokens, target.device),
-            noise=Noise(ticket.result.seed, target.vocab_size, target.device) if request.temperature > 0 else None,
+            RequestStopChecker(self, limit, end_tokens, target.device),
+            noise=GumbelNoise(ticket.result.seed, target.vocab_size, target.device)
+            if request.temperature > 0
+            else None,
             on_tokens=self._emitted,
         )
         self.texts: list[str] = []  # of the tokens of the last pass
         self.fresh: list[int] = []
         self.ended = False
 
-    def _emitted(self, row: Row, new: list[int], ended: bool) -> None:
+    def _emitted(self, row: Sequence, new: list[int], ended: bool) -> None:
         self.fresh, self.ended = new, ended
 
-    def piece(self, seconds: float, lane: Lane, place: int) -> Piece:
+    def piece(self, seconds: float, lane: DecodeBatch, place: int) -> StepOutput:
         """What the last pass gave, and the result so far brought up to date."""
         result, now = self.ticket.result, time.perf_counter()
         if result.first_token is None:
@@ -66,10 +68,10 @@ class Seat:
         texts, self.texts = self.texts, []
         text = self.output.finish() if self.ended else self.output.take()
         if not self.ticket.request.trace or lane.verified is None:
-            return Piece(self.fresh, text, seconds=seconds)
+            return StepOutput(self.fresh, text, seconds=seconds)
         view = look_at_tree(lane.verified, lane.proposer.origins(lane.verified.tree, place), place)
         sources = [_label(view, depth) for depth in range(1, len(self.fresh) + 1)]
-        return Piece(self.fresh, text, texts, sources, view, seconds)
+        return StepOutput(self.fresh, text, texts, sources, view, seconds)
 
     @property
     def reason(self) -> Reason:
@@ -77,15 +79,15 @@ class Seat:
         return "stop" if self.output.stopped or self.row.output[-1] in self._end_tokens else "length"
 
 
-class SeatStopper(Stopper):
+class RequestStopChecker(StopChecker):
     """Ends a seat's row at end tokens, its limit, and its stop texts."""
 
-    def __init__(self, seat: Seat, limit: int, end_tokens: frozenset[int], device: torch.device) -> None:
+    def __init__(self, seat: RequestState, limit: int, end_tokens: frozenset[int], device: torch.device) -> None:
         super().__init__(StoppingCriteriaList(), limit, device)
         self.seat, self.end_tokens = seat, end_tokens
 
     def take(self, text: list[int], done: int, tokens: Any, scores: list[Tensor] | None) -> tuple[list[int], bool]:
-        """See `Stopper.take`."""
+        """See `StopChecker.take`."""
         taken: list[int] = []
         for token in tokens:
             taken.append(token)
@@ -111,7 +113,7 @@ def processors_of(request: Request) -> LogitsProcessorList:
     return found
 
 
-def look_at_tree(verified: Verified, sources: list[str], place: int) -> TreeView:
+def look_at_tree(verified: VerifyOutput, sources: list[str], place: int) -> TreeView:
     """The tree of one row for people who look."""
     tree = verified.tree
     path = verified.accepted.path[place].tolist()[: verified.counts[place]]

@@ -1,3 +1,1 @@
 """Find what decodes fastest on this machine: `python -m medhead.tune`."""
-
-

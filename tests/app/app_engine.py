@@ -10,8 +10,8 @@ from typing import Any
 
 from medhead.errors import MedheadError
 from medhead.serving.engine import EngineStatistics
-from medhead.serving.handle import Ticket
-from medhead.serving.request import Piece, QueueFullError, Request, Result, Stopped
+from medhead.serving.handle import RequestHandle
+from medhead.serving.request import QueueFullError, Request, Result, StepOutput, Stopped
 
 CONTEXT = 64
 
@@ -38,14 +38,14 @@ class FakeEngine:
         self.pieces, self.pause, self.error, self.room, self.raises = pieces, pause, error, room, raises
         self.decoder = SimpleNamespace(target=SimpleNamespace(context=CONTEXT))
         self.listeners: list[Callable[[Request, Result], None]] = []
-        self.tickets: list[Ticket] = []
+        self.tickets: list[RequestHandle] = []
         self.totals, self.running = EngineStatistics(), False
 
     def start(self) -> FakeEngine:
         self.running = True
         return self
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> RequestHandle:
         if self.raises is not None:
             raise self.raises
         if not self.running:
@@ -54,7 +54,7 @@ class FakeEngine:
             raise MedheadError("the prompt is empty")
         if sum(not ticket.done for ticket in self.tickets) >= self.room:
             raise QueueFullError("too many requests wait already; try again later")
-        self.tickets.append(ticket := Ticket(request))
+        self.tickets.append(ticket := RequestHandle(request))
         threading.Thread(target=self._serve, args=(ticket,), daemon=True).start()
         return ticket
 
@@ -67,7 +67,7 @@ class FakeEngine:
         while not all(ticket.done for ticket in self.tickets):
             time.sleep(0.01)
 
-    def _serve(self, ticket: Ticket) -> None:
+    def _serve(self, ticket: RequestHandle) -> None:
         began, result = time.perf_counter(), ticket.result
         result.seed, result.proposer = ticket.request.seed or 0, ticket.request.proposer or "fake"
         for text in self.pieces:
@@ -80,13 +80,13 @@ class FakeEngine:
             result.passes, result.new_tokens = result.passes + 1, result.new_tokens + 2
             self.totals.passes, self.totals.new_tokens = self.totals.passes + 1, self.totals.new_tokens + 2
             result.lengths.append(2)
-            ticket.put(Piece([5, 6], text))
+            ticket.put(StepOutput([5, 6], text))
         return self._end(ticket, began, "error" if self.error else "stop")
 
-    def _gone(self, ticket: Ticket) -> bool:
+    def _gone(self, ticket: RequestHandle) -> bool:
         return ticket.cancelled or not self.running
 
-    def _end(self, ticket: Ticket, began: float, reason: Any) -> None:
+    def _end(self, ticket: RequestHandle, began: float, reason: Any) -> None:
         ticket.result.reason, ticket.result.seconds = reason, time.perf_counter() - began
         for listener in self.listeners:
             listener(ticket.request, ticket.result)

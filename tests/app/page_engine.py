@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from medhead.errors import MedheadError
-from medhead.serving import Piece, QueueFullError, Request, Result, Ticket, TreeView
+from medhead.serving import QueueFullError, Request, RequestHandle, Result, StepOutput, TreeView
 from medhead.serving.engine import EngineStatistics
 
 STORY = "Once upon a time there was a little dog named Max. Max was brave, and he loved the big red ball. " * 6
@@ -76,7 +76,7 @@ class ScriptedEngine:
     def close(self) -> None:
         pass
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> RequestHandle:
         if self.crash:
             raise RuntimeError("a secret inside")
         if not request.prompt:
@@ -86,14 +86,14 @@ class ScriptedEngine:
                 raise QueueFullError(f"{self.max_queue} requests are waiting already, try again in a moment")
             self.running += 1
         self.requests.append(request)
-        ticket = Ticket(request)
+        ticket = RequestHandle(request)
         threading.Thread(target=self._serve, args=(ticket,), daemon=True).start()
         return ticket
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(running=self.running, waiting=self.waiting)
 
-    def _serve(self, ticket: Ticket) -> None:
+    def _serve(self, ticket: RequestHandle) -> None:
         result, request = ticket.result, ticket.request
         script = self.script if isinstance(self.script, str) else self.script(request)
         ids = self.tokenizer(script)["input_ids"][: request.max_new_tokens]
@@ -115,7 +115,7 @@ class ScriptedEngine:
             self.running -= 1
         ticket.end(self.fail if result.reason == "error" else None)
 
-    def _emit(self, ticket: Ticket, ids: list[int]) -> None:
+    def _emit(self, ticket: RequestHandle, ids: list[int]) -> None:
         result, source = ticket.result, ticket.request.proposer or "heads"
         result.new_tokens += len(ids)
         result.passes += 1
@@ -130,4 +130,4 @@ class ScriptedEngine:
             sources=["root", *[source] * (len(ids) + 1)],
             accepted=path,
         )
-        ticket.put(Piece(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))
+        ticket.put(StepOutput(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))

@@ -17,12 +17,12 @@ import pytest
 from page_engine import STORY, ScriptedEngine
 
 from medhead.errors import MedheadError
-from medhead.serving import EngineError, QueueFullError, Request, Result, Ticket, TreeView
+from medhead.serving import EngineError, QueueFullError, Request, RequestHandle, Result, TreeView
 from medhead_app.chat import conversation as talk
-from medhead_app.chat.answer import Settings, Update, Written, answer
+from medhead_app.chat.answer import Settings, StreamState, Update, answer
 from medhead_app.chat.numbers import facts, live_line, saved, speed
 from medhead_app.chat.picture import describe_lengths, describe_tree, draw_lengths, draw_tree, is_tree, tree_of
-from medhead_app.chat.race import Standing, race
+from medhead_app.chat.race import RaceState, race
 from medhead_app.chat.race_view import cards, race_card, verdict_line
 from medhead_app.chat.sessions import Sessions
 from medhead_app.chat.token_colors import SOURCES, css_classes, legend, tinted
@@ -337,7 +337,7 @@ def test_a_stopped_answer_keeps_its_text() -> None:
     service = service_of(delay=0.005)
 
     async def stop() -> Update:
-        held: list[Ticket] = []
+        held: list[RequestHandle] = []
         async for update in answer(service, asked(), Settings(max_new_tokens=500), held.append, every=0):
             if update.result.passes == 3:
                 held[0].cancel()
@@ -395,7 +395,7 @@ def test_each_answer_without_a_seed_draws_one() -> None:
 
 
 def test_written_text_ignores_trees_without_guesses() -> None:
-    written = Written()
+    written = StreamState()
     piece = SimpleNamespace(
         text="a", tokens=[0], texts=["a"], sources=["bonus"], tree=TreeView([0], [0], ["root"], [0])
     )
@@ -407,7 +407,7 @@ def test_written_text_ignores_trees_without_guesses() -> None:
 # ---------------------------------------------------------------- race
 
 
-def run_race(service: Service, settings: Settings = Settings(max_new_tokens=30)) -> list[Standing]:  # noqa: B008
+def run_race(service: Service, settings: Settings = Settings(max_new_tokens=30)) -> list[RaceState]:  # noqa: B008
     return within(all_of(race(service, "Tell me a story.", settings, every=0)))
 
 
@@ -436,8 +436,8 @@ def test_a_race_notices_another_text() -> None:
 def test_a_race_that_is_stopped_has_no_result() -> None:
     service = service_of(delay=0.01)
 
-    async def stop() -> Standing:
-        held: list[Ticket] = []
+    async def stop() -> RaceState:
+        held: list[RequestHandle] = []
         standings = race(service, "x", Settings(max_new_tokens=200), held.append, every=0)
         last = await anext(standings)
         for ticket in held:
@@ -486,7 +486,7 @@ def test_race_cards_escape() -> None:
 
 
 def test_sessions_cancel_their_own_tickets_alone() -> None:
-    sessions, tickets = Sessions(), [Ticket(Request([1])) for _ in range(3)]
+    sessions, tickets = Sessions(), [RequestHandle(Request([1])) for _ in range(3)]
     sessions.holder("a", "chat")(tickets[0])
     sessions.holder("a", "race")(tickets[1])
     sessions.holder("b", "chat")(tickets[2])

@@ -51,7 +51,7 @@ def test_no_step_waits_for_the_host(on_gpu: Target, way: str) -> None:
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        with on_gpu.active(captured.proposer.taps), torch.no_grad():
+        with on_gpu.active(captured.proposer.feature_layers), torch.no_grad():
             plan.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")

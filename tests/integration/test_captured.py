@@ -124,7 +124,7 @@ def test_the_host_may_be_behind(target: Target, behind: int, monkeypatch: pytest
 
 @pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention"])
 def test_a_text_outgrows_its_plan(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for few tokens at a time: the batch moves to a larger plan, what the heads remember with it."""
+    """Room for few tokens at a time: the batch moves to a larger plan, what the heads encode_cache_entry with it."""
     monkeypatch.setattr(plans_module, "LEAST_COLUMNS", 32)
     monkeypatch.setattr("medhead.compile.loop._AHEAD", 8)
     captured, loop = decoders(target, name, "recorded", tree_size=10)

@@ -16,10 +16,10 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from conftest import HEADS, noise_heads, tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, Proposer, TokenTree, TypicalAcceptance
-from medhead.heads.draft_cache import MemoryStore
+from medhead.heads.draft_cache import TensorDraftCache
 from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
-from medhead.scheduling.cost_model import PassCosts
+from medhead.scheduling.cost_model import CostModel
 from scripted import OracleProposer, RandomProposer
 
 PROMPTS = [
@@ -32,7 +32,7 @@ PROMPTS = [
     [50, 3],
     [8, 8],
 ]
-CHEAP = PassCosts({1: 1e-3, 8: 1.1e-3, 32: 1.3e-3})  # trees pay unless nothing is accepted
+CHEAP = CostModel({1: 1e-3, 8: 1.1e-3, 32: 1.3e-3})  # trees pay unless nothing is accepted
 
 
 def hybrid_members(target: Target) -> list[str | Proposer]:
@@ -162,11 +162,11 @@ def test_memory_grows_with_the_text(model: PreTrainedModel, target: Target, name
     heads: Any = noise_heads(target, name)
     stores = []
 
-    def small(batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MemoryStore:
-        stores.append(MemoryStore(batch, heads.memory_size, dtype, device, 1))
+    def small(batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> TensorDraftCache:
+        stores.append(TensorDraftCache(batch, heads.memory_size, dtype, device, 1))
         return stores[-1]
 
-    heads.new_memory = small
+    heads.new_draft_cache = small
     found = Decoder(model, build_proposer("heads", target, heads=heads)).generate(ids, attention_mask=mask, **options)
     assert torch.equal(found, model.generate(ids, attention_mask=mask, **options))
     assert [store._rows.shape[1] for store in stores] == [256]

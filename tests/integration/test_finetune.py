@@ -46,7 +46,7 @@ from medhead_training.trainer.trainer import COMPLETE, HeadsTrainer, last_checkp
 ROOT = Path(__file__).parents[2]
 QUICK = ["--length", "48", "--batch-size", "4", "--depth", "3", "--inner-size", "24", "--correction-size", "20"]
 QUICK += ["--save-steps", "3", "--log-steps", "1", "--held-out", "0.1", "--save-dtype", "float32"]
-HEADS = ["--kind", "block", "--draft-vocab", "40", "--blocks", "1", "--taps", "0", "1", "--max-steps", "8"]
+HEADS = ["--kind", "block", "--draft-vocab", "40", "--blocks", "1", "--feature_layers", "0", "1", "--max-steps", "8"]
 JOINT = ["--recipe", "joint", "--kind", "recurrent", "--lora-rank", "4", "--lora-lr", "0.02", "--lora-warmup", "0.2"]
 JOINT += ["--lora-dropout", "0.2", "--max-steps", "8"]
 RECIPES = {"heads": HEADS, "joint": JOINT}
@@ -794,8 +794,8 @@ def test_a_run_that_was_killed_at_its_very_beginning(
     for killed_in in ("replace", "write_text"):
         with calls_of(Path, killed_in, raising(Killed(), 1)), pytest.raises(Killed):
             finetune.main(command(folders, data, tmp_path / killed_in, *HEADS))
-        line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--taps", "7"), capsys)
-        assert "taps name layers of the target from 0 to 1" in line
+        line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--feature_layers", "7"), capsys)
+        assert "feature_layers name layers of the target from 0 to 1" in line
         assert run(command(folders, data, tmp_path / killed_in, *HEADS, "--max-steps", "1"), capsys)[0] == 0
     (tmp_path / "replace" / "run" / OPTIONS_FILE).write_text("{")
     line = refusal(command(folders, data, tmp_path / "replace", *HEADS), capsys)
@@ -845,7 +845,7 @@ def test_what_does_not_fit_the_model(
 
     assert "--length 161 is more than the 160 tokens that LlamaForCausalLM can read" in said("--length", "161")
     assert "know the corrections none, parent" in said("--kind", "medusa", "--correction", "recurrent")
-    assert "read one layer of the target" in said("--kind", "recurrent", "--taps", "0", "1")
+    assert "read one layer of the target" in said("--kind", "recurrent", "--feature_layers", "0", "1")
     line = said("--kind", "block", "--init-from", str(folders["recurrent"]))
     assert line.endswith("--init-from holds heads of kind 'recurrent', the run trains 'block'")
     other = tiny_llama(seed=4)

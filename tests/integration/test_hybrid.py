@@ -20,16 +20,16 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from conftest import noise_heads, tiny_llama
 from medhead import Decoder, MedheadError
 from medhead.core.acceptance import Accepted
-from medhead.core.gumbel import ComingNoise, Noise
+from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
-from medhead.proposers.base import Verified
+from medhead.proposers.base import VerifyOutput
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.heads import HeadsProposer
-from medhead.scheduling.cost_model import PassCosts, costs_of, measure_costs
-from medhead.scheduling.tree_size import TreeBudget
+from medhead.scheduling.cost_model import CostModel, costs_of, measure_costs
+from medhead.scheduling.tree_size import TreeSizeController
 from medhead.user_cache import cache_folder
 
 COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
@@ -40,14 +40,14 @@ COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
 
 def test_costs_between_measurements() -> None:
     """Straight lines between, in proportion beyond, and never cheaper with more nodes."""
-    costs = PassCosts({1: 1.0, 8: 0.9, 32: 2.0})
+    costs = CostModel({1: 1.0, 8: 0.9, 32: 2.0})
     assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 4.0])
     assert costs.most == 32
 
 
 def test_costs_follow_the_passes() -> None:
     """A machine that became half as fast makes every size dearer; one outlier does not."""
-    costs = PassCosts(COSTS)
+    costs = CostModel(COSTS)
     costs.saw(8, 120.0)
     assert costs(1) < 2
     for _ in range(100):
@@ -61,7 +61,7 @@ def test_costs_follow_the_passes() -> None:
 
 def test_trees_dearer_than_measured_do_not_make_plain_decoding_look_dear() -> None:
     """Ragged batches: passes over trees take longer than measured, passes over one node do not; a busy machine slows both."""
-    costs = PassCosts({1: 1.0, 8: 2.0})
+    costs = CostModel({1: 1.0, 8: 2.0})
     for _ in range(30):
         costs.saw(8, 2.8)
         costs.saw(1, 1.0)
@@ -83,7 +83,7 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target
     measured: list[int] = []
     monkeypatch.setattr(
         "medhead.scheduling.cost_model.measure_costs",
-        lambda target, batch: measured.append(batch) or PassCosts(dict(COSTS)),
+        lambda target, batch: measured.append(batch) or CostModel(dict(COSTS)),
     )
     assert [costs_of(target, 1)(8), costs_of(target, 1)(8)] == [1.2, 1.2]
     assert costs_of(target, 2)(8) == 1.2
@@ -180,7 +180,7 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
     """No size that may be chosen has more expected tokens a second; before guessing has paid once, none is dear."""
     source = random.Random(seed)
     gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
-    budget, proposing = TreeBudget(PassCosts(COSTS), 32, batch=2), source.random()
+    budget, proposing = TreeSizeController(CostModel(COSTS), 32, batch=2), source.random()
     if proven:
         budget.saw(2, 2.0, budget.costs(2), 0.0)
     chosen, _ = budget.choose(gains, rows, proposing)
@@ -194,7 +194,10 @@ def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None
 
 
 def test_looks_are_cheap_again_after_a_rest() -> None:
-    gains, budget = [0.9**n for n in range(1, 32)], TreeBudget(PassCosts({1: 1.0, 4: 1.5, 32: 4.0}), 32, batch=2)
+    gains, budget = (
+        [0.9**n for n in range(1, 32)],
+        TreeSizeController(CostModel({1: 1.0, 4: 1.5, 32: 4.0}), 32, batch=2),
+    )
     assert budget.choose(gains, 1, 0.0)[0] == 4
     budget.saw(4, 4.0, 1.5, 0.1)
     assert budget.choose(gains, 1, 0.0)[0] > 4
@@ -210,7 +213,7 @@ def test_looks_are_cheap_again_after_a_rest() -> None:
 
 def test_plain_passes_prove_nothing() -> None:
     """However long one took: only tokens that guesses brought say that guessing pays. The smallest tree can always be tried."""
-    budget = TreeBudget(PassCosts({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
+    budget = TreeSizeController(CostModel({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
     assert budget.deepest() == 1
     budget.saw(1, 1.0, 0.5, 0.0)
     assert budget.deepest() == 1
@@ -220,9 +223,9 @@ def test_plain_passes_prove_nothing() -> None:
 
 def test_sizes_follow_the_rows() -> None:
     """Sizes that were not worth measuring for many rows are there again for one."""
-    budget = TreeBudget(PassCosts({1: 1.0, 16: 7.0}), 64, batch=16)
+    budget = TreeSizeController(CostModel({1: 1.0, 16: 7.0}), 64, batch=16)
     assert budget.most == 16
-    budget.again(PassCosts({1: 1.0, 16: 1.05, 64: 8.0}), 1)
+    budget.again(CostModel({1: 1.0, 16: 1.05, 64: 8.0}), 1)
     assert budget.most == 64
     assert budget.deepest() == 63  # one row may look at any tree
 
@@ -237,7 +240,7 @@ def test_costs_of_a_short_context(tmp_path: Path) -> None:
 def test_failure_rests_and_success_does_not() -> None:
     """What never helps is asked ever more rarely; what helps is always asked, also after bad luck."""
     costs = {1: 1.0, 8: 1.2}
-    noise, good = TreeBudget(PassCosts(costs), 8), TreeBudget(PassCosts(costs), 8)
+    noise, good = TreeSizeController(CostModel(costs), 8), TreeSizeController(CostModel(costs), 8)
     asked = 0
     for _ in range(1000):
         resting = noise.resting()
@@ -259,21 +262,21 @@ def test_failure_rests_and_success_does_not() -> None:
 
 def test_a_sleeping_hybrid_spares_who_may_miss_passes(target: Target) -> None:
     class Watching(Fixed):
-        def observe(self, verified: Verified) -> None:
+        def update(self, verified: VerifyOutput) -> None:
             self.seen = [*getattr(self, "seen", []), verified.tree.nodes]
 
     class Missing(Watching):
-        may_miss = True
+        skippable = True
 
     members: list[Any] = [Watching(target, []), Missing(target, [])]
-    hybrid = build_proposer("hybrid", target, members=members, costs=PassCosts({1: 1.0, 8: 1.2}))
+    hybrid = build_proposer("hybrid", target, members=members, costs=CostModel({1: 1.0, 8: 1.2}))
     hybrid.begin(target, [[0]])
-    verified = Verified(TokenTree.root(torch.tensor([0])), *[torch.zeros(1, 1, 1)] * 2, None, [1], [[0]], 9.0)  # type: ignore[arg-type]
+    verified = VerifyOutput(TokenTree.root(torch.tensor([0])), *[torch.zeros(1, 1, 1)] * 2, None, [1], [[0]], 9.0)  # type: ignore[arg-type]
     while not hybrid.budget.resting():
-        hybrid.observe(verified)
+        hybrid.update(verified)
     begun = len(members[0].seen)
     while hybrid.budget.resting():
-        hybrid.observe(verified)
+        hybrid.update(verified)
     assert len(members[0].seen) > begun + 8
     assert len(members[1].seen) == begun + 8
 
@@ -305,7 +308,7 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
     """Asking costs time: not where a cheap member has been right all the time, but where it doubts or names nothing."""
 
     class Cheap(Fixed):
-        costly = False
+        is_expensive = False
 
     class Slow(Fixed):
         asked = 0
@@ -316,7 +319,7 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
             return super().candidates(state, max_depth)
 
     cheap, slow = Cheap(target, [([1, 2, 3], [-0.01, -0.02, -0.03])]), Slow(target, [([4, 5], [-0.3, -0.6])])
-    hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=PassCosts({1: 1e-3, 8: 1.2e-3}))
+    hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=CostModel({1: 1e-3, 8: 1.2e-3}))
     hybrid.begin(target, [[0]])
     state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
     copied, asked = list(range(1, 8)), []
@@ -329,7 +332,7 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
             emitted, nowhere = torch.tensor([[*copied, 9]]), torch.zeros(1, 8, dtype=torch.long)
             accepted = Accepted(emitted, torch.tensor([count]), torch.tensor([0]), nowhere)
             logits, features = torch.zeros(1, tree.nodes, target.vocab_size), torch.zeros(1, tree.nodes, 16)
-            hybrid.observe(Verified(tree, logits, features, accepted, [count], emitted.tolist(), 1e-3))
+            hybrid.update(VerifyOutput(tree, logits, features, accepted, [count], emitted.tolist(), 1e-3))
         asked.append(slow.asked - before)
     assert asked == [6, 0, 6, 6]
 
@@ -340,15 +343,15 @@ def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, samplin
     """Before anything was learnt, the tree of heads in a hybrid is the tree of heads alone, however unlikely its nodes."""
     heads = noise_heads(target, "recurrent", depth=4)
     options: dict[str, Any] = {"heads": heads, "tree_size": 24, "width": 6, "branching": 3, "dtype": torch.float32}
-    alone = build_proposer("heads", target, **options)
+    is_single = build_proposer("heads", target, **options)
     hybrid = build_proposer("hybrid", target, members=["heads"], **options)
     torch.manual_seed(0)
-    noise = ComingNoise.of(-(-torch.rand(2, 8, target.vocab_size).log()).log()) if sampling else None
+    noise = LazyGumbel.of(-(-torch.rand(2, 8, target.vocab_size).log()).log()) if sampling else None
     features = torch.randn(2, target.hidden_size)
     state = DecodeState(target, [[5, 9], [13, 7]], torch.tensor([9, 7]), features, noise)
-    for proposer in (alone, hybrid):
+    for proposer in (is_single, hybrid):
         proposer.begin(target, state.texts)
-    one, other = alone.propose(state, 8), hybrid.propose(state, 8)
+    one, other = is_single.propose(state, 8), hybrid.propose(state, 8)
     assert one.nodes == other.nodes == 24
     for row in range(2):
         assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))
@@ -359,9 +362,9 @@ def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
     asked: list[int] = []
 
-    def measured(_: Target, batch: int, most: int = 64) -> PassCosts:
+    def measured(_: Target, batch: int, most: int = 64) -> CostModel:
         asked.append(batch)
-        return PassCosts({1: 1e-3 * batch, 8: 2e-3 * batch})
+        return CostModel({1: 1e-3 * batch, 8: 2e-3 * batch})
 
     monkeypatch.setattr("medhead.scheduling.cost_model.measure_costs", measured)
     hybrid: Any = build_proposer("hybrid", target, members=["ngram"])
@@ -376,8 +379,8 @@ def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, t
 
 def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
     """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
-    costs = PassCosts({1: 1.0, 8: 4.0})
-    budget, rests = TreeBudget(costs, 8), []
+    costs = CostModel({1: 1.0, 8: 4.0})
+    budget, rests = TreeSizeController(costs, 8), []
     for _ in range(2):
         while not budget.resting():
             budget.saw(8, 1.0, 4.0, 0.1)
@@ -413,10 +416,10 @@ def test_warming_measures_before_the_first_text(
     asked: list[int] = []
     monkeypatch.setattr(
         "medhead.scheduling.cost_model.measure_costs",
-        lambda target, batch: asked.append(batch) or PassCosts({1: 1e-3, 8: 2e-3}),
+        lambda target, batch: asked.append(batch) or CostModel({1: 1e-3, 8: 2e-3}),
     )
     decoder = Decoder(target, "hybrid", members=["ngram"])
-    decoder.warm(3)
+    decoder.warmup(3)
     assert sorted(asked) == [1, 2, 4]
     decoder.generate(torch.tensor([[5, 9, 13]]), max_new_tokens=4, do_sample=False)
     assert sorted(asked) == [1, 2, 4]
@@ -424,8 +427,8 @@ def test_warming_measures_before_the_first_text(
 
 def test_what_fails_with_many_rows_may_pay_with_few() -> None:
     """Every class of rows has its own patience, which goes on where it was when rows leave and come back."""
-    costs, few = PassCosts({1: 1.0, 8: 4.0}), PassCosts({1: 1.0, 8: 1.5})
-    budget = TreeBudget(costs, 8, 16)
+    costs, few = CostModel({1: 1.0, 8: 4.0}), CostModel({1: 1.0, 8: 1.5})
+    budget = TreeSizeController(costs, 8, 16)
     while not budget.resting():
         budget.saw(8, 2.0, 4.0, 0.1)
     budget.rows_change(few, 1)
@@ -454,20 +457,20 @@ def test_what_fails_with_many_rows_may_pay_with_few() -> None:
 def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     """While the hybrid rests, a step draws for one position; the text is the same."""
 
-    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    costs = CostModel({1: 1e-3, 8: 4e-3})
     hybrid: Any = build_proposer(
         "hybrid", target, members=[Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])], costs=costs
     )
-    made, gumbel = [], Noise.gumbel
+    made, gumbel = [], GumbelNoise.gumbel
 
-    def watch(self: Noise, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def watch(self: GumbelNoise, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         made.append((hybrid.budget.resting(), positions.shape[1]))
         return gumbel(self, rows, positions)
 
     decoder, ids = Decoder(target, hybrid), torch.tensor([[5, 9, 13]])
     sampling: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "top_k": 0, "seed": 4}
     expected = Decoder(target, "none").generate(ids, **sampling)
-    monkeypatch.setattr(Noise, "gumbel", watch)
+    monkeypatch.setattr(GumbelNoise, "gumbel", watch)
     monkeypatch.setattr(hybrid, "_outside", lambda verified: 1e-2)
     assert torch.equal(decoder.generate(ids, **sampling), expected)
     assert {depths for resting, depths in made if resting} == {1}
@@ -475,21 +478,21 @@ def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypat
 
 
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
-    """Guesses that cost and never come true end in plain decoding."""
+    """DraftTrie that cost and never come true end in plain decoding."""
     model = tiny_llama()
     paths = [([1, 2, 3], [-0.1, -0.2, -0.3])]
-    costs = PassCosts({1: 1e-3, 8: 4e-3})
+    costs = CostModel({1: 1e-3, 8: 4e-3})
     hybrid: Any = build_proposer("hybrid", target, members=[Fixed(target, paths)], costs=costs)
     sizes = []
-    watch = hybrid.observe
+    watch = hybrid.update
 
-    def observe(verified: Verified) -> None:
+    def update(verified: VerifyOutput) -> None:
         """The pass took what such passes cost, however busy the machine is."""
         sizes.append(verified.tree.nodes)
         verified.seconds = costs(verified.tree.nodes)
         watch(verified)
 
-    hybrid.observe, hybrid._outside = observe, lambda verified: 1e-4
+    hybrid.update, hybrid._outside = update, lambda verified: 1e-4
     decoder = Decoder(model, hybrid)
     ids = torch.tensor([[5, 9, 13]])
     text = decoder.generate(ids, max_new_tokens=100, do_sample=False)
@@ -510,8 +513,8 @@ class Seldom(HeadsProposer):
             return TokenTree.root(state.roots)
         return super().propose(state, max_depth)
 
-    def observe(self, verified: Any) -> None:
-        super().observe(verified)
+    def update(self, verified: Any) -> None:
+        super().update(verified)
         if not self.patient:
             self._catch_up()
 

@@ -24,7 +24,7 @@ from medhead.proposers.base import DecodeState
 from medhead.proposers.heads import HeadsExpander, HeadsProposer
 from medhead_training.export import main as export_main
 from medhead_training.export import write as write_checkpoint
-from medhead_training.objective.unroll import Texts, unroll
+from medhead_training.objective.unroll import PackedBatch, unroll
 
 D, V, LAYERS = 32, 64, 8  # of the target
 Tensors = dict[str, Tensor]
@@ -77,7 +77,7 @@ def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return x / torch.sqrt((x * x).mean() + eps) * weight
 
 
-def turned(x: Tensor, position: int, theta: float, factor: float = 1.0) -> Tensor:
+def transposed(x: Tensor, position: int, theta: float, factor: float = 1.0) -> Tensor:
     """Rotary positions of one head: number i and number i + dim/2 are a point in a plane that turns."""
     half = len(x) // 2
     angles = [position / factor * theta ** (-2 * i / len(x)) for i in range(half)]
@@ -97,7 +97,7 @@ def attended(query: Tensor, keys: list[Tensor], values: list[Tensor], heads: int
 
 
 def heads_turned(x: Tensor, dim: int, position: int, theta: float, factor: float = 1.0) -> Tensor:
-    return torch.cat([turned(head, position, theta, factor) for head in x.split(dim)])
+    return torch.cat([transposed(head, position, theta, factor) for head in x.split(dim)])
 
 
 def feed_forward(x: Tensor, tensors: Tensors, prefix: str) -> Tensor:
@@ -464,12 +464,12 @@ TEXT = [1, 17, 5, 40, 33, 8, 8, 51, 22, 60, 3, 29]
 def along(heads: Heads, target: Target, text: list[int]) -> list[tuple[int, int, Tensor]]:
     """Anchor, depth and logits over the vocabulary, as training runs heads along a text (packed behind another one)."""
     other = [9, 4, 31]
-    with torch.no_grad(), target.active(heads.config.taps):
+    with torch.no_grad(), target.active(heads.config.feature_layers):
         features = torch.cat([read(target, torch.tensor([ids]))[1] for ids in (other, text)], 1)
     ids = torch.tensor([other + text])
     document = torch.tensor([[0] * len(other) + [1] * len(text)])
     anchors = torch.arange(len(other), len(other) + len(text) - 2)[None]
-    texts = Texts(ids, torch.ones_like(ids, dtype=torch.bool), document)
+    texts = PackedBatch(ids, torch.ones_like(ids, dtype=torch.bool), document)
     found = []
     with torch.no_grad():
         levels = unroll(heads, texts, features, target.embedding, anchors, torch.ones_like(anchors, dtype=torch.bool))
@@ -488,14 +488,14 @@ def along(heads: Heads, target: Target, text: list[int]) -> list[tuple[int, int,
 def decoded(heads: Heads, target: Target, text: list[int], path: list[int]) -> list[Tensor]:
     """Log-probabilities over the vocabulary at every depth, as decoding runs heads: text read in chunks, then a path."""
     proposer = HeadsProposer(target, heads, dtype=torch.float32)
-    with torch.no_grad(), target.active(proposer.taps):
+    with torch.no_grad(), target.active(proposer.feature_layers):
         cache = target.new_cache(1, 64)
         whole = [*text, path[0]]
         proposer.begin(target, [whole])
-        features = target.prefill(cache, [text], proposer.read)
+        features = target.prefill(cache, [text], proposer.on_prefill)
         state = DecodeState(target, [whole], torch.tensor([path[0]]), features)
         memory = None if proposer._memory is None else proposer._memory.view()
-        expander = HeadsExpander(proposer.readout, state, memory, V, len(path), None)
+        expander = HeadsExpander(proposer.output_head, state, memory, V, len(path), None)
         node, found = expander.start(), []
         for depth, token in enumerate(path):
             node, logp, children = expander.expand(node, torch.tensor([[token]]), depth)
@@ -700,10 +700,13 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
     "vllm-medusa-cut": ("vllm-medusa", {"kind": "medusa", "depth": 3, "draft_vocab": 25}),
     "speculator": ("mlp_speculator", {"kind": "sequential", "depth": 3}),
     "speculator-tied": ("mlp_speculator", {"kind": "sequential", "depth": 3, "tied": True, "scale_input": True}),
-    "eagle3": ("eagle3", {"kind": "attention", "depth": 8, "taps": [1, 4, 6], "draft_vocab": 25, "norm_eps": 1e-5}),
+    "eagle3": (
+        "eagle3",
+        {"kind": "attention", "depth": 8, "feature_layers": [1, 4, 6], "draft_vocab": 25, "norm_eps": 1e-5},
+    ),
     "eagle3-whole": (
         "eagle3",
-        {"kind": "attention", "depth": 8, "taps": [0, 2, 7], "norm_before_residual": True, "rope_theta": 99.0}
+        {"kind": "attention", "depth": 8, "feature_layers": [0, 2, 7], "norm_before_residual": True, "rope_theta": 99.0}
         | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "context": 80},
     ),
     "dflash": (
@@ -711,14 +714,17 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "kind": "block",
             "depth": 4,
-            "taps": [1, 3, 6],
+            "feature_layers": [1, 3, 6],
             "blocks": 2,
             "mask_token": 9,
             "anchor_predicts": False,
             "causal": False,
         },
     ),
-    "jetspec": ("dflash", {"kind": "block", "depth": 3, "taps": [5], "mask_token": 9, "anchor_predicts": False}),
+    "jetspec": (
+        "dflash",
+        {"kind": "block", "depth": 3, "feature_layers": [5], "mask_token": 9, "anchor_predicts": False},
+    ),
 }
 
 
@@ -765,9 +771,13 @@ def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Pa
         ("medusa", {"kind": "medusa", "depth": 2, "correction": "parent"}, "these heads have correction 'parent'"),
         ("medusa", {"kind": "medusa", "depth": 2, "draft_vocab": 9}, "no draft vocabulary, these heads name 9 of 64"),
         ("mlp_speculator", {"kind": "sequential", "depth": 2, "draft_vocab": 9}, "no draft vocabulary"),
-        ("eagle3", {"kind": "attention", "depth": 2, "taps": [1, 2]}, "reads three layers of the target"),
-        ("dflash", {"kind": "block", "depth": 2, "taps": [1]}, "anchor_predicts"),
-        ("dflash", {"kind": "block", "depth": 2, "taps": [1], "anchor_predicts": False}, "learnt vectors of their own"),
+        ("eagle3", {"kind": "attention", "depth": 2, "feature_layers": [1, 2]}, "reads three layers of the target"),
+        ("dflash", {"kind": "block", "depth": 2, "feature_layers": [1]}, "anchor_predicts"),
+        (
+            "dflash",
+            {"kind": "block", "depth": 2, "feature_layers": [1], "anchor_predicts": False},
+            "learnt vectors of their own",
+        ),
         ("dflash", {"kind": "block", "depth": 2, "anchor_predicts": False, "mask_token": 3}, "last hidden state"),
         ("dflash", {"kind": "block", "depth": 2, "correction": "recurrent"}, "these heads have correction 'recurrent'"),
         ("gguf", {"kind": "medusa", "depth": 2}, "no layout is called 'gguf'"),

@@ -16,13 +16,13 @@ import pytest
 from app_engine import FakeEngine
 
 from medhead.errors import MedheadError
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Request
 from medhead_app.listen import in_thread
 from medhead_app.load import command as load
 from medhead_app.load import report as load_report
 from medhead_app.load import server as load_server
-from medhead_app.load.clients import Answered, Crowd
+from medhead_app.load.clients import Answered, LoadGenerator
 from medhead_app.load.server import Memory
 from medhead_app.server import build_app
 from medhead_app.service import Service
@@ -31,7 +31,7 @@ from medhead_app.service import Service
 class Forgetful(FakeEngine):
     """Says something else every time."""
 
-    def submit(self, request: Request) -> Ticket:
+    def submit(self, request: Request) -> RequestHandle:
         self.pieces = (f"answer {len(self.tickets)}",)
         return super().submit(request)
 
@@ -91,7 +91,7 @@ def test_errors_are_counted(serve: Callable[[FakeEngine], str], capsys: Any) -> 
     line = ["--url", serve(FakeEngine(error="broken")), "--clients", "2", "--seconds", "0.2"]
     assert load.main(line) == 1
     assert "2 errors, as ValueError: broken" in capsys.readouterr().err
-    crowd = Crowd(serve(FakeEngine(room=0)), "tiny", 1)
+    crowd = LoadGenerator(serve(FakeEngine(room=0)), "tiny", 1)
     asyncio.run(crowd.ask_for(0.1))
     assert "status 429" in (crowd.answers[0].error or "")
 

@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from conftest import read
 from medhead import Decoder, MedheadError
 from medhead.heads import Heads, HeadsConfig, build_heads
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
 from medhead_training import measure as module
 from medhead_training.measure import Measured, measure
-from medhead_training.objective.unroll import Texts
+from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.report import plot_accuracy, write_card
 from medhead_training.tree_eval import UNREACHED, Walk, summarise
 
@@ -31,8 +31,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "recurrent": {"kind": "recurrent"},
     "sequential": {"kind": "sequential"},
     "sequential own": {"kind": "sequential", "own_embedding": True, "own_output": True, "tied": True},
-    "attention": {"kind": "attention", "taps": [0, 1], "draft_vocab": 48, "own_output": True},
-    "block": {"kind": "block", "correction": "recurrent", "blocks": 2, "taps": [1]},
+    "attention": {"kind": "attention", "feature_layers": [0, 1], "draft_vocab": 48, "own_output": True},
+    "block": {"kind": "block", "correction": "recurrent", "blocks": 2, "feature_layers": [1]},
     "block parent": {"kind": "block", "correction": "parent", "causal": False, "anchor_predicts": False},
 }
 
@@ -62,18 +62,18 @@ def some_texts(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]
     return [(own, torch.arange(len(own)) >= 3), (turns, mask), (turns[:3], torch.ones(3, dtype=torch.bool))]
 
 
-def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> Texts:
-    """Texts behind each other in one row, with padding."""
+def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> PackedBatch:
+    """PackedBatch behind each other in one row, with padding."""
     ids = torch.cat([*(ids for ids, _ in texts), torch.zeros(row, dtype=torch.long)])
     mask = torch.cat([*(mask for _, mask in texts), torch.ones(row, dtype=torch.bool)])
     document = [torch.full_like(text, number) for number, (text, _) in enumerate(texts)]
-    return Texts(ids[None], mask[None], torch.cat([*document, torch.full((row,), -1)])[None])
+    return PackedBatch(ids[None], mask[None], torch.cat([*document, torch.full((row,), -1)])[None])
 
 
 @torch.no_grad()
 def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: int) -> list[int]:
     """Ranks of the `depth` tokens from `at + 2` on, from passes over this text alone, one anchor and node at a time."""
-    with target.active(heads.config.taps):
+    with target.active(heads.config.feature_layers):
         features = read(target, ids[None, : at + 2])[1]
 
     def token(where: slice, level: int) -> torch.Tensor:
@@ -83,8 +83,8 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
     memory = None
     if heads.memory_size:
         positions = torch.arange(at + 1)[None]
-        rows = heads.remember(features[:, : at + 1], token(slice(1, at + 2), 0), positions, at + 1)
-        memory = Memory(rows, torch.tensor([[at + 1]]), full=True)
+        rows = heads.encode_cache_entry(features[:, : at + 1], token(slice(1, at + 2), 0), positions, at + 1)
+        memory = DraftCacheView(rows, torch.tensor([[at + 1]]), full=True)
     draft = heads.start(features[:, at : at + 1], token(slice(at + 1, at + 2), 0), memory, heads.config.depth)
     state, found = draft.state, []
     names = list(range(target.vocab_size)) if heads.draft_tokens is None else heads.draft_tokens.tolist()
@@ -137,7 +137,7 @@ def test_walking_the_text_predicts_decoding_to_the_pass(model: PreTrainedModel, 
         given = torch.tensor([prompt])
         text = model.generate(given, max_new_tokens=limit, do_sample=False)
         mask = torch.arange(text.shape[1])[None] >= len(prompt)
-        batches.append(Texts(text, mask, torch.zeros_like(text)))
+        batches.append(PackedBatch(text, mask, torch.zeros_like(text)))
     found = measure(heads, target, batches)
     assert max(map(len, found.paths)) > 1
     for nodes in ("8", "32"):
@@ -236,7 +236,7 @@ def test_the_measurement_ends_and_refuses(model: PreTrainedModel, target: Target
         measure(
             heads,
             target,
-            [Texts(torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), torch.zeros(1, 9).long())],
+            [PackedBatch(torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), torch.zeros(1, 9).long())],
         )
     with pytest.raises(MedheadError, match="at least 1, got 0"):
         measure(heads, target, [], ranks=0)

@@ -121,7 +121,7 @@ class SpyExpander(HeadsExpander):
                 if depth:
                     above = self.paths[row][int(state[row, place])]
                     self.paths[row][index] = [*above, int(tokens[row, place])]
-                logits = self.readout.logits(self._shared.said[row, index], depth)
+                logits = self.output_head.logits(self._shared.said[row, index], depth)
                 self.records.append((list(text), self.paths[row][index], logits))
         return found
 

@@ -37,14 +37,14 @@ def test_the_command_line_beats_the_file(tmp_path: Path) -> None:
         output: o
         lr: 2e-4           # YAML 1.1 takes this for text
         adamw-lr: 1
-        taps: [0, 3]
+        feature_layers: [0, 3]
         blocks: null
         causal: false
         eval_data: held.jsonl
     """
     options = from_yaml(tmp_path / "run.yaml", text, "--output", "other", "--causal", "--data", "c.jsonl")
     assert (options.model, options.output, options.data) == ("m", "other", ["c.jsonl"])
-    assert (options.lr, options.adamw_lr, options.taps, options.blocks) == (2e-4, 1.0, [0, 3], None)
+    assert (options.lr, options.adamw_lr, options.feature_layers, options.blocks) == (2e-4, 1.0, [0, 3], None)
     assert options.causal is True
     assert options.eval_data == ["held.jsonl"]
     assert options.epochs == TrainOptions().epochs
@@ -53,7 +53,7 @@ def test_the_command_line_beats_the_file(tmp_path: Path) -> None:
 def test_every_option_is_on_the_command_line_and_in_the_file(tmp_path: Path) -> None:
     import yaml
 
-    given = read("--no-causal", "--taps", "1", "2", "--lr", "0.5", "--correction", "parent", "--blocks", "3")
+    given = read("--no-causal", "--feature_layers", "1", "2", "--lr", "0.5", "--correction", "parent", "--blocks", "3")
     assert from_yaml(tmp_path / "all.yaml", yaml.safe_dump(given.to_dict())) == given
     text = " ".join(finetune.parser().format_help().split())
     assert all(f"--{entry.name.replace('_', '-')}" in text for entry in fields(TrainOptions))
@@ -68,7 +68,7 @@ WRONG_FILES = {
     "a truth for a number": ("epochs: true", "epochs must be int, got True"),
     "a number for a truth": ("causal: 1", "causal must be bool, got 1"),
     "nothing where something must be": ("decay: null", "decay must be float, got None"),
-    "a list with a wrong part": ("taps: [1, x]", r"taps must be list\[int\], got \[1, 'x'\]"),
+    "a list with a wrong part": ("feature_layers: [1, x]", r"feature_layers must be list\[int\], got \[1, 'x'\]"),
     "a list for one": ("model: [a, b]", r"model must be str, got \['a', 'b'\]"),
     "no mapping": ("- depth", "must hold option names and values, got a list"),
     "no YAML": ("a: [", "is not YAML"),

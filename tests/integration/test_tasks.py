@@ -18,7 +18,7 @@ from medhead.errors import MedheadError
 from medhead.model.loading import load_tokenizer
 from medhead.model.target import Target
 from medhead.proposers import PROPOSERS
-from medhead.proposers.base import Proposer, Verified
+from medhead.proposers.base import Proposer, VerifyOutput
 
 QUESTIONS = [
     {"question_id": 1, "category": "writing", "turns": ["Once upon a time", "Again."]},
@@ -127,7 +127,7 @@ class Broken(Proposer):
     def __init__(self, target: Target, tree_size: int = 4) -> None:
         self.seen = 0
 
-    def observe(self, verified: Verified) -> None:
+    def update(self, verified: VerifyOutput) -> None:
         self.seen += 1
         if self.seen == 20:  # in the second answer
             verified.emitted[0][0] = 3

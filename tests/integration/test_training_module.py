@@ -21,7 +21,7 @@ from medhead_training.objective import builders as parts
 from medhead_training.objective.builders import adapted, new_heads
 from medhead_training.objective.losses import LOSSES
 from medhead_training.objective.module import HeadsModule, evaluating
-from medhead_training.objective.unroll import Texts
+from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions
 from medhead_training.trainer.trainer import HeadsTrainer
 
@@ -81,10 +81,10 @@ def test_packed_documents_are_read_as_if_alone(family: str, attention: str) -> N
     if attention not in ("eager", model.config._attn_implementation):
         pytest.skip(f"{family} has no {attention}")
     model.set_attn_implementation(attention)
-    module = module_for(model, kind="block", taps=[0, 2])
+    module = module_for(model, kind="block", feature_layers=[0, 2])
     assert module.packs == (family not in MIXING)
     batch = texts([[9, 1, 7], [2, 16, 6], [24]], 99)
-    packed = Texts(batch["input_ids"], batch["mask"], batch["document"])
+    packed = PackedBatch(batch["input_ids"], batch["mask"], batch["document"])
     with torch.no_grad():
         hidden, features = module.read(packed, batch["position_ids"])
     assert hidden.shape == (3, LENGTH, 32)
@@ -106,7 +106,7 @@ def test_one_document_a_row_is_the_same_to_learn_from() -> None:
     batch = texts([[9, 1, 7], [2, 16, 6], [24], []], 64)
     found = []
     for packs in (True, False):
-        module = module_for(tiny_llama(), recipe="joint", kind="attention", taps=[0, 1])
+        module = module_for(tiny_llama(), recipe="joint", kind="attention", feature_layers=[0, 1])
         random_adapter(module)
         module.packs = packs
         result = module(**batch, seed=1)
@@ -123,7 +123,7 @@ def test_one_document_a_row_is_the_same_to_learn_from() -> None:
 @pytest.mark.parametrize("draft", [False, True])
 @pytest.mark.parametrize("loss", LOSSES)
 def test_every_loss_trains(loss: str, draft: bool) -> None:
-    module = module_for(tiny_llama(), loss=loss, kind="block", taps=[0, 1])
+    module = module_for(tiny_llama(), loss=loss, kind="block", feature_layers=[0, 1])
     if draft:
         tokens = torch.arange(5, 64, 3)
         module.heads.draft_tokens = tokens
@@ -155,7 +155,7 @@ def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
         module = HeadsModule(module.model, module.target, module.heads, module.options).train()
     batch = texts([[9, 15], [3, 13]], 64, asked=2)
     ids, matrix = batch["input_ids"], module.output
-    packed = Texts(ids, batch["mask"], batch["document"])
+    packed = PackedBatch(ids, batch["mask"], batch["document"])
     hidden, features = module.read(packed, batch["position_ids"])
     sums, counts = torch.zeros(3), torch.zeros(3)
     for row, anchor in itertools.product(range(2), range(LENGTH)):
@@ -344,7 +344,9 @@ def gradient_of_preservation(module: HeadsModule, batch: Batch) -> dict[str, Ten
 
 def test_only_the_adapter_and_the_heads_learn(tmp_path: Path) -> None:
     model, other = tiny_llama(), tiny_llama()
-    module = module_for(model, recipe="joint", kind="block", taps=[0, 1], max_steps=4, lora_lr=0.01, lora_warmup=0.25)
+    module = module_for(
+        model, recipe="joint", kind="block", feature_layers=[0, 1], max_steps=4, lora_lr=0.01, lora_warmup=0.25
+    )
     batch = texts([[9, 15], [24], [4, 20], [24]] * 8, 64)
     arguments = training_arguments(module.options, tmp_path, torch.device("cpu"))
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
@@ -371,7 +373,7 @@ def test_heads_teach_the_adapter_too() -> None:
 
 def test_learning_rates_of_heads_and_adapter(tmp_path: Path) -> None:
     changes = {"recipe": "joint", "lr": 0.03, "adamw_lr": 0.004, "lora_lr": 0.0002, "warmup": 0.05, "lora_warmup": 0.1}
-    module = module_for(tiny_llama(), **changes, kind="block", taps=[0, 1])
+    module = module_for(tiny_llama(), **changes, kind="block", feature_layers=[0, 1])
     arguments = training_arguments(module.options, tmp_path, torch.device("cpu"))
     trainer = HeadsTrainer(module, arguments, module.options, Rows(texts([[24]], 64)), dict)
     optimizer = trainer.create_optimizer()

@@ -20,7 +20,7 @@ from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.proposers.lookahead import LookaheadProposer
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
-from medhead.scheduling.cost_model import PassCosts, costs_batch, known_costs
+from medhead.scheduling.cost_model import CostModel, costs_batch, known_costs
 from medhead.tune import trees, windows
 from medhead.tune.search import search
 from medhead.tune.trees import Tree
@@ -38,7 +38,7 @@ def cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
 def test_costs_are_stored_where_generations_look(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(command, "measure_costs", lambda target, batch: PassCosts({1: 1e-3 * batch, 8: 2e-3 * batch}))
+    monkeypatch.setattr(command, "measure_costs", lambda target, batch: CostModel({1: 1e-3 * batch, 8: 2e-3 * batch}))
     options = ["--model", str(DEMO_MODEL), "--batch", "3", "4", "1"]
     assert command.main(options) == 0
     assert capsys.readouterr().out.count("a pass over") == 2
@@ -51,11 +51,11 @@ def test_settings_share_what_heads_hold(target: Target) -> None:
     """Tables and packed copies of the same heads are kept once, until their weights change."""
     heads = noise_heads(target, "recurrent", depth=4)
     one, other = (build_proposer("heads", target, heads=heads, tree_size=size) for size in (4, 8))
-    assert one.readout is other.readout
-    assert build_proposer("heads", target, heads=heads, dtype=torch.bfloat16).readout is not one.readout
+    assert one.output_head is other.output_head
+    assert build_proposer("heads", target, heads=heads, dtype=torch.bfloat16).output_head is not one.output_head
     with torch.no_grad():
         next(heads.parameters()).add_(1)
-    assert build_proposer("heads", target, heads=heads).readout is not one.readout
+    assert build_proposer("heads", target, heads=heads).output_head is not one.output_head
 
 
 def test_search_finds_the_peak() -> None:

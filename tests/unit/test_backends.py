@@ -60,7 +60,7 @@ class Problem:
         tree = TreeColumns(
             torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
             tuple(lengths),
-            source.ancestor_words.to(DEVICE),
+            source.ancestor_bitmask.to(DEVICE),
             source.depth.to(DEVICE),
         )
         query = normal(batch, nodes, key_heads * group, dim).to(DEVICE).transpose(1, 2)  # as projections leave it

@@ -4,13 +4,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medhead.model.kv_cache import CacheLayout, Slot, TreeCache, closed_up
+from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache, compact_order
 
 CPU = torch.device("cpu")
 LAYOUT = CacheLayout(
     {
-        0: (Slot(2, 4, torch.float32, CPU), Slot(2, 4, torch.float32, CPU)),
-        1: (Slot(1, 6, torch.float32, CPU), Slot(1, 3, torch.float32, CPU)),
+        0: (KVSpec(2, 4, torch.float32, CPU), KVSpec(2, 4, torch.float32, CPU)),
+        1: (KVSpec(1, 6, torch.float32, CPU), KVSpec(1, 3, torch.float32, CPU)),
     }
 )
 
@@ -54,7 +54,7 @@ def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
         assert cache.lengths == [len(rows) for rows in kept[0, 0]]
         if batch > 1 and number(0, 4) == 0:
             rows = torch.randperm(batch, generator=generator)[: batch - 1].tolist()
-            rows = [sorted(rows), closed_up(sorted(rows)), rows][number(0, 3)]
+            rows = [sorted(rows), compact_order(sorted(rows)), rows][number(0, 3)]
             cache.keep_rows(rows)
             kept = {key: [value[row] for row in rows] for key, value in kept.items()}
             batch -= 1
@@ -100,15 +100,15 @@ def test_dropped_rows_move_few_and_are_given_back_in_time() -> None:
     cache.begin(1)
     cache.commit([1] * 8)
     whole, before = cache.nbytes(), [part.data_ptr() for part in cache.parts]
-    cache.keep_rows(closed_up([0, 2, 3, 4, 5, 7]))
+    cache.keep_rows(compact_order([0, 2, 3, 4, 5, 7]))
     assert [part.data_ptr() for part in cache.parts] == before
     assert cache.nbytes() == whole
-    cache.keep_rows(closed_up([1, 3, 5]))
+    cache.keep_rows(compact_order([1, 3, 5]))
     assert cache.nbytes() == whole * 3 // 8
 
 
 @given(st.integers(1, 20).flatmap(lambda rows: st.sets(st.integers(0, rows - 1))))
 def test_gaps_are_closed_from_behind(places: set[int]) -> None:
-    closed = closed_up(sorted(places))
+    closed = compact_order(sorted(places))
     assert set(closed) == places
     assert all(row == place or row >= len(closed) for place, row in enumerate(closed))

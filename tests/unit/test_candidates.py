@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from medhead.core.tree import TokenTree
 from medhead.proposers.calibration import Calibration
-from medhead.proposers.candidates import Candidates, from_guesses, merge
-from medhead.proposers.trie import Guesses
+from medhead.proposers.candidates import Candidates, candidates_from_tries, merge
+from medhead.proposers.trie import DraftTrie
 from medhead_kernels.availability import has_numba
 
 
@@ -46,13 +46,13 @@ def candidates_from_paths(rows: list[Paths]) -> Candidates | None:
     """Paths of every row as candidates."""
     made = []
     for paths in rows:
-        guesses = Guesses(9)
+        guesses = DraftTrie(9)
         for tokens, scores in paths:
             node = 0
             for token, score in zip(tokens, scores, strict=True):
                 node = guesses.add(node, token, math.exp(score))
         made.append(guesses)
-    return from_guesses(made)
+    return candidates_from_tries(made)
 
 
 def by_path(paths: Paths) -> dict[tuple[int, ...], float]:
@@ -98,11 +98,11 @@ def test_the_best_of_all_members(seed: int, nodes: int, members: int, batch: int
 def test_a_hash_tells_paths_apart() -> None:
     """Every path over eight tokens and four levels has a key of its own."""
     levels = tuple(8**depth for depth in range(1, 5))
-    above = torch.cat(
+    parent_index = torch.cat(
         [torch.full((8,), -1)] + [torch.arange(8**d).repeat_interleave(8) + sum(levels[: d - 1]) for d in range(1, 4)]
     )[None]
     tokens = torch.arange(8).repeat(sum(levels) // 8)[None]
-    keys = Candidates(tokens, above, torch.zeros(1, sum(levels)), levels).keys()
+    keys = Candidates(tokens, parent_index, torch.zeros(1, sum(levels)), levels).keys()
     assert len(set(keys[0].tolist())) == sum(levels)
 
 
@@ -129,29 +129,31 @@ def test_chances_seen_with_noise() -> None:
         scores[:] = share[tokens].log().cumsum(0).tolist()
     one = candidates_from_paths([paths])
     assert one is not None
-    named = Candidates(*(part.expand(draws, -1) for part in (one.tokens, one.above, one.scores)), one.levels)
-    chances = named.seen_with(noise.float()).scores.exp()
+    named = Candidates(*(part.expand(draws, -1) for part in (one.tokens, one.parent_index, one.scores)), one.levels)
+    probs = named.condition_on_noise(noise.float()).scores.exp()
     right: list[torch.Tensor] = []
-    for place, (token, above) in enumerate(zip(one.tokens[0].tolist(), one.above[0].tolist(), strict=True)):
+    for place, (token, parent_index) in enumerate(
+        zip(one.tokens[0].tolist(), one.parent_index[0].tolist(), strict=True)
+    ):
         depth = next(d for d in range(depths) if place < sum(one.levels[: d + 1]))
         hit = drawn[:, depth] == token
-        right.append(hit if above < 0 else right[above] & hit)
+        right.append(hit if parent_index < 0 else right[parent_index] & hit)
     assert len(right) == 6
     for place, hits in enumerate(right):
-        promised = chances[:, place]
+        promised = probs[:, place]
         assert torch.allclose(promised.mean(), hits.double().mean().float(), atol=0.02)
         for low, high in ((0.0, 0.2), (0.2, 0.8), (0.8, 1.0)):
             among = (promised >= low) & (promised <= high)
             if among.sum() > 200:
                 assert abs(float(promised[among].mean() - hits[among].float().mean())) < 0.06
-    assert float(chances[:, 0].std()) > 0.2  # the noise does tell
+    assert float(probs[:, 0].std()) > 0.2  # the noise does tell
 
 
 def test_rows_without_guesses_stay_without() -> None:
     """What only fills a row up is not brought to life by noise."""
     named = candidates_from_paths([[([1, 2], [-0.5, -0.7])], []])
     assert named is not None
-    seen = named.seen_with(torch.full((2, 2, 4), 9.0))
+    seen = named.condition_on_noise(torch.full((2, 2, 4), 9.0))
     assert bool((seen.scores[1] == -torch.inf).all())
     assert bool((seen.scores[0] > -0.01).all())
     assert nodes_of(seen.best(torch.tensor([0, 0]), 3), 0) == {(1,), (1, 2)}
@@ -162,7 +164,7 @@ def test_rows_without_guesses_stay_without() -> None:
 def test_corrected_candidates_still_make_trees(seed: int, nodes: int, ratios: list[float]) -> None:
     """Whatever the corrections, every node of the tree stands below its own parent: all paths are among the candidates."""
     random = torch.Generator().manual_seed(seed)
-    levels, above, scores = (3, 4, 4, 3), [], []
+    levels, parent_index, scores = (3, 4, 4, 3), [], []
     begin = 0
     for depth, size in enumerate(levels):
         for _ in range(size):
@@ -171,11 +173,11 @@ def test_corrected_candidates_still_make_trees(seed: int, nodes: int, ratios: li
                 if depth == 0
                 else begin - levels[depth - 1] + int(torch.randint(levels[depth - 1], (), generator=random))
             )
-            above.append(parent)
+            parent_index.append(parent)
             scores.append((0.0 if parent < 0 else scores[parent]) + float(torch.rand((), generator=random).log()) * 0.3)
         begin += size
-    tokens = torch.arange(len(above))[None] + 100
-    named = Candidates(tokens, torch.tensor([above]), torch.tensor([scores]), levels)
+    tokens = torch.arange(len(parent_index))[None] + 100
+    named = Candidates(tokens, torch.tensor([parent_index]), torch.tensor([scores]), levels)
     calibration = Calibration()
     calibration._right, calibration._predicted = list(ratios), [1.0] * 4
     tree = calibration.correct(named).best(torch.tensor([7]), nodes)
@@ -190,11 +192,11 @@ def test_children_as_likely_as_their_parents_never_stand_alone(seed: int, nodes:
     random = torch.Generator().manual_seed(seed)
     levels = (4, 4, 4, 4)
     order = torch.cat([torch.randperm(4, generator=random) for _ in range(3)]).tolist()
-    above = [-1] * 4 + [4 * (place // 4) + parent for place, parent in enumerate(order)]
+    parent_index = [-1] * 4 + [4 * (place // 4) + parent for place, parent in enumerate(order)]
     scores: list[float] = [-1e4 * float(torch.rand((), generator=random)) - 2e4 for _ in range(4)]
-    for parent in above[4:]:
+    for parent in parent_index[4:]:
         scores.append(scores[parent])
-    named = Candidates(torch.arange(16)[None] + 100, torch.tensor([above]), torch.tensor([scores]), levels)
+    named = Candidates(torch.arange(16)[None] + 100, torch.tensor([parent_index]), torch.tensor([scores]), levels)
     tree = named.best(torch.tensor([7]), nodes)
     assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
     assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))
@@ -206,18 +208,18 @@ def test_best_is_a_tree_whatever_the_scores_are(seed: int, nodes: int, unknown: 
     """Scores of -inf are no nodes of their own, and a child above its parent (by rounding) never stands without it."""
     source = random.Random(seed)
     levels = tuple(source.randint(1, 4) for _ in range(source.randint(1, 5)))
-    above, scores, begin = [], [], 0
+    parent_index, scores, begin = [], [], 0
     for depth, size in enumerate(levels):
         for _ in range(size):
             parent = source.randrange(begin - levels[depth - 1], begin) if depth else -1
             step = source.choice([0.0, 0.0, 0.0, -2.0])
             score = (scores[parent] if depth else 0.0) + step + (1e-6 if rises and depth and not step else 0.0)
-            above.append(parent)
+            parent_index.append(parent)
             scores.append(-math.inf if unknown and source.random() < 0.3 else score)
         begin += size
-    tokens = torch.tensor([[source.randrange(9) for _ in above]])
-    found = Candidates(tokens, torch.tensor([above]), torch.tensor([scores]), levels)
-    found = found.falling() if unknown else found  # below what is unknown all is
+    tokens = torch.tensor([[source.randrange(9) for _ in parent_index]])
+    found = Candidates(tokens, torch.tensor([parent_index]), torch.tensor([scores]), levels)
+    found = found.make_monotone() if unknown else found  # below what is unknown all is
     tree = found.best(torch.tensor([3]), nodes)
     assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
     assert tree.nodes <= nodes

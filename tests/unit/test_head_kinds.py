@@ -15,15 +15,15 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from conftest import HEADS, noise_heads, read
 from families import ACCEPTED, tiny
 from medhead import Decoder, MedheadError, TokenTree
-from medhead.core.gumbel import ComingNoise
+from medhead.core.gumbel import LazyGumbel
 from medhead.heads import Heads, HeadsConfig, build_heads
-from medhead.heads import output_head as readout_module
-from medhead.heads.draft_cache import Memory, MemoryStore
-from medhead.heads.output_head import Readout
+from medhead.heads import output_head as output_head_module
+from medhead.heads.draft_cache import DraftCacheView, TensorDraftCache
+from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
 from medhead.proposers.heads import HeadsProposer
-from medhead_training.objective.unroll import Texts, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
 from scripted import OracleProposer
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
@@ -32,20 +32,20 @@ PROMPTS = [[5, 9, 13, 5, 9], [12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 ENDS = [2, 33]
 
 
-def texts_of(documents: list[list[int]]) -> Texts:
+def texts_of(documents: list[list[int]]) -> PackedBatch:
     """One document a row; every token is to be guessed."""
     longest = max(map(len, documents))
     ids, document = torch.zeros(len(documents), longest, dtype=torch.long), torch.full((len(documents), longest), -1)
     for row, text in enumerate(documents):
         ids[row, : len(text)], document[row, : len(text)] = torch.tensor(text), 0
-    return Texts(ids, document >= 0, document)
+    return PackedBatch(ids, document >= 0, document)
 
 
 # ---------------------------------------------------------------- training equals inference
 
 
 class Witness(HeadsProposer):
-    """Guesses what the text will be, with lies, and notes what the heads say along the true text at every pass."""
+    """DraftTrie what the text will be, with lies, and notes what the heads say along the true text at every pass."""
 
     def __init__(self, target: Target, heads: Heads, texts: list[list[int]]) -> None:
         super().__init__(target, heads, dtype=torch.float32, sharpness=1.0)
@@ -62,7 +62,7 @@ class Witness(HeadsProposer):
         self.oracle.keep_rows(rows)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        depths, vocab = self.heads.config.depth, self.readout.weight.shape[0]
+        depths, vocab = self.heads.config.depth, self.output_head.weight.shape[0]
         expander = self._expander(state, self._view(), vocab, depths)
         hidden = expander.start()
         for depth in range(depths):
@@ -79,15 +79,15 @@ class Witness(HeadsProposer):
         return self.oracle.propose(state, max_depth)
 
 
-def said_in_training(heads: Heads, target: Target, texts: Texts) -> dict[tuple[int, int, int], Tensor]:
+def said_in_training(heads: Heads, target: Target, texts: PackedBatch) -> dict[tuple[int, int, int], Tensor]:
     """The same from one pass over whole texts."""
-    found, readout = {}, Readout(heads, target, torch.float32)
-    names = torch.arange(target.vocab_size) if readout.tokens is None else readout.tokens
-    with torch.no_grad(), target.active(heads.config.taps):
+    found, output_head = {}, OutputHead(heads, target, torch.float32)
+    names = torch.arange(target.vocab_size) if output_head.tokens is None else output_head.tokens
+    with torch.no_grad(), target.active(heads.config.feature_layers):
         _, features = read(target, texts.ids)
         anchors, real = choose_anchors(texts, 1.0)
         for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
-            logp = readout.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]
+            logp = output_head.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]
             for row, at, said in zip(level.rows.tolist(), level.at.tolist(), logp, strict=True):
                 found[row, at - depth, depth] = said
     return found
@@ -109,7 +109,7 @@ def test_decoding_reads_what_training_reads(
     monkeypatch.setattr("medhead.heads.draft_cache.PAGE", 8)
     heads: Any = noise_heads(target, name, draft_vocab=30 * (list(HEADS).index(name) % 2))
     if heads.memory_size:
-        heads.new_memory = lambda batch, dtype, device, capacity: MemoryStore(
+        heads.new_draft_cache = lambda batch, dtype, device, capacity: TensorDraftCache(
             batch, heads.memory_size, dtype, device, 1
         )
     witness = Witness(target, heads, true_texts)
@@ -143,7 +143,7 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
     documents = [torch.randint(0, 64, (size,), generator=generator) for size in sizes]
     features = [torch.randn(size, heads.feature_size, generator=generator) for size in sizes]
 
-    def said(texts: Texts, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
+    def said(texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
         anchors, real = choose_anchors(texts, 1.0)
         found = {}
         for depth, level in enumerate(unroll(heads, texts, of_texts, target.embedding, anchors, real)):
@@ -185,7 +185,7 @@ def test_one_anchor_or_many(target: Target, name: str) -> None:
         many = list(unroll(heads, texts, features, target.embedding, anchors, real))
         for row, column in real.nonzero().tolist():
             here, anchor = slice(row, row + 1), anchors[row : row + 1, column : column + 1]
-            one = Texts(texts.ids[here], texts.mask[here], texts.document[here])
+            one = PackedBatch(texts.ids[here], texts.mask[here], texts.document[here])
             single = unroll(heads, one, features[here], target.embedding, anchor, torch.ones(1, 1, dtype=torch.bool))
             for depth, (few, all_) in enumerate(zip(single, many, strict=True)):
                 match = (all_.rows == row) & (all_.at == anchor[0, 0] + 1 + depth)
@@ -211,7 +211,7 @@ def test_fewer_levels_say_the_same(target: Target, name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_causal_block_computes_only_what_is_asked(target: Target, name: str) -> None:
     heads = noise_heads(target, name)
-    memory = Memory(torch.randn(1, 5, heads.memory_size), torch.tensor([[5]]), full=True)
+    memory = DraftCacheView(torch.randn(1, 5, heads.memory_size), torch.tensor([[5]]), full=True)
     root = heads.encode(target.embed(torch.tensor([[7]])), 0)
     features = torch.randn(1, 1, heads.feature_size)
     extra = 0 if heads.config.anchor_predicts else 1
@@ -367,17 +367,22 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
 
 
 def children_of(
-    readout: Readout, given: DecodeState, memory: Memory | None, row: int, path: list[int], sharpness: float
+    output_head: OutputHead,
+    given: DecodeState,
+    memory: DraftCacheView | None,
+    row: int,
+    path: list[int],
+    sharpness: float,
 ) -> dict[int, float]:
     """The four likeliest children of a node and their log-probabilities, from a run of the heads over its path alone."""
-    heads = readout.heads
-    codes = [readout.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
+    heads = output_head.heads
+    codes = [output_head.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
     draft = heads.start(given.features[row : row + 1, None], codes[0], memory)
     state = draft.state
     for depth, code in enumerate(codes):
         state, feature = heads.advance(state, code, depth, draft.shared)
-    logits = readout.logits(feature, len(path) - 1)[0, 0]
-    names = torch.arange(len(logits)) if readout.tokens is None else readout.tokens
+    logits = output_head.logits(feature, len(path) - 1)[0, 0]
+    names = torch.arange(len(logits)) if output_head.tokens is None else output_head.tokens
     if given.noise is not None:
         logits = logits / given.temperature + given.noise.at(len(path) - 1)[row, names]
     else:
@@ -387,7 +392,13 @@ def children_of(
 
 
 def best_paths(
-    readout: Readout, given: DecodeState, memory: Memory | None, row: int, nodes: int, width: int, sharpness: float
+    output_head: OutputHead,
+    given: DecodeState,
+    memory: DraftCacheView | None,
+    row: int,
+    nodes: int,
+    width: int,
+    sharpness: float,
 ) -> set[tuple[int, ...]]:
     """The nodes of a tree of depth 4 that goes on from the `width` likeliest nodes of every depth."""
     root = int(given.roots[row])
@@ -397,7 +408,7 @@ def best_paths(
         found = {
             (*path, token): scores[path] + logp
             for path in frontier
-            for token, logp in children_of(readout, given, memory, row, [root, *path], sharpness).items()
+            for token, logp in children_of(output_head, given, memory, row, [root, *path], sharpness).items()
         }
         scores |= found
         frontier = sorted(found, key=lambda path: -found[path])[:width]
@@ -410,29 +421,29 @@ def best_paths(
 def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) -> None:
     """Each node knows its own path and no other's; rows know their own memory, also one that has none yet."""
     heads, lengths = noise_heads(target, name, draft_vocab=25 * (list(HEADS).index(name) % 2)), [6, 0, 3]
-    readout = Readout(heads, target, torch.float32)
+    output_head = OutputHead(heads, target, torch.float32)
     generator = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 64, (3, 7), generator=generator)
     features = torch.randn(3, 6, heads.feature_size, generator=generator)
     memory, memories = None, [None] * 3
     if heads.memory_size:
-        rows = heads.remember(features, readout.token(ids[:, 1:], 0), torch.arange(6)[None], 6)
-        memory = Memory(rows, torch.tensor(lengths)[:, None])
-        memories = [Memory(rows[i : i + 1, :n], torch.tensor([[n]]), full=True) for i, n in enumerate(lengths)]  # type: ignore[misc]
+        rows = heads.encode_cache_entry(features, output_head.token(ids[:, 1:], 0), torch.arange(6)[None], 6)
+        memory = DraftCacheView(rows, torch.tensor(lengths)[:, None])
+        memories = [DraftCacheView(rows[i : i + 1, :n], torch.tensor([[n]]), full=True) for i, n in enumerate(lengths)]  # type: ignore[misc]
     last = torch.stack([features[row, max(0, n - 1)] for row, n in enumerate(lengths)])
     roots = ids[torch.arange(3), torch.tensor(lengths)]
     proposer = HeadsProposer(target, heads, dtype=torch.float32, tree_size=24, width=3, branching=4, max_depth=4)
     proposer._memory = SimpleNamespace(view=lambda: memory)  # type: ignore[assignment]
     for noise, proposer.sharpness in ((None, 1.5), (None, 1.0), (torch.randn(3, 4, 64, generator=generator), 1.5)):
-        coming = None if noise is None else ComingNoise.of(noise)
+        coming = None if noise is None else LazyGumbel.of(noise)
         state = DecodeState(target, [[0]] * 3, roots, last, coming, 0.7)
         tree = proposer.propose(state, 4)
         for row in range(3):
             grown = {tuple(path[: length + 1]) for path in tree.paths(row) for length in range(len(path))}
-            assert grown == best_paths(readout, state, memories[row], row, 24, 3, proposer.sharpness)
+            assert grown == best_paths(output_head, state, memories[row], row, 24, 3, proposer.sharpness)
         assert int(tree.depth.max()) > 1
         assert {token for row in tree.tokens[:, 1:].tolist() for token in row} <= set(
-            range(64) if readout.tokens is None else readout.tokens.tolist()
+            range(64) if output_head.tokens is None else output_head.tokens.tolist()
         )
 
 
@@ -440,9 +451,9 @@ def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) ->
 def test_tokens_encoded_ahead(monkeypatch: pytest.MonkeyPatch, target: Target, name: str) -> None:
     """A table of the whole vocabulary where that can be, and the same codes without one."""
     heads = noise_heads(target, name)
-    fast = Readout(heads, target, torch.float32)
-    monkeypatch.setattr(readout_module, "TABLE_BYTES", 0)
-    slow = Readout(heads, target, torch.float32)
+    fast = OutputHead(heads, target, torch.float32)
+    monkeypatch.setattr(output_head_module, "TABLE_BYTES", 0)
+    slow = OutputHead(heads, target, torch.float32)
     assert slow.table is None
     assert (fast.table is None) == (not heads.per_path or heads.encodes_by_depth)
     tokens = torch.tensor([[0, 63, 5], [7, 7, 31]])
@@ -459,7 +470,7 @@ def test_output_rows_of_a_draft_vocabulary_with_a_bias() -> None:
     torch.nn.init.normal_(target.output.bias)
     heads, feature = noise_heads(target, "recurrent", draft_vocab=10), torch.randn(2, 3, 32)
     expected = target.output(feature)[..., heads.draft_tokens]
-    torch.testing.assert_close(Readout(heads, target, torch.float32).logits(feature, 0), expected)
+    torch.testing.assert_close(OutputHead(heads, target, torch.float32).logits(feature, 0), expected)
 
 
 # ---------------------------------------------------------------- refusals
@@ -483,11 +494,14 @@ def test_output_rows_of_a_draft_vocabulary_with_a_bias() -> None:
         ({"kind": "medusa", "correction": "recurrent"}, "'medusa' know the corrections none, parent; got 'recurrent'"),
         ({"kind": "sequential", "correction": "parent"}, "'sequential' know the corrections none"),
         ({"kind": "attention", "correction": "recurrent"}, "'attention' know the corrections none"),
-        ({"kind": "attention", "taps": [2]}, r"layers of the target from 0 to 1, got \[2\]: 2 is none"),
-        ({"kind": "attention", "taps": [0, -1]}, "-1 is none"),
-        ({"kind": "block", "taps": ["1"]}, "1 is none"),
-        ({"kind": "block", "taps": [1, 1]}, r"every layer once, got \[1, 1\]"),
-        ({"kind": "medusa", "taps": [0, 1]}, r"'medusa' read one layer of the target, got taps \[0, 1\]"),
+        ({"kind": "attention", "feature_layers": [2]}, r"layers of the target from 0 to 1, got \[2\]: 2 is none"),
+        ({"kind": "attention", "feature_layers": [0, -1]}, "-1 is none"),
+        ({"kind": "block", "feature_layers": ["1"]}, "1 is none"),
+        ({"kind": "block", "feature_layers": [1, 1]}, r"every layer once, got \[1, 1\]"),
+        (
+            {"kind": "medusa", "feature_layers": [0, 1]},
+            r"'medusa' read one layer of the target, got feature_layers \[0, 1\]",
+        ),
         ({"kind": "attention", "num_heads": 4, "key_heads": 3}, "num_heads must be a multiple of key_heads"),
         ({"kind": "block", "head_dim": 7}, "head_dim even, got 4, 2 and 7"),
         ({"kind": "attention", "layer_size": 16}, "width 16 for a target of hidden size 32 needs an embedding"),
@@ -525,4 +539,4 @@ def test_proposers_share_heads(target: Target, kind: str, first: torch.dtype) ->
 def test_the_type_of_heads_is_measured_once(target: Target) -> None:
     """Proposers of one process agree, so that benchmarks compare the same thing."""
     heads = noise_heads(target, "recurrent")
-    assert len({Decoder(target, "heads", heads=heads).proposer.readout.dtype for _ in range(5)}) == 1  # type: ignore[attr-defined]
+    assert len({Decoder(target, "heads", heads=heads).proposer.output_head.dtype for _ in range(5)}) == 1  # type: ignore[attr-defined]

@@ -15,11 +15,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from medhead.heads.attention_layers import attend
-from medhead.heads.draft_cache import PAGE, Memory, MemoryStore
+from medhead.heads.draft_cache import PAGE, DraftCacheView, TensorDraftCache
 from medhead.heads.layers import GatedMLP, PathCell, Rotary, fuse_layers, split_rows
 
 
-def visible(memory: Memory) -> list[list[list[int]]]:
+def visible(memory: DraftCacheView) -> list[list[list[int]]]:
     """For every row and query the indices that it sees, by a loop."""
     found: list[list[list[int]]] = []
     for row, ends in enumerate(memory.end.tolist()):
@@ -30,17 +30,17 @@ def visible(memory: Memory) -> list[list[list[int]]]:
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 2 * PAGE))
 def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
-    store = MemoryStore(batch, 3, torch.float32, torch.device("cpu"), capacity)
+    store = TensorDraftCache(batch, 3, torch.float32, torch.device("cpu"), capacity)
     texts: list[list[list[float]]] = [[] for _ in range(batch)]
 
-    def remember(features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def encode_cache_entry(features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         assert int(positions.max()) < longest
         return torch.cat([features, token, positions.expand(features.shape[:2])[..., None].float()], -1)
 
     for _ in range(data.draw(st.integers(1, 7))):
         count, rows = data.draw(st.integers(1, 40)), len(texts)
         features, token = torch.rand(rows, count, 1), torch.rand(rows, count, 1)
-        store.write(remember, features, token)
+        store.write(encode_cache_entry, features, token)
         if data.draw(st.booleans()):
             kept = [data.draw(st.integers(0, count))] * rows
         else:
@@ -65,7 +65,7 @@ def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int
 
 
 def test_memory_doubles_when_it_is_full() -> None:
-    store, sizes = MemoryStore(2, 5, torch.float16, torch.device("cpu"), 3), []
+    store, sizes = TensorDraftCache(2, 5, torch.float16, torch.device("cpu"), 3), []
     for _ in range(5):
         store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0))
         store.advance([60, 60])
@@ -78,11 +78,11 @@ def test_a_query_sees_from_its_beginning_to_its_end(seed: int, begins: bool) -> 
     generator = torch.Generator().manual_seed(seed)
     end = torch.randint(0, 8, (2, 3), generator=generator)
     begin = torch.randint(0, 8, (2, 3), generator=generator) if begins else None
-    memory = Memory(torch.zeros(2, 7, 1), end, begin)
+    memory = DraftCacheView(torch.zeros(2, 7, 1), end, begin)
     seen = memory.visible()
     assert seen is not None
     assert [[query.nonzero()[:, 0].tolist() for query in row] for row in seen] == visible(memory)
-    assert Memory(memory.rows, end, full=True).visible() is None
+    assert DraftCacheView(memory.rows, end, full=True).visible() is None
 
 
 def attend_by_loops(

@@ -82,7 +82,7 @@ def broken(source: Path, goal: Path, **fields: Any) -> Path:
         ({"depth": 0}, "depth of the heads must be"),
         ({"depth": "3"}, "depth of the heads must be"),
         ({"correction": "parent"}, "'recurrent' know the corrections none; got 'parent'"),
-        ({"taps": [2]}, r"layers of the target from 0 to 1, got \[2\]"),
+        ({"feature_layers": [2]}, r"layers of the target from 0 to 1, got \[2\]"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -134,11 +134,11 @@ def test_heads_name_only_their_draft_vocabulary(model: PreTrainedModel, target: 
     heads.draft_tokens.copy_(allowed)
     proposer = build_proposer("heads", target, heads=heads, tree_size=20)
     named: set[int] = set()
-    observe = proposer.observe
-    proposer.observe = lambda seen: named.update(seen.tree.tokens[:, 1:].flatten().tolist())  # type: ignore[method-assign]
+    update = proposer.update
+    proposer.update = lambda seen: named.update(seen.tree.tokens[:, 1:].flatten().tolist())  # type: ignore[method-assign]
     ids = torch.tensor([[5, 9, 13]])
     found = Decoder(target, proposer).generate(ids, max_new_tokens=30, do_sample=False)
-    proposer.observe = observe  # type: ignore[method-assign]
+    proposer.update = update  # type: ignore[method-assign]
     assert len(named) >= 5
     assert named <= set(allowed.tolist())
     assert torch.equal(found, model.generate(ids, max_new_tokens=30, do_sample=False))

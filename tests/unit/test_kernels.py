@@ -233,7 +233,7 @@ def test_a_cache_that_commits_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None
     ids = torch.tensor([[5, 9, 13, 5, 9], [7, 8, 7, 8, 7]])
     plain = Decoder(tiny_llama(), "recycling").generate(ids, max_new_tokens=12)
     launches = []
-    monkeypatch.setattr(medhead.model.kv_cache, "moves_by_kernel", lambda device: launches.append(device) or True)
+    monkeypatch.setattr(medhead.model.kv_cache, "use_triton_commit", lambda device: launches.append(device) or True)
     assert torch.equal(plain, Decoder(tiny_llama(), "recycling").generate(ids, max_new_tokens=12))
     assert launches
 
@@ -242,14 +242,14 @@ def test_a_cache_that_commits_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None
 @interpreted
 def test_a_commit_kernel_that_fails_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert medhead.model.kv_cache.kernel_moves_rightly(cpu)
+    assert medhead.model.kv_cache.selftest_commit(cpu)
     monkeypatch.setattr("medhead_kernels.commit.move", lambda *_: None)
     with pytest.warns(UserWarning, match=r"does not work on cpu \(rows 0 to 3 became"):
-        assert not medhead.model.kv_cache.kernel_moves_rightly(cpu)
+        assert not medhead.model.kv_cache.selftest_commit(cpu)
     monkeypatch.setattr("medhead_kernels.commit.move", lambda *_: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        assert not medhead.model.kv_cache.kernel_moves_rightly(cpu)
-    assert not medhead.model.kv_cache.moves_by_kernel(cpu)
+        assert not medhead.model.kv_cache.selftest_commit(cpu)
+    assert not medhead.model.kv_cache.use_triton_commit(cpu)
 
 
 # ---------------------------------------------------------------- GPUs

@@ -12,20 +12,20 @@ from transformers.generation import logits_process as lp
 from conftest import tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder
-from medhead.core.gumbel import Noise
-from medhead.core.sequence import Row, Settings
-from medhead.core.stopping import Stopper
+from medhead.core.gumbel import GumbelNoise
+from medhead.core.sequence import Sequence, Settings
+from medhead.core.stopping import StopChecker
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
-from medhead.serving.decode_batch import Lane
+from medhead.serving.decode_batch import DecodeBatch
 
 
 def own(target: Target, limit: int, temperature: float, seed: int) -> Settings:
     processors = LogitsProcessorList()
     if temperature:
         processors.append(lp.TemperatureLogitsWarper(temperature))
-    noise = Noise(seed, target.vocab_size, target.device) if temperature else None
-    return Settings(processors, Stopper(StoppingCriteriaList(), limit, target.device), noise=noise)
+    noise = GumbelNoise(seed, target.vocab_size, target.device) if temperature else None
+    return Settings(processors, StopChecker(StoppingCriteriaList(), limit, target.device), noise=noise)
 
 
 def alone(target: Target, prompt: list[int], limit: int, temperature: float, seed: int) -> list[int]:
@@ -38,9 +38,9 @@ def alone(target: Target, prompt: list[int], limit: int, temperature: float, see
 
 def decode(target: Target, proposer: str, jobs: list[tuple], arrivals: list[int]) -> list[list[int]]:
     """All jobs (prompt, limit, temperature, seed) in one lane, each joining at its step."""
-    lane = Lane(target, build_proposer(proposer, target, tree_size=8))
-    rows = [Row(0, list(job[0]), list(job[0]), own=own(target, *job[1:])) for job in jobs]
-    with torch.inference_mode(), target.active(lane.proposer.taps):
+    lane = DecodeBatch(target, build_proposer(proposer, target, tree_size=8))
+    rows = [Sequence(0, list(job[0]), list(job[0]), own=own(target, *job[1:])) for job in jobs]
+    with torch.inference_mode(), target.active(lane.proposer.feature_layers):
         step, waiting = 0, sorted(range(len(jobs)), key=lambda index: arrivals[index])
         while waiting or lane.rows:
             joining = [index for index in waiting if arrivals[index] <= step]
@@ -89,9 +89,9 @@ def test_any_arrivals(jobs: list[tuple[int, int, float, int]], proposer: str) ->
 
 def test_an_empty_lane_holds_no_cache() -> None:
     target = Target(tiny_llama(), probe=False)
-    lane = Lane(target, build_proposer("none", target))
+    lane = DecodeBatch(target, build_proposer("none", target))
     with torch.inference_mode(), target.active():
-        lane.join([Row(0, [5, 6], [5, 6], own=own(target, 1, 0.0, 0))])
+        lane.join([Sequence(0, [5, 6], [5, 6], own=own(target, 1, 0.0, 0))])
         lane.step()
     assert not lane.rows
     assert not hasattr(lane, "cache")

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from conftest import tiny_llama
 from medhead import Decoder, MedheadError, TokenTree
-from medhead.core.gumbel import Noise
-from medhead.core.sequence import Row
+from medhead.core.gumbel import GumbelNoise
+from medhead.core.sequence import Sequence
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.proposers.lookahead import LookaheadProposer, nodes_needed
@@ -24,7 +24,7 @@ PROMPTS = [[5, 9, 13, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 class Model:
     """What the model says behind a text, asked one text at a time."""
 
-    def __init__(self, model: PreTrainedModel, noise: Noise | None, row: int, temperature: float) -> None:
+    def __init__(self, model: PreTrainedModel, noise: GumbelNoise | None, row: int, temperature: float) -> None:
         self.model, self.noise, self.row, self.temperature = model, noise, row, temperature
         self.said: dict[tuple[int, ...], int] = {}
 
@@ -53,7 +53,7 @@ def papers_loop(
     levels = [list(first)]
     passes, pools = [], []
 
-    def remember(gram: tuple[int, ...]) -> None:
+    def encode_cache_entry(gram: tuple[int, ...]) -> None:
         entries = pool.setdefault(gram[0], [])
         if gram[1:] in entries:
             entries.remove(gram[1:])
@@ -62,7 +62,7 @@ def papers_loop(
 
     while len(text) - len(prompt) < new:
         for start in range(known, len(text) - n + 1):
-            remember(tuple(text[start : start + n]))
+            encode_cache_entry(tuple(text[start : start + n]))
         known = max(0, len(text) - n + 1)
         # the columns of the window, from the root to the last level: level 0 is a chain, then straight up
         columns = []
@@ -79,7 +79,7 @@ def papers_loop(
         if len(levels) == n - 1:
             for column, answer in enumerate(answers):
                 key = text[-1] if column == 0 else levels[0][column - 1]
-                remember((key, *(level[column] for level in levels[1:]), answer))
+                encode_cache_entry((key, *(level[column] for level in levels[1:]), answer))
             levels = [*levels[1:], answers]
             levels[0] = levels[0][1:]
         else:
@@ -104,7 +104,7 @@ def test_same_pool_and_same_accepted_tokens(sizes: tuple[int, int, int], sample:
     pools: list[list[Grams]] = [[] for _ in PROMPTS]
     held: list[Pool] = []
 
-    def record(row: Row, new: list[int]) -> None:
+    def record(row: Sequence, new: list[int]) -> None:
         held.extend(proposer.pools[len(held) :])  # rows that have ended leave the list
         passes[row.index].append(new)
         pools[row.index].append(held[row.index].content())
@@ -126,7 +126,7 @@ def test_same_pool_and_same_accepted_tokens(sizes: tuple[int, int, int], sample:
         {"do_sample": True, "top_k": 0, "temperature": 0.6, "seed": 5} if sample else {"do_sample": False}
     )
     decoder.generate(ids, attention_mask=mask, max_new_tokens=70, **how)
-    noise = Noise(5, 64) if sample else None
+    noise = GumbelNoise(5, 64) if sample else None
     accepted = 0
     for row, prompt in enumerate(PROMPTS):
         expected = papers_loop(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from conftest import noise_heads, tiny_llama
 from medhead import Decoder
-from medhead.core.gumbel import ComingNoise
+from medhead.core.gumbel import LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.target import Target
@@ -70,14 +70,16 @@ def test_children(seed: int, rows: int, branching: int, noisy: bool, biased: boo
     names = torch.randperm(50, generator=generator)[:23]
     noise = torch.randn(50, generator=generator) if noisy else torch.empty(0)
     bias = torch.randn(23, generator=generator) if biased else torch.empty(0)
-    above = torch.randn(rows, generator=generator)
+    parent_index = torch.randn(rows, generator=generator)
     scores, tokens = np.empty((rows, branching), np.float32), np.empty((rows, branching), np.int64)
     wanted = logits[:rows] + (bias if biased else 0)
     wanted = wanted * 0.7 + (noise[names] if noisy else 0)
     top = wanted.log_softmax(-1).topk(branching, -1)
-    loops.children(logits.numpy(), rows, bias.numpy(), 0.7, noise.numpy(), names.numpy(), above.numpy(), scores, tokens)
+    loops.children(
+        logits.numpy(), rows, bias.numpy(), 0.7, noise.numpy(), names.numpy(), parent_index.numpy(), scores, tokens
+    )
     assert torch.equal(torch.from_numpy(tokens), names[top.indices])
-    torch.testing.assert_close(torch.from_numpy(scores), top.values + above[:, None], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(scores), top.values + parent_index[:, None], rtol=1e-5, atol=1e-5)
 
 
 def test_children_of_what_is_no_number_are_tokens_all_the_same() -> None:
@@ -120,7 +122,7 @@ def test_candidates_are_those_of_tensor_operations(
 ) -> None:  # fmt: skip
     made = proposer(target, name, True, draft_vocab, width=width, branching=branching, tree_size=12)
     torch.manual_seed(seed)
-    noise = None if temperature is None else ComingNoise.of(torch.randn(1, 5, target.vocab_size))
+    noise = None if temperature is None else LazyGumbel.of(torch.randn(1, 5, target.vocab_size))
     roots, features = torch.randint(0, target.vocab_size, (1,)), torch.randn(1, target.hidden_size)
     state = DecodeState(target, [[1, 2]], roots, features, noise, temperature or 1.0)
     with torch.inference_mode():
@@ -128,7 +130,7 @@ def test_candidates_are_those_of_tensor_operations(
         wanted = grow(roots, made._expander(state, None, branching, 5), 5, width, nodes, least)
     assert found.levels == wanted.levels
     assert torch.equal(found.tokens, wanted.tokens)
-    assert torch.equal(found.above, wanted.above)
+    assert torch.equal(found.parent_index, wanted.parent_index)
     torch.testing.assert_close(found.scores, wanted.scores, rtol=1e-4, atol=1e-4)
 
 
@@ -195,7 +197,7 @@ def test_certain_children_are_no_likelier_than_their_parents(target: Target, nam
             features = torch.randn(1, target.hidden_size)
             state = DecodeState(target, [[1, root]], torch.tensor([root]), features)
             found = made._grown_natively(state, 5, None, 0.0)
-            parents = torch.cat([torch.zeros(1), found.scores[0]])[found.above[0] + 1]
+            parents = torch.cat([torch.zeros(1), found.scores[0]])[found.parent_index[0] + 1]
             assert (found.scores[0] <= parents).all()
             tree = made.propose(state, 5)
             assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
@@ -206,8 +208,8 @@ def test_a_row_that_joins_leaves_packed_copies_alone(target: Target) -> None:
     assert made._native is not None
     made._native._pays[torch.get_num_threads()] = True
     given_back = []
-    made.readout.release = lambda: given_back.append(True)  # type: ignore[method-assign]
-    made.newcomers().begin(target, [[3, 4]])
+    made.output_head.free = lambda: given_back.append(True)  # type: ignore[method-assign]
+    made.fork().begin(target, [[3, 4]])
     assert not given_back
 
 

@@ -19,7 +19,7 @@ from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.ngram import NgramProposer
 from medhead.proposers.ppm import TextMemory, doubt
-from medhead.proposers.trie import Guesses, plant
+from medhead.proposers.trie import DraftTrie, to_token_tree
 
 TEXTS = st.lists(st.integers(0, 3), min_size=2, max_size=40)
 H = 9.0
@@ -37,18 +37,18 @@ def next_chances(text: list[int], path: list[int], longest: int, floor: float) -
         )  # the text's own end is one more place, which nothing follows yet
         if places:
             contexts[(*places, -1) if unfinished else places] = length
-    chances: dict[int, float] = {}
+    probs: dict[int, float] = {}
     rest = 1.0
     for places, length in sorted(contexts.items(), key=lambda item: -item[1]):
         weights = {end: 0.5 ** ((len(text) - 1 - end) / H) for end in places if end >= 0}
         total = sum(weights.values()) + doubt(length)
         for end in weights:
             weight = 0.5 ** ((len(text) - 2 - end) / H)  # an occurrence of context and follower ends one token later
-            chances[text[end + 1]] = chances.get(text[end + 1], 0.0) + rest * weight / total
+            probs[text[end + 1]] = probs.get(text[end + 1], 0.0) + rest * weight / total
         rest *= doubt(length) / total
         if rest <= floor:
             break
-    return chances
+    return probs
 
 
 def brute_force(text: list[int], longest: int, depth: int, least: float) -> dict[tuple[int, ...], float]:
@@ -56,11 +56,11 @@ def brute_force(text: list[int], longest: int, depth: int, least: float) -> dict
     found: dict[tuple[int, ...], float] = {}
     frontier: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     while frontier:
-        path, chance = frontier.pop()
+        path, prob = frontier.pop()
         if len(path) == depth:
             continue
-        for token, share in next_chances(text, list(path), longest, max(0.02, least / chance)).items():
-            below = chance * min(share, 1.0)
+        for token, share in next_chances(text, list(path), longest, max(0.02, least / prob)).items():
+            below = prob * min(share, 1.0)
             if below >= least:
                 found[(*path, token)] = below
                 frontier.append(((*path, token), below))
@@ -77,10 +77,10 @@ def memory(text: list[int], longest: int, depth: int, half_life: float = H) -> T
 def test_candidates_are_those_of_a_search(text: list[int], longest: int, depth: int) -> None:
     found = dict(memory(text, longest, depth).guesses(text[-1], 10**6, depth, 0.03).paths())
     expected = brute_force(text, longest, depth, 0.03)
-    sure = {path for path, chance in expected.items() if chance > 0.0301}
+    sure = {path for path, prob in expected.items() if prob > 0.0301}
     assert sure <= set(found)
-    for path, chance in found.items():
-        assert chance == pytest.approx(min(expected.get(path, 0.03), 1.0), rel=1e-3)
+    for path, prob in found.items():
+        assert prob == pytest.approx(min(expected.get(path, 0.03), 1.0), rel=1e-3)
 
 
 @given(TEXTS, st.integers(2, 10))
@@ -88,8 +88,8 @@ def test_a_small_tree_holds_the_likeliest(text: list[int], nodes: int) -> None:
     everything = memory(text, 4, 4).guesses(text[-1], 10**6, 4, 0.01)
     few = memory(text, 4, 4).guesses(text[-1], nodes, 4, 0.01)
     assert len(few) == min(nodes, len(everything))
-    assert few.chances == pytest.approx(sorted(everything.chances, reverse=True)[:nodes])
-    assert sorted(everything.likeliest(nodes).chances) == pytest.approx(sorted(few.chances))
+    assert few.probs == pytest.approx(sorted(everything.probs, reverse=True)[:nodes])
+    assert sorted(everything.likeliest(nodes).probs) == pytest.approx(sorted(few.probs))
 
 
 @given(TEXTS, st.integers(1, 39))
@@ -115,7 +115,7 @@ def test_a_copy_is_found_at_full_depth() -> None:
     found = memory(text, 16, 10, 4096).guesses(text[-1], 16, 10, 0.02)
     assert found.tokens == list(range(19, 30))
     assert found.depths == list(range(11))
-    assert found.chances[1] > 0.7
+    assert found.probs[1] > 0.7
 
 
 def state(target: Target, texts: list[list[int]]) -> DecodeState:
@@ -198,30 +198,30 @@ def test_a_step_costs_microseconds() -> None:
 PATHS = st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=3), st.floats(0.01, 1)), max_size=8)
 
 
-def trie(paths: list[tuple[list[int], float]]) -> Guesses:
-    made = Guesses(9)
-    for path, chance in paths:
+def trie(paths: list[tuple[list[int], float]]) -> DraftTrie:
+    made = DraftTrie(9)
+    for path, prob in paths:
         node = 0
         for token in path:
-            node = made.add(node, token, chance)
+            node = made.add(node, token, prob)
     return made
 
 
 @given(PATHS, PATHS, st.integers(1, 12))
 def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int) -> None:
     first, second = trie(one), trie(other)
-    alone, added = dict(first.paths()), dict(second.paths())
+    is_single, added = dict(first.paths()), dict(second.paths())
     first.merge(second)
     merged = dict(first.paths())
-    assert set(merged) == set(alone) | set(added)
-    for path, chance in merged.items():
-        assert chance == pytest.approx(1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)))
-        assert chance <= merged.get(path[:-1], 1.0)
+    assert set(merged) == set(is_single) | set(added)
+    for path, prob in merged.items():
+        assert prob == pytest.approx(1 - (1 - is_single.get(path, 0)) * (1 - added.get(path, 0)))
+        assert prob <= merged.get(path[:-1], 1.0)
     few = dict(first.likeliest(nodes).paths())
     assert len(few) == min(nodes - 1, len(merged))
     assert all(path[:-1] in few for path in few if len(path) > 1)
     assert sum(few.values()) == pytest.approx(sum(sorted(merged.values(), reverse=True)[: nodes - 1]))
-    tree = plant([first, Guesses(9)], torch.tensor([9, 9]))
+    tree = to_token_tree([first, DraftTrie(9)], torch.tensor([9, 9]))
     assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
     grown = [{tuple(path[:n]) for path in tree.paths(row) for n in range(1, len(path) + 1)} for row in (0, 1)]
     assert grown == [set(merged), {(9,)} if merged else set()]  # the second row is padded with its root

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from conftest import tiny_llama
 from medhead import Decoder
-from medhead.core.gumbel import ComingNoise, Noise, depths_at_once, halves
+from medhead.core.gumbel import GumbelNoise, LazyGumbel, chunk_size, halves
 
 
 def chi_square_limit(freedom: int) -> float:
@@ -18,11 +18,11 @@ def chi_square_limit(freedom: int) -> float:
 
 
 def test_noise_depends_on_seed_row_and_position_alone() -> None:
-    noise = Noise(7, 50)
+    noise = GumbelNoise(7, 50)
     together = noise.gumbel(torch.tensor([[0], [3]]), torch.tensor([[5, 6], [5, 9]]))
-    alone = Noise(7, 50).gumbel(torch.tensor([3]), torch.tensor([9]))
+    alone = GumbelNoise(7, 50).gumbel(torch.tensor([3]), torch.tensor([9]))
     assert torch.equal(together[1, 1], alone[0])
-    others = [Noise(8, 50), Noise(7 + 2**32, 50)]
+    others = [GumbelNoise(8, 50), GumbelNoise(7 + 2**32, 50)]
     assert all(not torch.equal(o.gumbel(torch.tensor([3]), torch.tensor([9])), alone) for o in others)
     assert not torch.equal(together[0, 0], together[1, 0])
     assert not torch.equal(together[0, 0], together[0, 1])
@@ -31,7 +31,7 @@ def test_noise_depends_on_seed_row_and_position_alone() -> None:
 @given(st.integers(-(2**70), 2**70), st.integers(0, 2**33), st.integers(1, 70))
 def test_every_way_makes_the_same_noise(seed: int, position: int, vocab: int) -> None:
     """A text must not depend on what is installed: compiled loop, numpy and tensors agree to the last bit."""
-    noise = Noise(seed, vocab)
+    noise = GumbelNoise(seed, vocab)
     rows, positions = torch.tensor([[0], [5]]), position + torch.arange(3)
     found = noise.uniform(rows, positions)
     with pytest.MonkeyPatch.context() as patch:
@@ -42,10 +42,10 @@ def test_every_way_makes_the_same_noise(seed: int, position: int, vocab: int) ->
 
 
 def test_uniforms_are_uniform_and_open() -> None:
-    values = Noise(1, 4096).uniform(torch.zeros(1, dtype=torch.long), torch.arange(64)).flatten()
+    values = GumbelNoise(1, 4096).uniform(torch.zeros(1, dtype=torch.long), torch.arange(64)).flatten()
     assert float(values.min()) > 0.0
     assert float(values.max()) < 1.0
-    assert torch.isfinite(Noise(1, 4096).gumbel(torch.tensor([0]), torch.arange(64))).all()
+    assert torch.isfinite(GumbelNoise(1, 4096).gumbel(torch.tensor([0]), torch.arange(64))).all()
     bins = 256
     counts = torch.histc(values, bins, 0, 1)
     expected = len(values) / bins
@@ -54,11 +54,11 @@ def test_uniforms_are_uniform_and_open() -> None:
 
 def test_neighbours_are_not_correlated() -> None:
     rows, positions = torch.arange(40)[:, None], torch.arange(40)
-    values = Noise(3, 256).uniform(rows, positions.expand(40, 40)) - 0.5  # [rows, positions, vocab]
+    values = GumbelNoise(3, 256).uniform(rows, positions.expand(40, 40)) - 0.5  # [rows, positions, vocab]
     scale = float(values.var())
     for shifted in (values[1:] * values[:-1], values[:, 1:] * values[:, :-1], values[..., 1:] * values[..., :-1]):
         assert abs(float(shifted.mean())) / scale < 6 / math.sqrt(shifted.numel())
-    other = Noise(4, 256).uniform(rows, positions.expand(40, 40)) - 0.5
+    other = GumbelNoise(4, 256).uniform(rows, positions.expand(40, 40)) - 0.5
     assert abs(float((values * other).mean())) / scale < 6 / math.sqrt(values.numel())
 
 
@@ -93,7 +93,7 @@ def test_seeded_sampling_follows_the_softmax() -> None:
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 9)), min_size=1, max_size=8), st.integers(1, 12))
 def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool, int]], piece: int) -> None:
     """In whatever pieces and order; piece by piece, no deeper than somebody looked."""
-    noise, made = Noise(3, 11), []
+    noise, made = GumbelNoise(3, 11), []
 
     def make(begin: int, end: int) -> torch.Tensor:
         made.extend(range(begin, end))
@@ -101,10 +101,10 @@ def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool
 
     expected = make(0, 9)
     made.clear()
-    coming = ComingNoise(make, 9, piece)
+    coming = LazyGumbel(make, 9, piece)
     for whole, depths in looks:
         if whole:
-            assert torch.equal(coming.upto(depths), expected[:, :depths])
+            assert torch.equal(coming.prefix(depths), expected[:, :depths])
         else:
             assert torch.equal(coming.at(depths - 1), expected[:, depths - 1])
     deepest = max(depths for _, depths in looks)
@@ -118,13 +118,13 @@ def test_coming_noise_is_the_same_however_it_is_looked_at(looks: list[tuple[bool
 )
 def test_a_cpu_makes_the_same_numbers_in_its_own_way(seed: int, rows: list[int], positions: list[int]) -> None:
     """numpy's uint32 against the tensors that every other device, and a step that is written down, computes with."""
-    noise = Noise(seed, 37)
+    noise = GumbelNoise(seed, 37)
     where = torch.tensor(rows)[:, None], torch.tensor(positions)[None] + torch.tensor(rows)[:, None]
     elsewhere = noise.seeded_by(torch.tensor(halves(seed)))
     assert torch.equal(noise.uniform(*where), elsewhere.uniform(*where))
 
 
 def test_noise_is_cut_into_pieces_on_a_cpu_alone() -> None:
-    assert depths_at_once(1, 1024, torch.device("cpu")) == 16
-    assert depths_at_once(64, 2**17, torch.device("cpu")) == 1
-    assert depths_at_once(64, 2**17, torch.device("cuda")) > 256
+    assert chunk_size(1, 1024, torch.device("cpu")) == 16
+    assert chunk_size(64, 2**17, torch.device("cpu")) == 1
+    assert chunk_size(64, 2**17, torch.device("cuda")) > 256

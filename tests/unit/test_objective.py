@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 
 from conftest import HEADS, noise_heads, read
 from medhead.heads import Draft, Heads, HeadsConfig
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
-from medhead_training.objective.unroll import Texts, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
 
 
 @st.composite
-def batches(draw: st.DrawFn) -> Texts:
+def batches(draw: st.DrawFn) -> PackedBatch:
     """Rows of documents behind each other with padding at the end, and any mask."""
     length = draw(st.integers(1, 16))
     rows = draw(st.integers(1, 3))
@@ -33,14 +33,14 @@ def batches(draw: st.DrawFn) -> Texts:
             at += size
     mask = torch.tensor(draw(st.lists(st.booleans(), min_size=rows * length, max_size=rows * length)))
     ids = torch.arange(rows * length).view(rows, length) + 7
-    return Texts(ids, mask.view(rows, length), document)
+    return PackedBatch(ids, mask.view(rows, length), document)
 
 
-def documents(texts: Texts) -> list[list[int]]:
+def documents(texts: PackedBatch) -> list[list[int]]:
     return texts.document.tolist()
 
 
-def possible(texts: Texts, ahead: int) -> set[tuple[int, int]]:
+def possible(texts: PackedBatch, ahead: int) -> set[tuple[int, int]]:
     """Positions whose text holds the token `ahead` places on, and that is to be guessed."""
     found = set()
     for row, document in enumerate(documents(texts)):
@@ -56,7 +56,7 @@ def pairs(anchors: Tensor, real: Tensor) -> list[tuple[int, int]]:
 
 
 @given(batches())
-def test_where_texts_begin(texts: Texts) -> None:
+def test_where_texts_begin(texts: PackedBatch) -> None:
     found = texts.begins().tolist()
     for row, document in enumerate(documents(texts)):
         begin = 0
@@ -66,12 +66,12 @@ def test_where_texts_begin(texts: Texts) -> None:
 
 
 @given(batches(), st.integers(1, 17))
-def test_what_is_guessable(texts: Texts, ahead: int) -> None:
+def test_what_is_guessable(texts: PackedBatch, ahead: int) -> None:
     assert set(map(tuple, texts.guessable(ahead).nonzero().tolist())) == possible(texts, ahead)
 
 
 @given(batches(), st.floats(0.0, 1.0), st.integers(0, 9))
-def test_anchors_have_a_root_and_a_first_guess(texts: Texts, share: float, seed: int) -> None:
+def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float, seed: int) -> None:
     anchors, real = choose_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert anchors.shape == real.shape
     chosen, allowed = pairs(anchors, real), possible(texts, 2)
@@ -88,14 +88,14 @@ def test_anchors_have_a_root_and_a_first_guess(texts: Texts, share: float, seed:
 
 
 @given(batches())
-def test_all_anchors(texts: Texts) -> None:
+def test_all_anchors(texts: PackedBatch) -> None:
     anchors, real = choose_anchors(texts, 1.0)
     assert set(pairs(anchors, real)) == possible(texts, 2)
 
 
-def one_text(length: int, rows: int = 1) -> Texts:
+def one_text(length: int, rows: int = 1) -> PackedBatch:
     ids = torch.randint(0, 64, (rows, length), generator=torch.Generator().manual_seed(length))
-    return Texts(ids, torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, length, dtype=torch.long))
+    return PackedBatch(ids, torch.ones(rows, length, dtype=torch.bool), torch.zeros(rows, length, dtype=torch.long))
 
 
 def test_every_anchor_has_the_same_chance() -> None:
@@ -117,11 +117,11 @@ class Echo(Heads):
         super().__init__(HeadsConfig("recurrent", depth, 1, 64, 2))
         self.memory: Any = None
 
-    def remember(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         assert int(positions.max()) < longest
         return torch.cat([features, token, positions[..., None].expand_as(token)], -1)
 
-    def start(self, features: Tensor, root: Tensor, memory: Memory | None, depth: int | None = None) -> Draft:
+    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
         self.memory = memory
         return Draft(features, None)
 
@@ -131,7 +131,7 @@ class Echo(Heads):
 
 
 @given(batches(), st.floats(0.1, 1.0), st.integers(1, 5))
-def test_levels_follow_the_text(texts: Texts, share: float, depth: int) -> None:
+def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) -> None:
     """Each anchor's path is the text behind it; a level names the position whose distribution is to be guessed."""
     if texts.ids.shape[1] < 2:
         return
@@ -166,7 +166,7 @@ def test_nothing_of_the_future_is_seen(target: Target, name: str) -> None:
 
     @torch.no_grad()
     def said(ids: Tensor, features: Tensor, level: int) -> Tensor:
-        levels = unroll(heads, Texts(ids, texts.mask, texts.document), features, target.embedding, anchor, real)
+        levels = unroll(heads, PackedBatch(ids, texts.mask, texts.document), features, target.embedding, anchor, real)
         return list(levels)[level].features
 
     for level in range(4):
@@ -193,7 +193,7 @@ def test_every_parameter_learns_and_the_target_does_not(model: PreTrainedModel, 
     target = Target(frozen, probe=False)
     heads, texts = noise_heads(target, name), one_text(11, rows=2)
     texts.mask[1] = False  # a row without anchors beside one that has them
-    with target.listening(heads.config.taps):
+    with target.listening(heads.config.feature_layers):
         _, features = read(target, texts.ids)
     anchors, real = choose_anchors(texts, 1.0)
     assert real.sum(1).tolist() == [9, 0]

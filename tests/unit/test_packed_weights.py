@@ -14,9 +14,11 @@ from medhead import Decoder
 from medhead.model import packed_linear as module
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.target import Target
-from medhead_kernels import skinny_gemm as few_rows
+from medhead_kernels import skinny_gemm as skinny_gemm
 
-pytestmark = pytest.mark.skipif(not few_rows.can_pack(torch.ones(256, 256)), reason="this PyTorch or CPU has no oneDNN")
+pytestmark = pytest.mark.skipif(
+    not skinny_gemm.can_pack(torch.ones(256, 256)), reason="this PyTorch or CPU has no oneDNN"
+)
 
 
 @pytest.fixture
@@ -37,12 +39,12 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture(autouse=True)
 def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is faster here."""
-    monkeypatch.setattr(few_rows, "fastest", lambda *args: "packed" if args[-1] else "usual")
-    monkeypatch.setattr(few_rows.Together, "packs", lambda *_: True)
+    monkeypatch.setattr(skinny_gemm, "fastest", lambda *args: "packed" if args[-1] else "usual")
+    monkeypatch.setattr(skinny_gemm.PackGroup, "packs", lambda *_: True)
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and few_rows.can_pack(layer.weight)]
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and skinny_gemm.can_pack(layer.weight)]
 
 
 @pytest.mark.parametrize("proposer", ["none", "ngram", "recycling"])
@@ -65,7 +67,7 @@ def test_layers_multiply_by_copies_while_active(model: LlamaForCausalLM) -> None
     changed.forward = kept  # type: ignore[method-assign]
     weights = PackedWeights(model, True)
     with weights.active():
-        assert all(isinstance(layer.forward, few_rows.Matrix) for layer in layers[1:])
+        assert all(isinstance(layer.forward, skinny_gemm.PackedLinear) for layer in layers[1:])
         assert changed.forward is kept
     assert changed.forward is kept
     assert not any("forward" in layer.__dict__ for layer in layers[1:])

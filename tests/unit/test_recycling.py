@@ -17,16 +17,16 @@ from conftest import tiny_llama
 from medhead import Decoder, MedheadError, TokenTree
 from medhead.core.acceptance import accept
 from medhead.model.target import Target
-from medhead.proposers import Verified, build_proposer
+from medhead.proposers import VerifyOutput, build_proposer
 from medhead.proposers.recycling import RecyclingProposer
 
 IDS = torch.tensor([[5, 9, 13]])
 
 
-def verified(tokens: Tensor, logits: Tensor) -> Verified:
+def verified(tokens: Tensor, logits: Tensor) -> VerifyOutput:
     tree = TokenTree.from_parents(tokens, torch.zeros_like(tokens))
     accepted = accept(tree, logits.argmax(-1))
-    return Verified(tree, logits, logits, accepted, accepted.counts.tolist())
+    return VerifyOutput(tree, logits, logits, accepted, accepted.counts.tolist())
 
 
 @given(st.integers(0, 1000), st.integers(1, 12), st.integers(1, 3))
@@ -37,7 +37,7 @@ def test_every_node_is_remembered(target: Target, seed: int, nodes: int, batch: 
     before = proposer.tokens.clone()
     tokens = torch.randint(0, 10, (batch, nodes), generator=generator)
     logits = torch.randn(batch, nodes, 64, generator=generator)
-    proposer.observe(verified(tokens, logits))
+    proposer.update(verified(tokens, logits))
     for token in range(64):
         places = (tokens == token).nonzero().tolist()
         if not places:

@@ -34,7 +34,7 @@ def test_structure_matches_brute_force(parents: list[int]) -> None:
     assert tree.visible[0].tolist() == mask
     assert tree.depth[0].tolist() == [sum(row) - 1 for row in mask]
     assert tree.max_depth == max(sum(row) - 1 for row in mask)
-    words = tree.ancestor_words[0]
+    words = tree.ancestor_bitmask[0]
     assert words.shape == (len(parents), -(-len(parents) // 64))
     for node, row in enumerate(mask):
         for other, seen in enumerate(row):

@@ -236,7 +236,7 @@ def ways_of(args: argparse.Namespace, target: Target) -> list[list[Way]]:
         for nodes in args.nodes:
             size = {"tree_size": nodes, "width": args.width, "branching": args.branching}
             dynamic = build_proposer("heads", of, heads=heads, max_depth=args.max_depth, dtype=dtype, **size)
-            dtype = dynamic.readout.dtype  # type: ignore[attr-defined]
+            dtype = dynamic.output_head.dtype  # type: ignore[attr-defined]
             add(name, dynamic, of, heads)
             if "hybrid" in args.proposers:
                 add(f"{name} in a hybrid", build_proposer("hybrid", of, heads=heads, **size), of, heads)

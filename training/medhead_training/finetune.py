@@ -32,7 +32,7 @@ from medhead_training.data.shard import check_processes, leave_to_shards, spread
 from medhead_training.measure import Measured, measure
 from medhead_training.objective.builders import adapted, load_target, new_heads
 from medhead_training.objective.module import HeadsModule, evaluating
-from medhead_training.objective.unroll import Texts
+from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions, add_options, read_options
 from medhead_training.trainer.report import plot_accuracy, write_card
 from medhead_training.trainer.run_folder import FACTS_FILE, claim, same_data
@@ -81,12 +81,12 @@ def check_anchors(rows: PackedDataset) -> None:
     """
     for index in rows.rows_of_epoch(0):
         row = {name: part[None] for name, part in rows[index].items()}
-        if bool(Texts(row["input_ids"], row["mask"], row["document"]).guessable(2).any()):
+        if bool(PackedBatch(row["input_ids"], row["mask"], row["document"]).guessable(2).any()):
             return
     raise MedheadError("no document holds a token to guess: it needs an answer token behind at least 2 others")
 
 
-def held_out_texts(store: TokenStore, documents: np.ndarray, length: int, device: torch.device) -> list[Texts]:
+def held_out_texts(store: TokenStore, documents: np.ndarray, length: int, device: torch.device) -> list[PackedBatch]:
     """Held-out documents in padded batches of one document a row."""
     order = sorted(documents.tolist(), key=lambda document: int(store.lengths[document]))
     batches = []
@@ -101,7 +101,7 @@ def held_out_texts(store: TokenStore, documents: np.ndarray, length: int, device
             ids[row, :count] = torch.from_numpy(tokens[:count].astype(np.int64))
             mask[row, :count] = torch.from_numpy(answer[:count].copy())
             document[row, :count] = 0
-        texts = Texts(ids.to(device), mask.to(device), document.to(device))
+        texts = PackedBatch(ids.to(device), mask.to(device), document.to(device))
         if bool(texts.guessable(2).any()):
             batches.append(texts)
     return batches

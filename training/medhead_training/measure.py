@@ -13,10 +13,10 @@ from torch import Tensor
 
 from medhead.errors import MedheadError
 from medhead.heads import Heads
-from medhead.heads.output_head import Readout
+from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead_training.objective.losses import positions_per_chunk
-from medhead_training.objective.unroll import Level, Texts, choose_anchors, unroll
+from medhead_training.objective.unroll import Level, PackedBatch, choose_anchors, unroll
 from medhead_training.tree_eval import MISSED, UNREACHED, Measured, summarise
 
 __all__ = ["Measured", "measure"]
@@ -29,7 +29,7 @@ ATTENDED = 2**26  # scores of attention that heads compute at once
 def measure(
     heads: Heads,
     target: Target,
-    batches: Iterable[Texts],
+    batches: Iterable[PackedBatch],
     ranks: int = 10,
     most_anchors: int = 50_000,
     on_anchors: Callable[[int], None] = lambda count: None,
@@ -57,11 +57,11 @@ def measure(
     found: list[Tensor] = []
     ends: list[Tensor] = []
     try:
-        readout = Readout(heads, target, next((p.dtype for p in heads.parameters()), target.dtype))
-        columns = _columns(readout, target)
-        with target.active(heads.config.taps):
+        output_head = OutputHead(heads, target, next((p.dtype for p in heads.parameters()), target.dtype))
+        columns = _columns(output_head, target)
+        with target.active(heads.config.feature_layers):
             for texts in _passes(batches, target):
-                of_text, last = _ranks_along(readout, columns, target, texts, ranks)
+                of_text, last = _ranks_along(output_head, columns, target, texts, ranks)
                 found.append(of_text)
                 ends.append(last)
                 on_anchors(len(of_text))
@@ -74,8 +74,8 @@ def measure(
     return summarise(torch.cat(found)[:most_anchors], torch.cat(ends)[:most_anchors], ranks)
 
 
-def _passes(batches: Iterable[Texts], target: Target) -> Iterator[Texts]:
-    """Texts of one document a row, of similar lengths, on the target's device, as many as one pass of the target takes."""
+def _passes(batches: Iterable[PackedBatch], target: Target) -> Iterator[PackedBatch]:
+    """PackedBatch of one document a row, of similar lengths, on the target's device, as many as one pass of the target takes."""
     for batch in batches:
         documents = []
         for ids, mask, document in zip(batch.ids, batch.mask, batch.document, strict=True):
@@ -87,7 +87,7 @@ def _passes(batches: Iterable[Texts], target: Target) -> Iterator[Texts]:
             longest = len(documents[0][0])
             rows = max(1, PASS_TOKENS // longest)
             group, documents = documents[:rows], documents[rows:]
-            texts = Texts(
+            texts = PackedBatch(
                 torch.zeros(len(group), longest, dtype=torch.long),
                 torch.zeros(len(group), longest, dtype=torch.bool),
                 torch.full((len(group), longest), -1),
@@ -96,26 +96,26 @@ def _passes(batches: Iterable[Texts], target: Target) -> Iterator[Texts]:
                 texts.ids[row, : len(ids)], texts.mask[row, : len(ids)] = ids, mask
                 texts.document[row, : len(ids)] = 0
             if bool(texts.guessable(2).any()):
-                yield Texts(*(part.to(target.device) for part in (texts.ids, texts.mask, texts.document)))
+                yield PackedBatch(*(part.to(target.device) for part in (texts.ids, texts.mask, texts.document)))
 
 
-def _columns(readout: Readout, target: Target) -> Tensor | None:
+def _columns(output_head: OutputHead, target: Target) -> Tensor | None:
     """`[vocab]`: where in the heads' logits a token is, -1 for one that they do not name; None if they name all."""
-    if readout.tokens is None:
+    if output_head.tokens is None:
         return None
     columns = torch.full((target.vocab_size,), -1, device=target.device)
-    columns[readout.tokens] = torch.arange(len(readout.tokens), device=target.device)
+    columns[output_head.tokens] = torch.arange(len(output_head.tokens), device=target.device)
     return columns
 
 
 def _ranks_along(
-    readout: Readout, columns: Tensor | None, target: Target, texts: Texts, ranks: int
+    output_head: OutputHead, columns: Tensor | None, target: Target, texts: PackedBatch, ranks: int
 ) -> tuple[Tensor, Tensor]:
     """Ranks `[anchors, depth]` int16 on the host, in the texts' order, and whether an anchor is the last of its stretch."""
-    heads, (rows, length) = readout.heads, texts.ids.shape
+    heads, (rows, length) = output_head.heads, texts.ids.shape
     positions = torch.arange(length, device=texts.ids.device).expand(rows, -1)
     _, features = target.read_hidden(target.model, texts.ids, positions)
-    features = features.to(readout.dtype)
+    features = features.to(output_head.dtype)
     anchors, real = choose_anchors(texts, 1.0)
     width = anchors.shape[1]
     if heads.memory_size:  # every anchor looks at the whole text
@@ -124,23 +124,25 @@ def _ranks_along(
     for begin in range(0, anchors.shape[1], width):
         part = slice(begin, begin + width)
         levels = unroll(
-            heads, texts, features, lambda ids: target.embed(ids).to(readout.dtype), anchors[:, part], real[:, part]
+            heads, texts, features, lambda ids: target.embed(ids).to(output_head.dtype), anchors[:, part], real[:, part]
         )
         for depth, level in enumerate(levels):
             truth = texts.ids[level.rows, level.at + 1]
-            found[level.rows, level.at - 1 - depth, depth] = _ranks_of(readout, columns, level, depth, truth, ranks)
+            found[level.rows, level.at - 1 - depth, depth] = _ranks_of(output_head, columns, level, depth, truth, ranks)
     possible = texts.guessable(2)
     last = possible.clone()
     last[:, :-1] &= ~possible[:, 1:]
     return found[possible].cpu(), last[possible].cpu()
 
 
-def _ranks_of(readout: Readout, columns: Tensor | None, level: Level, depth: int, truth: Tensor, ranks: int) -> Tensor:
+def _ranks_of(
+    output_head: OutputHead, columns: Tensor | None, level: Level, depth: int, truth: Tensor, ranks: int
+) -> Tensor:
     """`[n]` int16: how many guesses come before the true token `[n]`; of equally likely ones the first does."""
     result = torch.full_like(truth, MISSED, dtype=torch.int16)
     column = truth if columns is None else columns[truth]
-    for chosen in (column >= 0).nonzero()[:, 0].split(positions_per_chunk(len(readout.weight))):
-        logits = readout.logits(level.features[chosen], depth)
+    for chosen in (column >= 0).nonzero()[:, 0].split(positions_per_chunk(len(output_head.weight))):
+        logits = output_head.logits(level.features[chosen], depth)
         own = column[chosen, None]
         of_truth = logits.gather(1, own)
         earlier = torch.arange(logits.shape[1], device=logits.device) < own

@@ -7,7 +7,7 @@ import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Result
 
 FINISH = {"stop": "stop", "length": "length", "timeout": "length"}  # OpenAI knows no timeout; `medhead.reason` says it
@@ -47,7 +47,7 @@ class Answer:
 
     shape: Shape
     model: str
-    ticket: Ticket
+    ticket: RequestHandle
     include_usage: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from medhead.errors import MedheadError
 from medhead.serving import request as serving
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 from medhead_app.api.answers import CHAT, COMPLETION, Answer, Shape
 from medhead_app.api.errors import LOG, ApiError, internal, said
 from medhead_app.api.schema import ChatRequest, Common, CompletionRequest, read_body
@@ -125,7 +125,7 @@ class Api:
             )
         return service.request(ids, limit, **asked.sampling())
 
-    def _submit(self, request: serving.Request, endpoint: str) -> Ticket:
+    def _submit(self, request: serving.Request, endpoint: str) -> RequestHandle:
         self.metrics.expect(request, endpoint)
         try:
             return self.service.engine.submit(request)

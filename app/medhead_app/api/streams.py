@@ -10,7 +10,7 @@ from typing import Any
 
 from starlette.requests import Request as HttpRequest
 
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 from medhead.serving.request import EngineError
 from medhead_app.api.answers import Answer
 from medhead_app.api.errors import LOG, ApiError, internal
@@ -20,7 +20,7 @@ STOPPED = ApiError("the server is stopping", code="engine_stopped", status=503)
 
 
 @asynccontextmanager
-async def watched(http: HttpRequest, ticket: Ticket) -> AsyncIterator[None]:
+async def watched(http: HttpRequest, ticket: RequestHandle) -> AsyncIterator[None]:
     """Cancel the ticket as soon as its client is gone, or when the block is left before the end."""
 
     async def watch() -> None:
@@ -37,7 +37,7 @@ async def watched(http: HttpRequest, ticket: Ticket) -> AsyncIterator[None]:
             ticket.cancel()
 
 
-async def whole_text(http: HttpRequest, ticket: Ticket) -> str | None:
+async def whole_text(http: HttpRequest, ticket: RequestHandle) -> str | None:
     """The text when it is complete; None when its client went away.
 
     Raises:
@@ -56,7 +56,7 @@ async def whole_text(http: HttpRequest, ticket: Ticket) -> str | None:
     return text
 
 
-async def events(http: HttpRequest, ticket: Ticket, answer: Answer) -> AsyncIterator[str]:
+async def events(http: HttpRequest, ticket: RequestHandle, answer: Answer) -> AsyncIterator[str]:
     """Server-sent events of an answer. An error on the way is an event too, and the last one."""
     async with watched(http, ticket):
         try:

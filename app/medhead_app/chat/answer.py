@@ -9,8 +9,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from medhead.errors import MedheadError
-from medhead.serving.handle import Ticket
-from medhead.serving.request import Piece, Request, Result
+from medhead.serving.handle import RequestHandle
+from medhead.serving.request import Request, Result, StepOutput
 from medhead_app.chat.conversation import Conversation, Message, prompt_messages, with_answer
 from medhead_app.chat.numbers import ENDS, facts
 from medhead_app.chat.picture import Tree, tree_of
@@ -96,15 +96,15 @@ def _tree_size(raw: Any) -> int | str:
 
 
 @dataclass
-class Written:
+class StreamState:
     """What a ticket has given so far."""
 
     text: str = ""
     ids: list[int] = field(default_factory=list)
     tokens: list[list[str]] = field(default_factory=list)
-    last: Piece | None = None  # the last one with guesses; passes without have nothing to draw
+    last: StepOutput | None = None  # the last one with guesses; passes without have nothing to draw
 
-    def take(self, piece: Piece) -> None:
+    def take(self, piece: StepOutput) -> None:
         """Add a piece."""
         self.text += piece.text
         self.ids += piece.tokens
@@ -144,7 +144,7 @@ async def answer(
     service: Service,
     conversation: Conversation,
     settings: Settings,
-    hold: Callable[[Ticket], None] = lambda ticket: None,
+    hold: Callable[[RequestHandle], None] = lambda ticket: None,
     every: float = EVERY,
 ) -> AsyncGenerator[Update, None]:
     """Let the model answer the last message.
@@ -165,7 +165,7 @@ async def answer(
     ticket = service.engine.submit(settings.request(service, encoded.ids))
     hold(ticket)
     conversation = {**conversation, "settings": settings.kept()}
-    written, shown = Written(), 0.0
+    written, shown = StreamState(), 0.0
 
     def update(state: str, **fields: Any) -> Update:
         message = _message(written, ticket.result, encoded.dropped, fields.get("done", False))
@@ -187,7 +187,7 @@ async def answer(
         ticket.cancel()
 
 
-def _message(written: Written, result: Result, dropped: int, done: bool) -> Message:
+def _message(written: StreamState, result: Result, dropped: int, done: bool) -> Message:
     reason = result.reason if done else "stop"
     return {
         "role": "assistant",

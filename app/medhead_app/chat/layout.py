@@ -110,7 +110,7 @@ def _right(service: Service) -> dict[str, Any]:
     with gr.Sidebar(width=328, position="right", elem_classes="mh-side mh-right"):
         gr.HTML("<h3>Thinking ahead</h3>", elem_classes="mh-heading", apply_default_css=False)
         with gr.Row(elem_classes="mh-pair"):
-            proposer = gr.Dropdown(names, value=AUTOMATIC, label="Guesses from", min_width=120, elem_id="mh-proposer")
+            proposer = gr.Dropdown(names, value=AUTOMATIC, label="DraftTrie from", min_width=120, elem_id="mh-proposer")
             tree_size = gr.Dropdown(
                 [(str(size), size) for size in TREE_SIZES], value=AUTOMATIC, label="Tree budget", min_width=120
             )

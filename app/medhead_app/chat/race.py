@@ -9,9 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from medhead.errors import MedheadError
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Result
-from medhead_app.chat.answer import AUTOMATIC, EVERY, Settings, Written, draw_seed
+from medhead_app.chat.answer import AUTOMATIC, EVERY, Settings, StreamState, draw_seed
 from medhead_app.service import Service
 
 
@@ -26,8 +26,8 @@ class Runner:
     """
 
     name: str
-    ticket: Ticket
-    written: Written = field(default_factory=Written)
+    ticket: RequestHandle
+    written: StreamState = field(default_factory=StreamState)
 
     @property
     def result(self) -> Result:
@@ -41,7 +41,7 @@ class Runner:
 
 
 @dataclass(frozen=True)
-class Standing:
+class RaceState:
     """How a race stands.
 
     Attributes:
@@ -79,9 +79,9 @@ async def race(
     service: Service,
     prompt: str,
     settings: Settings,
-    hold: Callable[[Ticket], None] = lambda ticket: None,
+    hold: Callable[[RequestHandle], None] = lambda ticket: None,
     every: float = 2 * EVERY,
-) -> AsyncGenerator[Standing, None]:
+) -> AsyncGenerator[RaceState, None]:
     """Let both answer. Closing the generator cancels both.
 
     Both have the same settings and seed. The engine lets them take turns, so each is measured by the seconds that were
@@ -106,8 +106,8 @@ async def race(
             runners.append(Runner(name, ticket))
         async with aclosing(_together(runners, every)) as rounds:
             async for _ in rounds:
-                yield Standing(runners[0], runners[1])
-        yield Standing(runners[0], runners[1], done=True)
+                yield RaceState(runners[0], runners[1])
+        yield RaceState(runners[0], runners[1], done=True)
     finally:
         for runner in runners:
             runner.ticket.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from medhead_app.chat.race import Runner, Standing
+from medhead_app.chat.race import RaceState, Runner
 from medhead_app.chat.token_colors import tinted
 
 
@@ -26,7 +26,7 @@ def race_card(title: str, runner: Runner | None, leads: float = 0.0) -> str:
     )
 
 
-def cards(standing: Standing, longest: int) -> tuple[str, str]:
+def cards(standing: RaceState, longest: int) -> tuple[str, str]:
     """Both cards.
 
     Args:
@@ -42,7 +42,7 @@ def cards(standing: Standing, longest: int) -> tuple[str, str]:
     return card("Plain decoding", standing.plain), card("Thinking ahead", standing.guessing)
 
 
-def verdict_line(standing: Standing | None, failed: str = "") -> str:
+def verdict_line(standing: RaceState | None, failed: str = "") -> str:
     """The line below the cards, of a fixed height."""
     if failed:
         return f'<div class="mh-verdict mh-failed">{escape(failed)}</div>'

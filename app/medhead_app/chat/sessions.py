@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from medhead.serving.handle import Ticket
+from medhead.serving.handle import RequestHandle
 
 Kind = Literal["chat", "race"]
 
@@ -27,14 +27,14 @@ class Sessions:
     """Tickets and turns by session. May be used from any thread."""
 
     def __init__(self) -> None:
-        self._tickets: dict[tuple[str, str], list[Ticket]] = {}
+        self._tickets: dict[tuple[str, str], list[RequestHandle]] = {}
         self._turns: dict[str, Turn] = {}
         self._lock = threading.Lock()
 
-    def holder(self, session: str, kind: Kind) -> Callable[[Ticket], None]:
+    def holder(self, session: str, kind: Kind) -> Callable[[RequestHandle], None]:
         """What remembers a ticket for a session; tickets that have ended are forgotten."""
 
-        def hold(ticket: Ticket) -> None:
+        def hold(ticket: RequestHandle) -> None:
             with self._lock:
                 tickets = [other for other in self._tickets.get((session, kind), []) if not other.done]
                 self._tickets[session, kind] = [*tickets, ticket]

@@ -42,7 +42,7 @@ class Answered:
 
 
 @dataclass
-class Crowd:
+class LoadGenerator:
     """Several clients who ask one thing after another.
 
     Args:

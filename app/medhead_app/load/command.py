@@ -16,7 +16,7 @@ from medhead.bench.report import machine, write_results
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead_app.load import report
-from medhead_app.load.clients import Answered, Crowd
+from medhead_app.load.clients import Answered, LoadGenerator
 from medhead_app.load.server import Memory, server
 
 PROG = "medhead_app.load"
@@ -125,7 +125,7 @@ async def measure(args: argparse.Namespace, url: str, clients: int, max_rows: in
     Raises:
         MedheadError: the server does not answer.
     """
-    crowd = Crowd(url, await model_of(url, args.key), clients, args.key, args.seed)
+    crowd = LoadGenerator(url, await model_of(url, args.key), clients, args.key, args.seed)
     seconds = await crowd.ask_for(args.seconds)
     good = [answered for answered in crowd.answers if answered.error is None]
     sample: list[Answered] = random.Random(args.seed).sample(good, min(args.sample, len(good)))
@@ -140,7 +140,7 @@ async def model_of(url: str, key: str) -> str:
         MedheadError: it does not answer as it should.
     """
     try:
-        async with Crowd(url, "", 1, key).http() as http:
+        async with LoadGenerator(url, "", 1, key).http() as http:
             return str((await http.get("/v1/models", timeout=30)).raise_for_status().json()["data"][0]["id"])
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, LookupError, TypeError) as error:
         raise MedheadError(f"no server of this kind answers at {url}: {' '.join(str(error).split())[:150]}") from None

@@ -51,10 +51,10 @@ def read(source: Source, target: Target) -> Heads:
     slots = source.number("block_size")
     if slots < 2:
         raise source.error("block_size in config.json must be at least 2: the root and one mask")
-    taps = source.layers(config.get("target_layer_ids"), 0, target)
+    feature_layers = source.layers(config.get("target_layer_ids"), 0, target)
     mask_token, mask = _mask(source, config.get("mask_token_id"), target)
     weights: dict[str, Tensor] = {
-        "fc.weight": source.take("fc.weight", size, len(taps) * size),
+        "fc.weight": source.take("fc.weight", size, len(feature_layers) * size),
         "hidden_norm.weight": source.take("hidden_norm.weight", size),
         "norm.weight": source.take("norm.weight", size) * source.real("output_multiplier", 1.0),
         "mask_row": mask,
@@ -82,7 +82,7 @@ def read(source: Source, target: Target) -> Heads:
         depth=slots - 1,
         inner_size=feed_forward,
         blocks=blocks,
-        taps=taps,
+        feature_layers=feature_layers,
         num_heads=heads,
         key_heads=key_heads,
         head_dim=dim,
@@ -142,9 +142,13 @@ def write(heads: Heads, target: Target) -> Exported:
         raise MedheadError(
             f"the mask of these heads is not the embedding of token {config.mask_token} of {target.name}"
         )
-    if not config.taps:
+    if not config.feature_layers:
         raise MedheadError(f"the layout {LAYOUT!r} reads layers of the target, these heads read its last hidden state")
-    block = {"block_size": config.depth + 1, "mask_token_id": config.mask_token, "target_layer_ids": list(config.taps)}
+    block = {
+        "block_size": config.depth + 1,
+        "mask_token_id": config.mask_token,
+        "target_layer_ids": list(config.feature_layers),
+    }
     fields: dict[str, Any] = {
         "architectures": ["DFlashDraftModel"],
         "model_type": "qwen3",

@@ -47,9 +47,9 @@ def read(source: Source, target: Target) -> Heads:
     feed_forward = source.number("intermediate_size")
     source.same("target_hidden_size", target.hidden_size, target)
     source.same("vocab_size", target.vocab_size, target)
-    taps = _taps(source, target)
+    feature_layers = _feature_layers(source, target)
     weights = {
-        "fc.weight": source.take("fc.weight", size, len(taps) * target.hidden_size),
+        "fc.weight": source.take("fc.weight", size, len(feature_layers) * target.hidden_size),
         "norm.weight": source.take("norm.weight", size),
     }
     for norm in _NORMS:
@@ -80,7 +80,7 @@ def read(source: Source, target: Target) -> Heads:
         "attention",
         depth=DEPTH,
         inner_size=feed_forward,
-        taps=taps,
+        feature_layers=feature_layers,
         num_heads=heads,
         key_heads=key_heads,
         head_dim=dim,
@@ -110,7 +110,7 @@ def _refuse_variants(source: Source) -> None:
         )
 
 
-def _taps(source: Source, target: Target) -> list[int]:
+def _feature_layers(source: Source, target: Target) -> list[int]:
     """Layers whose outputs are the features."""
     if source.config.get(IDS):
         return source.layers(source.config[IDS], -1, target)
@@ -139,9 +139,9 @@ def write(heads: Heads, target: Target) -> Exported:
     """With the target's rows of the draft vocabulary as `lm_head`; engines take the embedding from the target."""
     require(heads, LAYOUT, "attention")
     config, weights = heads.config, heads.state_dict()
-    if len(config.taps) != 3:
+    if len(config.feature_layers) != 3:
         raise MedheadError(
-            f"the layout {LAYOUT!r} reads three layers of the target, these heads read {len(config.taps)}"
+            f"the layout {LAYOUT!r} reads three layers of the target, these heads read {len(config.feature_layers)}"
         )
     tensors = {name: weights[name] for name in weights if name.startswith(("fc.", "midlayer.", "norm."))}
     own, tokens = heads.own_output(0), heads.draft_tokens
@@ -160,7 +160,7 @@ def write(heads: Heads, target: Target) -> Exported:
         "draft_vocab_size": len(tokens),
         "target_hidden_size": config.hidden_size,
         "norm_before_residual": config.norm_before_residual,
-        IDS: [layer + 1 for layer in config.taps],
-        "eagle_config": {"use_aux_hidden_state": True, IDS: list(config.taps)},
+        IDS: [layer + 1 for layer in config.feature_layers],
+        "eagle_config": {"use_aux_hidden_state": True, IDS: list(config.feature_layers)},
     }
     return Exported(fields, tensors)

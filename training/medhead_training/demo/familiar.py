@@ -21,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from medhead.core.acceptance import accept
-from medhead.core.gumbel import ComingNoise, Noise
+from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -74,8 +74,8 @@ class Reader:
             seed: that the answer was drawn with.
             temperature: the same; 0 for a greedy answer.
         """
-        noise = Noise(seed, self.target.vocab_size) if temperature else None
-        with self.target.active(self.heads.taps):
+        noise = GumbelNoise(seed, self.target.vocab_size) if temperature else None
+        with self.target.active(self.heads.feature_layers):
             features = self._features(text)
             self.heads.begin(self.target, [text[:start]])
             for root in range(start, len(text) - max(self.heads.max_depth, AHEAD)):
@@ -92,9 +92,9 @@ class Reader:
         self.target.prefill(self.target.new_cache(1, len(text)), [text], lambda features, _: parts.append(features))
         return torch.cat(parts, 1)[0]
 
-    def _coming(self, noise: Noise, root: int) -> ComingNoise:
+    def _coming(self, noise: GumbelNoise, root: int) -> LazyGumbel:
         positions = root + 1 + torch.arange(self.heads.max_depth)[None]
-        return ComingNoise.of(noise.gumbel(torch.zeros_like(positions), positions))
+        return LazyGumbel.of(noise.gumbel(torch.zeros_like(positions), positions))
 
 
 def summary(counts: list[list[int]]) -> dict[str, Any]:

@@ -21,11 +21,11 @@ def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> Hea
     """The configuration that the options ask for, with sizes taken from the target."""
     kind, size, config = options.kind, target.hidden_size, target.config
     deep = kind in ("attention", "block")
-    taps = options.taps
-    if taps is None:
+    feature_layers = options.feature_layers
+    if feature_layers is None:
         count = 5 if kind == "block" and target.layers >= 16 else 3
         spread = np.linspace(1, target.layers - 1, count) if target.layers > 1 else np.zeros(1)
-        taps = sorted({round(float(layer)) for layer in spread}) if deep else []
+        feature_layers = sorted({round(float(layer)) for layer in spread}) if deep else []
     heads = int(getattr(config, "num_attention_heads", 0) or 4)
     dim = int(getattr(config, "head_dim", None) or size // heads)
     correction = options.correction or {"medusa": "parent", "block": "recurrent"}.get(kind, "none")
@@ -40,7 +40,7 @@ def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> Hea
         blocks=options.blocks or (2 if kind == "block" else 1),
         correction=correction,
         correction_size=options.correction_size or 3 * size // 2,
-        taps=taps,
+        feature_layers=feature_layers,
         num_heads=heads,
         key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=dim + dim % 2,

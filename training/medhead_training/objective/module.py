@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from medhead.heads import Heads
 from medhead.model.target import Target
 from medhead_training.objective.losses import chunked_loss, depth_weights, mean_output, soft_by_mean
-from medhead_training.objective.unroll import Level, Texts, choose_anchors, unroll
+from medhead_training.objective.unroll import Level, PackedBatch, choose_anchors, unroll
 from medhead_training.trainer.options import TrainOptions
 
 PROBES = 64  # anchors a level whose first guess is looked at, for the progress bar
@@ -81,11 +81,11 @@ class HeadsModule(nn.Module):
         Args:
             input_ids: `[rows, length]`.
             mask: `[rows, length]` bool, tokens to guess.
-            document: `[rows, length]`, see `Texts`.
+            document: `[rows, length]`, see `PackedBatch`.
             position_ids: `[rows, length]`, from 0 in each document; keeps documents apart in the target's attention.
             seed: of anchors and depth.
         """
-        options, texts = self.options, Texts(input_ids, mask, document)
+        options, texts = self.options, PackedBatch(input_ids, mask, document)
         generator = torch.Generator().manual_seed(seed)
         adapted = options.recipe != "heads"
         with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
@@ -106,9 +106,9 @@ class HeadsModule(nn.Module):
         result["loss"] = loss
         return result
 
-    def read(self, texts: Texts, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+    def read(self, texts: PackedBatch, position_ids: Tensor) -> tuple[Tensor, Tensor]:
         """The target's last hidden states and features `[rows, length, ...]`; logits are not computed."""
-        with self.target.listening(self.heads.config.taps):
+        with self.target.listening(self.heads.config.feature_layers):
             if self.packs:
                 return self.target.read_hidden(self.model, texts.ids, position_ids)
             places = places_of_documents(texts)
@@ -130,7 +130,7 @@ class HeadsModule(nn.Module):
         return depth, torch.full((depth,), 1.0 / sum(decay**d for d in range(full)))
 
     def _heads_loss(
-        self, levels: Iterator[Level], texts: Texts, teacher: Tensor, weights: Tensor
+        self, levels: Iterator[Level], texts: PackedBatch, teacher: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
         total = teacher.new_zeros((), dtype=torch.float32)
         hits, tried = torch.zeros(2, self.heads.config.depth, device=teacher.device)
@@ -156,14 +156,14 @@ class HeadsModule(nn.Module):
                 tried[depth] += len(guess)
         return total, hits, tried
 
-    def _mean(self, texts: Texts, teacher: Tensor) -> Tensor:
+    def _mean(self, texts: PackedBatch, teacher: Tensor) -> Tensor:
         """`[rows, length, hidden]`: the mean output row of the target's distribution where one is to be guessed."""
         needed = texts.guessable(1)
         mean = torch.zeros_like(teacher)
         mean[needed] = mean_output(teacher[needed], self.output, self.bias).to(mean.dtype)
         return mean
 
-    def _preservation(self, texts: Texts, hidden: Tensor, position_ids: Tensor) -> Tensor:
+    def _preservation(self, texts: PackedBatch, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """KL(target without its adapter || with it) per answer token."""
         with torch.no_grad(), self.model.disable_adapter():
             original, _ = self.read(texts, position_ids)
@@ -176,7 +176,7 @@ class HeadsModule(nn.Module):
         )  # fmt: skip
 
 
-def places_of_documents(texts: Texts) -> Tensor:
+def places_of_documents(texts: PackedBatch) -> Tensor:
     """`[documents, longest]`: where in all rows behind each other every document's tokens are; -1 behind its end."""
     index = torch.arange(texts.ids.shape[1], device=texts.ids.device)
     place = (index - texts.begins()).flatten()  # of a token in its document

@@ -16,11 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from medhead.heads import Heads
-from medhead.heads.draft_cache import Memory
+from medhead.heads.draft_cache import DraftCacheView
 
 
 @dataclass
-class Texts:
+class PackedBatch:
     """A batch of texts.
 
     Attributes:
@@ -52,7 +52,7 @@ class Texts:
         return same
 
 
-def choose_anchors(texts: Texts, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+def choose_anchors(texts: PackedBatch, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
     """Random anchors `[rows, anchors]` and which of them are real, bool; in order of position.
 
     Args:
@@ -87,7 +87,7 @@ class Level:
 
 def unroll(
     heads: Heads,
-    texts: Texts,
+    texts: PackedBatch,
     features: Tensor,
     embedding: Any,
     anchors: Tensor,
@@ -118,8 +118,8 @@ def unroll(
     memory = None
     if heads.memory_size:
         positions = torch.arange(length - 1, device=texts.ids.device)[None]
-        rows = heads.remember(features[:, :-1], everywhere[:, 1:], positions, length)
-        memory = Memory(rows, anchors + 1, texts.begins().gather(1, anchors))
+        rows = heads.encode_cache_entry(features[:, :-1], everywhere[:, 1:], positions, length)
+        memory = DraftCacheView(rows, anchors + 1, texts.begins().gather(1, anchors))
     draft = heads.start(_pick(features, anchors), token(0), memory, depth)
     state = draft.state
     for level in range(depth):

@@ -44,7 +44,7 @@ class TrainOptions:
     )
     inner_size: int | None = option(None, HEADS, "width inside the heads (twice the hidden size)", type=int)
     correction_size: int | None = option(None, HEADS, "width of the correction (1.5 times the hidden size)", type=int)
-    taps: list[int] | None = option(None, HEADS, "layers of the target that attention and block heads read (three, or five, spread evenly)",
+    feature_layers: list[int] | None = option(None, HEADS, "layers of the target that attention and block heads read (three, or five, spread evenly)",
                                     type=int, nargs="+")  # fmt: skip
     causal: bool = option(True, HEADS, "a slot of a block sees only earlier slots")
     draft_vocab: int = option(

@@ -201,8 +201,8 @@ def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list
     if "parameters" in facts:
         rows.append(["parameters", f"{facts['parameters']:,}"])
     rows += [["depth", str(config.depth)], ["draft vocabulary", vocabulary]]
-    if config.taps:
-        rows.append(["reads layers", f"{', '.join(map(str, config.taps))} of {config.target_layers}"])
+    if config.feature_layers:
+        rows.append(["reads layers", f"{', '.join(map(str, config.feature_layers))} of {config.target_layers}"])
     counts = [("documents", "documents"), ("tokens", "tokens"), ("answer_tokens", "tokens to guess")]
     data = [f"{facts[name]:,} {what}" for name, what in counts if name in facts]
     if data:

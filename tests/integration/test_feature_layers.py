@@ -39,15 +39,15 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
         assert start == 0
         chunks.append(part)
 
-    for taps in ([0], [1, 0], [0, 1, 2]):
-        with target.active(taps):
+    for feature_layers in ([0], [1, 0], [0, 1, 2]):
+        with target.active(feature_layers):
             _, features = read(target, ids)
-            assert target.feature_size == 32 * len(taps)
+            assert target.feature_size == 32 * len(feature_layers)
             cache = target.new_cache(2, 16)
             last = target.prefill(cache, [ids[0].tolist(), ids[1, :4].tolist()], see)
             chain = TokenTree.from_parents(torch.tensor([[8, 4], [20, 5]]), torch.tensor([0, 0]))
             _, verified = target.verify(cache, chain)
-        for tap, feature in zip(taps, features.split(32, -1), strict=True):
+        for tap, feature in zip(feature_layers, features.split(32, -1), strict=True):
             if tap == 2:  # transformers shows the last layer's output behind the norm
                 feature = norm(feature)
             torch.testing.assert_close(feature, states[tap + 1], rtol=1e-4, atol=1e-4)
