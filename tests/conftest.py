@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).parents[1]
+_paths = [str(ROOT), *(str(ROOT / name) for name in ("kernels", "training", "app"))]  # for commands that tests start
+os.environ["PYTHONPATH"] = os.pathsep.join([*_paths, *filter(None, [os.environ.get("PYTHONPATH")])])
 if not torch.cuda.is_available():  # before anything imports Triton: its kernels then run in Python, on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from pathlib import Path
 from typing import Any
 
 import pytest
