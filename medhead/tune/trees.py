@@ -31,7 +31,9 @@ class Tree:
                 "max_depth": self.tree_depth}  # fmt: skip
 
     def __str__(self) -> str:
-        return f"{self.tree_size} nodes, width {self.tree_width}, branching {self.tree_branching}, depth {self.tree_depth}"
+        return (
+            f"{self.tree_size} nodes, width {self.tree_width}, branching {self.tree_branching}, depth {self.tree_depth}"
+        )
 
 
 def dimensions(max_depth: int) -> Iterator[Changes[Tree]]:
