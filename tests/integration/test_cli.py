@@ -22,8 +22,6 @@ from medhead.cli.main import BENCHMARKS, COMMANDS
 from medhead.cli.main import main as medhead
 from medhead.datastore import build_datastore
 
-ROOT = Path(__file__).parents[2]
-
 
 def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
     """Options for the tiny model, with a prompt."""
@@ -306,7 +304,7 @@ def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
     slow = "import time, medhead.model.target as t; f = t.Target.verify\n"
     slow += "t.Target.verify = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
     slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", slow],
         stdout=subprocess.PIPE,
