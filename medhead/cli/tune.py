@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.decoder import Decoder
@@ -106,13 +105,12 @@ def run(args: argparse.Namespace) -> None:
         tune_heads(target, folder, _prompts(args, tokenizer, target), args)
 
 
-def _prompts(args: argparse.Namespace, tokenizer: Any, target: Target) -> list[Tensor]:
+def _prompts(args: argparse.Namespace, tokenizer: Any, target: Target) -> list[list[int]]:
     chats = read_prompts(args.prompts, args.count)
-    rows = encode_prompts(tokenizer, chats, max(1, target.context - args.new_tokens))
-    return [torch.tensor([ids], device=target.device) for ids in rows]
+    return encode_prompts(tokenizer, chats, max(1, target.context - args.new_tokens))
 
 
-def tune_heads(target: Target, folder: str | Path, prompts: list[Tensor], args: argparse.Namespace) -> None:
+def tune_heads(target: Target, folder: str | Path, prompts: list[list[int]], args: argparse.Namespace) -> None:
     """Find the tree, and write it into the heads' configuration."""
     heads = load_heads(folder, target)
     config = heads.config
@@ -135,7 +133,7 @@ def tune_heads(target: Target, folder: str | Path, prompts: list[Tensor], args: 
     print(f"written into {Path(folder) / CONFIG_FILE}")
 
 
-def tune_lookahead(target: Target, prompts: list[Tensor], args: argparse.Namespace) -> None:
+def tune_lookahead(target: Target, prompts: list[list[int]], args: argparse.Namespace) -> None:
     """Find W, N and G, and keep them in the user's cache."""
 
     def make(sizes: Sizes) -> Decoder:

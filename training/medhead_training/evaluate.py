@@ -13,7 +13,7 @@ from typing import Any
 from tqdm import tqdm
 
 from medhead.bench.prompts import encode_prompts, padded, read_prompts
-from medhead.bench.report import label, machine
+from medhead.bench.harness import label, machine
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from medhead.bench.report import machine, write_results
+from medhead.bench.harness import machine, write_results
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded
 from medhead_app.load import report
