@@ -13,7 +13,7 @@ import torch
 from medhead.bench import harness
 from medhead.bench.harness import Row
 from medhead.bench.measure import Method, MethodResult, Prompts, measure, sampling_arguments
-from medhead.cli.common import Parser
+from medhead.cli.common import Parser, run_command
 from medhead.decoder import Decoder
 from medhead.heads import Heads, load_heads
 from medhead.model.loading import DEMO_HEADS
@@ -142,6 +142,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report."""
+    harness.check_options(args, tree_sizes=(2, 256))
     target = harness.load_target(args, args.dtype, ignore_eos=True)
     folder: Any = args.heads or (None if args.model else DEMO_HEADS)
     heads = None if folder is None else load_heads(folder, target)
@@ -157,4 +158,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return harness.main(parser(), run, argv)
+    return run_command(parser(), run, argv)

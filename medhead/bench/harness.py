@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import platform
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from tqdm import tqdm
 from medhead import __version__
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, guarded
+from medhead.cli.common import Parser, check_range
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target
@@ -32,20 +34,9 @@ Row = dict[str, Any]
 
 
 def bench_parser(program: str, description: str, epilog: str, repeats: int) -> Parser:
-    """Return a parser with the options that every benchmark has.
-
-    Args:
-        program: name of the benchmark.
-        description: the question that it answers.
-        epilog: examples and method.
-        repeats: default of `--repeats`.
-    """
-    options = Parser(
-        prog=f"medhead bench {program}",
-        description=description,
-        epilog=epilog,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    """Return a parser with the options that every benchmark has; `repeats` is the default of `--repeats`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    options = Parser(prog=f"medhead bench {program}", description=description, epilog=epilog, formatter_class=formatter)
     options.add_argument(
         "--repeats", type=int, default=repeats, help="timed runs; medians count (default: %(default)s)"
     )
@@ -56,13 +47,7 @@ def bench_parser(program: str, description: str, epilog: str, repeats: int) -> P
 
 
 def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int | None = None) -> None:
-    """Add the options of benchmarks that decode prompts.
-
-    Args:
-        options: the parser.
-        max_new_tokens: default of `--max-new-tokens`.
-        num_prompts: default of `--num-prompts`; None for a benchmark that always needs a prompts file.
-    """
+    """Add the options of model, prompts and token limit with these defaults; without `num_prompts` a file is required."""
     forms = "JSON lines with messages, prompt, question, turns or text"
     options.add_argument("--model", help="model folder or hub id (default: the demo model)")
     options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -77,59 +62,28 @@ def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int 
 
 
 def add_text_options(options: Parser) -> None:
-    """Add the options of what the text is: its end and its seed."""
+    """Add `--ignore-eos` and `--seed`."""
     options.add_argument("--ignore-eos", action="store_true", help="decode past the end token up to the token limit")
     options.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Check the values of shared options.
-
-    Raises:
-        MedheadError: a value is out of range, or `--output` is a file.
-    """
-    given = vars(args)
-    for name in ("num_prompts", "prompts_per_task", "max_new_tokens", "repeats", "truncate"):
-        if given.get(name) is not None and given[name] < 1:
-            raise MedheadError(f"{option(name)} must be at least 1, got {given[name]}")
-    for name in ("temperature", "temperatures"):
-        values = given.get(name, 0.0)
-        values = values if isinstance(values, list) else [values]
-        if not all(0 <= value <= 100 for value in values):
-            raise MedheadError(f"{option(name)} must be from 0 to 100, got {' '.join(map(str, values))}")
-    for name in ("tree_size", "tree_sizes"):
-        values = given.get(name) or []
-        values = values if isinstance(values, list) else [values]
-        if not all(2 <= value <= 256 for value in values):
-            raise MedheadError(f"{option(name)} must be from 2 to 256, got {' '.join(map(str, values))}")
-    if not 0 <= given.get("seed", 0) < 2**64:
-        raise MedheadError(f"--seed must be from 0 to 2**64 - 1, got {args.seed}")
+def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Raise a MedheadError if a shared option or one of `ranges` is out of range, or `--output` is a file."""
+    shared = {
+        "repeats": (1, math.inf),
+        "max_new_tokens": (1, 10**7),
+        "num_prompts": (1, math.inf),
+        "seed": (0, 2**64 - 1),
+    }
+    for name, (low, high) in (shared | ranges).items():
+        if name in args:
+            check_range(args, name, low, high)
     if args.output is not None and args.output.is_file():
         raise MedheadError(f"--output {str(args.output)!r} is a file; give a folder")
 
 
-def main(options: Parser, run: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
-    """Parse and check the arguments, run a benchmark, and return its exit code."""
-    args = options.parse_args(argv)
-
-    def checked() -> None:
-        check_options(args)
-        run(args)
-
-    return guarded(options.prog, checked)
-
-
-def option(name: str) -> str:
-    """Return the option of an attribute of the parsed arguments."""
-    return f"--{name.replace('_', '-')}"
-
-
 def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) -> Target:
-    """Load the model that the options name.
-
-    Raises:
-        MedheadError: it cannot be loaded, or it cannot verify trees.
-    """
+    """Load the model that the options name."""
     device = pick_device(args.device)
     model = load_model(args.model or DEMO_MODEL, device, pick_dtype(dtype, device), args.trust_remote_code)
     if ignore_eos:
@@ -138,21 +92,13 @@ def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) 
 
 
 def load_prompts(args: argparse.Namespace, context: int) -> Prompts:
-    """Read and encode the prompts that the options name; of a longer one the newest tokens that fit stay.
-
-    Raises:
-        MedheadError: the file cannot be read, or no prompt fits.
-    """
+    """Read and encode the prompts that the options name, each shortened to the newest tokens that fit."""
     tokenizer = load_tokenizer(args.model or DEMO_MODEL, args.trust_remote_code)
     return encode_prompts(tokenizer, read_prompts(args.prompts, args.num_prompts), room_for_prompt(args, context))
 
 
 def room_for_prompt(args: argparse.Namespace, context: int) -> int:
-    """Return how many tokens a prompt may have in the model's context.
-
-    Raises:
-        MedheadError: `--max-new-tokens` fills the context.
-    """
+    """Return how many tokens of the model's context a prompt may have."""
     if args.max_new_tokens >= context:
         raise MedheadError(
             f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}; "
@@ -227,30 +173,16 @@ def report(
     show: bool = True,
     **extra: Any,
 ) -> None:
-    """Print a table, and write it with JSON and plot where `--output` asks for that.
+    """Print the table `text` below `title`, and write it with JSON and plot where `--output` asks for that.
 
-    Args:
-        args: the options; they become a part of the JSON file.
-        program: name of the benchmark, and of the plot's file.
-        title: the line above the table.
-        text: the table.
-        rows: the results.
-        plot: draws rows with a title into a file.
-        show: whether to print; False for the parts of a long run, whose results are written as they come.
-        extra: further content of the JSON file.
+    Without `show` nothing is printed: for a long run whose results are written as they come. `extra` goes into the JSON file.
     """
     if show:
         print(f"{title}\n\n{text}")
     if args.output is not None:
-        content = {
-            "machine": machine(),
-            "command": f"medhead bench {program}",
-            "options": vars(args),
-            **extra,
-            "results": rows,
-        }
-        draw = lambda path: plot(rows, args.title or title, path)  # noqa: E731
-        line = write_results(args.output, title, text, content, f"{program}.png", draw)
+        content = {"machine": machine(), "command": f"medhead bench {program}", "options": vars(args), **extra}
+        draw = partial(plot, rows, args.title or title)
+        line = write_results(args.output, title, text, content | {"results": rows}, f"{program}.png", draw)
         if show:
             say(line)
 
@@ -258,16 +190,7 @@ def report(
 def write_results(
     folder: Path, title: str, text: str, content: dict[str, Any], picture: str, draw: Callable[[Path], None]
 ) -> str:
-    """Write results.json, table.md and a plot; return one line that says so.
-
-    Args:
-        folder: the folder; made if it does not exist.
-        title: the line above the table.
-        text: the table.
-        content: content of the JSON file; paths in it become text.
-        picture: name of the plot's file.
-        draw: draws the plot into a file.
-    """
+    """Write `content` to results.json, `text` below `title` to table.md, and the plot `picture`; return a line that says so."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
     (folder / "table.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
@@ -282,19 +205,7 @@ def write_results(
 def figure(
     path: Path, title: str, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
 ) -> Iterator[Any]:
-    """Draw a figure into a file; yields its axes `[rows, columns]`.
-
-    Args:
-        path: the file.
-        title: the title; long ones are wrapped.
-        size: width and height in inches.
-        rows: rows of axes.
-        columns: columns of axes.
-        options: further arguments of matplotlib's `subplots`.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
+    """Draw a figure of `size` inches into a file; yields its axes `[rows, columns]`. `options` are those of `subplots`."""
     from matplotlib.figure import Figure
 
     drawn = Figure(figsize=size, layout="constrained")

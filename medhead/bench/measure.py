@@ -61,7 +61,7 @@ class Method:
         return str(model.dtype).removeprefix("torch.")
 
     @property
-    def nodes(self) -> int:
+    def tree_size(self) -> int:
         """Nodes of the tree; 0 for transformers' `generate`."""
         return 0 if self.decoder is None else self.decoder.proposer.tree_size
 
@@ -110,7 +110,7 @@ class MethodResult:
 
     name: str
     dtype: str = ""
-    nodes: int = 1  # of its tree, root included; 0 for transformers
+    tree_size: int = 1  # of its tree, root included; 0 for transformers
     members: tuple[str, ...] = ()  # proposers that a hybrid combines
     repeats: int = 1
     new_tokens: list[int] = field(default_factory=list)  # of every prompt
@@ -193,7 +193,7 @@ def measure(
     for method in methods:
         members = getattr(method.decoder.proposer, "members", ()) if method.decoder is not None else ()
         names = tuple(member.name for member in members)
-        results.append(MethodResult(method.name, method.dtype, method.nodes, names, repeats, zeros[:], zeros[:]))
+        results.append(MethodResult(method.name, method.dtype, method.tree_size, names, repeats, zeros[:], zeros[:]))
     seconds: list[list[list[float]]] = [[[] for _ in batches] for _ in methods]
     mismatched: list[set[int]] = [set() for _ in methods]
 

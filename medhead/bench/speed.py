@@ -9,7 +9,7 @@ from typing import Any
 from medhead.bench import harness
 from medhead.bench.harness import Row
 from medhead.bench.measure import PARTS, Method, MethodResult, Prompts, measure, sampling_arguments
-from medhead.cli.common import Parser
+from medhead.cli.common import Parser, run_command
 from medhead.compile import WAYS
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -106,15 +106,17 @@ def fastest_dtypes(methods: list[list[Method]], prompts: Prompts) -> list[Method
         by_name.setdefault(method.name, []).append(method)
     chosen = []
     for name, group in by_name.items():
-        results = measure(group, prompts, repeats=3) if len(group) > 1 else []
-        if results:
-            harness.say(f"{name}: " + ", ".join(f"{result.dtype} {result.rate:.0f} tokens/s" for result in results))
-        chosen.append(max(zip(results, group, strict=True), key=lambda p: p[0].rate)[1] if results else group[0])
+        rates = [result.rate for result in measure(group, prompts, repeats=3)] if len(group) > 1 else [0.0]
+        if len(group) > 1:
+            found = (f"{method.dtype} {rate:.0f} tokens/s" for method, rate in zip(group, rates, strict=True))
+            harness.say(f"{name}: {', '.join(found)}")
+        chosen.append(group[rates.index(max(rates))])
     return chosen
 
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report."""
+    harness.check_options(args, temperature=(0, 100), tree_size=(2, 256), tree_sizes=(2, 256))
     if args.tree_sizes and not args.heads and args.model:
         raise MedheadError("--tree-sizes needs --heads FOLDER: the trees are those of the first heads")
     dtypes = args.dtypes or (["float32", "bfloat16"] if pick_device(args.device).type == "cpu" else ["bfloat16"])
@@ -141,12 +143,12 @@ def summary(results: list[MethodResult]) -> list[Row]:
         {
             "name": result.name,
             "dtype": result.dtype,
-            "nodes": result.nodes,
+            "tree_size": result.tree_size,
             "tokens_per_second": round(result.rate, 1),
             "speedup_vs_transformers": round(result.rate / rates[TRANSFORMERS], 3) if TRANSFORMERS in rates else None,
             "speedup_vs_plain": round(result.rate / rates[PLAIN], 3) if PLAIN in rates else None,
             "accepted_length": round(result.accepted_length, 3),
-            "accepted_length_by_prompt": result.accepted_length_by_prompt,
+            "by_prompt": result.accepted_length_by_prompt,
             "parts_ms": {part: round(ms, 3) for part, ms in result.parts_ms().items()},
             "overhead": round(result.overhead, 4),
             "identical": len(result.new_tokens) - result.mismatches,
@@ -164,18 +166,16 @@ def summary(results: list[MethodResult]) -> list[Row]:
 def table(rows: list[Row], compares_texts: bool = True) -> str:
     """Return two Markdown tables: speed, and the parts of a step.
 
-    Args:
-        rows: the rows that `summary` returned.
-        compares_texts: False when sampling: transformers draws other random numbers, so its text is another one.
+    Without `compares_texts` only medhead's texts are compared: when sampling, transformers draws other random numbers.
     """
     speed, parts = [], []
     for row in rows:
-        ours = row["nodes"] > 0
+        ours = row["tree_size"] > 0
         speed.append(
             [
                 row["name"],
                 row["dtype"],
-                str(row["nodes"] or "-"),
+                str(row["tree_size"] or "-"),
                 f"{row['tokens_per_second']:.1f}",
                 _times(row["speedup_vs_transformers"]),
                 _times(row["speedup_vs_plain"]),
@@ -197,7 +197,7 @@ def table(rows: list[Row], compares_texts: bool = True) -> str:
 def plot(rows: list[Row], title: str, path: Path) -> None:
     """Draw tokens per second as bars; where several tree sizes were measured, also speedup and accepted length by size."""
     bars = [row for row in rows if not row["name"].endswith("nodes")]
-    sweep = sorted((row for row in rows if row["name"].endswith("nodes")), key=lambda row: row["nodes"])
+    sweep = sorted((row for row in rows if row["name"].endswith("nodes")), key=lambda row: row["tree_size"])
     size = (12 if sweep else 8, 0.55 * len(bars) + 1.6)
     with harness.figure(path, title, size, columns=2 if sweep else 1) as axes:
         left = axes[0][0]
@@ -209,13 +209,12 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         left.set_xlabel("tokens per second (label: × transformers generate)")
         left.margins(x=0.15)
         if sweep:
-            right, nodes = axes[0][1], [row["nodes"] for row in sweep]
-            right.plot(
-                nodes, [row["speedup_vs_plain"] for row in sweep], "o-", color=harness.BLUE, label="× plain decoding"
-            )
-            right.plot(
-                nodes, [row["accepted_length"] for row in sweep], "s--", color=harness.ORANGE, label="accepted length"
-            )
+            right, nodes = axes[0][1], [row["tree_size"] for row in sweep]
+            for key, style, colour, text in (
+                ("speedup_vs_plain", "o-", harness.BLUE, "× plain decoding"),
+                ("accepted_length", "s--", harness.ORANGE, "accepted length"),
+            ):
+                right.plot(nodes, [row[key] for row in sweep], style, color=colour, label=text)
             right.set_xlabel("nodes of the tree")
             right.set_ylim(bottom=0)
             right.legend(frameon=False)
@@ -227,4 +226,4 @@ def _times(value: float | None) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return harness.main(parser(), run, argv)
+    return run_command(parser(), run, argv)

@@ -16,13 +16,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 
 from medhead.bench import captured_steps, harness
 from medhead.bench.captured_steps import FORWARD_ONLY
-from medhead.bench.harness import Row, option
+from medhead.bench.harness import Row
 from medhead.bench.measure import synchronize
-from medhead.cli.common import Parser
+from medhead.cli.common import Parser, run_command
 from medhead.compile import WAYS
 from medhead.core.acceptance import accept
 from medhead.core.tree import TokenTree
-from medhead.errors import MedheadError
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
 from medhead.model.target import ATTENTIONS, Target
@@ -99,14 +98,7 @@ def weight_bytes(model: PreTrainedModel) -> float:
 
 
 def time_steps(case: Case, nodes: list[int], ways: list[str], kinds: list[str]) -> dict[str, float]:
-    """Return the median seconds of every kind of step.
-
-    Args:
-        case: the model and its prompts.
-        nodes: tree sizes.
-        ways: ways to run captured steps.
-        kinds: kinds of heads in captured steps.
-    """
+    """Return the median seconds of every kind of step, captured ones in these `ways` and with heads of these `kinds`."""
     target, (batch, context) = case.target, case.ids.shape
     found = {EAGER: generate_step(case)}
     if target.device.type == "cuda":
@@ -250,10 +242,7 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report."""
-    for name, least, most in (("batch_sizes", 1, 4096), ("context", 2, 10**7), ("nodes", 2, 256)):
-        wrong = [value for value in getattr(args, name) if not least <= value <= most]
-        if wrong:
-            raise MedheadError(f"{option(name)} must be from {least} to {most}, got {wrong[0]}")
+    harness.check_options(args, batch_sizes=(1, 4096), context=(2, 10**7), nodes=(2, 256))
     device = pick_device(args.device)
     if args.steps is None:
         args.steps = ["graph"] if device.type == "cuda" else []
@@ -281,4 +270,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return harness.main(parser(), run, argv)
+    return run_command(parser(), run, argv)

@@ -21,7 +21,7 @@ def rows_of(task: str, results: list[MethodResult], temperature: float, batch_si
             "task": task,
             "proposer": result.name,
             "members": list(result.members),
-            "nodes": result.nodes,
+            "tree_size": result.tree_size,
             "temperature": temperature,
             "batch_size": batch_size,
             "prompts": len(result.new_tokens),
@@ -35,7 +35,7 @@ def rows_of(task: str, results: list[MethodResult], temperature: float, batch_si
             "propose_seconds": round(result.parts.get("propose", 0.0), 5),
             "forward_seconds": round(result.parts.get("forward", 0.0), 5),
             "mismatches": result.mismatches,
-            "accepted_length_by_prompt": result.accepted_length_by_prompt,
+            "by_prompt": result.accepted_length_by_prompt,
         }
         for result in results
     )
@@ -45,7 +45,7 @@ def totals(rows: list[Row]) -> list[Row]:
     """Return the sums over all tasks of one temperature and batch size, plain decoding first."""
     found: dict[str, Row] = {}
     for row in rows:
-        start = row | {"task": TOTAL, "accepted_length_by_prompt": []} | dict.fromkeys(SUMS, 0)
+        start = row | {"task": TOTAL, "by_prompt": []} | dict.fromkeys(SUMS, 0)
         total = found.setdefault(row["proposer"], start)
         for name in SUMS:
             total[name] = round(total[name] + row[name], 5)
@@ -123,7 +123,7 @@ def compare_hybrid(rows: list[Row]) -> list[str]:
                 continue
             best = max(members, key=lambda row: row["accepted_length"])
             against = f"{hybrid['accepted_length']:.2f} against {best['accepted_length']:.2f} of {best['proposer']}"
-            if any(row["nodes"] != hybrid["nodes"] for row in members):
+            if any(row["tree_size"] != hybrid["tree_size"] for row in members):
                 sizes = " (trees of different sizes)"
             if task == TOTAL:
                 total = against

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from medhead.bench.harness import Row
 from medhead.bench.measure import Method, measure, sampling_arguments, warm_up
 from medhead.bench.task_prompts import KEEP, Task, Truncation, encode_task, read_tasks
 from medhead.bench.task_report import PLAIN, compare_hybrid, compare_texts, plot, rows_of, table, totals
-from medhead.cli.common import Parser
+from medhead.cli.common import Parser, check_range, run_command
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
@@ -58,11 +59,7 @@ def parser() -> Parser:
 
 
 def tasks_of(args: argparse.Namespace, context: int) -> list[Task]:
-    """Read and encode the prompts of every task.
-
-    Raises:
-        MedheadError: no prompt fits.
-    """
+    """Read and encode the prompts of every task."""
     longest = harness.room_for_prompt(args, context)
     tokenizer = load_tokenizer(args.model or DEMO_MODEL, args.trust_remote_code)
     tokenizer.model_max_length = 10**9  # longer prompts are counted here, without the tokenizer's warning
@@ -87,11 +84,7 @@ def describe(tasks: list[Task], args: argparse.Namespace) -> str:
 
 
 def load_decoding(args: argparse.Namespace, target: Target) -> tuple[list[str], Heads | None]:
-    """Return the names of the proposers, and the heads.
-
-    Raises:
-        MedheadError: heads that were asked for cannot be loaded, or there are none.
-    """
+    """Return the names of the proposers, and the heads."""
     folder: Any = args.heads or (None if args.model else DEMO_HEADS)
     names = args.proposers or [name for name in SHOWN if folder or name != "heads"]
     heads = None if folder is None else load_heads(folder, target)
@@ -101,25 +94,12 @@ def load_decoding(args: argparse.Namespace, target: Target) -> tuple[list[str], 
 
 
 def methods_of(
-    target: Target,
-    proposers: list[str],
-    arguments: dict[str, Any],
-    heads: Heads | None = None,
-    tree_size: int | None = None,
-    seed: int = 0,
-) -> list[Method]:
+    target: Target, proposers: list[str], arguments: dict[str, Any], heads: Heads | None = None,
+    tree_size: int | None = None, seed: int = 0,
+) -> list[Method]:  # fmt: skip
     """Return plain decoding and the proposers; each forgets earlier answers before every repeat.
 
-    Args:
-        target: the model.
-        proposers: their names.
-        arguments: arguments of `generate`.
-        heads: heads for `heads` and `hybrid`.
-        tree_size: nodes of every tree; each proposer's own if None.
-        seed: the seed of the sampling.
-
-    Raises:
-        MedheadError: a proposer cannot be made.
+    `arguments` are those of `generate`, `heads` are for the proposers `heads` and `hybrid`.
     """
     shared: dict[str, Any] = {}
     if heads is not None:
@@ -161,9 +141,10 @@ def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -
 
 def run(args: argparse.Namespace) -> None:
     """Measure and report; results are written after every temperature and batch size."""
-    if not all(1 <= size <= args.prompts_per_task for size in args.batch_sizes):
-        sizes = " ".join(map(str, args.batch_sizes))
-        raise MedheadError(f"--batch-sizes must be from 1 to --prompts-per-task {args.prompts_per_task}, got {sizes}")
+    least_one = dict.fromkeys(("prompts_per_task", "truncate"), (1, math.inf))
+    harness.check_options(args, temperatures=(0, 100), tree_size=(2, 256), **least_one)
+    most = args.prompts_per_task
+    check_range(args, "batch_sizes", 1, most, f"from 1 to --prompts-per-task {most}")
     target = harness.load_target(args, args.dtype, args.ignore_eos)
     tasks = tasks_of(args, target.context)
     described = describe(tasks, args)
@@ -186,4 +167,4 @@ def run(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command; return its exit code."""
-    return harness.main(parser(), run, argv)
+    return run_command(parser(), run, argv)

@@ -8,7 +8,7 @@ import sys
 COMMANDS = {  # name: module with a `main`, what it does
     "generate": ("medhead.generate", "answer a prompt in the terminal"),
     "chat": ("medhead_app.command", "open the chat page, and an OpenAI-compatible API beside it"),
-    "bench": ("medhead.bench.speed", "measure against plain decoding and transformers"),
+    "bench": ("medhead.bench", "measure against plain decoding and transformers"),
     "bench-tasks": ("medhead.bench.tasks", "measure every proposer on every kind of task"),
     "tune": ("medhead.tune", "find the fastest tree for some heads on this machine"),
     "datastore": ("medhead.cli.datastore", "make text of your own searchable for the proposer ngram"),

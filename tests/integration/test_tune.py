@@ -113,31 +113,20 @@ def test_tuning_the_demo(
 
 def test_budget_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table, JSON and picture; the texts are plain decoding's."""
-    options = [
-        "--count",
-        "1",
-        "--new-tokens",
-        "12",
-        "--repeats",
-        "1",
-        "--sizes",
-        "4",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert budget.main(options) == 0
+    options = ["--num-prompts", "1", "--max-new-tokens", "12", "--repeats", "1", "--tree-sizes", "4"]
+    assert budget.main([*options, "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [row["identical"] for row in found] == ["1/1"] * 4
-    assert [row["hostile"] for row in found] == [False, False, True, True]
-    assert "| heads of noise, greedy |" in capsys.readouterr().out
+    assert [row["adversarial"] for row in found] == [False, False, True, True]
+    assert "| random heads, greedy |" in capsys.readouterr().out
     assert (tmp_path / "out" / "budget.png").stat().st_size > 1000
 
 
-def test_noise_like(target: Target) -> None:
+def test_random_heads(target: Target) -> None:
     """Same shapes, other numbers, the given heads untouched."""
     heads = noise_heads(target, "block")
     before = {name: p.clone() for name, p in heads.named_parameters()}
-    noise = budget.noise_like(heads, 1)
+    noise = budget.random_heads(heads, 1)
     for name, p in noise.named_parameters():
         assert p.shape == before[name].shape
         assert not torch.equal(p, before[name])
