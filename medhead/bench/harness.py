@@ -37,12 +37,11 @@ def bench_parser(program: str, description: str, epilog: str, repeats: int) -> P
     """Return a parser with the options that every benchmark has; `repeats` is the default of `--repeats`."""
     formatter = argparse.RawDescriptionHelpFormatter
     options = Parser(prog=f"medhead bench {program}", description=description, epilog=epilog, formatter_class=formatter)
-    options.add_argument(
-        "--repeats", type=int, default=repeats, help="timed runs; medians count (default: %(default)s)"
-    )
-    options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
-    options.add_argument("--output", type=Path, help=f"folder to write results.json, table.md and {program}.png to")
-    options.add_argument("--title", default="", help="title of table and plot")
+    group = options.add_argument_group("measurement and output")
+    group.add_argument("--repeats", type=int, default=repeats, help="timed runs; medians count (default: %(default)s)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    group.add_argument("--output", type=Path, help=f"folder to write results.json, table.md and {program}.png to")
+    group.add_argument("--title", default="", help="title of table and plot")
     return options
 
 

@@ -6,7 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,16 +65,6 @@ NEW_TOKENS = 32  # tokens of a timed run of `generate`
 EAGER, PLAIN = "transformers, eager", "medhead, plain"
 
 
-@dataclass
-class Case:
-    """A model with random prompts `[batch, context]`, and how often a step is timed."""
-
-    model: PreTrainedModel
-    target: Target
-    ids: Tensor
-    repeats: int
-
-
 def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
     """Return a model of this shape with random weights, made on the device."""
     with torch.device(device):
@@ -97,21 +87,21 @@ def weight_bytes(model: PreTrainedModel) -> float:
     return total - (0 if tied else embedding.weight.numel() * embedding.weight.element_size())
 
 
-def time_steps(case: Case, nodes: list[int], ways: list[str], kinds: list[str]) -> dict[str, float]:
-    """Return the median seconds of every kind of step, captured ones in these `ways` and with heads of these `kinds`."""
-    target, (batch, context) = case.target, case.ids.shape
-    found = {EAGER: generate_step(case)}
+def time_steps(args: argparse.Namespace, target: Target, batch: int, context: int) -> dict[str, float]:
+    """Return the median seconds of every kind of step."""
+    ids, nodes = torch.randint(target.vocab_size, (batch, context), device=target.device), args.nodes
+    found = {EAGER: generate_step(target, ids)}
     if target.device.type == "cuda":
-        found["transformers, static cache, compiled"] = generate_step(case, cache_implementation="static")
+        found["transformers, static cache, compiled"] = generate_step(target, ids, cache_implementation="static")
     with torch.inference_mode(), target.active():
         cache = target.new_cache(batch, context + max(nodes) + 1)
-        target.prefill(cache, case.ids.tolist())
+        target.prefill(cache, ids.tolist())
         for count in (1, *nodes):
             name = PLAIN if count == 1 else f"medhead, {count} nodes"
-            found[name] = median(lambda count=count: eager_step(target, cache, count), case)  # type: ignore[misc]
-    for way in ways:
-        for name, step in captured_steps.steps_of(target, batch, context, nodes, way, kinds):
-            found[f"medhead, {name}"] = median(step, case)
+            found[name] = median(partial(eager_step, target, cache, count), target.device, args.repeats)
+    for way in args.steps:
+        for name, step in captured_steps.steps_of(target, batch, context, nodes, way, args.heads):
+            found[f"medhead, {name}"] = median(step, target.device, args.repeats)
     return found
 
 
@@ -129,27 +119,26 @@ def eager_step(target: Target, cache: Any, count: int) -> None:
     cache.lengths = lengths
 
 
-def median(step: Callable[[], object], case: Case) -> float:
+def median(step: Callable[[], object], device: torch.device, repeats: int) -> float:
     """Return the median seconds of a step over the repeats, after three runs to warm up."""
     times = []
-    for _ in range(case.repeats + 3):
+    for _ in range(repeats + 3):
         began = time.perf_counter()
         step()
-        synchronize(case.target.device)
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[3:])
 
 
-def generate_step(case: Case, **options: Any) -> float:
+def generate_step(target: Target, ids: Tensor, **options: Any) -> float:
     """Return the seconds per token of transformers `generate` without the prefill."""
+    model: Any = target.model
 
     def run(count: int) -> float:
         began = time.perf_counter()
-        case.model.generate(
-            case.ids, attention_mask=torch.ones_like(case.ids), min_new_tokens=count, max_new_tokens=count,
-            do_sample=False, **options,
-        )  # fmt: skip
-        synchronize(case.target.device)
+        limits = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **options)
+        synchronize(target.device)
         return time.perf_counter() - began
 
     run(NEW_TOKENS), run(1)
@@ -255,8 +244,7 @@ def run(args: argparse.Namespace) -> None:
         for batch in args.batch_sizes:
             for context in args.context:
                 harness.say(f"{shape}: batch {batch}, context {context}")
-                ids = torch.randint(target.vocab_size, (batch, context), device=device)
-                times = time_steps(Case(model, target, ids, args.repeats), args.nodes, args.steps, args.heads)
+                times = time_steps(args, target, batch, context)
                 rows += [
                     {"shape": shape, "batch_size": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
                      "vs_weight_read": round(seconds / reading, 3), "weight_read_ms": round(1000 * reading, 4)}

@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from medhead.bench.prompts import encode_prompts, padded, read_prompts
 from medhead.bench.harness import label, machine
+from medhead.bench.prompts import encode_prompts, padded, read_prompts
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate import Parser, guarded

@@ -6,23 +6,8 @@ import random
 import re
 from collections.abc import Callable
 
-NAMES = (
-    "Anna",
-    "Max",
-    "Sara",
-    "Jack",
-    "Emma",
-    "Leo",
-    "Nina",
-    "Paul",
-    "Rosa",
-    "Tim",
-    "Ella",
-    "Ben",
-    "Lucy",
-    "Sam",
-    "Mia",
-)
+NAMES = ("Anna", "Max", "Sara", "Jack", "Emma", "Leo", "Nina", "Paul", "Rosa", "Tim", "Ella", "Ben", "Lucy", "Sam",
+         "Mia")  # fmt: skip
 _LONGEST = 620  # characters of a text, about 150 tokens
 _NAME = re.compile(r"(?<=[a-z] )[A-Z][a-z]{2,}\b")
 
@@ -50,11 +35,6 @@ def shuffled(text: str, rng: random.Random) -> str:
 def repeat(text: str, rng: random.Random) -> tuple[str, str]:
     """Return prompt and answer of the task `repeat`."""
     return f"Repeat this text: {text}", text
-
-
-def repeat_words(text: str, rng: random.Random) -> tuple[str, str]:
-    """Return prompt and answer of `repeat` with words in random order; only for training."""
-    return repeat(shuffled(text, rng), rng)
 
 
 def edit(text: str, rng: random.Random) -> tuple[str, str] | None:
@@ -88,18 +68,15 @@ def summary(text: str, rng: random.Random) -> tuple[str, str] | None:
 
 
 TASKS: dict[str, Callable[[str, random.Random], tuple[str, str] | None]] = {
-    "repeat": repeat,
-    "edit": edit,
-    "retrieval": retrieval,
-    "summary": summary,
-}
+    "repeat": repeat, "edit": edit, "retrieval": retrieval, "summary": summary
+}  # fmt: skip
 
 
 def request(story: str, rng: random.Random, tasks: tuple[str, ...] = ()) -> tuple[str, str, str]:
     """Return a random task with its prompt and answer: one of `tasks`, or for training any of them and shuffled words."""
     text = excerpt(story, rng)
     name = rng.choice(tasks or (*TASKS, "words", "words"))
-    made = repeat_words(text, rng) if name == "words" else TASKS[name](text, rng)
+    made = repeat(shuffled(text, rng), rng) if name == "words" else TASKS[name](text, rng)
     return (name, *made) if made else ("repeat", *repeat(text, rng))
 
 
