@@ -12,8 +12,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from medhead.bench.harness import label, machine
 from medhead.bench.prompts import encode_prompts, padded, read_prompts
-from medhead.bench.report import label, machine
 from medhead.cli.common import Parser, guarded
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
