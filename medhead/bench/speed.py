@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> None:
         raise MedheadError("--tree-sizes needs --heads FOLDER: the trees are those of the first heads")
     dtypes = args.dtypes or (["float32", "bfloat16"] if pick_device(args.device).type == "cpu" else ["bfloat16"])
     targets = [harness.load_target(args, dtype, args.ignore_eos) for dtype in dtypes]
-    prompts = harness.load_prompts(args, targets[0].context)
     methods = [methods_of(args, target, [] if place else args.steps) for place, target in enumerate(targets)]
+    prompts = harness.load_prompts(args, targets[0].context)
     plain = {method.dtype: method for group in methods for method in group if method.name == PLAIN}
     chosen = fastest_dtypes(methods, prompts[:2])
     with harness.progress_bar(len(chosen) * len(prompts) * args.repeats) as bar:
