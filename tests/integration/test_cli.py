@@ -379,8 +379,8 @@ WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
     "generate-data": [
         "",
         "--prompts ./nowhere --output {new}",
-        "--prompts {file} --output {new} --batch 0",
-        "--prompts {file} --output {new} --count many",
+        "--prompts {file} --output {new} --batch-size 0",
+        "--prompts {file} --output {new} --temperatures hot",
         "--prompts {file} --output {new} --colour",
     ],
     "finetune": [
@@ -390,7 +390,7 @@ WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
         "--config ./nowhere.yaml",
         "--batch-size many",
     ],
-    "evaluate": ["--colour", "--count 0", "--nodes 1", "--temperatures -1", "--model ./nowhere"],
+    "evaluate": ["--colour", "--num-prompts 0", "--tree-sizes 1", "--temperatures -1", "--model ./nowhere"],
     "export": [
         "",
         "--heads x --model y --layout eagle3 --output {file}",
