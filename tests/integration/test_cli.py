@@ -393,10 +393,10 @@ WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
     "evaluate": ["--colour", "--num-prompts 0", "--tree-sizes 1", "--temperatures -1", "--model ./nowhere"],
     "export": [
         "",
-        "--heads x --model y --layout eagle3 --output {file}",
-        "--heads x --model y --layout oracle --output {new}",
-        "--heads x --model ./nowhere --layout eagle3 --output {new}",
-        "--heads x --model y --layout eagle3 --output {new} --dtype float7",
+        "--heads x --model y --format eagle3 --output {file}",
+        "--heads x --model y --format oracle --output {new}",
+        "--heads x --model ./nowhere --format eagle3 --output {new}",
+        "--heads x --model y --format eagle3 --output {new} --dtype float7",
     ],
     "tune": ["--colour", "--num-prompts 0", "--batch-sizes many", "--proposer lookahead --heads x", "--model ./nowhere"],
     "datastore": [
