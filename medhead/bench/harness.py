@@ -180,7 +180,7 @@ def report(
         print(f"{title}\n\n{text}")
     if args.output is not None:
         content = {"machine": machine(), "command": f"medhead bench {program}", "options": vars(args), **extra}
-        draw = partial(plot, rows, args.title or title)
+        draw = partial(plot, rows, title)
         line = write_results(args.output, title, text, content | {"results": rows}, f"{program}.png", draw)
         if show:
             say(line)

@@ -130,11 +130,13 @@ def compare_hybrid(rows: list[Row]) -> list[str]:
             elif hybrid["accepted_length"] < best["accepted_length"]:
                 below.append(f"{task} ({against})")
         if total:
-            where = f"is shorter on {', '.join(below)}" if below else "is at least as long on every task"
-            lines.append(
-                f"{condition_name(*condition)}: accepted length of the hybrid{sizes} against its best member {where}; "
-                f"over all tasks {total}"
+            where = (
+                f"below its best member's on {', '.join(below)}"
+                if below
+                else "at least its best member's on every task"
             )
+            name = condition_name(*condition)
+            lines.append(f"{name}: the hybrid's accepted length{sizes} is {where}; over all tasks {total}")
     return lines
 
 

@@ -239,16 +239,16 @@ def test_it_says_where_the_hybrid_loses() -> None:
     rows = synthetic()
     (line,) = compare_hybrid(rows)
     assert line == (
-        "greedy, batch 1: accepted length of the hybrid against its best member is shorter on long "
-        "(3.33 against 4.00 of heads); over all tasks 3.44 against 4.00 of heads"
+        "greedy, batch 1: the hybrid's accepted length is below its best member's on long (3.33 against 4.00 of heads); "
+        "over all tasks 3.44 against 4.00 of heads"
     )
     (line,) = compare_hybrid(
         [row for row in rows if row["task"] == "short"] + totals([r for r in rows if r["task"] == "short"])
     )
-    assert "is at least as long on every task" in line
+    assert "at least its best member's on every task" in line
     assert compare_hybrid([row for row in rows if row["proposer"] != "hybrid"]) == []
     (line,) = compare_hybrid([row | {"tree_size": 64} if row["proposer"] == "hybrid" else row for row in rows])
-    assert "the hybrid (trees of different sizes) against its best member is shorter" in line
+    assert "accepted length (trees of different sizes) is below its best member's" in line
     assert compare_texts(rows).startswith("1 of 6 texts DIFFER")
 
 
