@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_Array = np.ndarray[Any, np.dtype[Any]]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
 _CHUNK_NUMBERS = 2**14  # numbers that take a CPU about as long to make as to start making
@@ -39,13 +40,28 @@ def _mix_(x: Any) -> Any:
     return x
 
 
-def _bits(low: Any, high: Any, rows: Any, positions: Any, tokens: Any) -> Any:
+def _mix_into(x: _Array, scratch: _Array) -> None:
+    """`_mix_` of a numpy array, without allocating."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        np.right_shift(x, shift, out=scratch)
+        np.bitwise_xor(x, scratch, out=x)
+        if factor is not None:
+            np.multiply(x, np.uint32(factor), out=x)
+
+
+def _keys(low: Any, high: Any, rows: Any, positions: Any) -> tuple[Any, Any]:
+    """Return two 32-bit keys for every position, `[batch, n]`."""
+    with np.errstate(over="ignore"):
+        key = _mix_((rows * _GOLDEN + low) & _MASK)
+        key = _mix_((key ^ positions) + high & _MASK)
+        return key, _mix_((key + _GOLDEN) & _MASK)
+
+
+def _bits(low: Tensor, high: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Return 32 random bits for every position and token, `[batch, n, vocab]`."""
-    key = _mix_((rows * _GOLDEN + low) & _MASK)
-    key = _mix_((key ^ positions) + high & _MASK)
-    second = _mix_((key + _GOLDEN) & _MASK)
-    bits = _mix_(tokens ^ key[..., None])
-    return _mix_(bits ^ second[..., None])
+    first, second = _keys(low, high, rows, positions)
+    bits: Tensor = _mix_(_mix_(tokens ^ first[..., None]) ^ second[..., None])
+    return bits
 
 
 def seed_halves(seed: int) -> tuple[int, int]:
@@ -81,16 +97,32 @@ class GumbelNoise:
         if self._host_tokens is None or type(positions) is not Tensor:
             bits = _bits(low, high, rows, positions, self._tokens) >> 9
             return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
-        with np.errstate(over="ignore"):
-            bits = _bits(_uint32(low), _uint32(high), _uint32(rows), _uint32(positions), self._host_tokens)
-        return torch.from_numpy((bits >> np.uint32(9)).view(np.int32)).to(torch.float32).add_(0.5).mul_(2.0**-23)
+        return torch.from_numpy(self._uniform_on_host(*map(_uint32, (low, high, rows, positions))))
+
+    def _uniform_on_host(self, low: _Array, high: _Array, rows: _Array, positions: _Array) -> _Array:
+        """Return the same numbers by numpy's uint32, a position at a time: its working memory stays in the processor's cache."""
+        assert self._host_tokens is not None
+        first, second = (np.broadcast_to(key, positions.shape) for key in _keys(low, high, rows, positions))
+        uniform = np.empty((*positions.shape, len(self._host_tokens)), np.float32)
+        bits, scratch = np.empty_like(self._host_tokens), np.empty_like(self._host_tokens)
+        for place in np.ndindex(positions.shape):
+            np.bitwise_xor(self._host_tokens, first[place], out=bits)
+            _mix_into(bits, scratch)
+            np.bitwise_xor(bits, second[place], out=bits)
+            _mix_into(bits, scratch)
+            np.right_shift(bits, 9, out=bits)
+            row = uniform[place]
+            row[...] = bits.view(np.int32)
+            row += np.float32(0.5)
+            row *= np.float32(2.0**-23)
+        return uniform
 
     def gumbel(self, seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Return standard Gumbel noise, `[batch, n, vocab]` float32; the arguments are those of `uniform`."""
         return self.uniform(seeds, rows, positions).log_().neg_().log_().neg_()
 
 
-def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
+def _uint32(values: Tensor) -> _Array:
     return values.numpy().astype(np.uint32)
 
 

@@ -18,9 +18,8 @@ from medhead.heads.draft_cache import LazyDraftCache
 from medhead.heads.output_head import OutputHead, shared_output_head
 from medhead.model.packed_linear import fits
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
-from medhead.proposers.candidates import Candidates, compile_loops
+from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
-from medhead.proposers.native_growth import NativeGrowth, native_growth
 from medhead.proposers.static_tree import StaticShape
 
 if TYPE_CHECKING:
@@ -51,7 +50,6 @@ class HeadsProposer(Proposer):
         least: probability of the likeliest path, in the mean of the rows, below which heads look no further when they name
             candidates for trees of several proposers, on a CPU; None follows what a level of heads costs beside a token, and
             is 0 where `tree_size` is given.
-        native: guess with compiled loops (`native_growth`) when there is one row; None where they are there and faster.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -72,7 +70,6 @@ class HeadsProposer(Proposer):
         rank_by_noise: bool = True,
         sharpness: float = 1.5,
         least: float | None = None,
-        native: bool | None = None,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -106,18 +103,11 @@ class HeadsProposer(Proposer):
         wanted_packed = fits(self.output_head.packable_bytes) if target.packed is None else target.packed
         if wanted_packed and target.device.type == "cpu":
             self.output_head.pack()
-        self._native: NativeGrowth | None = None
-        if self.shape is None:
-            self._native = native_growth(self.output_head, self.width, self.branching, wanted, native)
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Look again at how weights are multiplied: the number of threads may have changed."""
         self.output_head.recheck()
-        if self._native is not None:
-            self._native.refresh()  # other rows may leave
-        if len(texts) == 1:
-            self._choose(target)
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:
         """Return storage for heads that look back at the text."""
@@ -129,11 +119,6 @@ class HeadsProposer(Proposer):
 
     def _embed_next(self, tokens: Tensor) -> Tensor:
         return self.output_head.token(tokens, 0)
-
-    def warmup(self, target: Target, rows: int) -> None:
-        """Choose the faster way of guessing for one row; the first time, loops are compiled."""
-        compile_loops()
-        self._choose(target)
 
     def on_prefill(
         self, draft_cache: LazyDraftCache | None, texts: list[list[int]], features: Tensor, start: int
@@ -171,8 +156,6 @@ class HeadsProposer(Proposer):
             return TokenTree.root(state.roots)
         if self.shape is not None:
             return self.shape.fill(state.roots, self._expander(state, self.shape.widest, depth), depth)
-        if not state.fixed and self._natively(state):
-            return self._grown_natively(state, depth, self.tree_size, 0.0).best(state.roots, self.tree_size)
         expander = self._expander(state, min(self.branching, self.tree_size - 1), depth)
         return grow_tree(state.roots, expander, self.tree_size, depth, self.width, not state.fixed)
 
@@ -205,36 +188,10 @@ class HeadsProposer(Proposer):
 
     def _grown(self, state: DecodeState, depth: int) -> Candidates:
         nodes = self.tree_size if self._sized else None
-        if self._natively(state):
-            return self._grown_natively(state, depth, nodes, self.least)
         if len(state.roots) == 1 and state.draft_cache is None and depth == self.max_depth and state.target.compiles:
             return self._grown_compiled(state, depth)
         expander = self._expander(state, self.branching, depth)
         return grow(state.roots, expander, depth, self.width, nodes, least=self.least)
-
-    def _natively(self, state: DecodeState) -> bool:
-        native = self._native
-        return native is not None and len(state.roots) == 1 and native.pays
-
-    def _grown_natively(self, state: DecodeState, depth: int, nodes: int | None, least: float) -> Candidates:
-        assert self._native is not None
-        noise, sharpness = self._ranking(state)
-        scale = sharpness if noise is None else 1 / float(state.temperature)
-        return self._native.grow(int(state.roots), state.features, depth, scale, noise, nodes, least)
-
-    def _choose(self, target: Target) -> None:
-        """Measure which way of growing is faster, where nobody has. Packed copies are given back if loops are."""
-        if self._native is None:
-            return
-        roots = torch.zeros(1, dtype=torch.long, device=target.device)
-        state = DecodeState(target, [[0]], roots, torch.zeros(1, self.heads.feature_size, device=target.device))
-        depth, expander = self.max_depth, self._expander(state, self.branching, self.max_depth)
-        measured = self._native.compare(
-            lambda: grow(roots, expander, depth, self.width, self.tree_size),
-            lambda: self._grown_natively(state, depth, self.tree_size, 0.0),
-        )
-        if measured and self._native.pays:
-            self.output_head.free()
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
         """The same as one compiled function, which always looks as deep as it can."""

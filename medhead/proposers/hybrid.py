@@ -25,7 +25,7 @@ from medhead.proposers.base import (
     register_proposer,
 )
 from medhead.proposers.calibration import Calibration
-from medhead.proposers.candidates import Candidates, compile_loops, merge
+from medhead.proposers.candidates import Candidates, merge
 from medhead.scheduling.cost_model import CostModel, costs_batch, costs_of, known_costs
 from medhead.scheduling.tree_size import TreeSizeController
 
@@ -290,7 +290,6 @@ class HybridProposer(Proposer):
     def warmup(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
-        compile_loops()
         for member in self.members:
             member.warmup(target, rows)
         if self.adapts:
