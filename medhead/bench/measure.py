@@ -242,9 +242,9 @@ def warm_up(methods: list[Method], prompts: Prompts, batch_size: int = 1, **chan
 
 def profiled(decoder: Decoder) -> Decoder | None:
     """Return a decoder of the same target and proposer that times the parts of its steps; None for captured steps."""
-    if decoder.plans is not None:
+    if decoder.graphs is not None:
         return None
-    return Decoder(decoder.compiled_target or decoder.target, decoder.proposer)
+    return Decoder(decoder.compiled_target or decoder.target, decoder.proposer, profile=True)
 
 
 def _profile(result: MethodResult, method: Method, batches: list[Prompts]) -> None:
@@ -258,7 +258,7 @@ def _profile(result: MethodResult, method: Method, batches: list[Prompts]) -> No
         answer(decoder, batch, seed=method.seed, **method.arguments)
         result.profiled_steps += decoder.statistics.steps
         for part in PARTS:
-            result.parts[part] += getattr(decoder.statistics.times, part)
+            result.parts[part] += getattr(decoder.statistics.times, part, 0.0)
 
 
 def _measure_memory(result: MethodResult, method: Method, batch: Prompts) -> None:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "numba": "cpu", "prometheus_client": "app",
+    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
     "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
@@ -206,9 +206,9 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         say(f"{folder} adapts the model itself: the text is the adapted model's")
     given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
     decoder = Decoder(model, proposer, heads=heads, **given)
-    for compiler in (decoder.plans, decoder.compiled_target):
+    for compiler in (decoder.graphs, decoder.compiled_target):
         if compiler is not None:
-            compiler.say = say
+            compiler.on_progress = say
     return decoder
 
 

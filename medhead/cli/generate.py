@@ -147,7 +147,7 @@ def statistics_line(decoder: Decoder) -> str:
     """Return one line about the last generation."""
     s, proposer = decoder.statistics, decoder.proposer
     up_to = "up to " if getattr(proposer, "adapts", False) else ""
-    way = decoder.plans.way if decoder.plans is not None and s.times.whole else ""
+    way = decoder.graphs.backend if decoder.graphs is not None and s.captured_steps else ""
     step = f", step {way}" if way else ", compiled pass" if decoder.compiled_target is not None else ""
     return (
         f"[{proposer.name}, {up_to}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "
