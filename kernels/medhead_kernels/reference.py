@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the form that every other backend is tested against, and the only one with every option."""
+"""Attention in plain PyTorch with every option; all other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
-    """Masked attention with a float32 softmax.
+    """Compute masked attention with a float32 softmax.
 
     Args:
         query: `[batch, heads, nodes, dim]`.
-        key: `[batch, key_heads, keys, dim]`; each key head serves `heads / key_heads` query heads.
-        value: `[batch, key_heads, keys, value_dim]`.
+        key: `[batch, kv_heads, keys, dim]`; each serves `heads / kv_heads` query heads.
+        value: `[batch, kv_heads, keys, value_dim]`.
         bias: added to the scores, `[batch, 1 or heads, nodes, keys]`; the lowest number of its type hides a key.
         scale: factor of the scores.
         softcap: scores become `softcap * tanh(scores / softcap)` before the bias (Gemma 2).
@@ -37,8 +37,8 @@ def attention(
     if bias is not None:
         scores = scores + bias.float()
     if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        extra = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2)
