@@ -32,7 +32,8 @@ def find_layout(model: Any) -> CacheLayout:
         raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {reason}") from error
     finally:
         model.train(training)
-    if getattr(used, argument, None) is not cache:
+    returned: Any = getattr(used, argument, None)
+    if returned is not cache:
         raise UnsupportedTargetError(
             f"{name} is a recurrent model with a state of its own instead of a key/value cache; "
             "medhead cannot verify trees with it yet"
