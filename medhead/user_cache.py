@@ -63,16 +63,11 @@ def read(file: Path, parse: Callable[[Any], T], consequence: str) -> T | None:
         consequence: what happens without the file, for the warning.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        return parse(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        warnings.warn(f"{file} cannot be read ({error}); {consequence}", stacklevel=3)
-        return None
-    try:
-        return parse(json.loads(text))
-    except (ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{file} is damaged ({error}); {consequence}", stacklevel=3)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"{file} cannot be read or is damaged ({error}); {consequence}", stacklevel=3)
         return None
 
 

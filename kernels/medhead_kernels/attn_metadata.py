@@ -61,17 +61,30 @@ class TreeMetadata:
 
     def bias(self, columns: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """Return the dense additive mask `[batch, 1, nodes, columns]`: 0 where visible, else the lowest number."""
-        batch, nodes, device = self.lengths.shape[0], self.nodes, self.lengths.device
-        lengths = self.lengths.long()[:, None]
-        column = torch.arange(columns, device=device)
-        visible = (column < lengths)[:, None].repeat(1, nodes, 1)
-        node_columns = (lengths + torch.arange(nodes, device=device))[:, None]  # [batch, 1, nodes]
-        visible.scatter_(2, node_columns.expand(batch, nodes, nodes), self.visible.expand(batch, nodes, nodes))
+        visible = visible_keys(self.lengths.long(), self.visible, columns)
         if window is not None:
-            query_position = lengths + self.depth.expand(batch, nodes)
-            key_position = column.repeat(batch, 1).scatter_(1, node_columns[:, 0], query_position)
-            visible &= key_position[:, None] > query_position[..., None] - window
+            queries, keys = positions(self.lengths.long(), self.depth, columns)
+            visible &= keys[:, None] > queries[..., None] - window
         return additive_mask(visible, dtype)[:, None]
+
+
+def visible_keys(lengths: Tensor, tree: Tensor, columns: int) -> Tensor:
+    """Return `[batch, nodes, columns]` bool: the column is in the row's prefix, or `tree` shows its node to the node.
+
+    `lengths` is `[batch]` int64, `tree` `[batch or 1, nodes, nodes]` bool.
+    """
+    batch, nodes = lengths.shape[0], tree.shape[1]  # `len` would fix the batch size of a traced pass
+    visible = (torch.arange(columns, device=tree.device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
+    node_columns = lengths[:, None, None] + torch.arange(nodes, device=tree.device)
+    return visible.scatter_(2, node_columns.expand(batch, nodes, nodes), tree.expand(batch, nodes, nodes))
+
+
+def positions(lengths: Tensor, depth: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of the nodes `[batch, nodes]` and of all key columns `[batch, columns]`."""
+    queries = lengths[:, None] + depth
+    node_columns = lengths[:, None] + torch.arange(depth.shape[1], device=depth.device)
+    keys = torch.arange(columns, device=depth.device).repeat(queries.shape[0], 1)
+    return queries, keys.scatter_(1, node_columns.expand_as(queries), queries)
 
 
 def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from medhead_kernels import reference, sdpa
+from medhead_kernels import flash, reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
 MAX_NODES = 256  # of a tree, for triton and flash
@@ -24,25 +24,14 @@ class BackendError(ValueError):
 
 @dataclass(frozen=True)
 class AttnSpec:
-    """What a layer requires of a backend.
+    """What a layer requires of a backend."""
 
-    Attributes:
-        device: type of device, `cpu` or `cuda`.
-        dtype: of queries, keys and values.
-        head_dim: head size of queries and keys.
-        value_dim: head size of values.
-        nodes: number of tree nodes.
-        window: whether a sliding window hides keys.
-        softcap: whether scores are soft-capped.
-        sinks: whether heads have sinks.
-    """
-
-    device: str
+    device: str  # type of device, `cpu` or `cuda`
     dtype: torch.dtype
-    head_dim: int
+    head_dim: int  # of queries and keys
     value_dim: int
     nodes: int = 1
-    window: bool = False
+    window: bool = False  # whether a sliding window hides keys
     softcap: bool = False
     sinks: bool = False
 
@@ -53,126 +42,106 @@ class AttnSpec:
         return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], query.shape[2], *options)
 
 
-class Backend(ABC):
+@dataclass
+class Backend:
     """Attention of tree nodes over a key/value cache.
 
     Attributes:
         name: value of the option `attention` that selects it.
-        needs_dense_mask: whether it reads a mask of nodes by keys.
+        attention: maps queries `[batch, heads, nodes, head_dim]`, keys `[batch, kv_heads, columns, head_dim]` and values
+            `[batch, kv_heads, columns, value_dim]` (views into the cache) to `[batch, nodes, heads, value_dim]` of the
+            query's dtype; every node sees its row's prefix and its own ancestors.
+        unsupported_reason: returns why a spec is not supported, or None when it is.
+        needs_dense_mask: whether `attention` builds a mask of nodes by keys.
     """
 
     name: str
-    needs_dense_mask = False
-
-    @abstractmethod
-    def unsupported_reason(self, spec: AttnSpec) -> str | None:
-        """Return why the backend does not support `spec`, or None when it does."""
-
-    @abstractmethod
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-        """Compute attention of every node over its row's prefix and its own ancestors.
-
-        Args:
-            query: `[batch, heads, nodes, head_dim]`.
-            key: `[batch, kv_heads, columns, head_dim]`, a view into the cache.
-            value: `[batch, kv_heads, columns, value_dim]`.
-            tree: lengths, ancestors and depths.
-            params: scale, window, soft-capping, sinks.
-
-        Returns:
-            `[batch, nodes, heads, value_dim]` of the query's dtype.
-        """
+    attention: Callable[[Tensor, Tensor, Tensor, TreeMetadata, AttnParams], Tensor]
+    unsupported_reason: Callable[[AttnSpec], str | None]
+    needs_dense_mask: bool = False
 
 
-class Reference(Backend):
-    """Plain PyTorch with a dense mask."""
-
-    name, needs_dense_mask = "reference", True
-
-    def unsupported_reason(self, spec: AttnSpec) -> str | None:
-        """Return None: every option is supported."""
-        return None
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-        """See `Backend.attention`."""
-        bias = tree.bias(key.shape[2], params.window, torch.float32)
-        return reference.attention(query, key, value, bias, params.scale, params.softcap, params.sinks)
+def _reference(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    bias = tree.bias(key.shape[2], params.window, torch.float32)
+    return reference.attention(query, key, value, bias, params.scale, params.softcap, params.sinks)
 
 
-class Sdpa(Backend):
-    """PyTorch's scaled_dot_product_attention with a dense mask."""
-
-    name, needs_dense_mask = "sdpa", True
-
-    def unsupported_reason(self, spec: AttnSpec) -> str | None:
-        """Return a reason for soft-capping and sinks."""
-        return _unsupported_option(spec, window=True)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-        """See `Backend.attention`."""
-        return sdpa.attention(query, key, value, tree.bias(key.shape[2], params.window, query.dtype), params.scale)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    return sdpa.attention(query, key, value, tree.bias(key.shape[2], params.window, query.dtype), params.scale)
 
 
-class Triton(Backend):
-    """One split-KV kernel over prefix and tree."""
+def _triton(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    from medhead_kernels import ops, tree_attention
 
-    name = "triton"
-
-    def unsupported_reason(self, spec: AttnSpec) -> str | None:
-        """Return a reason without Triton or a CUDA device, for heads larger than 256 and for more than 256 nodes."""
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
-        if torch.version.hip is not None:
-            return "it supports CUDA, not ROCm"
-        if spec.device != "cuda" and not triton_is_interpreted():
-            return f"it needs a CUDA device, not {spec.device} (TRITON_INTERPRET=1 runs it on a CPU, very slowly)"
-        if spec.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 or later)"
-        if spec.dtype not in (*HALF_DTYPES, torch.float32):
-            return f"it supports bfloat16, float16 and float32, not {_dtype_name(spec.dtype)}"
-        if max(spec.head_dim, spec.value_dim) > 256:
-            return f"it supports head sizes up to 256, not {max(spec.head_dim, spec.value_dim)}"
-        return _too_many_nodes(spec)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-        """See `Backend.attention`."""
-        from medhead_kernels import ops, tree_attention
-
-        if not tree.host_lengths:  # a captured step
-            return ops.attention(query, key, value, tree, params)
-        with torch.cuda.device_of(query):
-            return tree_attention.attention(query, key, value, tree, params)
+    if not tree.host_lengths:  # a captured step
+        return ops.attention(query, key, value, tree, params)
+    with torch.cuda.device_of(query):
+        return tree_attention.attention(query, key, value, tree, params)
 
 
-class Flash(Backend):
-    """A flash kernel over the prefix (flash-attn's or PyTorch's), merged with attention inside the tree."""
-
-    name = "flash"
-
-    def unsupported_reason(self, spec: AttnSpec) -> str | None:
-        """Return a reason for windows, unequal head sizes and, on CUDA, for other types than bfloat16 and float16."""
-        from medhead_kernels.flash import flash_attn_installed
-
-        on_cuda = spec.device == "cuda"
-        if spec.device not in ("cpu", "cuda"):
-            return f"PyTorch has a flash kernel for cpu and cuda, not for {spec.device}"
-        if on_cuda and spec.dtype not in HALF_DTYPES:
-            return f"flash kernels support bfloat16 and float16, not {_dtype_name(spec.dtype)}"
-        if spec.head_dim != spec.value_dim:
-            return f"keys and values must have one head size, not {spec.head_dim} and {spec.value_dim}"
-        if on_cuda and (spec.head_dim > 256 or spec.head_dim % 8):
-            return f"flash kernels support head sizes up to 256 in steps of 8, not {spec.head_dim}"
-        softcap = on_cuda and flash_attn_installed()
-        return _unsupported_option(spec, softcap=softcap, sinks=True) or _too_many_nodes(spec)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-        """See `Backend.attention`."""
-        from medhead_kernels import flash
-
-        return flash.attention(query, key, value, tree, params)
+def _triton_unsupported(spec: AttnSpec) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "it supports CUDA, not ROCm"
+    if spec.device != "cuda" and not triton_is_interpreted():
+        return f"it needs a CUDA device, not {spec.device} (TRITON_INTERPRET=1 runs it on a CPU, very slowly)"
+    if spec.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 or later)"
+    if spec.dtype not in (*HALF_DTYPES, torch.float32):
+        return f"it supports bfloat16, float16 and float32, not {_dtype_name(spec.dtype)}"
+    if max(spec.head_dim, spec.value_dim) > 256:
+        return f"it supports head sizes up to 256, not {max(spec.head_dim, spec.value_dim)}"
+    return _too_many_nodes(spec)
 
 
-BACKENDS: dict[str, Backend] = {backend.name: backend for backend in (Sdpa(), Reference(), Triton(), Flash())}
+def _flash_unsupported(spec: AttnSpec) -> str | None:
+    on_cuda = spec.device == "cuda"
+    if spec.device not in ("cpu", "cuda"):
+        return f"PyTorch has a flash kernel for cpu and cuda, not for {spec.device}"
+    if on_cuda and spec.dtype not in HALF_DTYPES:
+        return f"flash kernels support bfloat16 and float16, not {_dtype_name(spec.dtype)}"
+    if spec.head_dim != spec.value_dim:
+        return f"keys and values must have one head size, not {spec.head_dim} and {spec.value_dim}"
+    if on_cuda and (spec.head_dim > 256 or spec.head_dim % 8):
+        return f"flash kernels support head sizes up to 256 in steps of 8, not {spec.head_dim}"
+    softcap = on_cuda and flash.flash_attn_installed()
+    return _unsupported_option(spec, softcap=softcap, sinks=True) or _too_many_nodes(spec)
+
+
+def _unsupported_option(spec: AttnSpec, window: bool = False, softcap: bool = False, sinks: bool = False) -> str | None:
+    """Return a reason for the first option that `spec` requires and the backend lacks."""
+    for required, supported, option in (
+        (spec.window, window, "a sliding window"),
+        (spec.softcap, softcap, "soft-capping"),
+        (spec.sinks, sinks, "attention sinks"),
+    ):
+        if required and not supported:
+            return f"it does not support {option}"
+    return None
+
+
+def _too_many_nodes(spec: AttnSpec) -> str | None:
+    return f"it supports up to {MAX_NODES} nodes, not {spec.nodes}" if spec.nodes > MAX_NODES else None
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def triton_is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was imported."""
+    from medhead_kernels import tree_attention
+
+    return tree_attention.is_interpreted()
+
+
+BACKENDS = {
+    "sdpa": Backend("sdpa", _sdpa, lambda spec: _unsupported_option(spec, window=True), needs_dense_mask=True),
+    "reference": Backend("reference", _reference, lambda spec: None, needs_dense_mask=True),
+    "triton": Backend("triton", _triton, _triton_unsupported),
+    "flash": Backend("flash", flash.attention, _flash_unsupported),
+}
 
 
 def select_backend(name: str, specs: list[AttnSpec]) -> Backend:
@@ -203,30 +172,3 @@ def select_backend(name: str, specs: list[AttnSpec]) -> Backend:
 def cached_unsupported_reason(name: str, spec: AttnSpec) -> str | None:
     """Return `unsupported_reason` of a backend from a cache, for every layer of every pass."""
     return BACKENDS[name].unsupported_reason(replace(spec, nodes=1) if spec.nodes <= MAX_NODES else spec)
-
-
-def _unsupported_option(spec: AttnSpec, window: bool = False, softcap: bool = False, sinks: bool = False) -> str | None:
-    """Return a reason for the first option that `spec` requires and the backend lacks."""
-    for required, supported, option in (
-        (spec.window, window, "a sliding window"),
-        (spec.softcap, softcap, "soft-capping"),
-        (spec.sinks, sinks, "attention sinks"),
-    ):
-        if required and not supported:
-            return f"it does not support {option}"
-    return None
-
-
-def _too_many_nodes(spec: AttnSpec) -> str | None:
-    return f"it supports up to {MAX_NODES} nodes, not {spec.nodes}" if spec.nodes > MAX_NODES else None
-
-
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def triton_is_interpreted() -> bool:
-    """Whether TRITON_INTERPRET=1 was set when Triton was imported."""
-    from medhead_kernels import tree_attention
-
-    return tree_attention.is_interpreted()

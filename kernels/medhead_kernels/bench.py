@@ -43,24 +43,14 @@ the same device, measured in the same run (bytes read plus bytes written).
 
 @dataclass(frozen=True)
 class AttnShape:
-    """Sizes of one measurement.
+    """Sizes of one measurement."""
 
-    Attributes:
-        context: committed tokens of every row.
-        nodes: nodes of the tree.
-        group: query heads per KV head.
-        batch: rows.
-        kv_heads: key/value heads.
-        dim: head size.
-        dtype: name of the dtype.
-    """
-
-    context: int
+    context: int  # committed tokens of every row
     nodes: int
-    group: int
+    group: int  # query heads per KV head
     batch: int
     kv_heads: int
-    dim: int
+    dim: int  # head size
     dtype: str
 
     @property

@@ -21,25 +21,15 @@ SHARED_MEMORY_KIB = {80: 163, 90: 227}  # limit of one block by compute capabili
 
 @dataclass(frozen=True)
 class KernelVariant:
-    """One kernel with its compile-time values.
-
-    Attributes:
-        name: shown in the report.
-        kernel: the Triton function.
-        pointers: element type of every pointer argument.
-        constants: compile-time values.
-        floats: float arguments; all others are 32-bit integers.
-        int64s: 64-bit integer arguments (strides of large buffers).
-        options: warps and stages.
-    """
+    """One kernel with its compile-time values."""
 
     name: str
     kernel: Any
-    pointers: dict[str, str]
+    pointers: dict[str, str]  # element type of every pointer argument
     constants: dict[str, Any]
-    floats: tuple[str, ...] = ()
-    int64s: tuple[str, ...] = ()
-    options: dict[str, int] = field(default_factory=dict)
+    floats: tuple[str, ...] = ()  # float arguments; all others are 32-bit integers
+    int64s: tuple[str, ...] = ()  # 64-bit integer arguments (strides of large buffers)
+    options: dict[str, int] = field(default_factory=dict)  # warps and stages
 
     def compile(self, capability: int) -> Any:
         """Return the kernel compiled for `sm_<capability>`."""
@@ -65,12 +55,7 @@ class KernelVariant:
 
 
 def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[KernelVariant]:
-    """Yield every kernel in every variant that is launched.
-
-    Args:
-        large_smem: as in `tile_for`.
-        quick: yield two dtypes, one head size and one variant only.
-    """
+    """Yield every kernel in every variant that is launched; `quick` yields two dtypes, one head size and one variant."""
     from medhead_kernels import commit
     from medhead_kernels import tree_attention as attention
 

@@ -17,7 +17,7 @@ from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
-    """Compute tree attention; arguments and result as in `Backend.attention`, without a window."""
+    """Compute tree attention; arguments and result as in `Backend`, without a window."""
     batch, heads, nodes, _ = query.shape
     kv_heads = key.shape[1]
     group = heads // kv_heads
@@ -80,16 +80,9 @@ def _prefix_by_flash_attn(
     """Use flash-attn 2, which reads lengths on the device and splits long prefixes over the multiprocessors."""
     from flash_attn import flash_attn_with_kvcache  # type: ignore[import-not-found,unused-ignore]
 
-    out, lse = flash_attn_with_kvcache(
-        packed.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        cache_seqlens=tree.lengths,
-        softmax_scale=params.scale,
-        causal=False,
-        softcap=params.softcap or 0.0,
-        return_softmax_lse=True,
-    )
+    query, keys, values = (tensor.transpose(1, 2) for tensor in (packed, key, value))
+    options = {"softmax_scale": params.scale, "softcap": params.softcap or 0.0, "return_softmax_lse": True}
+    out, lse = flash_attn_with_kvcache(query, keys, values, cache_seqlens=tree.lengths, causal=False, **options)
     empty = (tree.lengths == 0)[:, None, None]  # flash-attn returns +inf for an empty prefix
     out = out.transpose(1, 2).masked_fill(empty[..., None], 0.0)
     return out, lse[:, :, : packed.shape[2]].masked_fill(empty, float("-inf"))

@@ -14,18 +14,9 @@ from medhead_kernels.attn_metadata import TreeMetadata
 def prepare(
     query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, scale: float, compiled: bool = True
 ) -> Callable[[], Tensor]:
-    """Return a function that runs FlexAttention; the block mask is built here, outside of the measured time.
+    """Return a function that runs FlexAttention; shapes as in `Backend`. The block mask is built here, outside the timing.
 
-    Args:
-        query: `[batch, heads, nodes, dim]`.
-        key: `[batch, kv_heads, columns, dim]`.
-        value: `[batch, kv_heads, columns, dim]`.
-        tree: lengths and ancestors.
-        scale: factor of the scores.
-        compiled: use torch.compile; without it the function is slow and needs no compiler.
-
-    Returns:
-        A function that returns `[batch, nodes, heads, dim]`.
+    Without `compiled` (torch.compile) the function is slow and needs no compiler.
     """
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 

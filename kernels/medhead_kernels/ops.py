@@ -17,18 +17,8 @@ def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, par
 
 
 @torch.library.custom_op("medhead::tree_attention", mutates_args=())
-def _attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    lengths: Tensor,
-    ancestor_bitmask: Tensor,
-    depth: Tensor,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-    sinks: Tensor | None,
-) -> Tensor:
+def _attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, ancestor_bitmask: Tensor, depth: Tensor,
+               scale: float, window: int | None, softcap: float | None, sinks: Tensor | None) -> Tensor:  # fmt: skip
     tree, params = TreeMetadata(lengths, (), ancestor_bitmask, depth), AttnParams(scale, window, softcap, sinks)
     with torch.cuda.device_of(query):
         return tree_attention.attention(query, key, value, tree, params)

@@ -119,16 +119,7 @@ class PackGroup:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Compute `torch.nn.functional.linear`, transposed where that is faster for the number of rows; keep no copy.
-
-    Args:
-        x: `[..., size]`.
-        weight: `[out, size]`.
-        bias: `[out]`, or None.
-
-    Returns:
-        `[..., out]`, contiguous.
-    """
+    """Compute `F.linear` of `[..., size]` and `[out, size]`, transposed where that is faster; the result is contiguous."""
     rows = x.numel() // x.shape[-1]
     eligible = 1 < rows <= MAX_ROWS and x.dtype == torch.float32 and x.device.type == "cpu"
     if eligible and fastest_method(weight, _bucket(rows), False) == "transposed":
@@ -158,13 +149,7 @@ def can_pack(weight: Tensor) -> bool:
 
 
 def fastest_method(weight: Tensor, bucket: int, allow_packed: bool) -> str:
-    """Return the fastest method for a weight: `linear`, `transposed` or `packed`.
-
-    Args:
-        weight: `[out, size]`.
-        bucket: 0 for one row, 1 for up to 8 rows, 2 for more.
-        allow_packed: whether a packed copy may be made.
-    """
+    """Return the fastest method for a weight and a bucket of row counts: `linear`, `transposed` or `packed`."""
     if weight.numel() < MIN_ELEMENTS:
         return "linear"
     seconds = measure(*weight.shape, weight.dtype, bucket, torch.get_num_threads())
@@ -173,6 +158,7 @@ def fastest_method(weight: Tensor, bucket: int, allow_packed: bool) -> str:
 
 
 def _bucket(rows: int) -> int:
+    """Return the bucket of a number of rows: 0 for one row, 1 for up to 8 rows, 2 for more."""
     return 0 if rows == 1 else 1 if rows <= 8 else 2
 
 

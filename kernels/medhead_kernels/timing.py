@@ -14,14 +14,8 @@ CACHE_BYTES = 256 << 20  # more than the L2 cache of any current GPU
 def time_call(call: Callable[[], object], device: str, seconds: float = 0.1, min_runs: int = 5) -> float:
     """Return the seconds of one call: the median on a GPU, the minimum on a CPU.
 
-    On CUDA the call is captured in a graph where possible, which excludes the launch overhead of Python, and the L2 cache
-    is overwritten before every run, as the rest of a model does between two layers.
-
-    Args:
-        call: what to time.
-        device: `cuda` or `cpu`.
-        seconds: approximate duration of the measurement.
-        min_runs: minimum number of runs.
+    The measurement takes about `seconds`. On CUDA the call is captured in a graph where possible, which excludes the launch
+    overhead of Python, and the L2 cache is overwritten before every run, as the rest of a model does between two layers.
     """
     for _ in range(2):  # compile and allocate
         call()

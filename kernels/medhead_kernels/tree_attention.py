@@ -221,16 +221,8 @@ def attention(
 ) -> Tensor:
     """Compute attention of every node over its row's committed prefix and its own ancestors.
 
-    Args:
-        query: `[batch, heads, nodes, dim]`, 1 to 256 nodes.
-        key: `[batch, kv_heads, columns, dim]`, a view into the cache. Columns after a row's nodes are not read.
-        value: `[batch, kv_heads, columns, value_dim]`.
-        tree: lengths (read on the device), ancestors and depths; `length + nodes <= columns`.
-        params: scale, window, soft-capping, sinks.
-        splits: number of pieces of the keys; None derives it from shapes and device.
-
-    Returns:
-        `[batch, nodes, heads, value_dim]` of the query's dtype.
+    Shapes are those of `Backend`, with at most 256 nodes and `length + nodes <= columns`; columns after a row's nodes are
+    not read. `splits` is the number of pieces of the keys; None derives it from shapes and device.
     """
     batch, heads, nodes, dim = query.shape
     kv_heads, columns, value_dim = key.shape[1], key.shape[2], value.shape[3]

@@ -28,23 +28,14 @@ Match = tuple[int, int]  # position of a token, and the number of tokens up to i
 
 @dataclass(frozen=True)
 class DatastoreInfo:
-    """Content of `datastore.json`.
+    """Content of `datastore.json`."""
 
-    Attributes:
-        format: name and version of the layout.
-        tokens: length of `tokens.npy`, separators included.
-        positions: length of `order.npy`.
-        documents: number of documents.
-        vocab_size: size of the vocabulary, also the id of the separator.
-        fingerprint: of the tokenizer's vocabulary, see `vocabulary_fingerprint`.
-    """
-
-    format: str
-    tokens: int
-    positions: int
+    format: str  # name and version of the layout
+    tokens: int  # length of `tokens.npy`, separators included
+    positions: int  # length of `order.npy`
     documents: int
-    vocab_size: int
-    fingerprint: str
+    vocab_size: int  # of the tokenizer; also the id of the separator
+    fingerprint: str  # see `vocabulary_fingerprint`
 
     def to_json(self) -> str:
         """Return the content of the file."""
@@ -95,12 +86,9 @@ class Datastore:
         return None if token == self.info.vocab_size else token
 
     def find_matches(self, text: list[int], max_context: int, count: int) -> list[Match]:
-        """Return the positions that share the longest context with the end of a text, longest first, at least one token.
+        """Return up to `count` positions that share the longest context with the end of a text, longest first.
 
-        Args:
-            text: token ids.
-            max_context: maximum number of tokens to compare, at most `MAX_CONTEXT`.
-            count: maximum number of matches.
+        At most `max_context` and `MAX_CONTEXT` tokens are compared; every match shares at least one.
         """
         tail = text[: -min(max_context, MAX_CONTEXT) - 1 : -1]
         middle = self._insertion_index(tail)
@@ -145,10 +133,7 @@ def read_info(folder: Path) -> DatastoreInfo:
 def check_vocabulary(store: Datastore, vocab_size: int | None, tokenizer: Any = None) -> None:
     """Check that a datastore was built with the target's tokenizer.
 
-    Args:
-        store: the datastore.
-        vocab_size: rows of the target's output matrix, which may exceed the vocabulary a little; None if unknown.
-        tokenizer: the target's tokenizer, or None.
+    `vocab_size` is the number of rows of the target's output matrix, which may exceed the vocabulary a little.
 
     Raises:
         MedheadError: the vocabularies differ.

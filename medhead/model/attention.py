@@ -31,7 +31,7 @@ from transformers.masking_utils import (
 )
 
 from medhead_kernels import reference, sdpa
-from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask
+from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
 from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
 
 NAME = "medhead"
@@ -103,31 +103,21 @@ class TreePass:
 
     def _visible_keys(self, device: torch.device) -> Tensor:
         """Return `[batch or 1, nodes, keys]`: the key is in the row's prefix, or is the node or its ancestor."""
-        nodes, tree = self.nodes, self.visible
+        tree = self.visible
         if tree is None:
-            tree = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()[None]
-        tree = tree.to(device)
+            tree = torch.ones(self.nodes, self.nodes, dtype=torch.bool, device=device).tril()[None]
         if self.lengths is None:
-            return torch.nn.functional.pad(tree, (self.max_length, 0), value=True)
-        lengths = self.lengths.to(device)
-        visible = (torch.arange(self.num_keys, device=device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
-        columns = lengths[:, None, None] + torch.arange(nodes, device=device)
-        tree = tree.expand(lengths.shape[0], nodes, nodes)  # `len` would fix the batch size of a traced pass
-        return visible.scatter_(2, columns.expand_as(tree), tree)
+            return torch.nn.functional.pad(tree.to(device), (self.max_length, 0), value=True)
+        return visible_keys(self.lengths.to(device), tree.to(device), self.num_keys)
 
     def _allowed_keys(self, mask_function: Callable, device: torch.device) -> Tensor:
         """Evaluate a layer's mask function on positions: `[batch or 1, nodes, keys]`."""
         lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
-        lengths = lengths.to(device)[:, None]
-        queries = lengths + self.depth.to(device)  # [batch, nodes]
-        batch = queries.shape[0]
-        keys = torch.arange(self.num_keys, device=device).repeat(batch, 1)
-        columns = (lengths + torch.arange(self.nodes, device=device)).expand(batch, -1)
-        keys.scatter_(1, columns, queries.expand(batch, -1))
-        rows = torch.arange(batch, device=device)[:, None, None, None]
+        queries, keys = positions(lengths.to(device), self.depth.to(device), self.num_keys)
+        rows = torch.arange(queries.shape[0], device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
         allowed = mask_function(rows, head, queries[:, None, :, None], keys[:, None, None, :])
-        return allowed.expand(batch, 1, self.nodes, self.num_keys)[:, 0]
+        return allowed.expand(queries.shape[0], 1, self.nodes, self.num_keys)[:, 0]
 
 
 _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)

@@ -63,19 +63,12 @@ def _path_logits(target: Target, tree: TokenTree, prefixes: list[list[int]]) -> 
     """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
     training = target.model.training
     target.model.eval()
-    rows = []
+    found = []
     try:
         for row, prefix in enumerate(prefixes):
-            found = []
-            for node in range(tree.nodes):
-                path, ancestor = [], node
-                while ancestor:
-                    path.append(int(tree.tokens[row, ancestor]))
-                    ancestor = int(tree.parents[row, ancestor])
-                ids = [*prefix, int(tree.tokens[row, 0]), *path[::-1]]
-                output = target.model(input_ids=torch.tensor([ids], device=target.device), use_cache=False)
-                found.append(output.logits[0, -1].float())
-            rows.append(torch.stack(found))
+            for path in tree.paths_to(row):
+                ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
+                found.append(target.model(input_ids=ids, use_cache=False).logits[0, -1].float())
     finally:
         target.model.train(training)
-    return torch.stack(rows).to(target.device)
+    return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -40,17 +41,17 @@ class Spy:
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.windows: list[int | None] = []
         self.dense = 0
-        attention, bias = type(BACKENDS[name]).attention, medhead.model.attention.TreePass.bias
+        attention, bias = BACKENDS[name].attention, medhead.model.attention.TreePass.bias
 
-        def counted(backend: Any, query: Tensor, key: Tensor, value: Tensor, tree: Any, params: Any) -> Tensor:
+        def counted(query: Tensor, key: Tensor, value: Tensor, tree: Any, params: Any) -> Tensor:
             self.windows.append(params.window)
-            return attention(backend, query, key, value, tree, params)
+            return attention(query, key, value, tree, params)
 
         def made(current: Any, *args: Any) -> Tensor | None:
             self.dense += current.backend is not None
             return bias(current, *args)
 
-        monkeypatch.setattr(type(BACKENDS[name]), "attention", counted)
+        monkeypatch.setattr(BACKENDS[name], "attention", counted)
         monkeypatch.setattr(medhead.model.attention.TreePass, "bias", made)
 
 
@@ -174,11 +175,8 @@ def test_an_unknown_name() -> None:
 def test_auto_gives_way_to_sdpa_when_the_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that fails on this GPU is found by the probe, which warns and falls back to sdpa."""
 
-    class Broken(type(BACKENDS["flash"])):  # type: ignore[misc]
-        def attention(self, query: Tensor, *args: Any) -> Tensor:
-            return query.transpose(1, 2) * float("nan")
-
-    monkeypatch.setattr(medhead.model.target, "select_backend", lambda *_: Broken())
+    broken = replace(BACKENDS["flash"], attention=lambda query, *_: query.transpose(1, 2) * float("nan"))
+    monkeypatch.setattr(medhead.model.target, "select_backend", lambda *_: broken)
     with pytest.warns(UserWarning, match="'flash' fails with this model, so it is 'sdpa'"):
         assert Target(tiny_llama(), attention="auto").backend.name == "sdpa"
     with pytest.raises(MedheadError, match=r"with attention 'flash' \(try 'sdpa'\): .*cannot verify a token tree"):
