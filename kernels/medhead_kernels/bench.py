@@ -132,15 +132,11 @@ def random_inputs(shape: AttnShape, device: str) -> tuple[Tensor, Tensor, Tensor
 
     query = normal(shape.batch, shape.kv_heads * shape.group, shape.nodes, shape.dim)
     key, value = (normal(shape.batch, shape.kv_heads, columns, shape.dim) for _ in range(2))
-    bitmask = torch.zeros(1, shape.nodes, -(-shape.nodes // 64), dtype=torch.int64)
-    depth = torch.zeros(1, shape.nodes, dtype=torch.int64)
-    host = torch.Generator().manual_seed(0)
-    for node in range(shape.nodes):
-        if node:
-            parent = int(torch.randint(0, node, (), generator=host))
-            bitmask[0, node], depth[0, node] = bitmask[0, parent], depth[0, parent] + 1
-        bit = 1 << node % 64
-        bitmask[0, node, node // 64] |= bit - (1 << 64) if bit >= 1 << 63 else bit
+    visible, host = torch.eye(shape.nodes, dtype=torch.long), torch.Generator().manual_seed(0)
+    for node in range(1, shape.nodes):
+        visible[node] += visible[int(torch.randint(0, node, (), generator=host))]
+    bits = torch.nn.functional.pad(visible, (0, -shape.nodes % 64)).unflatten(1, (-1, 64))
+    bitmask, depth = (bits << torch.arange(64)).sum(-1)[None], visible.sum(1)[None] - 1
     lengths = torch.full((shape.batch,), shape.context, dtype=torch.int32, device=device)
     tree = TreeMetadata(lengths, (shape.context,) * shape.batch, bitmask.to(device), depth.to(device))
     return query, key, value, tree
