@@ -21,7 +21,7 @@ from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
 from medhead.errors import MedheadError
-from medhead.heads.base import Draft, Heads, HeadsConfig
+from medhead.heads.base import DraftState, Heads, HeadsConfig
 from medhead.heads.draft_cache import EncodeCacheEntry
 from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
@@ -71,7 +71,7 @@ class MtpHeads(Heads):
         target: the model whose layers they are.
     """
 
-    plain_draft_cache = False
+    has_tensor_cache = False
 
     def __init__(self, mtp: Any, target: Target) -> None:
         layers = len(mtp.layers)
@@ -81,7 +81,7 @@ class MtpHeads(Heads):
             tree_depth=max(TREE_DEPTH, layers),
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
-            target_layers=target.layers,
+            num_target_layers=target.layers,
             target_type=target.config.model_type,
         )
         super().__init__(config)
@@ -96,16 +96,16 @@ class MtpHeads(Heads):
         """The layers' cache."""
         return MtpMemory(self, batch, device, capacity)
 
-    def start(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> Draft:
+    def init_state(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> DraftState:
         """Nothing to compute: every layer has already run over the root."""
         index = torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device)
-        return Draft(index, Growth(memory, index.shape[0]))
+        return DraftState(index, Growth(memory, index.shape[0]))
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Growth) -> tuple[Tensor, Tensor]:
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Growth) -> tuple[Tensor, Tensor]:
         """One pass of one layer over all nodes so far; none for the root."""
         if depth == 0:
-            return state, shared.said.to(token.dtype)
-        index, said = shared.extend(state[..., 0], token.to(self.dtype), depth)
+            return state, context.said.to(token.dtype)
+        index, said = context.extend(state[..., 0], token.to(self.dtype), depth)
         return index[..., None], said.to(token.dtype)
 
     def run(

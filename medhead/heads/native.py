@@ -1,4 +1,4 @@
-"""One level of heads as loops over a few rows (`kernels.loops`): what `Heads.advance` does, for one row of the batch.
+"""One level of heads as loops over a few rows (`kernels.loops`): what `Heads.step` does, for one row of the batch.
 
 A kind that has it gives a class here. It says the same as the kind's own `advance`, up to rounding; where numba is not
 installed, or for a kind that is not here, `advance` is all there is.
@@ -145,7 +145,7 @@ def _sequential(parents, origin, tokens, count, level, embeddings, scale, buffer
 
 
 def cell_of(output_head: OutputHead) -> Callable[[int], Cell] | None:
-    """How to make the cell of these heads for so many nodes at most; None where `advance` is all there is."""
+    """How to make the cell of these heads for so many nodes at most; None where `step` is all there is."""
     heads = output_head.heads
     if output_head.weight.dtype not in (torch.float32, torch.bfloat16):
         return None

@@ -224,7 +224,7 @@ class HeadsProposer(Proposer):
     @property
     def capturable(self) -> bool:  # type: ignore[override]
         """Heads whose memory is plain rows, or that have none."""
-        return self.heads.plain_draft_cache
+        return self.heads.has_tensor_cache
 
     def memory(self) -> Tensor | None:
         """The rows of the heads' memory."""
@@ -350,20 +350,20 @@ class HeadsExpander:
         """`[batch, 1, state]`: the heads' state above the root."""
         output_head, state = self.output_head, self.state
         self._root = output_head.token(state.roots[:, None], 0)
-        draft = output_head.heads.start(
+        draft = output_head.heads.init_state(
             state.features.to(output_head.dtype)[:, None], self._root, self.memory, self.depth
         )
-        self._shared = draft.shared
+        self._shared = draft.context
         return draft.state
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `growth.Expander.expand`."""
         output_head, width = self.output_head, tokens.shape[1]
-        if output_head.heads.per_path:
+        if output_head.heads.path_dependent:
             token = self._root if depth == 0 else output_head.token(tokens, depth)
-            state, feature = output_head.heads.advance(state, token, depth, self._shared)
+            state, feature = output_head.heads.step(state, token, depth, self._shared)
         else:  # one distribution serves the whole depth
-            _, feature = output_head.heads.advance(state[:, :1], self._root, depth, self._shared)
+            _, feature = output_head.heads.step(state[:, :1], self._root, depth, self._shared)
         logits = output_head.logits(feature, depth)
         if self.noise is not None:
             noise = self.noise.at(depth)

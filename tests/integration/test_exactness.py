@@ -163,7 +163,7 @@ def test_memory_grows_with_the_text(model: PreTrainedModel, target: Target, name
     stores = []
 
     def small(batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> TensorDraftCache:
-        stores.append(TensorDraftCache(batch, heads.memory_size, dtype, device, 1))
+        stores.append(TensorDraftCache(batch, heads.cache_entry_size, dtype, device, 1))
         return stores[-1]
 
     heads.new_draft_cache = small

@@ -108,9 +108,9 @@ def test_decoding_reads_what_training_reads(
     monkeypatch.setattr("medhead.model.target.PREFILL_CHUNK", 4)
     monkeypatch.setattr("medhead.heads.draft_cache.PAGE", 8)
     heads: Any = noise_heads(target, name, draft_vocab=30 * (list(HEADS).index(name) % 2))
-    if heads.memory_size:
+    if heads.cache_entry_size:
         heads.new_draft_cache = lambda batch, dtype, device, capacity: TensorDraftCache(
-            batch, heads.memory_size, dtype, device, 1
+            batch, heads.cache_entry_size, dtype, device, 1
         )
     witness = Witness(target, heads, true_texts)
     width = max(map(len, PROMPTS))
@@ -211,14 +211,14 @@ def test_fewer_levels_say_the_same(target: Target, name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_a_causal_block_computes_only_what_is_asked(target: Target, name: str) -> None:
     heads = noise_heads(target, name)
-    memory = DraftCacheView(torch.randn(1, 5, heads.memory_size), torch.tensor([[5]]), full=True)
+    memory = DraftCacheView(torch.randn(1, 5, heads.cache_entry_size), torch.tensor([[5]]), full=True)
     root = heads.encode(target.embed(torch.tensor([[7]])), 0)
     features = torch.randn(1, 1, heads.feature_size)
-    extra = 0 if heads.config.anchor_predicts else 1
+    extra = 0 if heads.config.root_slot_predicts else 1
     for depth in (1, 3):
-        slots = heads.start(features, root, memory, depth).shared
+        slots = heads.init_state(features, root, memory, depth).context
         assert slots.shape[2] == (depth if heads.config.causal else 4) + extra
-    whole = heads.start(features, root, memory).shared
+    whole = heads.init_state(features, root, memory).context
     assert whole.shape[2] == 4 + extra
     torch.testing.assert_close(slots, whole[:, :, : slots.shape[2]], rtol=1e-5, atol=1e-5)
     for other in range(
@@ -228,7 +228,7 @@ def test_a_causal_block_computes_only_what_is_asked(target: Target, name: str) -
         if changed.mask_embedding is None:
             return
         changed.mask_embedding.data[other] += 1.0
-        moved = (changed.start(features, root, memory).shared != whole).any(-1)[0, 0]
+        moved = (changed.init_state(features, root, memory).context != whole).any(-1)[0, 0]
         assert moved[other:].all()
         assert moved[:other].any() == (not heads.config.causal)
 
@@ -269,7 +269,7 @@ def block(heads: Any, features: Tensor, embeddings: Tensor, anchor: int) -> list
     """A block at one anchor: queries from [root, masks], keys and values from the features before it and from itself."""
     config, context = heads.config, heads.hidden_norm(heads.fc(features[: anchor + 1]))
     slots, root = heads.slots, embeddings[anchor + 1]
-    if config.mask_token < 0:
+    if config.mask_token_id < 0:
         x = torch.cat([(root + heads.mask_embedding[0])[None], heads.mask_embedding[1:]])
     else:
         x = torch.stack([root] + [heads.mask_row] * (slots - 1))
@@ -286,7 +286,7 @@ def block(heads: Any, features: Tensor, embeddings: Tensor, anchor: int) -> list
         x = x + attention.o_proj(out.transpose(0, 1).flatten(1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     found, state = [], context[anchor]
-    for depth, slot in enumerate(x if config.anchor_predicts else x[1:]):
+    for depth, slot in enumerate(x if config.root_slot_predicts else x[1:]):
         token = embeddings[anchor + 1 + depth]
         if config.correction == "recurrent":
             state = heads.cell(state, heads.cell.encode(token), depth)
@@ -304,10 +304,10 @@ def sequential(heads: Any, features: Tensor, embeddings: Tensor, anchor: int) ->
     if config.scale_input:
         state = state / (2 * (state.square().mean() + 1e-6)).sqrt()
     for depth in range(4):
-        at = 0 if config.tied else depth
+        at = 0 if config.tie_weights else depth
         token = embeddings[anchor + 1 + depth]
         token = heads.embeddings[at][token] if config.own_embedding else heads.encoders[at](token)
-        project = heads.first if depth == 0 else heads.proj[0 if config.tied else depth - 1]
+        project = heads.first if depth == 0 else heads.proj[0 if config.tie_weights else depth - 1]
         z = project(state) + token_weight / state_weight * token
         z = z / (z.square().mean() + 1e-6).sqrt() * heads.norms[at].weight + heads.norms[at].bias
         state = F.gelu(z)
@@ -377,10 +377,10 @@ def children_of(
     """The four likeliest children of a node and their log-probabilities, from a run of the heads over its path alone."""
     heads = output_head.heads
     codes = [output_head.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
-    draft = heads.start(given.features[row : row + 1, None], codes[0], memory)
+    draft = heads.init_state(given.features[row : row + 1, None], codes[0], memory)
     state = draft.state
     for depth, code in enumerate(codes):
-        state, feature = heads.advance(state, code, depth, draft.shared)
+        state, feature = heads.step(state, code, depth, draft.context)
     logits = output_head.logits(feature, len(path) - 1)[0, 0]
     names = torch.arange(len(logits)) if output_head.tokens is None else output_head.tokens
     if given.noise is not None:
@@ -426,7 +426,7 @@ def test_a_frontier_is_expanded_as_if_node_by_node(target: Target, name: str) ->
     ids = torch.randint(0, 64, (3, 7), generator=generator)
     features = torch.randn(3, 6, heads.feature_size, generator=generator)
     memory, memories = None, [None] * 3
-    if heads.memory_size:
+    if heads.cache_entry_size:
         rows = heads.encode_cache_entry(features, output_head.token(ids[:, 1:], 0), torch.arange(6)[None], 6)
         memory = DraftCacheView(rows, torch.tensor(lengths)[:, None])
         memories = [DraftCacheView(rows[i : i + 1, :n], torch.tensor([[n]]), full=True) for i, n in enumerate(lengths)]  # type: ignore[misc]
@@ -455,7 +455,7 @@ def test_tokens_encoded_ahead(monkeypatch: pytest.MonkeyPatch, target: Target, n
     monkeypatch.setattr(output_head_module, "TABLE_BYTES", 0)
     slow = OutputHead(heads, target, torch.float32)
     assert slow.table is None
-    assert (fast.table is None) == (not heads.per_path or heads.encodes_by_depth)
+    assert (fast.table is None) == (not heads.path_dependent or heads.encode_uses_depth)
     tokens = torch.tensor([[0, 63, 5], [7, 7, 31]])
     with torch.no_grad():
         for depth in range(4):
@@ -479,36 +479,42 @@ def test_output_rows_of_a_draft_vocabulary_with_a_bias() -> None:
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"kind": "hydra"}, "no kind of heads is called 'hydra'; known kinds: attention, block, medusa, recurrent"),
+        (
+            {"kind": "hydra"},
+            "kind of the heads must be one of attention, block, medusa, recurrent, sequential, got 'hydra'",
+        ),
         ({"depth": 0}, "depth of the heads must be a whole number of at least 1, got 0"),
         ({"depth": 2.5}, "depth of the heads must be a whole number"),
-        ({"blocks": -1}, "blocks of the heads must be"),
+        ({"num_layers": -1}, "num_layers of the heads must be"),
         ({"inner_size": 0}, "inner_size of the heads must be"),
         ({"head_dim": 0}, "head_dim of the heads must be"),
         ({"tree_size": 0}, "tree_size of the heads must be"),
-        ({"draft_vocab": 65}, "draft_vocab must be from 0 to the vocabulary's 64, got 65"),
-        ({"draft_vocab": -1}, "draft_vocab must be from 0"),
+        ({"draft_vocab_size": 65}, "draft_vocab_size must be from 0 to vocab_size 64, got 65"),
+        ({"draft_vocab_size": -1}, "draft_vocab_size must be from 0"),
         ({"tree_depth": 5}, "tree_depth must be from 0 to the heads' depth 4, got 5"),
         ({"correction": "hope"}, "correction must be one of none, parent, recurrent, got 'hope'"),
-        ({"correction": "parent"}, "heads of kind 'recurrent' know the corrections none; got 'parent'"),
-        ({"kind": "medusa", "correction": "recurrent"}, "'medusa' know the corrections none, parent; got 'recurrent'"),
-        ({"kind": "sequential", "correction": "parent"}, "'sequential' know the corrections none"),
-        ({"kind": "attention", "correction": "recurrent"}, "'attention' know the corrections none"),
-        ({"kind": "attention", "feature_layers": [2]}, r"layers of the target from 0 to 1, got \[2\]: 2 is none"),
-        ({"kind": "attention", "feature_layers": [0, -1]}, "-1 is none"),
-        ({"kind": "block", "feature_layers": ["1"]}, "1 is none"),
-        ({"kind": "block", "feature_layers": [1, 1]}, r"every layer once, got \[1, 1\]"),
+        ({"correction": "parent"}, "correction of 'recurrent' heads must be one of none, got 'parent'"),
+        ({"kind": "medusa", "correction": "recurrent"}, "'medusa' heads must be one of none, parent, got 'recurrent'"),
+        ({"kind": "sequential", "correction": "parent"}, "'sequential' heads must be one of none, got 'parent'"),
+        ({"kind": "attention", "correction": "recurrent"}, "'attention' heads must be one of none, got 'recurrent'"),
+        ({"kind": "attention", "feature_layers": [2]}, r"layers of the target from 0 to 1, got 2 in \[2\]"),
+        ({"kind": "attention", "feature_layers": [0, -1]}, r"got -1 in \[0, -1\]"),
+        ({"kind": "block", "feature_layers": ["1"]}, r"got '1' in"),
+        ({"kind": "block", "feature_layers": [1, 1]}, r"distinct, got \[1, 1\]"),
         (
             {"kind": "medusa", "feature_layers": [0, 1]},
-            r"'medusa' read one layer of the target, got feature_layers \[0, 1\]",
+            r"'medusa' heads read one layer of the target, got feature_layers \[0, 1\]",
         ),
-        ({"kind": "attention", "num_heads": 4, "key_heads": 3}, "num_heads must be a multiple of key_heads"),
+        ({"kind": "attention", "num_heads": 4, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
         ({"kind": "block", "head_dim": 7}, "head_dim even, got 4, 2 and 7"),
-        ({"kind": "attention", "layer_size": 16}, "width 16 for a target of hidden size 32 needs an embedding"),
+        (
+            {"kind": "attention", "draft_hidden_size": 16},
+            "draft_hidden_size 16 for a target of hidden size 32 need an embedding",
+        ),
     ],
 )
 def test_what_heads_cannot_be(fields: dict[str, Any], says: str) -> None:
-    given = {"kind": "recurrent", "depth": 4, "hidden_size": 32, "vocab_size": 64, "target_layers": 2} | fields
+    given = {"kind": "recurrent", "depth": 4, "hidden_size": 32, "vocab_size": 64, "num_target_layers": 2} | fields
     with pytest.raises(MedheadError, match=says) as refusal:
         build_heads(HeadsConfig(**given))
     assert "\n" not in str(refusal.value)

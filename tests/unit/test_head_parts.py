@@ -14,9 +14,12 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from medhead.heads import HeadsConfig
 from medhead.heads.attention_layers import attend
+from medhead.heads.block import BlockHeads
+from medhead.heads.cached import join_kv
 from medhead.heads.draft_cache import PAGE, DraftCacheView, TensorDraftCache
-from medhead.heads.layers import GatedMLP, PathCell, Rotary, fuse_layers, split_rows
+from medhead.heads.layers import GatedCell, GatedMLP, Rotary, fuse_layers
 
 
 def visible(memory: DraftCacheView) -> list[list[list[int]]]:
@@ -222,7 +225,7 @@ def test_tables_made_while_decoding_serve_training() -> None:
 
 def test_the_cell_is_one_gated_layer_over_state_and_token() -> None:
     torch.manual_seed(0)
-    cell = PathCell(8, 5, 3)
+    cell = GatedCell(8, 5, 3)
     for parameter in cell.parameters():
         torch.nn.init.normal_(parameter)
     state, embedding = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
@@ -233,7 +236,7 @@ def test_the_cell_is_one_gated_layer_over_state_and_token() -> None:
         gate, up = F.linear(both, weight, cell.depth_bias[depth]).split(5, -1)
         expected = state + F.linear(F.silu(gate) * up, cell.outer.weight)
         torch.testing.assert_close(cell(state, cell.encode(embedding), depth), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(PathCell(8, 5, 3)(state, embedding[..., :1].expand(-1, -1, 10), 0), state)  # untrained
+    assert torch.equal(GatedCell(8, 5, 3)(state, embedding[..., :1].expand(-1, -1, 10), 0), state)  # untrained
 
 
 def test_layers_are_fused_to_the_last_one_before_training() -> None:
@@ -247,9 +250,14 @@ def test_the_gated_feed_forward() -> None:
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
 
 
-def test_rows_of_memory_hold_keys_and_values_of_every_layer() -> None:
-    keys, values = torch.rand(2, 3, 4, 5, 6), torch.rand(2, 3, 4, 5, 6)  # layers last but two
-    rows = torch.cat([part[..., layer, :, :].flatten(-2) for layer in range(4) for part in (keys, values)], -1)
-    for layer, (key, value) in enumerate(split_rows(rows, 4, 5, 6)):
-        assert torch.equal(key, keys[..., layer, :, :])
-        assert torch.equal(value, values[..., layer, :, :])
+def test_cache_entries_hold_keys_and_values_of_every_layer() -> None:
+    config = HeadsConfig("block", 1, 32, 64, 2, num_layers=4, num_heads=5, num_kv_heads=5, head_dim=6)
+    pairs = [(torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)) for _ in range(4)]
+    entries = torch.cat([part.flatten(-2) for pair in pairs for part in pair], -1)
+    heads = BlockHeads(config)
+    assert entries.shape[-1] == heads.cache_entry_size
+    assert torch.equal(join_kv(pairs), entries)
+    for (key, value), (keys, values) in zip(heads.split_kv(entries), pairs, strict=True):
+        assert torch.equal(key, keys)
+        assert torch.equal(value, values)
+    assert [key.shape for key, _ in heads.split_kv(entries[:, :0])] == [(2, 0, 5, 6)] * 4

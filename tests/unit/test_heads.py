@@ -75,14 +75,14 @@ def broken(source: Path, goal: Path, **fields: Any) -> Path:
     ("fields", "says"),
     [
         ({"hidden_size": 64}, "another model: their hidden size is 64, LlamaForCausalLM has 32"),
-        ({"vocab_size": 1000}, "vocabulary is 1000"),
-        ({"target_layers": 9}, "layers is 9"),
-        ({"kind": "hydra"}, "no kind of heads is called 'hydra'"),
+        ({"vocab_size": 1000}, "vocabulary size is 1000"),
+        ({"num_target_layers": 9}, "layers is 9"),
+        ({"kind": "hydra"}, "kind of the heads must be one of attention, .*, got 'hydra'"),
         ({"inner_size": 30}, "tensors differ"),
         ({"depth": 0}, "depth of the heads must be"),
         ({"depth": "3"}, "depth of the heads must be"),
-        ({"correction": "parent"}, "'recurrent' know the corrections none; got 'parent'"),
-        ({"feature_layers": [2]}, r"layers of the target from 0 to 1, got \[2\]"),
+        ({"correction": "parent"}, "correction of 'recurrent' heads must be one of none, got 'parent'"),
+        ({"feature_layers": [2]}, r"layers of the target from 0 to 1, got 2 in \[2\]"),
         ({"colour": "red"}, "colour"),
     ],
 )
@@ -122,13 +122,13 @@ def test_untrained_medusa_heads_guess_what_the_target_says(target: Target) -> No
     heads = build_heads(config)
     hidden = torch.randn(3, target.hidden_size)
     for depth in range(2):
-        draft = heads.start(hidden, hidden, None)
-        _, feature = heads.advance(draft.state, torch.zeros(3, target.hidden_size), depth, draft.shared)
+        draft = heads.init_state(hidden, hidden, None)
+        _, feature = heads.step(draft.state, torch.zeros(3, target.hidden_size), depth, draft.context)
         assert torch.equal(feature, hidden)
 
 
 def test_heads_name_only_their_draft_vocabulary(model: PreTrainedModel, target: Target) -> None:
-    fields = noise_heads(target).config.to_dict() | {"draft_vocab": 7}
+    fields = noise_heads(target).config.to_dict() | {"draft_vocab_size": 7}
     heads = build_heads(HeadsConfig(**fields))
     allowed = torch.tensor([3, 9, 10, 22, 40, 41, 63])
     heads.draft_tokens.copy_(allowed)

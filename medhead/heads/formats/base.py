@@ -1,0 +1,160 @@
+"""What all checkpoint formats share: the interface, the exported checkpoint, and the refusal of heads that do not fit."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from medhead.errors import MedheadError
+from medhead.heads.base import Heads, HeadsConfig
+from medhead.heads.formats.reader import WEIGHTS_FILE, CheckpointReader
+
+if TYPE_CHECKING:
+    from medhead.model.target import Target
+
+
+@dataclass
+class ExportedCheckpoint:
+    """A checkpoint in another project's format.
+
+    Attributes:
+        config: content of `config.json`.
+        tensors: by name.
+        weights_file: name of the file that holds them.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    weights_file: str
+
+
+class CheckpointFormat(ABC):
+    """A checkpoint format of another project: how its folders are recognised, read and written.
+
+    Attributes:
+        name: the name that users give.
+        kind: the kind of heads it holds.
+        has_draft_vocab: whether it can hold a draft vocabulary.
+        weights_file: name of the file that holds the tensors.
+    """
+
+    name: str
+    kind: str
+    has_draft_vocab = False
+    weights_file = WEIGHTS_FILE
+
+    @abstractmethod
+    def matches(self, reader: CheckpointReader) -> bool:
+        """Return whether a checkpoint is in this format, by names in its configuration and of its tensors."""
+
+    @abstractmethod
+    def read(self, reader: CheckpointReader, target: Target) -> Heads:
+        """Return the heads of a checkpoint; see `import_heads`."""
+
+    @abstractmethod
+    def stored_name(self, name: str, config: HeadsConfig) -> str | None:
+        """Return the format's name of a tensor of the heads, or None for one that it does not store as it is."""
+
+    @abstractmethod
+    def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
+        """Return the content of `config.json` for these heads."""
+
+    def check(self, heads: Heads, target: Target) -> None:
+        """Refuse heads that the format cannot express.
+
+        Raises:
+            MedheadError: gives the reason.
+        """
+        config = heads.config
+        if config.kind != self.kind:
+            raise MedheadError(
+                f"the format {self.name!r} holds heads of kind {self.kind!r}, these are of kind {config.kind!r}"
+            )
+        if config.correction != "none":
+            raise MedheadError(
+                f"the format {self.name!r} has no correction, these heads have correction {config.correction!r}: "
+                "train with --correction none to export"
+            )
+        if config.draft_vocab_size and not self.has_draft_vocab:
+            raise MedheadError(
+                f"the format {self.name!r} has no draft vocabulary, these heads propose {config.draft_vocab_size} of "
+                f"{config.vocab_size} tokens: train with --draft-vocab 0 to export"
+            )
+
+    def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
+        """Return the tensors to store: the heads' under the format's names; formats add those they compute."""
+        named = ((self.stored_name(name, heads.config), tensor) for name, tensor in heads.state_dict().items())
+        return {name: tensor for name, tensor in named if name is not None}
+
+    def write(self, heads: Heads, target: Target) -> ExportedCheckpoint:
+        """Return the checkpoint of some heads; see `export_heads`."""
+        self.check(heads, target)
+        return ExportedCheckpoint(self.config_json(heads, target), self.tensors(heads, target), self.weights_file)
+
+
+def fitting_config(target: Target, kind: str, **fields: Any) -> HeadsConfig:
+    """Return a configuration with the target's sizes."""
+    return HeadsConfig(
+        kind=kind,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_target_layers=target.layers,
+        target_type=str(getattr(target.config, "model_type", "")),
+        **fields,
+    )
+
+
+def output_matrix(heads: Heads, target: Target, depth: int = 0) -> Tensor:
+    """Return `[draft vocabulary or vocabulary, hidden]`: the heads' own output matrix, or the target's rows that they use.
+
+    Raises:
+        MedheadError: the target adds a bias, which no format has.
+    """
+    own = heads.own_output(depth)
+    if own is not None:
+        return own
+    check_no_bias(target)
+    weight = target.output.weight.detach()
+    return weight if heads.draft_tokens is None else weight[heads.draft_tokens.to(weight.device)]
+
+
+def check_no_bias(target: Target) -> None:
+    """Refuse a target whose output matrix has a bias."""
+    if getattr(target.output, "bias", None) is not None:
+        raise MedheadError(f"the output matrix of {target.name} has a bias, which no checkpoint format holds")
+
+
+def decoder_config_json(heads: Heads, target: Target) -> dict[str, Any]:
+    """Return the keys of a transformers configuration that describe a small decoder."""
+    config = heads.config
+    return {
+        "hidden_size": config.draft_hidden_size or config.hidden_size,
+        "intermediate_size": config.inner_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "head_dim": config.head_dim,
+        "rms_norm_eps": config.rms_norm_eps,
+        "rope_theta": config.rope_theta,
+        "rope_scaling": config.rope_scaling,
+        "max_position_embeddings": config.max_position_embeddings or target.context,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        "vocab_size": config.vocab_size,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "initializer_range": 0.02,
+    }
+
+
+def embedding_row(target: Target, token: int) -> Tensor | None:
+    """Return `[hidden]`, a row of the target's embedding, or None if the target scales its embeddings."""
+    row = target.embedding.weight[token].detach()
+    embedded = target.embed(torch.tensor([token], device=row.device))[0].detach()
+    return row if torch.equal(embedded, row) else None
