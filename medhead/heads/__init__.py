@@ -2,12 +2,11 @@
 
 from medhead.heads import attention, block, medusa, recurrent, sequential  # noqa: F401  (each registers its kind)
 from medhead.heads.adapter import heads_of, load_adapted
-from medhead.heads.base import KINDS, DraftState, Heads, HeadsConfig, build_heads, register_kind
+from medhead.heads.base import KINDS, Heads, HeadsConfig, build_heads, register_kind
 from medhead.heads.checkpoint import load_heads, save_heads
 
 __all__ = [
     "KINDS",
-    "DraftState",
     "Heads",
     "HeadsConfig",
     "build_heads",

@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from medhead.errors import MedheadError
 from medhead.heads.base import Heads, build_heads
-from medhead.heads.config import CONFIG_FILE, check_fit, read_config
+from medhead.heads.config import CONFIG_FILE, check_fit, read_config, read_json
+from medhead.model.target import Target
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
@@ -114,11 +115,7 @@ def adapts_target(folder: str | Path) -> bool:
     path = Path(folder) / ADAPTER_FILE
     if not path.is_file():
         return False
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8")).get("target_modules")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return modules not in (DUMMY_TARGET_MODULES, [DUMMY_TARGET_MODULES], None, [])
+    return read_json(path).get("target_modules") not in (DUMMY_TARGET_MODULES, [DUMMY_TARGET_MODULES], None, [])
 
 
 def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
@@ -130,8 +127,6 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
         MedheadError: the checkpoint is missing, damaged, or made for another model.
     """
     from peft import PeftModel, get_peft_model_state_dict
-
-    from medhead.model.target import Target
 
     config, path = read_config(folder), Path(folder) / WEIGHTS_FILE
     check_fit(config, Target(model, probe=False), folder)

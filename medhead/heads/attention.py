@@ -8,12 +8,14 @@ hub's EAGLE-3 checkpoints.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from medhead.errors import MedheadError
 from medhead.heads.attention_layers import attend
-from medhead.heads.base import DraftState, HeadsConfig, register_kind
+from medhead.heads.base import HeadsConfig, register_kind
 from medhead.heads.cached import CachedHeads, join_kv
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import DecoderLayer, Projections
@@ -72,19 +74,7 @@ class AttentionHeads(CachedHeads):
         self.size = size
         self.midlayer = MidLayer(config, size)
         self.norm = nn.RMSNorm(size, config.rms_norm_eps)
-        self.lm_head = nn.Parameter(torch.empty(self.output_rows, size)) if config.own_output else None
-        self.embed_tokens = nn.Parameter(torch.empty(config.vocab_size, size)) if config.own_embedding else None
-        for matrix in (self.lm_head, self.embed_tokens):
-            if matrix is not None:
-                nn.init.normal_(matrix, std=size**-0.5)
-
-    def own_embedding(self, depth: int) -> Tensor | None:
-        """Return a loaded checkpoint's embedding."""
-        return self.embed_tokens
-
-    def own_output(self, depth: int) -> Tensor | None:
-        """Return a loaded checkpoint's output matrix."""
-        return self.lm_head
+        self.add_own_matrices(1, size)
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return the token's part of queries, keys and values."""
@@ -95,12 +85,9 @@ class AttentionHeads(CachedHeads):
         _, key, value = self._project(self.midlayer.hidden_norm(self.fc(features)), token)
         return join_kv([(self.rotary(key, positions, max_len), value)])
 
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Return the fused feature of the token before the root, whose keys and values are the last cache entry."""
-        assert cache is not None
-        return DraftState(self.fc(features), cache)
+        return self.fc(features), cache
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: DraftCacheView) -> tuple[Tensor, Tensor]:
         """Run the layer over nodes of one depth."""

@@ -8,7 +8,6 @@ tensors are `[batch, queries, ...]`, where queries are anchors or frontier nodes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -16,22 +15,9 @@ from torch import Tensor, nn
 
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
-from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache
+from medhead.heads.draft_cache import DraftCache, TensorDraftCache
 
-__all__ = ["KINDS", "DraftState", "Heads", "HeadsConfig", "build_heads", "register_kind"]
-
-
-@dataclass
-class DraftState:
-    """What `Heads.init_state` returns.
-
-    Attributes:
-        state: `[batch, 1 or anchors, state]`, the state above the root.
-        context: what all nodes of the proposal share; each kind defines its form.
-    """
-
-    state: Tensor
-    context: Any
+__all__ = ["KINDS", "Heads", "HeadsConfig", "build_heads", "register_kind"]
 
 
 class Heads(nn.Module):
@@ -45,6 +31,8 @@ class Heads(nn.Module):
         cache_entry_size: numbers stored for every committed token (`encode_cache_entry`); 0 without a draft cache.
         has_tensor_cache: whether `new_draft_cache` returns a `TensorDraftCache` or None.
         draft_tokens: `[draft_vocab_size]` int64, the token ids that the heads can propose; None for all.
+        embeddings: the heads' own embedding `[vocab, size]` of every depth, or one for all; empty if they use the target's.
+        output_matrices: the same for output matrices `[draft vocabulary or vocab, size]`.
     """
 
     path_dependent = True
@@ -65,6 +53,7 @@ class Heads(nn.Module):
                 f"{config.kind!r} heads read one layer of the target, got feature_layers {config.feature_layers}"
             )
         self.config = config
+        self.embeddings = self.output_matrices = nn.ParameterList()
         self.draft_tokens: Tensor | None
         self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
 
@@ -73,18 +62,25 @@ class Heads(nn.Module):
         """Size of the target's feature of a token: its last hidden state, or the outputs of `feature_layers` concatenated."""
         return self.config.hidden_size * max(1, len(self.config.feature_layers))
 
-    @property
-    def output_rows(self) -> int:
-        """Rows of an output matrix: the size of the draft vocabulary, or of the whole vocabulary."""
-        return self.config.draft_vocab_size or self.config.vocab_size
+    def add_own_matrices(self, count: int, size: int) -> None:
+        """Create `count` random embeddings and output matrices of a width, as far as the configuration asks for them."""
+        config = self.config
+        rows = (
+            (config.own_embedding, config.vocab_size),
+            (config.own_output, config.draft_vocab_size or config.vocab_size),
+        )
+        self.embeddings, self.output_matrices = (
+            nn.ParameterList(nn.init.normal_(torch.empty(n, size), std=size**-0.5) for _ in range(count if own else 0))
+            for own, n in rows
+        )
 
     def own_embedding(self, depth: int) -> Tensor | None:
         """Return the heads' own embedding `[vocab, size]`, or None if they use the target's."""
-        return None
+        return self.embeddings[min(depth, len(self.embeddings) - 1)] if len(self.embeddings) else None
 
     def own_output(self, depth: int) -> Tensor | None:
         """Return the heads' own output matrix `[draft vocabulary or vocab, size]`, or None if they use the target's."""
-        return None
+        return self.output_matrices[min(depth, len(self.output_matrices) - 1)] if len(self.output_matrices) else None
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return what `step` needs of a node's token; by default the token's embedding itself.
@@ -110,16 +106,18 @@ class Heads(nn.Module):
         """
         raise NotImplementedError
 
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Begin a proposal at every anchor.
 
         Args:
             features: `[batch, anchors, feature_size]` of the target at the token before the root.
             root: `[batch, anchors, ...]`, the result of `encode` for the root's token.
-            cache: entries of all tokens before the root; None for kinds that keep none.
+            cache: `DraftCache.view()`, the entries of all tokens before the root; None for kinds that keep none.
             depth: number of depths that will be asked for; `config.depth` if None.
+
+        Returns:
+            The state above the root, `[batch, 1 or anchors, state]`, and a context that all nodes of the proposal share;
+            each kind defines its form.
         """
         raise NotImplementedError
 
@@ -162,8 +160,3 @@ def build_heads(config: HeadsConfig) -> Heads:
     if config.kind not in KINDS:
         raise MedheadError(f"kind of the heads must be one of {', '.join(sorted(KINDS))}, got {config.kind!r}")
     return KINDS[config.kind](config)
-
-
-def own_matrices(count: int, rows: int, size: int) -> nn.ParameterList:
-    """Return `count` random matrices `[rows, size]`: embeddings or output matrices that heads bring along."""
-    return nn.ParameterList(nn.init.normal_(torch.empty(rows, size), std=size**-0.5) for _ in range(count))

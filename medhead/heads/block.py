@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from medhead.heads.attention_layers import attend
-from medhead.heads.base import DraftState, HeadsConfig, register_kind
+from medhead.heads.base import HeadsConfig, register_kind
 from medhead.heads.cached import CachedHeads, join_kv
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.heads.layers import DecoderLayer, GatedCell, ParentCorrection, Projections
@@ -84,14 +84,11 @@ class BlockHeads(CachedHeads):
         pairs = (cast(Any, layer).self_attn.keys_values(hidden) for layer in self.layers)
         return join_kv([(self.rotary(key, positions, max_len), value) for key, value in pairs])
 
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Run the layers over the block."""
-        assert cache is not None
         slots = self._run_block(root[..., : self.config.hidden_size], cache, depth)
         state = self.hidden_norm(self.fc(features)) if self.cell is not None else features[..., :0]
-        return DraftState(state, slots)
+        return state, slots
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: Tensor) -> tuple[Tensor, Tensor]:
         """Return the output of the depth's slot, corrected by the path."""

@@ -7,7 +7,6 @@ wrapper: `load_heads` reads the same file directly.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -20,6 +19,7 @@ from medhead.heads.base import Heads, build_heads
 from medhead.heads.config import CONFIG_FILE, check_fit, read_config
 from medhead.heads.formats import import_heads, is_third_party
 from medhead.heads.mtp import MTP, load_mtp
+from medhead.model.target import Target
 
 _PREFIX = f"base_model.model.{SUBMODULE}."
 
@@ -43,7 +43,7 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
         unwrap(target, wrapped, trainable)
 
 
-def load_heads(folder: str | Path, target: Any) -> Heads:
+def load_heads(folder: str | Path, target: Target) -> Heads:
     """Load heads for a `Target`, onto its device and in its type; the folder may be in another project's format.
 
     Raises:
@@ -55,7 +55,7 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
     return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
 
 
-def _load(folder: Path, target: Any) -> Heads:
+def _load(folder: Path, target: Target) -> Heads:
     config = read_config(folder)
     check_fit(config, target, folder)
     if adapts_target(folder) and not getattr(target.model, "peft_config", None):

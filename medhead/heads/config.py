@@ -17,81 +17,55 @@ _POSITIVE = ("depth", "hidden_size", "vocab_size", "inner_size", "num_layers", "
 
 @dataclass
 class HeadsConfig:
-    """Configuration of heads, one class for all kinds; fields that a kind does not use keep their defaults.
+    """Configuration of heads, one class for all kinds; fields that a kind does not use keep their defaults."""
 
-    Attributes:
-        kind: registered name of the kind.
-        depth: number of tokens that the heads predict after the target's own next token.
-        hidden_size: size of the target's last hidden state.
-        vocab_size: rows of the target's output matrix.
-        num_target_layers: number of layers of the target, to recognise heads of another model.
-        target_type: `model_type` of the target's configuration.
-        inner_size: width inside the heads: of the cell (`recurrent`), the state (`sequential`), the feed-forward
-            (`attention`, `block`), the correction (`medusa`).
-        num_layers: residual blocks of each Medusa head, layers of a block head.
-        correction: what makes the children of siblings differ in a parallel kind: `none`, `parent` or `recurrent`.
-        correction_size: width of a block head's correction.
-        feature_layers: layers of the target whose outputs are fused into the feature, in order; empty for the last hidden state.
-        num_heads: query heads of attention.
-        num_kv_heads: key and value heads of attention.
-        head_dim: size of an attention head.
-        rope_theta: base of the rotary positions.
-        rope_scaling: a `rope_scaling` entry as in transformers' configurations, or None.
-        max_position_embeddings: the context length that `rope_scaling` refers to; 0 without scaling.
-        rms_norm_eps: epsilon of the RMS norms.
-        causal: whether a slot of a block sees only earlier slots.
-        root_slot_predicts: whether the block's first slot predicts the root's children (DSpark), or the second (DFlash).
-        mask_token_id: a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1.
-        draft_hidden_size: width of the layer of attention heads; 0 for the target's hidden size.
-        norm_before_residual: the residual stream of attention heads is the normed feature.
-        tie_weights: one set of weights for all depths (`sequential`), or one output matrix of their own (`medusa`).
-        scale_input: normalise the first state (`sequential`).
-        own_embedding: the heads bring an embedding of their own (loaded checkpoints).
-        own_output: the heads bring an output matrix of their own (loaded checkpoints).
-        accuracies: measured on held-out text: `accuracies[d][r]` is the share of positions at which the rank-r draft token of
-            depth d+1 was right, given that the path to it was.
-        trees: best static trees on held-out text by number of nodes: paths of ranks.
-        tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
-        tree_depth: maximum depth of a tree of that size; `depth` if 0.
-        tree_width: nodes of a frontier while a tree grows.
-        tree_branching: candidates of every frontier node.
-        draft_vocab_size: the heads propose only this many tokens, the most frequent ones of their training text (FR-Spec,
-            Zhao et al. 2025); 0 means all. The target still verifies with its whole vocabulary.
-    """
-
-    kind: str
-    depth: int
-    hidden_size: int
-    vocab_size: int
-    num_target_layers: int
-    target_type: str = ""
-    inner_size: int = 384
-    num_layers: int = 1
-    correction: str = "none"
-    correction_size: int = 256
-    feature_layers: list[int] = field(default_factory=list)
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 64
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    max_position_embeddings: int = 0
+    kind: str  # registered name of the kind
+    depth: int  # number of tokens that the heads predict after the target's own next token
+    hidden_size: int  # of the target
+    vocab_size: int  # rows of the target's output matrix
+    num_target_layers: int  # layers of the target, to recognise heads of another model
+    target_type: str = ""  # `model_type` of the target's configuration
+    inner_size: int = (
+        384  # width of cell (recurrent), state (sequential), feed-forward (attention, block), correction (medusa)
+    )
+    num_layers: int = 1  # residual blocks of each Medusa head, layers of a block head
+    correction: str = "none"  # what makes the children of siblings differ in a parallel kind: none, parent or recurrent
+    correction_size: int = 256  # width of a block head's correction
+    feature_layers: list[int] = field(
+        default_factory=list
+    )  # target layers whose outputs are fused; empty: last hidden state
+    num_heads: int = 4  # query heads of attention
+    num_kv_heads: int = 2  # key and value heads of attention
+    head_dim: int = 64  # size of an attention head
+    rope_theta: float = 10000.0  # base of the rotary positions
+    rope_scaling: dict[str, Any] | None = None  # an entry as in transformers' configurations
+    max_position_embeddings: int = 0  # the context length that `rope_scaling` refers to; 0 without scaling
     rms_norm_eps: float = 1e-6
-    causal: bool = True
-    root_slot_predicts: bool = True
-    mask_token_id: int = -1
-    draft_hidden_size: int = 0
-    norm_before_residual: bool = False
-    tie_weights: bool = False
-    scale_input: bool = False
-    own_embedding: bool = False
-    own_output: bool = False
+    causal: bool = True  # whether a slot of a block sees only earlier slots
+    root_slot_predicts: bool = (
+        True  # whether a block's first slot predicts the root's children (DSpark), or the second (DFlash)
+    )
+    mask_token_id: int = -1  # a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1
+    draft_hidden_size: int = 0  # width of the layer of attention heads; 0 for the target's hidden size
+    norm_before_residual: bool = False  # the residual stream of attention heads is the normed feature
+    tie_weights: bool = (
+        False  # one set of weights (sequential) or one output matrix of their own (medusa) for all depths
+    )
+    scale_input: bool = False  # normalise the first state (sequential)
+    own_embedding: bool = False  # the heads bring an embedding of their own (loaded checkpoints)
+    own_output: bool = False  # the heads bring an output matrix of their own (loaded checkpoints)
+    # measured on held-out text: accuracies[d][r] is the share of positions at which the rank-r draft token of depth d+1 was
+    # right, given that the path to it was
     accuracies: list[list[float]] = field(default_factory=list)
-    trees: dict[str, list[list[int]]] = field(default_factory=dict)
-    tree_size: int = 16
-    tree_depth: int = 0
-    tree_width: int = 4
-    tree_branching: int = 4
+    trees: dict[str, list[list[int]]] = field(
+        default_factory=dict
+    )  # best static trees by number of nodes: paths of ranks
+    tree_size: int = 16  # nodes of the tree that decodes fastest with these heads on the machine that measured it
+    tree_depth: int = 0  # maximum depth of a tree of that size; `depth` if 0
+    tree_width: int = 4  # nodes of a frontier while a tree grows
+    tree_branching: int = 4  # candidates of every frontier node
+    # the heads propose only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et al. 2025); 0
+    # means all. The target still verifies with its whole vocabulary.
     draft_vocab_size: int = 0
 
     def __post_init__(self) -> None:
@@ -138,10 +112,22 @@ def read_config(folder: str | Path) -> HeadsConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
+    fields = read_json(path)
     try:
-        return HeadsConfig(**json.loads(path.read_text(encoding="utf-8")))
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        return HeadsConfig(**fields)
+    except TypeError as error:
+        raise MedheadError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds names and values; anything else is a `MedheadError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise MedheadError(f"{path} must hold names and values, got a {type(content).__name__}")
+    return content
 
 
 def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:

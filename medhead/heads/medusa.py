@@ -5,11 +5,12 @@ With `correction="parent"` a function of the parent token is added, so that the 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead.heads.base import DraftState, Heads, HeadsConfig, own_matrices, register_kind
-from medhead.heads.draft_cache import DraftCacheView
+from medhead.heads.base import Heads, HeadsConfig, register_kind
 from medhead.heads.layers import Linear, ParentCorrection
 
 
@@ -39,20 +40,13 @@ class MedusaHeads(Heads):
             nn.Sequential(*(ResidualBlock(config.hidden_size) for _ in range(config.num_layers)))
             for _ in range(config.depth)
         )
-        count = (1 if config.tie_weights else config.depth) if config.own_output else 0
-        self.output_matrices = own_matrices(count, self.output_rows, config.hidden_size)
+        self.add_own_matrices(1 if config.tie_weights else config.depth, config.hidden_size)
         self.path_dependent = config.correction == "parent"
         self.correction = ParentCorrection(config.hidden_size, config.inner_size) if self.path_dependent else None
 
-    def own_output(self, depth: int) -> Tensor | None:
-        """Return a loaded checkpoint's output matrix of this depth, or of all depths."""
-        return self.output_matrices[0 if self.config.tie_weights else depth] if self.config.own_output else None
-
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Share the hidden state."""
-        return DraftState(features[..., :0], features)
+        return features[..., :0], features
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return the parent token's correction, if there is one."""

@@ -21,7 +21,7 @@ from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
 from medhead.errors import MedheadError
-from medhead.heads.base import DraftState, Heads, HeadsConfig
+from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.draft_cache import EncodeCacheEntry
 from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
@@ -96,10 +96,12 @@ class MtpHeads(Heads):
         """The layers' cache."""
         return MtpMemory(self, batch, device, capacity)
 
-    def init_state(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> DraftState:
+    def init_state(
+        self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None
+    ) -> tuple[Tensor, Growth]:
         """Nothing to compute: every layer has already run over the root."""
         index = torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device)
-        return DraftState(index, Growth(memory, index.shape[0]))
+        return index, Growth(memory, index.shape[0])
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: Growth) -> tuple[Tensor, Tensor]:
         """One pass of one layer over all nodes so far; none for the root."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from copy import deepcopy
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from weakref import WeakValueDictionary
 
 import torch
@@ -14,10 +14,8 @@ from torch import Tensor
 
 from medhead.heads.base import Heads
 from medhead.heads.layers import Linear
+from medhead.model.target import Target
 from medhead_kernels import skinny_gemm as skinny_gemm
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
 
 TABLE_BYTES = 64 * 2**20  # size of the largest table of encoded tokens that is kept
 

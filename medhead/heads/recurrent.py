@@ -6,10 +6,11 @@ its parent token, the largest single factor in the accuracy of draft tokens.
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from medhead.heads.base import DraftState, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import DraftCacheView
+from medhead.heads.base import Heads, HeadsConfig, register_kind
 from medhead.heads.layers import GatedCell
 
 
@@ -22,11 +23,9 @@ class RecurrentHeads(Heads):
         self.cell = GatedCell(config.hidden_size, config.inner_size, config.depth)
         self.output_norm = nn.LayerNorm(config.hidden_size, bias=False)
 
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Return the hidden state itself."""
-        return DraftState(features, None)
+        return features, None
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return the token's part of the gates."""

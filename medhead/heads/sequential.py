@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead.heads.base import DraftState, Heads, HeadsConfig, own_matrices, register_kind
-from medhead.heads.draft_cache import DraftCacheView
+from medhead.heads.base import Heads, HeadsConfig, register_kind
 from medhead.heads.layers import Linear
 
 
@@ -49,26 +48,16 @@ class SequentialHeads(Heads):
         self.proj = nn.ModuleList(Linear(inner, inner, bias=False) for _ in range(projections))
         self.norms = nn.ModuleList(SpeculatorNorm(inner) for _ in range(depths))
         self.input_norm = SpeculatorNorm(size, affine=False) if config.scale_input else None
-        own_embedding, own_output = config.own_embedding, config.own_output
-        self.encoders = None if own_embedding else nn.ModuleList(Linear(size, inner, bias=False) for _ in range(depths))
-        self.outputs = None if own_output else nn.ModuleList(Linear(inner, size, bias=False) for _ in range(depths))
-        self.embeddings = own_matrices(depths if own_embedding else 0, config.vocab_size, inner)
-        self.output_matrices = own_matrices(depths if own_output else 0, self.output_rows, inner)
+        encoders = (Linear(size, inner, bias=False) for _ in range(depths))
+        outputs = (Linear(inner, size, bias=False) for _ in range(depths))
+        self.encoders = None if config.own_embedding else nn.ModuleList(encoders)
+        self.outputs = None if config.own_output else nn.ModuleList(outputs)
+        self.add_own_matrices(depths, inner)
         self.encode_uses_depth = depths > 1
 
-    def own_embedding(self, depth: int) -> Tensor | None:
-        """Return a loaded checkpoint's embedding of this depth."""
-        return self.embeddings[self._index(depth)] if self.config.own_embedding else None
-
-    def own_output(self, depth: int) -> Tensor | None:
-        """Return a loaded checkpoint's output matrix of this depth."""
-        return self.output_matrices[self._index(depth)] if self.config.own_output else None
-
-    def init_state(
-        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Return the hidden state, normalised and scaled if `scale_input`."""
-        return DraftState(features if self.input_norm is None else self.input_norm(features) / math.sqrt(2), None)
+        return features if self.input_norm is None else self.input_norm(features) / math.sqrt(2), None
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return the token's part, `[..., inner]`."""

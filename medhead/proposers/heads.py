@@ -350,11 +350,9 @@ class HeadsExpander:
         """`[batch, 1, state]`: the heads' state above the root."""
         output_head, state = self.output_head, self.state
         self._root = output_head.token(state.roots[:, None], 0)
-        draft = output_head.heads.init_state(
-            state.features.to(output_head.dtype)[:, None], self._root, self.memory, self.depth
-        )
-        self._shared = draft.context
-        return draft.state
+        features = state.features.to(output_head.dtype)[:, None]
+        above, self._shared = output_head.heads.init_state(features, self._root, self.memory, self.depth)
+        return above
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `growth.Expander.expand`."""

@@ -85,11 +85,11 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
         positions = torch.arange(at + 1)[None]
         rows = heads.encode_cache_entry(features[:, : at + 1], token(slice(1, at + 2), 0), positions, at + 1)
         memory = DraftCacheView(rows, torch.tensor([[at + 1]]), full=True)
-    draft = heads.init_state(features[:, at : at + 1], token(slice(at + 1, at + 2), 0), memory, heads.config.depth)
-    state, found = draft.state, []
+    root, found = token(slice(at + 1, at + 2), 0), []
+    state, context = heads.init_state(features[:, at : at + 1], root, memory, heads.config.depth)
     names = list(range(target.vocab_size)) if heads.draft_tokens is None else heads.draft_tokens.tolist()
     for level in range(depth):
-        state, said = heads.step(state, token(slice(at + 1 + level, at + 2 + level), level), level, draft.context)
+        state, said = heads.step(state, token(slice(at + 1 + level, at + 2 + level), level), level, context)
         output = heads.own_output(level)
         logits = said[0, 0] @ (target.output.weight[names] if output is None else output).T
         best = [names[column] for column in logits.argsort(descending=True).tolist()]

@@ -216,9 +216,9 @@ def test_a_causal_block_computes_only_what_is_asked(target: Target, name: str) -
     features = torch.randn(1, 1, heads.feature_size)
     extra = 0 if heads.config.root_slot_predicts else 1
     for depth in (1, 3):
-        slots = heads.init_state(features, root, memory, depth).context
+        slots = heads.init_state(features, root, memory, depth)[1]
         assert slots.shape[2] == (depth if heads.config.causal else 4) + extra
-    whole = heads.init_state(features, root, memory).context
+    whole = heads.init_state(features, root, memory)[1]
     assert whole.shape[2] == 4 + extra
     torch.testing.assert_close(slots, whole[:, :, : slots.shape[2]], rtol=1e-5, atol=1e-5)
     for other in range(
@@ -228,7 +228,7 @@ def test_a_causal_block_computes_only_what_is_asked(target: Target, name: str) -
         if changed.mask_embedding is None:
             return
         changed.mask_embedding.data[other] += 1.0
-        moved = (changed.init_state(features, root, memory).context != whole).any(-1)[0, 0]
+        moved = (changed.init_state(features, root, memory)[1] != whole).any(-1)[0, 0]
         assert moved[other:].all()
         assert moved[:other].any() == (not heads.config.causal)
 
@@ -353,7 +353,7 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
     anchors, real = choose_anchors(texts, 1.0)
     embeddings = target.embed(texts.ids[0])
     if HEADS[name].get("own_embedding"):
-        embeddings = texts.ids[0] if name == "sequential_own" else heads.embed_tokens[texts.ids[0]]
+        embeddings = texts.ids[0] if name == "sequential_own" else heads.own_embedding(0)[texts.ids[0]]
     levels = list(unroll(heads, texts, features, target.embedding, anchors, real))
     for anchor in (0, 1, 5):
         expected = REFERENCES[heads.config.kind](heads, features[0], embeddings, anchor)
@@ -377,10 +377,9 @@ def children_of(
     """The four likeliest children of a node and their log-probabilities, from a run of the heads over its path alone."""
     heads = output_head.heads
     codes = [output_head.token(torch.tensor([[token]]), depth) for depth, token in enumerate(path)]
-    draft = heads.init_state(given.features[row : row + 1, None], codes[0], memory)
-    state = draft.state
+    state, context = heads.init_state(given.features[row : row + 1, None], codes[0], memory)
     for depth, code in enumerate(codes):
-        state, feature = heads.step(state, code, depth, draft.context)
+        state, feature = heads.step(state, code, depth, context)
     logits = output_head.logits(feature, len(path) - 1)[0, 0]
     names = torch.arange(len(logits)) if output_head.tokens is None else output_head.tokens
     if given.noise is not None:

@@ -122,8 +122,8 @@ def test_untrained_medusa_heads_guess_what_the_target_says(target: Target) -> No
     heads = build_heads(config)
     hidden = torch.randn(3, target.hidden_size)
     for depth in range(2):
-        draft = heads.init_state(hidden, hidden, None)
-        _, feature = heads.step(draft.state, torch.zeros(3, target.hidden_size), depth, draft.context)
+        state, context = heads.init_state(hidden, hidden, None)
+        _, feature = heads.step(state, torch.zeros(3, target.hidden_size), depth, context)
         assert torch.equal(feature, hidden)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import HEADS, noise_heads, read
-from medhead.heads import DraftState, Heads, HeadsConfig
+from medhead.heads import Heads, HeadsConfig
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
 from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
@@ -123,9 +123,9 @@ class Echo(Heads):
 
     def init_state(
         self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
-    ) -> DraftState:
+    ) -> tuple[Tensor, Any]:
         self.memory = cache
-        return DraftState(features, None)
+        return features, None
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: Any) -> tuple[Tensor, Tensor]:
         state = torch.cat([state, token], -1)

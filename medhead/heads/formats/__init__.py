@@ -8,14 +8,13 @@
 | `eagle3` | EAGLE-3: vLLM, SGLang, TensorRT-LLM, speculators | `attention` |
 | `dflash` | DFlash, JetSpec: vLLM, SGLang | `block` |
 
-Each format is one file with one `CheckpointFormat`. Tensors are taken by name and shape; one that is missing, left over or
+Each format is a `CheckpointFormat`. Tensors are taken by name and shape; one that is missing, left over or
 of another shape is an error.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from medhead.errors import MedheadError
 from medhead.heads import config
@@ -23,13 +22,10 @@ from medhead.heads.base import Heads
 from medhead.heads.formats.base import CheckpointFormat, ExportedCheckpoint
 from medhead.heads.formats.dflash import DFlash
 from medhead.heads.formats.eagle3 import Eagle3
-from medhead.heads.formats.medusa import Medusa
+from medhead.heads.formats.medusa import Medusa, VllmMedusa
 from medhead.heads.formats.mlp_speculator import MlpSpeculator
 from medhead.heads.formats.reader import CONFIG_FILE, CheckpointReader
-from medhead.heads.formats.vllm_medusa import VllmMedusa
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 __all__ = ["FORMATS", "CheckpointFormat", "ExportedCheckpoint", "export_heads", "import_heads", "is_third_party"]
 

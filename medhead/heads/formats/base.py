@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,40 +13,25 @@ from torch import Tensor
 from medhead.errors import MedheadError
 from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.formats.reader import WEIGHTS_FILE, CheckpointReader
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 
 @dataclass
 class ExportedCheckpoint:
-    """A checkpoint in another project's format.
+    """A checkpoint in another project's format."""
 
-    Attributes:
-        config: content of `config.json`.
-        tensors: by name.
-        weights_file: name of the file that holds them.
-    """
-
-    config: dict[str, Any]
+    config: dict[str, Any]  # content of `config.json`
     tensors: dict[str, Tensor]
-    weights_file: str
+    weights_file: str  # name of the file that holds the tensors
 
 
 class CheckpointFormat(ABC):
-    """A checkpoint format of another project: how its folders are recognised, read and written.
+    """A checkpoint format of another project: how its folders are recognised, read and written."""
 
-    Attributes:
-        name: the name that users give.
-        kind: the kind of heads it holds.
-        has_draft_vocab: whether it can hold a draft vocabulary.
-        weights_file: name of the file that holds the tensors.
-    """
-
-    name: str
-    kind: str
-    has_draft_vocab = False
-    weights_file = WEIGHTS_FILE
+    name: str  # as users give it
+    kind: str  # of the heads it holds
+    has_draft_vocab = False  # whether it can hold a draft vocabulary
+    weights_file = WEIGHTS_FILE  # name of the file that holds the tensors
 
     @abstractmethod
     def matches(self, reader: CheckpointReader) -> bool:
@@ -63,27 +49,17 @@ class CheckpointFormat(ABC):
     def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
         """Return the content of `config.json` for these heads."""
 
-    def check(self, heads: Heads, target: Target) -> None:
-        """Refuse heads that the format cannot express.
-
-        Raises:
-            MedheadError: gives the reason.
-        """
+    def refusals(self, heads: Heads, target: Target) -> Iterator[tuple[bool, str]]:
+        """Yield conditions under which the format cannot express heads, each with the reason."""
         config = heads.config
-        if config.kind != self.kind:
-            raise MedheadError(
-                f"the format {self.name!r} holds heads of kind {self.kind!r}, these are of kind {config.kind!r}"
-            )
-        if config.correction != "none":
-            raise MedheadError(
-                f"the format {self.name!r} has no correction, these heads have correction {config.correction!r}: "
-                "train with --correction none to export"
-            )
-        if config.draft_vocab_size and not self.has_draft_vocab:
-            raise MedheadError(
-                f"the format {self.name!r} has no draft vocabulary, these heads propose {config.draft_vocab_size} of "
-                f"{config.vocab_size} tokens: train with --draft-vocab 0 to export"
-            )
+        yield config.kind != self.kind, f"it holds heads of kind {self.kind!r}, these are of kind {config.kind!r}"
+        has_correction = f"it has no correction, these heads have correction {config.correction!r}"
+        yield config.correction != "none", f"{has_correction}: train with --correction none to export"
+        has_draft_vocab = (
+            f"it has no draft vocabulary, these heads propose {config.draft_vocab_size} of {config.vocab_size}"
+        )
+        refused = config.draft_vocab_size > 0 and not self.has_draft_vocab
+        yield refused, f"{has_draft_vocab} tokens: train with --draft-vocab 0 to export"
 
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
         """Return the tensors to store: the heads' under the format's names; formats add those they compute."""
@@ -92,7 +68,9 @@ class CheckpointFormat(ABC):
 
     def write(self, heads: Heads, target: Target) -> ExportedCheckpoint:
         """Return the checkpoint of some heads; see `export_heads`."""
-        self.check(heads, target)
+        for refused, reason in self.refusals(heads, target):
+            if refused:
+                raise MedheadError(f"these heads cannot be written in the format {self.name!r}: {reason}")
         return ExportedCheckpoint(self.config_json(heads, target), self.tensors(heads, target), self.weights_file)
 
 
@@ -109,23 +87,14 @@ def fitting_config(target: Target, kind: str, **fields: Any) -> HeadsConfig:
 
 
 def output_matrix(heads: Heads, target: Target, depth: int = 0) -> Tensor:
-    """Return `[draft vocabulary or vocabulary, hidden]`: the heads' own output matrix, or the target's rows that they use.
-
-    Raises:
-        MedheadError: the target adds a bias, which no format has.
-    """
+    """Return `[draft vocabulary or vocabulary, hidden]`: the heads' own output matrix, or the target's rows that they use."""
     own = heads.own_output(depth)
     if own is not None:
         return own
-    check_no_bias(target)
-    weight = target.output.weight.detach()
-    return weight if heads.draft_tokens is None else weight[heads.draft_tokens.to(weight.device)]
-
-
-def check_no_bias(target: Target) -> None:
-    """Refuse a target whose output matrix has a bias."""
     if getattr(target.output, "bias", None) is not None:
         raise MedheadError(f"the output matrix of {target.name} has a bias, which no checkpoint format holds")
+    weight = target.output.weight.detach()
+    return weight if heads.draft_tokens is None else weight[heads.draft_tokens.to(weight.device)]
 
 
 def decoder_config_json(heads: Heads, target: Target) -> dict[str, Any]:

@@ -7,23 +7,21 @@ matrix. The extensions of DFlash2 and DSpark are not supported.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
 
-from medhead.errors import MedheadError
 from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.formats.base import (
     CheckpointFormat,
-    check_no_bias,
     decoder_config_json,
     embedding_row,
     fitting_config,
-)
+    output_matrix,
+)  # fmt: skip
 from medhead.heads.formats.reader import CheckpointReader
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 _EXTENSIONS = {
     "candidate_selector": "DFlash2's candidate selector",
@@ -75,30 +73,20 @@ class DFlash(CheckpointFormat):
         """Keep the names; the mask is a row of the target's embedding."""
         return None if name == "mask_row" else name
 
-    def check(self, heads: Heads, target: Target) -> None:
+    def refusals(self, heads: Heads, target: Target) -> Iterator[tuple[bool, str]]:
         """Refuse also other masks, a root slot that predicts, and features of no layer."""
-        super().check(heads, target)
-        check_no_bias(target)
-        config = heads.config
-        if config.root_slot_predicts:
-            raise MedheadError(
-                f"in the format {self.name!r} the root's slot of a block predicts nothing, in these heads it predicts the "
-                "root's children (root_slot_predicts)"
-            )
-        if config.mask_token_id < 0:
-            raise MedheadError(
-                f"in the format {self.name!r} masks are the target's embedding of one token, these heads learnt vectors of "
-                "their own (mask_token_id is -1)"
-            )
-        row = embedding_row(target, config.mask_token_id)
-        if row is None or not row.equal(heads.state_dict()["mask_row"].to(row)):
-            raise MedheadError(
-                f"the mask of these heads is not the embedding of token {config.mask_token_id} of {target.name}"
-            )
-        if not config.feature_layers:
-            raise MedheadError(
-                f"the format {self.name!r} reads layers of the target, these heads read its last hidden state"
-            )
+        yield from super().refusals(heads, target)
+        output_matrix(heads, target)  # refuses a bias
+        config, mask = heads.config, heads.config.mask_token_id
+        yield config.root_slot_predicts, "its root slot predicts nothing, that of these heads does (root_slot_predicts)"
+        yield (
+            mask < 0,
+            "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)",
+        )
+        row = embedding_row(target, mask)
+        other = row is None or not row.equal(heads.state_dict()["mask_row"].to(row))
+        yield other, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
+        yield not config.feature_layers, "it reads layers of the target, these heads read its last hidden state"
 
     def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
         """Describe the layers, the block, and the layers of the target that it reads."""

@@ -7,18 +7,16 @@ Without ids the features are the inputs of layers 2, L/2 and L - 3. Exports stat
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from medhead.errors import MedheadError
 from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.formats.base import CheckpointFormat, decoder_config_json, fitting_config, output_matrix
 from medhead.heads.formats.reader import CheckpointReader
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 DEPTH = 8  # such checkpoints name no depth; the heads propose this many tokens
 IDS = "eagle_aux_hidden_state_layer_ids"
@@ -49,7 +47,7 @@ class Eagle3(CheckpointFormat):
         draft = reader.number("draft_vocab_size", target.vocab_size)
         own_output = draft < target.vocab_size or "lm_head.weight" in reader.names
         if own_output:
-            given["lm_head"] = reader.take("lm_head.weight", draft, size) * reader.real("logit_scale", 1.0)
+            given["output_matrices.0"] = reader.take("lm_head.weight", draft, size) * reader.real("logit_scale", 1.0)
         tokens = _draft_tokens(reader, draft, target)
         if tokens is not None:
             given["draft_tokens"] = tokens
@@ -69,18 +67,14 @@ class Eagle3(CheckpointFormat):
 
     def stored_name(self, name: str, config: HeadsConfig) -> str | None:
         """Keep the names; the draft vocabulary is stored as `d2t` and `t2d`."""
-        if name == "draft_tokens":
-            return None
-        return f"{name}.weight" if name in ("lm_head", "embed_tokens") else name
+        renamed = {"draft_tokens": None, "output_matrices.0": "lm_head.weight", "embeddings.0": "embed_tokens.weight"}
+        return renamed.get(name, name)
 
-    def check(self, heads: Heads, target: Target) -> None:
+    def refusals(self, heads: Heads, target: Target) -> Iterator[tuple[bool, str]]:
         """Refuse also heads that do not read three layers."""
-        super().check(heads, target)
-        if len(heads.config.feature_layers) != 3:
-            raise MedheadError(
-                f"the format {self.name!r} reads three layers of the target, these heads read "
-                f"{len(heads.config.feature_layers)}"
-            )
+        yield from super().refusals(heads, target)
+        count = len(heads.config.feature_layers)
+        yield count != 3, f"it reads three layers of the target, these heads read {count}"
 
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
         """Add the output matrix and the two maps of the draft vocabulary."""

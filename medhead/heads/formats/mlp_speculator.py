@@ -7,7 +7,7 @@ of each, except that `proj.0`, which takes the target's hidden state, is not sha
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,7 @@ from torch import Tensor
 from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.formats.base import CheckpointFormat, fitting_config, output_matrix
 from medhead.heads.formats.reader import CheckpointReader
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 _ARCHITECTURE = "MLPSpeculatorPreTrainedModel"
 _NAMES = {"embeddings": "emb", "norms": "ln", "output_matrices": "head"}

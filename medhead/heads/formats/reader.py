@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -13,10 +12,9 @@ from torch import Tensor
 
 from medhead.errors import MedheadError
 from medhead.heads.base import Heads, HeadsConfig, build_heads
+from medhead.heads.config import read_json
 from medhead.heads.layers import Rotary
-
-if TYPE_CHECKING:
-    from medhead.model.target import Target
+from medhead.model.target import Target
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -30,19 +28,18 @@ SCALINGS = ("linear", "llama3", "yarn")  # rotary scalings whose angles do not d
 class CheckpointReader:
     """The configuration and the tensors of a folder; a tensor is read when it is taken.
 
+    Every method raises `MedheadError`, in one line that names the cause, where the checkpoint is damaged or does not fit.
+
     Args:
         folder: holds `config.json` and safetensors; pickles are never opened.
 
     Attributes:
         config: content of `config.json`.
-
-    Raises:
-        MedheadError: a file is missing, damaged, or a pickle.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.config = _read_json(folder / CONFIG_FILE)
+        self.config = read_json(folder / CONFIG_FILE)
         self._entries: dict[str, tuple[Any, str]] = {}  # open file and stored name of every tensor not yet taken
         for path in self._files():
             try:
@@ -57,7 +54,7 @@ class CheckpointReader:
             if (self.folder / name).is_file():
                 return [self.folder / name]
         if (self.folder / INDEX_FILE).is_file():
-            names = _read_json(self.folder / INDEX_FILE).get("weight_map")
+            names = read_json(self.folder / INDEX_FILE).get("weight_map")
             if not isinstance(names, dict) or any(Path(str(name)).name != name for name in names.values()):
                 raise self.error(f"{INDEX_FILE} names no files of this folder")
             return [self.folder / name for name in sorted(set(names.values()))]
@@ -84,7 +81,7 @@ class CheckpointReader:
         }
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape of a tensor; a missing one is a `MedheadError`."""
+        """Return the shape of a tensor."""
         if name not in self._entries:
             raise self.error(f"the tensor {name} is missing")
         handle, stored = self._entries[name]
@@ -96,11 +93,7 @@ class CheckpointReader:
         return handle.get_tensor(stored)
 
     def take(self, name: str, *shape: int, floating: bool = True) -> Tensor:
-        """Read a tensor and remove it from the names.
-
-        Raises:
-            MedheadError: the tensor is missing, of another shape, or quantised though `floating`.
-        """
+        """Read a tensor and remove it from the names."""
         given = self.shape(name)
         if given != shape:
             raise self.error(
@@ -120,9 +113,6 @@ class CheckpointReader:
             count: its length.
             target: the target.
             offsets: the tensor holds the differences of token id and row index.
-
-        Raises:
-            MedheadError: the tensor is missing, or holds no distinct tokens of the target.
         """
         token_ids = self.take(name, count, floating=False).long() + (torch.arange(count) if offsets else 0)
         if count == 0 or int(token_ids.min()) < 0 or int(token_ids.max()) >= target.vocab_size:
@@ -145,9 +135,6 @@ class CheckpointReader:
             config: of the heads.
             stored_name: `CheckpointFormat.stored_name`.
             given: tensors by the heads' names that are taken already.
-
-        Raises:
-            MedheadError: a tensor is missing, of another shape, or left over.
         """
         with torch.device("meta"):
             heads = build_heads(config)
@@ -172,15 +159,15 @@ class CheckpointReader:
         return [str(name) for name in found] if isinstance(found, list) else []
 
     def number(self, name: str, default: int | None = None) -> int:
-        """Return a whole number of at least 1 from the configuration; anything else is a `MedheadError`."""
-        value = self._get(name, default)
+        """Return a whole number of at least 1 from the configuration."""
+        value = default if self.config.get(name) is None else self.config[name]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise self.error(f"{name} in config.json must be a whole number of at least 1, got {value!r}")
         return value
 
     def real(self, name: str, default: float) -> float:
-        """Return a number above 0 from the configuration; anything else is a `MedheadError`."""
-        value = self._get(name, default)
+        """Return a number above 0 from the configuration."""
+        value = default if self.config.get(name) is None else self.config[name]
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
             raise self.error(f"{name} in config.json must be a number above 0, got {value!r}")
         return float(value)
@@ -190,22 +177,14 @@ class CheckpointReader:
         return bool(self.config.get(name))
 
     def section(self, name: str) -> dict[str, Any]:
-        """Return a section of the configuration, empty if it is missing; anything but a mapping is a `MedheadError`."""
+        """Return a section of the configuration, empty if it is missing."""
         value = self.config.get(name) or {}
         if not isinstance(value, dict):
             raise self.error(f"{name} in config.json must hold names and values, got {value!r}")
         return value
 
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.config.get(name)
-        return default if value is None else value
-
     def target_layers(self, ids: Any, shift: int, target: Target) -> list[int]:
-        """Return the layers of the target whose outputs are the feature: `ids`, each plus `shift`.
-
-        Raises:
-            MedheadError: the ids are not distinct layers of the target.
-        """
+        """Return the layers of the target whose outputs are the feature: `ids`, each plus `shift`."""
         valid = isinstance(ids, list | tuple) and all(isinstance(id_, int) for id_ in ids) and ids
         if not valid or len(set(ids)) < len(ids) or not all(0 <= id_ + shift < target.layers for id_ in ids):
             raise self.error(
@@ -234,9 +213,6 @@ class CheckpointReader:
         Args:
             head_dim: size of a head, where the configuration does not name it; hidden size / heads if None.
             rope_theta: base of the rotary positions, where the configuration does not name it.
-
-        Raises:
-            MedheadError: a field is missing or wrong, or the layers compute what medhead's do not.
         """
         activation = self.config.get("hidden_act") or "silu"
         if activation != "silu":
@@ -281,13 +257,3 @@ class CheckpointReader:
     def error(self, what: str) -> MedheadError:
         """Return an error about this folder, in one line."""
         return MedheadError(f"heads in {str(self.folder)!r}: {what}")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    if not isinstance(found, dict):
-        raise MedheadError(f"{path} must hold names and values, got a {type(found).__name__}")
-    return found

@@ -120,10 +120,9 @@ def unroll(
         positions = torch.arange(length - 1, device=texts.ids.device)[None]
         rows = heads.encode_cache_entry(features[:, :-1], everywhere[:, 1:], positions, length)
         memory = DraftCacheView(rows, anchors + 1, texts.begins().gather(1, anchors))
-    draft = heads.init_state(_pick(features, anchors), token(0), memory, depth)
-    state = draft.state
+    state, context = heads.init_state(_pick(features, anchors), token(0), memory, depth)
     for level in range(depth):
-        state, said = heads.step(state, token(level), level, draft.context)
+        state, said = heads.step(state, token(level), level, context)
         reached = real & texts.guessable(2 + level).gather(1, anchors)
         rows_, columns = reached.nonzero(as_tuple=True)
         yield Level(said.expand(*anchors.shape, -1)[rows_, columns], rows_, anchors[rows_, columns] + 1 + level)
