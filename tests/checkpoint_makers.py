@@ -290,7 +290,7 @@ TEXT = [1, 17, 5, 40, 33, 8, 8, 51, 22, 60, 3, 29]
 
 
 def logits_in_training(heads: Heads, target: Target, text: list[int]) -> list[tuple[int, int, Tensor]]:
-    """Anchor, depth and logits over the vocabulary, as training runs heads along a text (packed behind another one)."""
+    """Return anchor, depth and logits over the vocabulary, as training computes them on a text packed behind another one."""
     other = [9, 4, 31]
     with torch.no_grad(), target.active(heads.config.feature_layers):
         features = torch.cat([read(target, torch.tensor([ids]))[1] for ids in (other, text)], 1)

@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
 from medhead.model.target import Target
 from medhead_training.demo.tokenizer import train_tokenizer
+from medhead_training.objective.unroll import PackedBatch
 
 settings.register_profile(
     "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -111,6 +112,15 @@ def noise_heads(
 def read(target: Target, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and features of whole texts `[rows, length]`; inside `target.active(...)`."""
     return target.read_hidden(target.model, ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def packed_batch(documents: list[list[int]]) -> PackedBatch:
+    """Return a training batch with one document a row, all of whose tokens are to be predicted."""
+    longest = max(map(len, documents))
+    ids, document = torch.zeros(len(documents), longest, dtype=torch.long), torch.full((len(documents), longest), -1)
+    for row, text in enumerate(documents):
+        ids[row, : len(text)], document[row, : len(text)] = torch.tensor(text), 0
+    return PackedBatch(ids, document >= 0, document)
 
 
 @pytest.fixture(scope="session", autouse=True)

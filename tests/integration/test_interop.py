@@ -27,7 +27,7 @@ def foreign(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, Formu
 
 
 def logits_in_decoding(heads: Heads, target: Target, text: list[int], path: list[int]) -> list[Tensor]:
-    """Log-probabilities over the vocabulary at every depth, as decoding runs heads: text read in chunks, then a path."""
+    """Return log-probabilities over the vocabulary at every depth, as decoding computes them: prefill, then a path."""
     proposer = HeadsProposer(target, heads, dtype=torch.float32)
     with torch.no_grad(), target.active(proposer.feature_layers):
         cache = target.new_cache(1, 64)

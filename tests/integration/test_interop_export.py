@@ -23,7 +23,7 @@ from medhead_training.export import write as write_checkpoint
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_exported_heads_say_the_same(deep: PreTrainedModel, deep_target: Target, tmp_path: Path, name: str) -> None:
+def test_exported_heads_compute_the_same(deep: PreTrainedModel, deep_target: Target, tmp_path: Path, name: str) -> None:
     checkpoint_format, fields = EXPORTS[name]
     heads = random_heads(deep_target, **fields)
     write_checkpoint(export_heads(heads, deep_target, checkpoint_format), tmp_path / "out", torch.float32)
@@ -59,7 +59,7 @@ def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
-    ("checkpoint_format", "fields", "says"),
+    ("checkpoint_format", "fields", "message"),
     [
         ("eagle3", {"kind": "medusa", "depth": 2}, "holds heads of kind 'attention', these are of kind 'medusa'"),
         ("medusa", {"kind": "medusa", "depth": 2, "correction": "parent"}, "these heads have correction 'parent'"),
@@ -82,10 +82,10 @@ def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Pa
     ],
 )
 def test_heads_that_a_format_cannot_express(
-    deep_target: Target, checkpoint_format: str, fields: dict[str, Any], says: str
+    deep_target: Target, checkpoint_format: str, fields: dict[str, Any], message: str
 ) -> None:
     heads = random_heads(deep_target, **fields)
-    with pytest.raises(MedheadError, match=says) as refusal:
+    with pytest.raises(MedheadError, match=message) as refusal:
         export_heads(heads, deep_target, checkpoint_format)
     assert "\n" not in str(refusal.value)
 

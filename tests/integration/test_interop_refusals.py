@@ -31,7 +31,7 @@ Z = torch.zeros
 
 
 @pytest.mark.parametrize(
-    ("name", "config", "tensors", "says"),
+    ("name", "config", "tensors", "message"),
     [
         ("medusa-v1", {}, {"1.0.linear.bias": None}, "tensor 1.0.linear.bias is missing"),
         ("medusa-v1", {}, {"0.2.weight": Z(V + 1, D)}, r"tensor 0.2.weight is \[65, 32\], expected \[64, 32\]"),
@@ -88,13 +88,13 @@ Z = torch.zeros
         ("dflash", {}, {"embed_tokens.weight": Z(V, D)}, "embed_tokens.weight is not part of"),
     ],
 )
-def test_mismatches(
-    deep_target: Target, tmp_path: Path, name: str, config: Config, tensors: dict[str, Tensor | None], says: str
+def test_mismatches_are_refused(
+    deep_target: Target, tmp_path: Path, name: str, config: Config, tensors: dict[str, Tensor | None], message: str
 ) -> None:
     make, fields = MAKERS[name]
     make(tmp_path / "heads", **fields)
     damage(tmp_path / "heads", config, tensors)
-    with pytest.raises(MedheadError, match=says) as refusal:
+    with pytest.raises(MedheadError, match=message) as refusal:
         load_heads(tmp_path / "heads", deep_target)
     assert "\n" not in str(refusal.value)
 

@@ -1,4 +1,4 @@
-"""Parts that kinds of heads share, against loops and against transformers: memory, attention, rotary positions, the cell."""
+"""Parts that kinds of heads share, against loops and against transformers: draft cache, attention, rotary positions, cell."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from medhead.heads.layers import GatedCell, GatedMLP, Rotary, fuse_layers
 
 
 def visible(memory: DraftCacheView) -> list[list[list[int]]]:
-    """For every row and query the indices that it sees, by a loop."""
+    """Return the indices that every row and query sees, by a loop."""
     found: list[list[list[int]]] = []
     for row, ends in enumerate(memory.end.tolist()):
         begins = [0] * len(ends) if memory.begin is None else memory.begin[row].tolist()
@@ -32,7 +32,7 @@ def visible(memory: DraftCacheView) -> list[list[list[int]]]:
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 2 * PAGE))
-def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
+def test_a_draft_cache_is_a_list_of_entries_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
     store = TensorDraftCache(batch, 3, torch.float32, torch.device("cpu"), capacity)
     texts: list[list[list[float]]] = [[] for _ in range(batch)]
 
@@ -67,7 +67,7 @@ def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int
             assert [[row[0].nonzero()[:, 0].tolist()] for row in seen] == visible(view)
 
 
-def test_memory_doubles_when_it_is_full() -> None:
+def test_a_draft_cache_doubles_when_it_is_full() -> None:
     store, sizes = TensorDraftCache(2, 5, torch.float16, torch.device("cpu"), 3), []
     for _ in range(5):
         store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0))
@@ -95,7 +95,7 @@ def attend_by_loops(
     own: tuple[Tensor, Tensor] | None,
     own_hidden: Tensor | None,
 ) -> Tensor:
-    """One query after the other."""
+    """Attend with one query after the other."""
     batch, groups, slots, heads, dim = query.shape
     key_heads = memory[0].shape[2]
     found = torch.zeros(batch, groups, slots, heads, dim)
@@ -132,7 +132,7 @@ SHAPES = {  # batch, groups, slots, heads, key heads, length of the memory, own 
 @pytest.mark.parametrize("masked", ["", "all", "each", "later"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_that_of_a_loop(shape: str, masked: str) -> None:
-    """In value and in gradient; a query that sees nothing gets zeros."""
+    """Values and gradients are equal; a query that sees no key gets zeros."""
     batch, groups, slots, heads, key_heads, length, count = SHAPES[shape]
     generator, dim = torch.Generator().manual_seed(len(shape)), 6
 

@@ -19,7 +19,7 @@ from medhead.heads.formats.base import (
     embedding_row,
     fitting_config,
     output_matrix,
-)  # fmt: skip
+)
 from medhead.heads.formats.reader import CheckpointReader
 from medhead.model.target import Target
 
