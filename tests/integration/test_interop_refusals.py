@@ -48,7 +48,7 @@ Z = torch.zeros
         ("speculator", {"emb_dim": 64}, {}, "another model: emb_dim in config.json is 64"),
         ("speculator", {"n_predict": 4}, {}, "proj.3.weight is missing|emb.3.weight is missing"),
         ("speculator", {"n_predict": "x"}, {}, "n_predict in config.json must be a whole number"),
-        ("speculator", {"inner_dim": 21}, {}, r"proj.0.weight is \[20, 32\], expected \[21, 32\]"),
+        ("speculator", {"inner_dim": 21}, {}, r"emb.0.weight is \[64, 20\], expected \[64, 21\]"),
         ("speculator", {"tie_weights": True}, {}, "emb.0.weight and emb.1.weight differ"),
         ("eagle3", {}, {"midlayer.hidden_norm.weight": None}, "midlayer.hidden_norm.weight is missing"),
         ("eagle3", {}, {"midlayer.self_attn.q_proj.bias": Z(40)}, "self_attn.q_proj.bias is not part of"),

@@ -70,8 +70,8 @@ def logprobs_in_training(heads: Heads, target: Target, texts: PackedBatch) -> di
         anchors, real = choose_anchors(texts, 1.0)
         for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
             logp = output_head.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]
-            for row, at, said in zip(level.rows.tolist(), level.at.tolist(), logp, strict=True):
-                found[row, at - depth, depth] = said
+            for row, at, values in zip(level.rows.tolist(), level.at.tolist(), logp, strict=True):
+                found[row, at - depth, depth] = values
     return found
 
 
@@ -129,7 +129,7 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
     documents = [torch.randint(0, 64, (size,), generator=generator) for size in sizes]
     features = [torch.randn(size, heads.feature_size, generator=generator) for size in sizes]
 
-    def said(texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
+    def computed(texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
         anchors, real = choose_anchors(texts, 1.0)
         found = {}
         for depth, level in enumerate(unroll(heads, texts, of_texts, target.embedding, anchors, real)):
@@ -150,9 +150,9 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
             start += size
     for document, text in enumerate(documents):
         own = {(0, at): (document, at) for at in range(len(text))}
-        alone |= said(packed_batch([text.tolist()]), features[document][None], own)
+        alone |= computed(packed_batch([text.tolist()]), features[document][None], own)
     with torch.no_grad():
-        together = said(packed, of_packed, places)
+        together = computed(packed, of_packed, places)
     assert together.keys() == alone.keys()
     assert len(together) == sum(size - 2 - depth for size in sizes for depth in range(4))
     for key, feature in together.items():
