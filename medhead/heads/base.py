@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medhead.core.lengths import Lengths
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
 from medhead.heads.draft_cache import DraftCache, TensorDraftCache
@@ -89,11 +90,9 @@ class Heads(nn.Module):
         """
         return embedding
 
-    def new_draft_cache(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> DraftCache | None:
-        """Return an empty cache for `batch` texts of about `capacity` tokens, or None if the kind keeps none."""
-        return (
-            TensorDraftCache(batch, self.cache_entry_size, dtype, device, capacity) if self.cache_entry_size else None
-        )
+    def new_draft_cache(self, dtype: torch.dtype, lengths: Lengths, capacity: int) -> DraftCache | None:
+        """Return an empty cache for texts of about `capacity` tokens, or None if the kind keeps none."""
+        return TensorDraftCache(self.cache_entry_size, dtype, lengths, capacity) if self.cache_entry_size else None
 
     def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
         """Return the cache entries of committed tokens, `[batch, tokens, cache_entry_size]`.

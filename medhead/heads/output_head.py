@@ -58,8 +58,6 @@ class OutputHead:
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
-        self._target_embedding = target.embedding
-        self._embeddings: tuple[Any, Tensor] | None = None
         self._packed: list[skinny_gemm.PackedLinear] = []  # the output matrix and the heads' layers, once packed
         self.table: Tensor | None = None
         if self.heads.path_dependent and not self.heads.encode_uses_depth:
@@ -120,20 +118,6 @@ class OutputHead:
     def _embedded(self, tokens: Tensor, depth: int) -> Tensor:
         own = self.heads.own_embedding(depth)
         return (self._embed(tokens) if own is None else F.embedding(tokens, own)).to(self.dtype)
-
-    @property
-    def embeddings_bytes(self) -> int:
-        """Bytes that `embeddings` takes."""
-        return self._count * self.heads.config.hidden_size * self.weight.element_size()
-
-    @torch.inference_mode()
-    def embeddings(self) -> Tensor:
-        """Return the embedding of every token, `[vocab, size]`; recomputed when the target's weights change."""
-        weight = self._target_embedding.weight
-        key = weight.data_ptr(), 0 if weight.is_inference() else weight._version
-        if self._embeddings is None or self._embeddings[0] != key:
-            self._embeddings = key, self._embedded(torch.arange(self._count, device=weight.device), 0)
-        return self._embeddings[1]
 
     @torch.inference_mode()
     def _encode_all(self, device: torch.device) -> Tensor | None:

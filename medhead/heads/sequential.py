@@ -66,16 +66,10 @@ class SequentialHeads(Heads):
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: None) -> tuple[Tensor, Tensor]:
         """Run the layers of one depth."""
-        project, _, norm, output = self.level(depth)
-        state = F.gelu(norm(project(state) + token))
-        return state, state if output is None else output(state)
-
-    def level(self, depth: int) -> tuple[Any, Any, Any, Any]:
-        """Return the layers of a depth: state projection, token projection (or None), norm and output projection (or None)."""
         index = self._index(depth)
         project = self.first if depth == 0 else self.proj[0 if self.config.tie_weights else depth - 1]
-        encode, output = (None if layers is None else layers[index] for layers in (self.encoders, self.outputs))
-        return project, encode, self.norms[index], output
+        state = F.gelu(self.norms[index](project(state) + token))
+        return state, state if self.outputs is None else self.outputs[index](state)
 
     def _index(self, depth: int) -> int:
         return 0 if self.config.tie_weights else depth
