@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from checkpoint_formulas import Formula, V
 from checkpoint_makers import MAKERS, TEXT, logits_in_training, make_eagle
 from medhead import Decoder, MedheadError
+from medhead.core.lengths import Lengths
 from medhead.heads import Heads, load_heads
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
@@ -32,11 +33,18 @@ def logits_in_decoding(heads: Heads, target: Target, text: list[int], path: list
     with torch.no_grad(), target.active(proposer.feature_layers):
         cache = target.new_cache(1, 64)
         whole = [*text, path[0]]
+        lengths = Lengths.of([0])
+        draft_cache = proposer.new_draft_cache(lengths, 64)
         proposer.begin(target, [whole])
-        features = target.prefill(cache, [text], proposer.on_prefill)
+
+        def on_chunk(features: Tensor, start: int) -> None:
+            proposer.on_prefill(draft_cache, [whole], features, start)
+            lengths.advance(torch.tensor([features.shape[1]]))
+
+        features = target.prefill(cache, [text], on_chunk)
         state = DecodeState(target, [whole], torch.tensor([path[0]]), features)
-        memory = None if proposer._memory is None else proposer._memory.view()
-        expander = HeadsExpander(proposer.output_head, state, memory, V, len(path), None)
+        view = None if draft_cache is None else draft_cache.view()
+        expander = HeadsExpander(proposer.output_head, state, view, V, len(path), None)
         node, found = expander.start(), []
         for depth, token in enumerate(path):
             node, logp, children = expander.expand(node, torch.tensor([[token]]), depth)

@@ -16,7 +16,7 @@ from medhead.heads.draft_cache import DraftCacheView, TensorDraftCache
 from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
-from medhead.proposers.heads import HeadsProposer
+from medhead.proposers.heads import HeadsExpander, HeadsProposer
 from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
 from scripted import OracleProposer
 
@@ -45,7 +45,8 @@ class RecordingProposer(HeadsProposer):
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         depths, vocab = self.heads.config.depth, self.output_head.weight.shape[0]
-        expander = self._expander(state, self._view(), vocab, depths)
+        view = None if state.draft_cache is None else state.draft_cache.view()
+        expander = HeadsExpander(self.output_head, state, view, vocab, depths, None)
         hidden = expander.start()
         for depth in range(depths):
             tokens, reached = [], []
@@ -91,8 +92,8 @@ def test_decoding_computes_what_training_computes(
     monkeypatch.setattr("medhead.heads.draft_cache.PAGE", 8)
     heads: Any = noise_heads(target, name, draft_vocab=30 * (list(HEADS).index(name) % 2))
     if heads.cache_entry_size:
-        heads.new_draft_cache = lambda batch, dtype, device, capacity: TensorDraftCache(
-            batch, heads.cache_entry_size, dtype, device, 1
+        heads.new_draft_cache = lambda dtype, lengths, capacity: TensorDraftCache(
+            heads.cache_entry_size, dtype, lengths, 1
         )
     proposer = RecordingProposer(target, heads, true_texts)
     width = max(map(len, PROMPTS))
@@ -106,11 +107,7 @@ def test_decoding_computes_what_training_computes(
     expected = logprobs_in_training(heads, target, packed_batch(true_texts))
     common = [key for key in proposer.recorded if key in expected]
     assert {(row, depth) for row, _, depth in common} >= {(row, depth) for row in range(3) for depth in range(4)}
-    for (
-        row,
-        root,
-        depth,
-    ) in proposer.recorded:  # all but the first token's own and the last one's, which nobody trains on
+    for row, root, depth in proposer.recorded:  # training leaves out a text's first root and its last token
         assert (row, root, depth) in common or root == 0 or root + depth + 1 == len(true_texts[row])
     torch.testing.assert_close(
         torch.stack([proposer.recorded[key] for key in common]),
@@ -129,7 +126,9 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
     documents = [torch.randint(0, 64, (size,), generator=generator) for size in sizes]
     features = [torch.randn(size, heads.feature_size, generator=generator) for size in sizes]
 
-    def computed(texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
+    def computed(
+        texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]
+    ) -> dict[Any, Tensor]:
         anchors, real = choose_anchors(texts, 1.0)
         found = {}
         for depth, level in enumerate(unroll(heads, texts, of_texts, target.embedding, anchors, real)):

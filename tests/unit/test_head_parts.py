@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from medhead.core.lengths import Lengths
 from medhead.heads import HeadsConfig
 from medhead.heads.attention_layers import attend
 from medhead.heads.block import BlockHeads
@@ -33,31 +34,34 @@ def visible(memory: DraftCacheView) -> list[list[list[int]]]:
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 2 * PAGE))
 def test_a_draft_cache_is_a_list_of_entries_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
-    store = TensorDraftCache(batch, 3, torch.float32, torch.device("cpu"), capacity)
+    lengths = Lengths.of([0] * batch)
+    store = TensorDraftCache(3, torch.float32, lengths, capacity)
     texts: list[list[list[float]]] = [[] for _ in range(batch)]
 
-    def encode_cache_entry(features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        assert int(positions.max()) < longest
+    def encode_cache_entry(features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        assert int(positions.max()) < max_len
         return torch.cat([features, token, positions.expand(features.shape[:2])[..., None].float()], -1)
 
     for _ in range(data.draw(st.integers(1, 7))):
         count, rows = data.draw(st.integers(1, 40)), len(texts)
         features, token = torch.rand(rows, count, 1), torch.rand(rows, count, 1)
-        store.write(encode_cache_entry, features, token)
         if data.draw(st.booleans()):
             kept = [data.draw(st.integers(0, count))] * rows
         else:
             kept = data.draw(st.lists(st.integers(0, count), min_size=rows, max_size=rows))
-        store.advance(kept)
+        counts = torch.tensor(kept)
+        store.write(encode_cache_entry, features, token, counts)
+        lengths.advance(counts)
         for row, text in enumerate(texts):
             for at in range(kept[row]):
                 text.append([features[row, at, 0].item(), token[row, at, 0].item(), float(len(text))])
         if rows > 1 and data.draw(st.booleans()):
             going = sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1)))
             store.keep_rows(going)
+            lengths.keep_rows(going)
             texts = [texts[row] for row in going]
         view = store.view()
-        assert store.lengths == view.end[:, 0].tolist() == [len(text) for text in texts]
+        assert lengths.host == view.end[:, 0].tolist() == [len(text) for text in texts]
         assert view.rows.shape == (len(texts), max(map(len, texts)), 3)
         for row, text in enumerate(texts):
             assert view.rows[row, : len(text)].tolist() == text
@@ -68,10 +72,11 @@ def test_a_draft_cache_is_a_list_of_entries_for_every_text(data: st.DataObject, 
 
 
 def test_a_draft_cache_doubles_when_it_is_full() -> None:
-    store, sizes = TensorDraftCache(2, 5, torch.float16, torch.device("cpu"), 3), []
+    lengths, sizes, counts = Lengths.of([0, 0]), [], torch.tensor([60, 60])
+    store = TensorDraftCache(5, torch.float16, lengths, 3)
     for _ in range(5):
-        store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0))
-        store.advance([60, 60])
+        store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0), counts)
+        lengths.advance(counts)
         sizes.append(store.nbytes() // (2 * 5 * 2))
     assert sizes == [64, 128, 256, 256, 512]
 

@@ -85,10 +85,10 @@ def test_a_frontier_is_expanded_like_single_nodes(target: Target, name: str) -> 
     last = torch.stack([features[row, max(0, n - 1)] for row, n in enumerate(lengths)])
     roots = ids[torch.arange(3), torch.tensor(lengths)]
     proposer = HeadsProposer(target, heads, dtype=torch.float32, tree_size=24, width=3, branching=4, max_depth=4)
-    proposer._memory = SimpleNamespace(view=lambda: memory)  # type: ignore[assignment]
+    draft_cache = None if memory is None else SimpleNamespace(view=lambda: memory)
     for noise, proposer.sharpness in ((None, 1.5), (None, 1.0), (torch.randn(3, 4, 64, generator=generator), 1.5)):
         coming = None if noise is None else LazyGumbel.of(noise)
-        state = DecodeState(target, [[0]] * 3, roots, last, coming, 0.7)
+        state = DecodeState(target, [[0]] * 3, roots, last, coming, 0.7, draft_cache)
         tree = proposer.propose(state, 4)
         for row in range(3):
             grown = {tuple(path[: length + 1]) for path in tree.paths(row) for length in range(len(path))}
