@@ -19,7 +19,7 @@ GROUPS: dict[str, Commands] = {
         "generate-data": ("medhead_training.generate_data:main", "let a model write the text its heads learn from"),
         "finetune": ("medhead_training.finetune:main", "train heads for a model"),
         "evaluate": ("medhead_training.evaluate:main", "measure the accepted length of heads by tree size"),
-        "export": ("medhead_training.export:main", "write heads in the format of a serving engine"),
+        "export": ("medhead_training.export:main", "write heads in the checkpoint format of a serving engine"),
     },
     "make it faster": {
         "tune": ("medhead.cli.tune:main", "find the fastest tree or lookahead sizes on this machine"),
