@@ -56,7 +56,7 @@ class Reader:
 
     def __init__(self, target: Target, proposer: HeadsProposer, known: Grams) -> None:
         self.target, self.proposer, self.known = target, proposer, known
-        if proposer.heads.memory_size:
+        if proposer.heads.cache_entry_size:
             raise MedheadError(f"--heads: heads of kind {proposer.heads.config.kind!r} have a draft cache; give others")
 
     @torch.inference_mode()
