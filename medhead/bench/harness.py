@@ -26,7 +26,6 @@ from medhead.cli.common import Parser, check_range
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target
-from medhead_kernels.availability import has_numba
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # of plots: medhead, a reference to look at, everything else
 COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", ORANGE, GREY)
@@ -139,7 +138,6 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "medhead": __version__,
-        "numba": has_numba(),
     }
 
 
