@@ -22,8 +22,9 @@ from variety import GRAM, grams, read_answers
 
 from medhead.bench import harness
 from medhead.cli.common import Parser, check_range, run_command
-from medhead.core.acceptance import accept
-from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.acceptance import accept_drawn
+from medhead.core.gumbel import GumbelNoise, LazyGumbel, seed_halves
+from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -48,7 +49,7 @@ def familiarity(text: list[int], known: Grams, position: int) -> int:
 def accepted_length(tree: TokenTree, text: list[int]) -> int:
     """Return how many tokens a pass over a tree of one sequence emits if the text after its root is `text`."""
     expected = torch.tensor(text[: tree.max_depth] + [-1] * (tree.max_depth + 1 - min(len(text), tree.max_depth)))
-    return int(accept(tree, expected[tree.depth]).counts)
+    return int(accept_drawn(tree, expected[tree.depth]).counts)
 
 
 class Reader:
@@ -56,7 +57,7 @@ class Reader:
 
     def __init__(self, target: Target, proposer: HeadsProposer, known: Grams) -> None:
         self.target, self.proposer, self.known = target, proposer, known
-        if proposer.heads.cache_entry_size:
+        if proposer.new_draft_cache(Lengths.of([0]), 1) is not None:
             raise MedheadError(f"--heads: heads of kind {proposer.heads.config.kind!r} have a draft cache; give others")
 
     @torch.inference_mode()
@@ -66,17 +67,17 @@ class Reader:
         The answer in `text` was drawn with `seed` at `temperature`, or greedily at 0.
         """
         depth, parts = self.proposer.max_depth, list[Tensor]()
-        noise = GumbelNoise(seed, self.target.vocab_size) if temperature else None
+        generator, seeds = GumbelNoise(self.target.vocab_size), torch.tensor([seed_halves(seed)])
         with self.target.active(self.proposer.feature_layers):
             self.target.prefill(self.target.new_cache(1, len(text)), [text], lambda found, _: parts.append(found))
             features = torch.cat(parts, 1)[0]
             self.proposer.begin(self.target, [text[:start]])
             for root in range(start, len(text) - max(depth, AHEAD)):
                 positions = root + 1 + torch.arange(depth)[None]
-                coming = LazyGumbel.of(noise.gumbel(torch.zeros_like(positions), positions)) if noise else None
+                noise = generator.gumbel(seeds, torch.zeros(1, dtype=torch.long), positions) if temperature else None
                 state = DecodeState(
-                    self.target, [text[: root + 1]], torch.tensor([text[root]]), features[root - 1 : root], coming,
-                    temperature or 1.0,
+                    self.target, [text[: root + 1]], torch.tensor([text[root]]), features[root - 1 : root],
+                    None if noise is None else LazyGumbel.of(noise), temperature or 1.0,
                 )  # fmt: skip
                 tree = self.proposer.propose(state, depth)
                 yield familiarity(text, self.known, root), accepted_length(tree, text[root + 1 :])

@@ -224,7 +224,7 @@ def measure(
         result.seconds = [statistics.median(times) for times in seconds[at]]
         result.mismatches = len(mismatched[at])
         if profile and method.decoder is not None:
-            _profile(result, method, batches[:profile])
+            _profile(result, method.decoder, batches[:profile], seed=method.seed, **method.arguments)
         if memory:
             _measure_memory(result, method, batches[0])
     return results
@@ -240,25 +240,18 @@ def warm_up(methods: list[Method], prompts: Prompts, batch_size: int = 1, **chan
             method.answer((prompts * size)[:size], **changes)
 
 
-def profiled(decoder: Decoder) -> Decoder | None:
-    """Return a decoder of the same target and proposer that times the parts of its steps; None for captured steps."""
+def _profile(result: MethodResult, decoder: Decoder, batches: list[Prompts], **arguments: Any) -> None:
+    """Time the parts of steps; a captured step has no parts."""
     if decoder.graphs is not None:
-        return None
-    return Decoder(decoder.compiled_target or decoder.target, decoder.proposer, profile=True)
-
-
-def _profile(result: MethodResult, method: Method, batches: list[Prompts]) -> None:
-    assert method.decoder is not None
-    decoder = profiled(method.decoder)
-    if decoder is None:
         result.parts, result.profiled_steps = {"whole": result.decode_seconds}, result.steps
         return
-    result.parts = dict.fromkeys(PARTS, 0.0)
+    result.parts, decoder.profile = dict.fromkeys(PARTS, 0.0), True
     for batch in batches:
-        answer(decoder, batch, seed=method.seed, **method.arguments)
+        answer(decoder, batch, **arguments)
         result.profiled_steps += decoder.statistics.steps
-        for part in PARTS:
-            result.parts[part] += getattr(decoder.statistics.times, part, 0.0)
+        for part in PARTS[:-1]:
+            result.parts[part] += getattr(decoder.statistics.times, part)
+    decoder.profile = False
 
 
 def _measure_memory(result: MethodResult, method: Method, batch: Prompts) -> None:

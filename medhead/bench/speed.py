@@ -50,7 +50,7 @@ def parser() -> Parser:
     options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     options.add_argument("--tree-size", type=int, help="nodes of every proposer's tree, 2 to 256 (default: its own)")
     options.add_argument("--tree-sizes", type=int, nargs="+", default=[], help="further tree sizes of the first heads")
-    options.add_argument("--steps", nargs="+", choices=sorted(BACKENDS), default=[], metavar="WAY",
+    options.add_argument("--steps", nargs="+", choices=sorted(BACKENDS), default=[], metavar="BACKEND",
                          help="compiled or captured steps too (compiled, graph), in the first data type")  # fmt: skip
     options.add_argument("--dtypes", nargs="+", metavar="DTYPE",
                          help="data types to choose from (default: float32 bfloat16 on a CPU, else bfloat16)")  # fmt: skip
@@ -58,7 +58,7 @@ def parser() -> Parser:
 
 
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
-    """Return all methods for one model; `steps` are the ways to run compiled and captured steps."""
+    """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
     arguments = sampling_arguments(args.temperature, args.max_new_tokens)
     if args.heads is None:
         folders = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]

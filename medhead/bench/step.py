@@ -6,7 +6,6 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
-from medhead.bench import captured_steps, harness
-from medhead.bench.captured_steps import FORWARD_ONLY
+from medhead.bench import harness
+from medhead.bench.captured_steps import FORWARD_ONLY, captured_steps, eager_steps
 from medhead.bench.harness import Row
 from medhead.bench.measure import synchronize
 from medhead.cli.common import Parser, run_command
-from medhead.compile import WAYS
-from medhead.core.acceptance import accept
-from medhead.core.tree import TokenTree
+from medhead.compile import BACKENDS
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
 from medhead.model.target import ATTENTIONS, Target
@@ -93,30 +90,12 @@ def time_steps(args: argparse.Namespace, target: Target, batch: int, context: in
     found = {EAGER: generate_step(target, ids)}
     if target.device.type == "cuda":
         found["transformers, static cache, compiled"] = generate_step(target, ids, cache_implementation="static")
-    with torch.inference_mode(), target.active():
-        cache = target.new_cache(batch, context + max(nodes) + 1)
-        target.prefill(cache, ids.tolist())
-        for count in (1, *nodes):
-            name = PLAIN if count == 1 else f"medhead, {count} nodes"
-            found[name] = median(partial(eager_step, target, cache, count), target.device, args.repeats)
-    for way in args.steps:
-        for name, step in captured_steps.steps_of(target, batch, context, nodes, way, args.heads):
+    for name, step in eager_steps(target, ids, nodes):
+        found[f"medhead, {name}"] = median(step, target.device, args.repeats)
+    for backend in args.steps:
+        for name, step in captured_steps(target, batch, context, nodes, backend, args.heads):
             found[f"medhead, {name}"] = median(step, target.device, args.repeats)
     return found
-
-
-def eager_step(target: Target, cache: Any, count: int) -> None:
-    """Verify a random binary tree, accept, read the result on the host, commit, and restore the cache's lengths."""
-    batch, lengths = len(cache.lengths), list(cache.lengths)
-    tokens = torch.randint(target.vocab_size, (batch, count), device=target.device)
-    index = torch.arange(count, device=target.device)
-    tree = TokenTree.root(tokens[:, 0])
-    if count > 1:
-        tree = TokenTree.from_parents(tokens, ((index - 1) // 2).clamp(min=0))
-    logits, _ = target.verify(cache, tree)
-    accepted = accept(tree, logits.argmax(-1))
-    cache.commit(accepted.counts.tolist(), accepted.path if count > 1 else None)
-    cache.lengths = lengths
 
 
 def median(step: Callable[[], object], device: torch.device, repeats: int) -> float:
@@ -220,7 +199,7 @@ def parser() -> Parser:
     options.add_argument("--context", type=int, nargs="+", default=[2048], help="tokens in the cache (default: 2048)")
     options.add_argument("--nodes", type=int, nargs="+", default=[8, 16, 32, 64],
                          help="tree sizes, 2 to 256 (default: 8 16 32 64)")  # fmt: skip
-    options.add_argument("--steps", nargs="*", choices=sorted(WAYS), metavar="WAY",
+    options.add_argument("--steps", nargs="*", choices=sorted(BACKENDS), metavar="BACKEND",
                          help="captured steps: graph, compiled, ... (default: graph on CUDA, else none)")  # fmt: skip
     options.add_argument("--heads", nargs="*", choices=sorted(KINDS), default=["block", "recurrent"], metavar="KIND",
                          help="random heads of depth 8 in captured steps (default: block recurrent)")  # fmt: skip
