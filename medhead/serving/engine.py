@@ -147,7 +147,7 @@ class Engine:
         """
         check_request(request, self.target, self.has_heads)
         ticket = RequestHandle(request, self._notify)
-        ticket.result.seed = check_seed(request.seed) if request.temperature > 0 else 0
+        ticket.result.seed = check_seed(request.params.seed) if request.params.temperature > 0 else 0
         deadline = time.perf_counter() + (self.time_limit if request.time_limit is None else request.time_limit)
         seat = RequestState(ticket, self.target, self.tokenizer, self.end_tokens, deadline)
         with self._awake:

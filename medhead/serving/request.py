@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 
 Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -28,13 +29,7 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        max_new_tokens: most tokens that are produced; cut to what the model's context leaves.
-        temperature: 0 is greedy decoding.
-        top_p: keep the most probable tokens up to this mass; None or 1 for all.
-        top_k: keep so many most probable tokens; None for all.
-        min_p: keep tokens at least so probable, relative to the likeliest; None for all.
-        seed: same seed, same text, whoever else is served at that time; None draws one (see `Result.seed`).
-        stop: texts at which the output ends; the text that is streamed ends before them.
+        params: how it is sampled and where it ends; `max_new_tokens` is cut to what the model's context leaves.
         proposer: name of a registered proposer; None for the engine's own. `none` is plain decoding.
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
@@ -42,13 +37,7 @@ class Request:
     """
 
     prompt: list[int]
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    params: SamplingParams = field(default_factory=SamplingParams)
     proposer: str | None = None
     tree_size: int | None = None
     time_limit: float | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as lp
 
+from medhead.config import SamplingParams
 from medhead.core.gumbel import GumbelNoise
 from medhead.core.sequence import Sequence, Settings
 from medhead.core.stopping import StopChecker, token_limit
@@ -18,7 +19,7 @@ from medhead.proposers.base import VerifyOutput
 from medhead.serving.decode_batch import DecodeBatch
 from medhead.serving.detokenizer import Output
 from medhead.serving.handle import RequestHandle
-from medhead.serving.request import Reason, Request, StepOutput, TreeView
+from medhead.serving.request import Reason, StepOutput, TreeView
 
 
 class RequestState:
@@ -38,14 +39,14 @@ class RequestState:
         request = ticket.request
         self.ticket, self.deadline, self._end_tokens = ticket, deadline, end_tokens
         self.submitted = time.perf_counter()
-        self.output = Output(tokenizer, request.stop)
-        limit = token_limit(request.max_new_tokens, len(request.prompt), target.context)
+        self.output = Output(tokenizer, request.params.stop)
+        limit = token_limit(request.params.max_new_tokens, len(request.prompt), target.context)
         self.row = Sequence(0, list(request.prompt), list(request.prompt))
         self.row.own = Settings(
-            processors_of(request),
+            processors_of(request.params),
             RequestStopChecker(self, limit, end_tokens, target.device),
             noise=GumbelNoise(ticket.result.seed, target.vocab_size, target.device)
-            if request.temperature > 0
+            if request.params.temperature > 0
             else None,
             on_tokens=self._emitted,
         )
@@ -97,19 +98,19 @@ class RequestStopChecker(StopChecker):
         return taken, False
 
 
-def processors_of(request: Request) -> LogitsProcessorList:
+def processors_of(params: SamplingParams) -> LogitsProcessorList:
     """The request's reshaping of the distribution, in transformers' order."""
     found = LogitsProcessorList()
-    if request.temperature == 0:
+    if params.temperature == 0:
         return found
-    if request.temperature != 1:
-        found.append(lp.TemperatureLogitsWarper(float(request.temperature)))
-    if request.top_k is not None:
-        found.append(lp.TopKLogitsWarper(request.top_k))
-    if request.top_p is not None and request.top_p < 1:
-        found.append(lp.TopPLogitsWarper(float(request.top_p)))
-    if request.min_p:
-        found.append(lp.MinPLogitsWarper(float(request.min_p)))
+    if params.temperature != 1:
+        found.append(lp.TemperatureLogitsWarper(float(params.temperature)))
+    if params.top_k is not None:
+        found.append(lp.TopKLogitsWarper(params.top_k))
+    if params.top_p is not None and params.top_p < 1:
+        found.append(lp.TopPLogitsWarper(float(params.top_p)))
+    if params.min_p:
+        found.append(lp.MinPLogitsWarper(float(params.min_p)))
     return found
 
 
