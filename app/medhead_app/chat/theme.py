@@ -15,7 +15,9 @@ EXAMPLES = (
     "Write a short tale in which a girl finds a lost key.",
     "Tell me about a rainy day at the lake.",
 )
-SHADES = "#eef6fb #d7eaf6 #b0d6ee #83bfe4 #56b4e9 #1f86c4 #0072b2 #005d92 #064c75 #0b3f60 #082a41 medhead-blue"  # 50 to 950 and the name
+SHADES = (  # 50 to 950, and the name
+    "#eef6fb #d7eaf6 #b0d6ee #83bfe4 #56b4e9 #1f86c4 #0072b2 #005d92 #064c75 #0b3f60 #082a41 medhead-blue"
+)
 BLUE = gr.themes.Color(*SHADES.split())
 SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Liberation Sans")
 FONT = (*SYSTEM_FONTS, "sans-serif")
