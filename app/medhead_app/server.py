@@ -34,7 +34,7 @@ def build_app(
 
     Args:
         service: the served model.
-        page: a `gradio.Blocks` that is mounted at `/`.
+        page: a `gradio.Blocks` that is mounted at `/` with `page_options`.
         page_options: arguments of `gradio.mount_gradio_app` (theme, css, head, ...).
         auth: user and password for page, API and metrics.
         hosts: names of this server; requests to other names and from pages of other sites are refused. None allows all.

@@ -22,15 +22,10 @@ class PromptTooLongError(MedheadError):
 
 @dataclass(frozen=True)
 class EncodedChat:
-    """A conversation as token ids.
-
-    Attributes:
-        token_ids: the prompt, up to where the answer begins.
-        dropped: number of oldest messages that were left out because they did not fit.
-    """
+    """A conversation as token ids, up to where the answer begins."""
 
     token_ids: list[int]
-    dropped: int = 0
+    dropped: int = 0  # number of oldest messages that were left out because they did not fit
 
 
 class Service:
@@ -115,15 +110,9 @@ class Service:
         trace: bool = False,
         **sampling: Any,
     ) -> Request:
-        """Build a request within the server's limits.
+        """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
 
-        Args:
-            prompt: token ids.
-            max_new_tokens: longest answer; None allows as much as the limits do.
-            proposer: see `Request`.
-            tree_size: see `Request`.
-            trace: see `Request`.
-            sampling: further fields of `SamplingParams`.
+        Without `max_new_tokens` the answer may be as long as the limits allow.
 
         Raises:
             PromptTooLongError: the prompt is longer than the server allows.

@@ -20,10 +20,10 @@ import pytest
 from app_engine import FakeEngine
 
 from conftest import hear_ctrl_c
-from medhead.cli.main import main as cli
+from medhead.cli import main as cli
 from medhead.errors import MedheadError
 from medhead_app import command
-from medhead_app.listen import url_of, bind, run_in_thread
+from medhead_app.listen import bind, run_in_thread, url_of
 from medhead_app.server import build_app
 from medhead_app.service import Service
 from medhead_app.startup import model_name
@@ -38,23 +38,30 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
     return code, capsys.readouterr().err
 
 
-def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+SHARED_OPTIONS = ("--model", "--heads", "--proposer", "--host", "--port", "--auth", "--max-rows", "exit codes")
+
+
+@pytest.mark.parametrize(
+    ("main", "shown", "hidden"),
+    [
+        (command.main, ("usage: medhead chat ", "--share", "--no-page", *SHARED_OPTIONS), ()),
+        (command.serve, ("usage: medhead serve ", *SHARED_OPTIONS), ("--no-page", "Gradio")),
+    ],
+)
+def test_help_teaches(main: Any, shown: tuple[str, ...], hidden: tuple[str, ...], capsys: Any) -> None:
     with pytest.raises(SystemExit) as ended:
-        command.main(["--help"])
+        main(["--help"])
     assert ended.value.code == 0
     out = capsys.readouterr().out
-    for name in (
-        "--model",
-        "--heads",
-        "--proposer",
-        "--host",
-        "--port",
-        "--share",
-        "--auth",
-        "--no-page",
-        "exit codes",
-    ):
-        assert name in out
+    assert [text for text in shown if text not in out] == []
+    assert [text for text in hidden if text in out] == []
+
+
+def test_serve_needs_no_page(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = command.find_spec
+    monkeypatch.setattr(command, "find_spec", lambda name: None if name == "gradio" else real(name))
+    assert command.serve(["--host", "no such host"]) == 2
+    assert capsys.readouterr().err.startswith("medhead serve: error: --host 'no such host' with --port 7860")
 
 
 def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -121,10 +121,10 @@ def test_answers_replace_their_earlier_state() -> None:
     assert pass_lengths(answered("one", "two")) == [2, 1, 2, 1]
 
 
-def test_the_model_reads_roles_and_contents_alone() -> None:
-    read = prompt_messages(add_message(answered("one"), "two"), " Be kind. ")
-    assert read[0] == {"role": "system", "content": "Be kind."}
-    assert [sorted(message) for message in read] == [["content", "role"]] * 4
+def test_the_prompt_has_only_roles_and_contents() -> None:
+    messages = prompt_messages(add_message(answered("one"), "two"), " Be kind. ")
+    assert messages[0] == {"role": "system", "content": "Be kind."}
+    assert [sorted(message) for message in messages] == [["content", "role"]] * 4
     assert prompt_messages(question())[0]["role"] == "user"
 
 
@@ -149,7 +149,7 @@ def test_what_a_browser_sends_is_checked(raw: Any) -> None:
     assert conversation["settings"] == {}
 
 
-def test_a_kept_conversation_comes_back() -> None:
+def test_a_stored_conversation_comes_back() -> None:
     conversation = answered("one", "two")
     back = parse_conversation(json.loads(json.dumps(conversation)))
     assert back["id"] == conversation["id"]
@@ -164,14 +164,14 @@ def test_a_kept_conversation_comes_back() -> None:
     assert (message["tokens"], message["lengths"]) == ([["b", "ngram"]], [1])
 
 
-# ---------------------------------------------------------------- tint and markdown
+# ---------------------------------------------------------------- token colors and Markdown
 
 
 def text_of(html: str) -> str:
     return unescape(re.sub(r"<[^>]*>", "", html))
 
 
-def test_tinted_tokens_are_escaped_and_complete() -> None:
+def test_colored_tokens_are_escaped_and_complete() -> None:
     tokens = [
         ["Once", "heads 1"],
         [" upon", "heads 2"],
@@ -225,14 +225,14 @@ def test_markdown_is_readable_and_fetches_nothing() -> None:
     assert "<a" not in text.render_markdown("[x](javascript:alert(1))")
 
 
-# ---------------------------------------------------------------- numbers and pictures
+# ---------------------------------------------------------------- statistics and charts
 
 
 def result_of(lengths: list[int], **fields: Any) -> Result:
     return Result(new_tokens=sum(lengths), passes=len(lengths), lengths=lengths, **fields)
 
 
-def test_numbers_in_words() -> None:
+def test_statistics_in_words() -> None:
     result = result_of([4, 1, 1], seconds=3.0, queued=1.0, proposer="hybrid", seed=9)
     assert tokens_per_second(result) == 3
     assert passes_saved(result) == 0.5
@@ -322,31 +322,32 @@ def test_an_answer_comes_in_updates() -> None:
     assert "Be kind." in service.tokenizer.decode(request.prompt)
 
 
-def test_updates_are_not_more_frequent_than_question() -> None:
+def test_updates_are_not_more_frequent_than_the_interval() -> None:
     updates = run_async(all_of(generate_answer(service_of(delay=0.002), question(), ChatSettings(), interval=10)))
     assert len(updates) == 3  # the first, one, the last
     assert updates[-1].conversation["messages"][-1]["content"] == STORY
 
 
 def test_closing_an_answer_cancels_its_request() -> None:
-    service, handles = service_of(delay=0.01), []
+    service = service_of(delay=0.01)
+    handles: list[RequestHandle] = []
 
-    async def leave() -> None:
+    async def close() -> None:
         stream = generate_answer(service, question(), ChatSettings(max_new_tokens=500), handles.append, interval=0)
         async for update in stream:
             if update.result.new_tokens:
                 break
         await stream.aclose()
 
-    run_async(leave())
+    run_async(close())
     assert handles[0].cancelled
-    ended_run_async(service, 1.0)
+    wait_until_idle(service, 1.0)
 
 
-def ended_run_async(service: Service, seconds: float) -> None:
+def wait_until_idle(service: Service, seconds: float) -> None:
     end = time.perf_counter() + seconds
     while service.engine.statistics().running:
-        assert time.perf_counter() < end, "the row is still taken"
+        assert time.perf_counter() < end, "the request is still running"
         time.sleep(0.01)
 
 
@@ -354,12 +355,12 @@ def test_a_stopped_answer_keeps_its_text() -> None:
     service = service_of(delay=0.005)
 
     async def stop() -> Update:
-        held: list[RequestHandle] = []
+        handles: list[RequestHandle] = []
         async for update in generate_answer(
-            service, question(), ChatSettings(max_new_tokens=500), held.append, interval=0
+            service, question(), ChatSettings(max_new_tokens=500), handles.append, interval=0
         ):
             if update.result.passes == 3:
-                held[0].cancel()
+                handles[0].cancel()
         return update
 
     update = run_async(stop())
@@ -371,11 +372,8 @@ def test_a_stopped_answer_keeps_its_text() -> None:
 def test_a_long_conversation_is_cut_and_says_so() -> None:
     conversation = answered(*[f"{number} " + "word " * 30 for number in range(20)])
     service = service_of(context=200)
-    updates = run_async(
-        all_of(
-            generate_answer(service, add_message(conversation, "and now?"), ChatSettings(max_new_tokens=20), interval=0)
-        )
-    )
+    asked = add_message(conversation, "and now?")
+    updates = run_async(all_of(generate_answer(service, asked, ChatSettings(max_new_tokens=20), interval=0)))
     message = updates[-1].conversation["messages"][-1]
     assert message["dropped"] > 0
     assert len(updates[-1].conversation["messages"]) == 42  # nothing is lost on the page
@@ -383,7 +381,7 @@ def test_a_long_conversation_is_cut_and_says_so() -> None:
     assert f"{message['dropped']} older messages were left out" in view(message, True)["above"]
 
 
-def test_failures_are_said_in_one_line() -> None:
+def test_failures_are_one_line() -> None:
     updates = run_async(all_of(generate_answer(service_of(fail="it broke"), question(), ChatSettings(), interval=0)))
     assert (updates[-1].error, updates[-1].done) == ("it broke", True)
     assert updates[-1].conversation["messages"][-1]["content"]  # what came before is kept
@@ -434,7 +432,7 @@ def run_race(service: Service, settings: ChatSettings = ChatSettings(max_new_tok
     return run_async(all_of(race(service, "Tell me a story.", settings, interval=0)))
 
 
-def test_a_race_ends_with_ratio_and_identical_text() -> None:
+def test_a_race_ends_with_a_speedup_and_identical_text() -> None:
     service = service_of(delay=0.003)
     states = run_race(service)
     last = states[-1]
@@ -459,10 +457,10 @@ def test_a_race_that_is_stopped_has_no_result() -> None:
     service = service_of(delay=0.01)
 
     async def stop() -> RaceState:
-        held: list[RequestHandle] = []
-        states = race(service, "x", ChatSettings(max_new_tokens=200), held.append, interval=0)
+        handles: list[RequestHandle] = []
+        states = race(service, "x", ChatSettings(max_new_tokens=200), handles.append, interval=0)
         last = await anext(states)
-        for handle in held:
+        for handle in handles:
             handle.cancel()
         async for last in states:  # noqa: B007
             pass
@@ -474,19 +472,20 @@ def test_a_race_that_is_stopped_has_no_result() -> None:
 
 
 def test_closing_a_race_cancels_both() -> None:
-    service, held = service_of(delay=0.01), []
+    service = service_of(delay=0.01)
+    handles: list[RequestHandle] = []
 
-    async def leave() -> None:
-        stream = race(service, "x", ChatSettings(max_new_tokens=500), held.append, interval=0)
+    async def close() -> None:
+        stream = race(service, "x", ChatSettings(max_new_tokens=500), handles.append, interval=0)
         await anext(stream)
         await stream.aclose()
 
-    run_async(leave())
-    assert [handle.cancelled for handle in held] == [True, True]
-    ended_run_async(service, 1.0)
+    run_async(close())
+    assert [handle.cancelled for handle in handles] == [True, True]
+    wait_until_idle(service, 1.0)
 
 
-def test_races_that_cannot_be() -> None:
+def test_wrong_races_are_refused() -> None:
     with pytest.raises(MedheadError, match="is plain decoding itself"):
         run_race(service_of(), ChatSettings(proposer="none"))
     with pytest.raises(MedheadError, match="empty"):
@@ -496,7 +495,7 @@ def test_races_that_cannot_be() -> None:
     full = service_of(max_rows=1, max_queue=0, delay=0.01)
     with pytest.raises(QueueFullError):
         run_race(full)
-    ended_run_async(full, 1.0)
+    wait_until_idle(full, 1.0)
 
 
 def test_race_cards_escape() -> None:
@@ -507,8 +506,8 @@ def test_race_cards_escape() -> None:
 # ---------------------------------------------------------------- sessions and handlers
 
 
-def test_sessions_cancel_their_own_handles_alone() -> None:
-    sessions, handles = Sessions(), [RequestHandle(Request([1])) for _ in range(3)]
+def test_sessions_cancel_only_their_own_requests() -> None:
+    sessions, handles = Sessions(), [RequestHandle(Request([1], SamplingParams())) for _ in range(3)]
     sessions.tracker("a", "chat")(handles[0])
     sessions.tracker("a", "race")(handles[1])
     sessions.tracker("b", "chat")(handles[2])
@@ -519,7 +518,7 @@ def test_sessions_cancel_their_own_handles_alone() -> None:
     assert sessions.cancel("b") == 0
 
 
-def test_a_turn_that_is_left_shows_nothing_more() -> None:
+def test_an_abandoned_turn_shows_nothing_more() -> None:
     handlers = handlers_of(service_of(delay=0.01))
     shown: list[Any] = []
 
@@ -527,7 +526,7 @@ def test_a_turn_that_is_left_shows_nothing_more() -> None:
         async for changes in handlers.send(REQUEST, new_conversation(), True, "Hello", *FIELDS):
             shown.append(changes)
 
-    async def leave() -> None:
+    async def abandon() -> None:
         running = asyncio.ensure_future(turn())
         while len(shown) < 3:
             await asyncio.sleep(0.005)
@@ -537,7 +536,7 @@ def test_a_turn_that_is_left_shows_nothing_more() -> None:
         await running
         assert len(shown) == count
 
-    run_async(leave())
+    run_async(abandon())
     assert all(changes[handlers.components.chat]["busy"] for changes in shown)
 
 
@@ -577,7 +576,7 @@ def test_a_turn_on_the_page() -> None:
     assert opened[ui.conversation]["messages"]
 
 
-def test_what_goes_wrong_inside_is_logged_and_said_without_detail(caplog: pytest.LogCaptureFixture) -> None:
+def test_internal_errors_are_logged_and_shown_without_details(caplog: pytest.LogCaptureFixture) -> None:
     handlers = handlers_of(service_of(crash=True))
     changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), True, "Hello", *FIELDS)))
     assert "a secret inside" not in str(changes)
@@ -590,7 +589,7 @@ def test_what_goes_wrong_inside_is_logged_and_said_without_detail(caplog: pytest
     assert "Internal error" in raced[-1][handlers.components.race_verdict]
 
 
-def test_a_full_queue_is_said_on_the_page() -> None:
+def test_a_full_queue_is_shown_on_the_page() -> None:
     handlers = handlers_of(service_of(max_rows=0, max_queue=0))
     changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), True, "Hello", *FIELDS)))
     assert "waiting already, try again" in changes[-1][handlers.components.live]
@@ -613,5 +612,5 @@ def test_heads_are_offered_only_where_there_are_some() -> None:
     service.engine.has_heads = False  # type: ignore[misc]
     handlers = handlers_of(service)
     assert "heads" not in [value for _, value in handlers.components.proposer.choices]
-    kept = answered("one") | {"settings": asdict(ChatSettings(proposer="heads"))}
-    assert handlers.load(kept, True)[handlers.components.proposer] == "automatic"
+    stored = answered("one") | {"settings": asdict(ChatSettings(proposer="heads"))}
+    assert handlers.load(stored, True)[handlers.components.proposer] == "automatic"

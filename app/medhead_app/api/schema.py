@@ -16,30 +16,19 @@ MAX_STOPS = 4
 IGNORED = ("user", "safety_identifier", "prompt_cache_key")  # strings without an effect
 # fields that are not supported, with the values that ask for nothing; null always does
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "echo": (False,),
-    "frequency_penalty": (0,),
+    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
+    **dict.fromkeys(("best_of", "n"), (1,)),
+    **dict.fromkeys(("echo", "logprobs", "store"), (False,)),
+    **dict.fromkeys(("functions", "tools"), ([],)),
+    **dict.fromkeys(("logit_bias", "metadata"), ({},)),
     "function_call": ("none",),
-    "functions": ([],),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "metadata": ({},),
     "modalities": (["text"],),
-    "n": (1,),
     "parallel_tool_calls": (True, False),
-    "prediction": (),
-    "presence_penalty": (0,),
-    "reasoning_effort": (),
     "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "store": (False,),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "verbosity": (),
-    "web_search_options": (),
 }
 
 
@@ -150,11 +139,8 @@ class GenerationRequest(StrictModel):
         fields: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed, "stop": self.stop}
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size}
         if self.temperature > 0:
-            fields |= {
-                "top_k": self.top_k,
-                "top_p": self.top_p if self.top_p < 1 else None,
-                "min_p": self.min_p or None,
-            }
+            fields |= {"top_k": self.top_k, "min_p": self.min_p or None}
+            fields |= {"top_p": self.top_p if self.top_p < 1 else None}
         return {name: value for name, value in fields.items() if value is not None}
 
 

@@ -61,9 +61,7 @@ def check(args: argparse.Namespace, server_options: list[str]) -> None:
     if args.url is not None and not args.url.startswith(("http://", "https://")):
         raise MedheadError(f"--url must begin with http:// or https://, got {args.url!r}")
     if args.url is None and find_spec("psutil") is None:
-        raise MedheadError(
-            "psutil, which reads the server's memory, is not installed: pip install 'medhead[app,bench]'"
-        )
+        raise MedheadError("psutil (reads the server's memory) is not installed: pip install 'medhead[app,bench]'")
     for name, value, valid, allowed in (
         ("--clients", min(args.clients), min(args.clients) >= 1, "at least 1"),
         ("--seconds", args.seconds, 0 < args.seconds < float("inf"), "above 0"),
@@ -89,17 +87,13 @@ def run(args: argparse.Namespace, server_options: list[str]) -> list[str]:
     if args.output:
         host = machine()
         title = f"{args.seconds:.0f} seconds each; {host['cpu']}, {host['date']}"
-        content = {
-            "machine": host,
-            "options": vars(args),
-            "server_options": server_options,
-            "runs": rows,
-            "failures": failures,
-        }
-        written = write_results(
-            Path(args.output), title, table, content, "load.png", lambda path: report.plot(rows, title, path)
-        )
-        print(written, file=sys.stderr)
+        content = {"machine": host, "options": vars(args), "server_options": server_options}
+        content |= {"runs": rows, "failures": failures}
+
+        def plot(path: Path) -> None:
+            report.plot(rows, title, path)
+
+        print(write_results(Path(args.output), title, table, content, "load.png", plot), file=sys.stderr)
     return failures
 
 
