@@ -87,7 +87,7 @@ def run(args: argparse.Namespace, server_options: list[str]) -> list[str]:
     if args.output:
         host = machine()
         title = f"{args.seconds:.0f} seconds each; {host['cpu']}, {host['date']}"
-        content = {"machine": host, "options": vars(args), "server_options": server_options}
+        content: dict[str, Any] = {"machine": host, "options": vars(args), "server_options": server_options}
         content |= {"runs": rows, "failures": failures}
 
         def plot(path: Path) -> None:
