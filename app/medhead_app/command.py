@@ -27,7 +27,7 @@ examples:
   medhead serve --host 0.0.0.0 --auth me:secret          for other machines; the API key is `secret`
 """
 EPILOG = """
-The server listens on this machine only, unless --host or --share say otherwise. Stop it with Ctrl-C.
+The server listens on this machine only, unless --host names another address. Stop it with Ctrl-C.
 exit codes: 0 done, 2 wrong input, 1 failure, 130 stopped with Ctrl-C
 """
 

@@ -45,7 +45,7 @@ SHARED_OPTIONS = ("--model", "--heads", "--proposer", "--host", "--port", "--aut
     ("main", "shown", "hidden"),
     [
         (command.main, ("usage: medhead chat ", "--share", "--no-page", *SHARED_OPTIONS), ()),
-        (command.serve, ("usage: medhead serve ", *SHARED_OPTIONS), ("--no-page", "Gradio")),
+        (command.serve, ("usage: medhead serve ", *SHARED_OPTIONS), ("--no-page", "--share", "Gradio")),
     ],
 )
 def test_help_teaches(main: Any, shown: tuple[str, ...], hidden: tuple[str, ...], capsys: Any) -> None:
@@ -89,7 +89,7 @@ def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeyp
         (["--time-limit", "nan"], "--time-limit must be above 0, got nan"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),
         (["--max-prompt-tokens", "0"], "--max-prompt-tokens must be at least 1"),
-        (["--host", "no such host", "--port", "0"], "is not an url"),
+        (["--host", "no such host", "--port", "0"], "is not an address"),
         (["--model", "/does/not/exist", "--port", "0"], "model folder '/does/not/exist' does not exist"),
         (["--heads", "/does/not/exist", "--port", "0"], "/does/not/exist"),
         (["--device", "abacus", "--port", "0"], "device 'abacus' is not there"),
@@ -125,7 +125,7 @@ def test_the_page_needs_gradio_and_the_api_does_not(
     command.check_installed(page=False)
 
 
-def test_urles() -> None:
+def test_urls() -> None:
     with bind("127.0.0.1", 0) as bound:
         assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url_of(bound))
         assert url_of(bound, "localhost").startswith("http://localhost:")
