@@ -1,4 +1,4 @@
-"""Parameters that users give, checked where they are made."""
+"""Sampling parameters of one sequence, validated once for the command line, the API and `generate`."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ from typing import Any
 
 from medhead.errors import MedheadError
 
+MAX_TREE_SIZE = 256
+MAX_TEMPERATURE = 100
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one sequence is sampled, and where it ends.
+    """How one sequence is sampled and when it ends.
 
     Attributes:
-        max_new_tokens: largest number of new tokens, at least 1.
-        temperature: 0 to 100; 0 is greedy decoding.
-        top_p: keep the most probable tokens up to this mass, above 0 and at most 1; None keeps all.
-        top_k: keep this many of the most probable tokens, at least 1; None keeps all.
-        min_p: keep tokens at least this probable relative to the most probable one, 0 to 1; None keeps all.
-        seed: 0 to 2**64 - 1; the same seed gives the same text. None draws one.
-        stop: texts that end the output; the output does not include them.
+        max_new_tokens: largest number of new tokens.
+        temperature: divisor of the logits; 0 is greedy decoding.
+        top_p: keep the most probable tokens up to this mass; None or 1 keeps all.
+        top_k: keep this many most probable tokens; None keeps all.
+        min_p: keep tokens at least this probable, relative to the most probable one; None or 0 keeps all.
+        seed: seed of the sampling noise; None draws one.
+        stop: strings at which the text ends; they are not part of the text.
 
     Raises:
-        MedheadError: names the field, the value given, and what is allowed.
+        MedheadError: a value is out of range; the message names the field, the value and what is allowed.
     """
 
     max_new_tokens: int = 256
@@ -34,25 +37,54 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        _check("max_new_tokens", self.max_new_tokens, _whole(self.max_new_tokens, 1), "a whole number of at least 1")
-        _check("temperature", self.temperature, _number(self.temperature, 0, 100), "from 0 to 100")
-        top_p, top_k, min_p, seed = self.top_p, self.top_k, self.min_p, self.seed
-        _check("top_p", top_p, top_p is None or (_number(top_p, 0, 1) and top_p != 0), "above 0 and at most 1")
-        _check("top_k", top_k, top_k is None or _whole(top_k, 1), "a whole number of at least 1")
-        _check("min_p", min_p, min_p is None or _number(min_p, 0, 1), "from 0 to 1")
-        _check("seed", seed, seed is None or _whole(seed, 0, 2**64), "a whole number from 0 to 2**64 - 1")
-        texts = isinstance(self.stop, tuple) and all(isinstance(text, str) for text in self.stop)
-        _check("stop", self.stop, texts, "a tuple of texts")
+        _check_count("max_new_tokens", self.max_new_tokens)
+        _check_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
+        _check_range("top_p", self.top_p, 0, 1, exclusive=True)
+        _check_range("min_p", self.min_p, 0, 1)
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
+        if self.seed is not None:
+            check_seed(self.seed)
+        if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
+            raise MedheadError(f"stop must be a tuple of strings, got {self.stop!r}")
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most probable token is always taken."""
+        return self.temperature == 0
 
 
-def _whole(value: Any, low: int, end: float = float("inf")) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value < end
+def check_seed(seed: int) -> int:
+    """Return the seed if it is a whole number of 64 bits.
+
+    Raises:
+        MedheadError: it is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
+        raise MedheadError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+    return seed
 
 
-def _number(value: Any, low: float, high: float) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+def check_tree_size(size: int) -> int:
+    """Return the number of nodes of a tree if it is allowed.
+
+    Raises:
+        MedheadError: it is not.
+    """
+    if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_TREE_SIZE:
+        raise MedheadError(f"the tree size must be a whole number from 1 to {MAX_TREE_SIZE}, got {size!r}")
+    return size
 
 
-def _check(name: str, value: Any, good: bool, expected: str) -> None:
-    if not good:
-        raise MedheadError(f"{name} must be {expected}, got {value!r}")
+def _check_count(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise MedheadError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def _check_range(name: str, value: Any, low: float, high: float, exclusive: bool = False) -> None:
+    if value is None:
+        return
+    valid = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
+    if not valid or (exclusive and value == low):
+        allowed = f"above {low} and at most {high}" if exclusive else f"from {low} to {high}"
+        raise MedheadError(f"{name} must be {allowed}, got {value!r}")

@@ -7,9 +7,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
-from medhead.config import SamplingParams
+from medhead.config import SamplingParams, check_tree_size
 from medhead.proposers import PROPOSERS
-from medhead.proposers.base import check_tree_size
 from medhead_app.api.errors import ApiError
 
 MAX_STOPS = 4
@@ -74,12 +73,6 @@ def _known_proposer(name: str | None) -> str | None:
     return name
 
 
-def _tree_size(size: int | None) -> int | None:
-    if size is not None:
-        check_tree_size(size)
-    return size
-
-
 def _check_sampling(value: Any, info: ValidationInfo) -> Any:
     """Let SamplingParams check the value of its field of the same name; its error is a ValueError."""
     assert info.field_name is not None
@@ -128,7 +121,9 @@ class GenerationRequest(StrictModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     proposer: Annotated[str | None, AfterValidator(_known_proposer)] = None
-    tree_size: Annotated[int | None, AfterValidator(_tree_size)] = None
+    tree_size: Annotated[int | None, AfterValidator(lambda size: None if size is None else check_tree_size(size))] = (
+        None
+    )
 
     def token_limit(self) -> tuple[str, int | None]:
         """Return the name and the value of the field that limits the answer."""
