@@ -89,9 +89,9 @@ def shape_of(target: Target, kind: str) -> HeadsConfig:
     )
     heads = max(1, size // 128)
     return HeadsConfig(
-        kind=kind, depth=DEPTH, hidden_size=size, vocab_size=target.vocab_size, target_layers=target.layers,
+        kind=kind, depth=DEPTH, hidden_size=size, vocab_size=target.vocab_size, num_target_layers=target.layers,
         inner_size=2 * size, correction_size=3 * size // 2, correction="recurrent" if kind == "block" else "none",
-        blocks=2, feature_layers=feature_layers, num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
+        num_layers=2, feature_layers=feature_layers, num_heads=heads, num_kv_heads=max(1, heads // 4), head_dim=min(size, 128),
     )  # fmt: skip
 
 

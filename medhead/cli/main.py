@@ -15,7 +15,7 @@ COMMANDS = {  # name: module with a `main`, what it does
     "finetune": ("medhead_training.finetune", "train heads for a model of your own"),
     "generate-data": ("medhead_training.generate_data", "let a model write the text its heads are trained on"),
     "evaluate": ("medhead_training.evaluate", "accepted length of heads by tree size on real decoding"),
-    "export": ("medhead_training.export", "write heads in the layout of a serving engine"),
+    "export": ("medhead_training.export", "write heads in the checkpoint format of a serving engine"),
 }
 
 

@@ -853,7 +853,7 @@ def test_what_does_not_fit_the_model(
     line = said("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
     assert "were trained for another model: their vocabulary is 64" in line
     own = model_of(folders)
-    save_heads(noise_heads(Target(own), "attention_own", layer_size=0), own, tmp_path / "own")
+    save_heads(noise_heads(Target(own), "attention_own", draft_hidden_size=0), own, tmp_path / "own")
     assert "an output matrix of their own" in said("--kind", "attention", "--init-from", str(tmp_path / "own"))
     line = refusal(["--model", str(tmp_path / "none"), *command(folders, data, tmp_path / "heads")[2:]], capsys)
     assert line.endswith(f"model folder '{tmp_path / 'none'}' does not exist")

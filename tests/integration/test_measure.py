@@ -27,29 +27,29 @@ from medhead_training.tree_eval import UNREACHED, Walk, summarise
 RANKS = 20
 KINDS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa"},
-    "medusa parent": {"kind": "medusa", "correction": "parent", "draft_vocab": 40},
+    "medusa parent": {"kind": "medusa", "correction": "parent", "draft_vocab_size": 40},
     "recurrent": {"kind": "recurrent"},
     "sequential": {"kind": "sequential"},
-    "sequential own": {"kind": "sequential", "own_embedding": True, "own_output": True, "tied": True},
-    "attention": {"kind": "attention", "feature_layers": [0, 1], "draft_vocab": 48, "own_output": True},
-    "block": {"kind": "block", "correction": "recurrent", "blocks": 2, "feature_layers": [1]},
-    "block parent": {"kind": "block", "correction": "parent", "causal": False, "anchor_predicts": False},
+    "sequential own": {"kind": "sequential", "own_embedding": True, "own_output": True, "tie_weights": True},
+    "attention": {"kind": "attention", "feature_layers": [0, 1], "draft_vocab_size": 48, "own_output": True},
+    "block": {"kind": "block", "correction": "recurrent", "num_layers": 2, "feature_layers": [1]},
+    "block parent": {"kind": "block", "correction": "parent", "causal": False, "root_slot_predicts": False},
 }
 
 
 def tiny_heads(target: Target, depth: int = 3, seed: int = 5, **fields: Any) -> Heads:
     """Heads of noise that say roughly what the target says next, so that some guesses are right."""
     torch.manual_seed(seed)
-    sizes = {"inner_size": 20, "correction_size": 12, "num_heads": 4, "key_heads": 2, "head_dim": 8}
+    sizes = {"inner_size": 20, "correction_size": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     config = HeadsConfig(
-        depth=depth, hidden_size=target.hidden_size, vocab_size=target.vocab_size, target_layers=target.layers,
+        depth=depth, hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_target_layers=target.layers,
         **(sizes | fields),
     )  # fmt: skip
     heads = build_heads(config)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if heads.draft_tokens is not None:
-        heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[: config.draft_vocab])  # in no order
+        heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[: config.draft_vocab_size])  # in no order
     return heads.eval()
 
 
@@ -81,15 +81,15 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
         return heads.encode(target.embed(ids[None, where]) if own is None else own[ids[None, where]], level)
 
     memory = None
-    if heads.memory_size:
+    if heads.cache_entry_size:
         positions = torch.arange(at + 1)[None]
         rows = heads.encode_cache_entry(features[:, : at + 1], token(slice(1, at + 2), 0), positions, at + 1)
         memory = DraftCacheView(rows, torch.tensor([[at + 1]]), full=True)
-    draft = heads.start(features[:, at : at + 1], token(slice(at + 1, at + 2), 0), memory, heads.config.depth)
-    state, found = draft.state, []
+    root, found = token(slice(at + 1, at + 2), 0), []
+    state, context = heads.init_state(features[:, at : at + 1], root, memory, heads.config.depth)
     names = list(range(target.vocab_size)) if heads.draft_tokens is None else heads.draft_tokens.tolist()
     for level in range(depth):
-        state, said = heads.advance(state, token(slice(at + 1 + level, at + 2 + level), level), level, draft.shared)
+        state, said = heads.step(state, token(slice(at + 1 + level, at + 2 + level), level), level, context)
         output = heads.own_output(level)
         logits = said[0, 0] @ (target.output.weight[names] if output is None else output).T
         best = [names[column] for column in logits.argsort(descending=True).tolist()]
@@ -259,7 +259,7 @@ def facts(**more: Any) -> dict[str, Any]:
 
 
 def test_the_card_tells_what_is_known(tmp_path: Path) -> None:
-    config = HeadsConfig("recurrent", 3, 32, 64, 2, draft_vocab=40)
+    config = HeadsConfig("recurrent", 3, 32, 64, 2, draft_vocab_size=40)
     found = random_measured(0, ranks=5)
     text = write_card(tmp_path, config, facts(), found).read_text(encoding="utf-8")
     assert text.startswith('---\nlibrary_name: peft\nbase_model: "tiny/llama"\n')

@@ -161,14 +161,11 @@ def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
     for row, anchor in itertools.product(range(2), range(LENGTH)):
         document, asked = batch["document"][row], batch["mask"][row]
         root = _encoded(module, ids[row, anchor + 1 : anchor + 2], 0)
-        begun = module.heads.start(features[row, anchor][None, None], root, None)
-        state = begun.state
+        state, context = module.heads.init_state(features[row, anchor][None, None], root, None)
         for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to guess
             if not asked[at] or document[at] != document[anchor]:
                 break
-            state, said = module.heads.advance(
-                state, _encoded(module, ids[row, at - 1 : at], depth), depth, begun.shared
-            )
+            state, said = module.heads.step(state, _encoded(module, ids[row, at - 1 : at], depth), depth, context)
             q = (matrix @ said[0, 0]).log_softmax(-1)
             p = (matrix @ hidden[row, at - 1]).softmax(-1)
             if int(ids[row, at]) in tokens:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import HEADS, noise_heads, read
-from medhead.heads import Draft, Heads, HeadsConfig
+from medhead.heads import Heads, HeadsConfig
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
 from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
@@ -111,21 +111,23 @@ def test_every_anchor_has_the_same_chance() -> None:
 class Echo(Heads):
     """Says the feature it started from and the tokens of its path, and keeps what it was given to look at."""
 
-    memory_size = 3
+    cache_entry_size = 3
 
     def __init__(self, depth: int) -> None:
         super().__init__(HeadsConfig("recurrent", depth, 1, 64, 2))
         self.memory: Any = None
 
-    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        assert int(positions.max()) < longest
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        assert int(positions.max()) < max_len
         return torch.cat([features, token, positions[..., None].expand_as(token)], -1)
 
-    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
-        self.memory = memory
-        return Draft(features, None)
+    def init_state(
+        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
+    ) -> tuple[Tensor, Any]:
+        self.memory = cache
+        return features, None
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Any) -> tuple[Tensor, Tensor]:
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Any) -> tuple[Tensor, Tensor]:
         state = torch.cat([state, token], -1)
         return state, state
 
@@ -177,14 +179,14 @@ def test_nothing_of_the_future_is_seen(target: Target, name: str) -> None:
         assert torch.equal(said(ids, later, level), true)
         ids[:, 5 + level] = 63 - ids[:, 5 + level]
         assert torch.equal(said(ids, features, level), true) == (
-            not heads.per_path and (level > 0 or not heads.memory_size)
+            not heads.path_dependent and (level > 0 or not heads.cache_entry_size)
         )
         later = features.clone()
         later[:, 4] += 1.0
         assert not torch.equal(said(texts.ids, later, level), true)
         later = features.clone()
         later[:, :4] += 1.0
-        assert torch.equal(said(texts.ids, later, level), true) == (not heads.memory_size)
+        assert torch.equal(said(texts.ids, later, level), true) == (not heads.cache_entry_size)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -118,7 +118,7 @@ def _ranks_along(
     features = features.to(output_head.dtype)
     anchors, real = choose_anchors(texts, 1.0)
     width = anchors.shape[1]
-    if heads.memory_size:  # every anchor looks at the whole text
+    if heads.cache_entry_size:  # every anchor looks at the whole text
         width = max(1, ATTENDED // (rows * length * heads.config.num_heads * heads.config.depth))
     found = torch.full((rows, length, heads.config.depth), UNREACHED, dtype=torch.int16, device=target.device)
     for begin in range(0, anchors.shape[1], width):

@@ -61,7 +61,7 @@ class Reader:
 
     def __init__(self, target: Target, heads: HeadsProposer, learnt: Counter[tuple[int, ...]]) -> None:
         self.target, self.heads, self.learnt = target, heads, learnt
-        if heads.heads.memory_size:
+        if heads.heads.cache_entry_size:
             raise MedheadError(f"heads of kind {heads.heads.config.kind!r} look back; give heads that do not")
 
     @torch.inference_mode()

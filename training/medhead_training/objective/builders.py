@@ -34,18 +34,18 @@ def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> Hea
         depth=options.depth,
         hidden_size=size,
         vocab_size=target.vocab_size,
-        target_layers=target.layers,
+        num_target_layers=target.layers,
         target_type=str(getattr(target.model.config, "model_type", "")),
         inner_size=options.inner_size or 2 * size,
-        blocks=options.blocks or (2 if kind == "block" else 1),
+        num_layers=options.blocks or (2 if kind == "block" else 1),
         correction=correction,
         correction_size=options.correction_size or 3 * size // 2,
         feature_layers=feature_layers,
         num_heads=heads,
-        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=dim + dim % 2,
         causal=options.causal,
-        draft_vocab=draft_vocab,
+        draft_vocab_size=draft_vocab,
     )
 
 

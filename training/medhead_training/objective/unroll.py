@@ -111,19 +111,18 @@ def unroll(
 
     def token(level: int) -> Tensor:
         at = (anchors + 1 + level).clamp(max=length - 1)
-        if heads.encodes_by_depth and level:
+        if heads.encode_uses_depth and level:
             return _encode(heads, texts.ids.gather(1, at), embedding, level)
         return _pick(everywhere, at)
 
     memory = None
-    if heads.memory_size:
+    if heads.cache_entry_size:
         positions = torch.arange(length - 1, device=texts.ids.device)[None]
         rows = heads.encode_cache_entry(features[:, :-1], everywhere[:, 1:], positions, length)
         memory = DraftCacheView(rows, anchors + 1, texts.begins().gather(1, anchors))
-    draft = heads.start(_pick(features, anchors), token(0), memory, depth)
-    state = draft.state
+    state, context = heads.init_state(_pick(features, anchors), token(0), memory, depth)
     for level in range(depth):
-        state, said = heads.advance(state, token(level), level, draft.shared)
+        state, said = heads.step(state, token(level), level, context)
         reached = real & texts.guessable(2 + level).gather(1, anchors)
         rows_, columns = reached.nonzero(as_tuple=True)
         yield Level(said.expand(*anchors.shape, -1)[rows_, columns], rows_, anchors[rows_, columns] + 1 + level)

@@ -196,13 +196,15 @@ def plot_evaluation(path: str | Path, rows: list[dict[str, Any]], title: str) ->
 def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list[str]]:
     """Rows of what is known."""
     correction = "" if config.correction == "none" else f", correction `{config.correction}`"
-    vocabulary = f"{config.draft_vocab:,} of {config.vocab_size:,} tokens" if config.draft_vocab else "all tokens"
+    vocabulary = (
+        f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens" if config.draft_vocab_size else "all tokens"
+    )
     rows = [["kind", f"`{config.kind}`{correction}"]]
     if "parameters" in facts:
         rows.append(["parameters", f"{facts['parameters']:,}"])
     rows += [["depth", str(config.depth)], ["draft vocabulary", vocabulary]]
     if config.feature_layers:
-        rows.append(["reads layers", f"{', '.join(map(str, config.feature_layers))} of {config.target_layers}"])
+        rows.append(["reads layers", f"{', '.join(map(str, config.feature_layers))} of {config.num_target_layers}"])
     counts = [("documents", "documents"), ("tokens", "tokens"), ("answer_tokens", "tokens to guess")]
     data = [f"{facts[name]:,} {what}" for name, what in counts if name in facts]
     if data:
