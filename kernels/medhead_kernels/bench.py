@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -31,9 +31,9 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 Timed = tuple[str, Callable[[], object] | None, str]  # name; call, or None and the reason why it is not run
 EXAMPLES = """\
 examples:
-  python -m medhead_kernels.bench                                       all sizes (on a CPU: a small selection)
-  python -m medhead_kernels.bench --contexts 2048 32768 --nodes 1 64 --groups 4 --batches 1 --output results
-  python -m medhead_kernels.bench --backends triton flash --dtype float16
+  medhead bench kernels                                       all sizes (on a CPU: a small selection)
+  medhead bench kernels --contexts 2048 32768 --nodes 1 64 --groups 4 --batches 1 --output results
+  medhead bench kernels --backends triton flash --dtype float16
 
 Each row of the table is one layer's attention: tokens in the cache (context), nodes of the tree, query heads per KV head
 (group) and batch rows. GB/s counts each key and value once. The next column is its share of the bandwidth of a copy on
@@ -60,10 +60,18 @@ class AttnShape:
         return 2 * self.batch * self.kv_heads * columns * self.dim * DTYPES[self.dtype].itemsize
 
 
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {message} (see --help)\n")
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    options = argparse.ArgumentParser(
-        prog="medhead_kernels.bench",
+    options = Parser(
+        prog="medhead bench kernels",
         description=__doc__,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -245,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run(args)
     except ValueError as error:
-        print(f"medhead_kernels.bench: error: {error}", file=sys.stderr)
+        print(f"medhead bench kernels: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("\nstopped", file=sys.stderr)

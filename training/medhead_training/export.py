@@ -25,8 +25,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from medhead.cli.common import Parser, run_command
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import load_heads
 from medhead.heads.formats import FORMATS, ExportedCheckpoint, export_heads
 from medhead.heads.formats.reader import CONFIG_FILE
@@ -35,8 +35,10 @@ from medhead.model.target import Target
 
 EXAMPLES = """\
 examples:
-  python -m medhead_training.export --heads my/heads --model my/model --format eagle3 --output my/eagle3
+  medhead export --heads my/heads --model my/model --format eagle3 --output my/eagle3
   vllm serve my/model --speculative-config '{"method": "eagle3", "model": "my/eagle3", "num_speculative_tokens": 4}'
+
+exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
 
 
@@ -75,13 +77,12 @@ def run(args: argparse.Namespace) -> None:
     print(f"{args.output}: {len(exported.tensors)} tensors in the format {args.format}, {size / 2**20:.1f} MB")
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """Return the options of the command."""
     options = Parser(
-        prog="medhead_training.export",
+        prog="medhead export",
         description="Write heads in the checkpoint format of a serving engine.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--heads", type=Path, required=True, help="heads checkpoint folder")
@@ -95,8 +96,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    args = parser().parse_args(argv)
-    return guarded("medhead_training.export", lambda: run(args))
+    return run_command(parser(), run, argv)
 
 
 if __name__ == "__main__":
