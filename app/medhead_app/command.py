@@ -9,8 +9,8 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead_app.startup import add_limit_options, add_model_options, check_numbers, load_service
 
 PROG = "medhead_app"

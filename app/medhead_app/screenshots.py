@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from medhead.cli.common import Parser, guarded
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 from medhead.serving import Engine
 from medhead_app.service import Service

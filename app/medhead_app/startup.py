@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from medhead.cli.common import add_model_options as add_decoding_options
+from medhead.cli.common import make_decoder
 from medhead.errors import MedheadError
-from medhead.generate import add_model_options as add_decoding_options
-from medhead.generate import make_decoder
 from medhead.heads.adapter import adapts_target, heads_of
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.serving.engine import Engine

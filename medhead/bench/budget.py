@@ -22,9 +22,9 @@ from medhead.bench.contestants import PLAIN, Contestant
 from medhead.bench.measure import Measured, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import label, machine, write_results
+from medhead.cli.common import Parser, guarded
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import Heads, load_heads
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target

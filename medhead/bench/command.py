@@ -14,9 +14,9 @@ from medhead.bench.contestants import PLAIN, PROPOSERS_SHOWN, Contestant, Lineup
 from medhead.bench.measure import Measured, faster_types, measure
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.report import label, machine, plot, summary, table, write_results
+from medhead.cli.common import Parser, guarded
 from medhead.compile import WAYS
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers import PROPOSERS
 

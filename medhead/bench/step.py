@@ -25,11 +25,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, Pr
 from medhead.bench import captured_steps
 from medhead.bench.report import machine, write_results
 from medhead.bench.step_ratios import ratios
+from medhead.cli.common import Parser, guarded
 from medhead.compile import WAYS
 from medhead.core.acceptance import accept
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
 from medhead.model.target import ATTENTIONS, Target

@@ -15,8 +15,8 @@ from medhead.bench.report import label, machine, write_results
 from medhead.bench.task_prompts import KEEP, Cut, Task, encode_task, read_tasks
 from medhead.bench.task_report import findings, plot, rows_of, sameness, table, totals
 from medhead.bench.task_runs import PLAIN, Field, Setting
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import load_heads
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target

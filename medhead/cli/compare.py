@@ -14,7 +14,7 @@ from medhead.decoder import Decoder
 
 
 def compare(decoder: Decoder, input_ids: Tensor, sampling: dict[str, Any], seed: int, repeats: int = 5) -> None:
-    """Print tokens per second of each contestant (median of interleaved runs), ratios, and whether texts agree."""
+    """Print each contestant's tokens per second (median of interleaved runs), ratios, and whether the texts agree."""
     arguments = {**sampling, "attention_mask": torch.ones_like(input_ids)}
     plain = Decoder(decoder.target, "none")
 
@@ -29,23 +29,21 @@ def compare(decoder: Decoder, input_ids: Tensor, sampling: dict[str, Any], seed:
     }
     rates: dict[str, list[float]] = {name: [] for name in contestants}
     texts: dict[str, Tensor] = {}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, work in contestants.items():
+    for repeat in range(repeats + 1):  # the first run warms up
+        for name, generate in contestants.items():
             began = time.perf_counter()
-            texts[name] = work()
+            texts[name] = generate()
             seconds = time.perf_counter() - began
             if repeat:
                 rates[name].append((texts[name].shape[1] - input_ids.shape[1]) / seconds)
+    plain.close()
     medians = {name: statistics.median(values) for name, values in rates.items()}
-    first, second, last = medians
+    ours, ours_plain, theirs = medians.values()
+    text, plain_text, their_text = texts.values()
     print(f"{'':24s}{'tokens/s':>10s}{'ratio':>8s}")
     for name, rate in medians.items():
-        print(f"{name:24s}{rate:10.1f}{rate / medians[last]:7.2f}x")
-    print(
-        f"accepted length {decoder.statistics.accepted_length:.2f}; {medians[first] / medians[second]:.2f}x plain decoding"
-    )
-    same = torch.equal(texts[first], texts[second])
-    print(f"identical to plain decoding: {'yes' if same else 'no'}")
+        print(f"{name:24s}{rate:10.1f}{rate / theirs:7.2f}x")
+    print(f"accepted length {decoder.statistics.accepted_length:.2f}; {ours / ours_plain:.2f}x plain decoding")
+    print(f"identical to plain decoding: {'yes' if torch.equal(text, plain_text) else 'no'}")
     if not sampling["do_sample"]:
-        print(f"identical to transformers:   {'yes' if torch.equal(texts[first], texts[last]) else 'no'}")
-    plain.close()
+        print(f"identical to transformers:   {'yes' if torch.equal(text, their_text) else 'no'}")

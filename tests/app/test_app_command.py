@@ -85,7 +85,7 @@ def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeyp
         (["--host", "no such host", "--port", "0"], "is no address"),
         (["--model", "/does/not/exist", "--port", "0"], "model folder '/does/not/exist' does not exist"),
         (["--heads", "/does/not/exist", "--port", "0"], "/does/not/exist"),
-        (["--device", "abacus", "--port", "0"], "device 'abacus' is not there"),
+        (["--device", "abacus", "--port", "0"], "device 'abacus' is not available"),
         (["--dtype", "int3", "--port", "0"], "dtype must be auto"),
         (["--frobnicate"], "unrecognized arguments"),
     ],

@@ -304,7 +304,7 @@ def test_the_command(
     folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """From a folder of text to tokens that are guessed from it."""
-    from medhead import generate
+    from medhead.cli import generate
 
     text = tmp_path / "text"
     (text / "deeper").mkdir(parents=True)
@@ -374,5 +374,5 @@ def test_wrong_input_gets_one_line(
     code, out, err = run([argument.format(**places) for argument in arguments], capsys)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
-    assert err.startswith("medhead.datastore: error: ")
+    assert err.startswith("medhead datastore: error: ")
     assert not places["new"].exists()

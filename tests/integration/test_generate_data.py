@@ -347,7 +347,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "model": (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
     "heads": (["--heads", "./nowhere"], "does not exist"),
     "proposer without heads": (["--proposer", "heads"], "needs heads"),
-    "device": (["--device", "toaster"], "is not there"),
+    "device": (["--device", "toaster"], "is not available"),
     "dtype": (["--dtype", "float7"], "dtype must be"),
     "no number": (["--count", "many"], "invalid int value"),
 }

@@ -22,7 +22,7 @@ from medhead.proposers.lookahead import LookaheadProposer
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import CostModel, costs_batch, known_costs
 from medhead.tune import trees, windows
-from medhead.tune.search import search
+from medhead.tune.search import coordinate_search
 from medhead.tune.trees import Tree
 
 START = Tree(16, 4, 4, 6)
@@ -67,7 +67,7 @@ def test_search_finds_the_peak() -> None:
         return [-abs(t.tree_size - 12) - abs(t.tree_width - 2) - abs(t.tree_depth - 4) + 0.0 for t in tried]
 
     said: list[str] = []
-    best = search(START, trees.neighbours(8), rate, said.append)
+    best = coordinate_search(START, trees.dimensions(8), rate, said.append)
     assert best == Tree(12, 2, 3, 4)
     assert all(
         any(replace(tree) == known for known in tried)
@@ -81,7 +81,7 @@ def test_the_tree_is_kept_with_the_heads(target: Target, tmp_path: Path) -> None
     """And is what decoding uses from then on; everything else in the configuration stays."""
     save_heads(noise_heads(target, "recurrent"), target.model, tmp_path)
     before = read_config(tmp_path)
-    trees.keep(tmp_path, Tree(7, 3, 2, 2))
+    trees.save_tree(tmp_path, Tree(7, 3, 2, 2))
     after = read_config(tmp_path)
     assert replace(before, tree_size=7, tree_width=3, tree_branching=2, tree_depth=2) == after
     from medhead.proposers.heads import HeadsProposer
@@ -175,7 +175,7 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
     def rate(tried: list[Sizes]) -> list[float]:
         return [-abs(s.window - 2) - abs(s.ngram - 3) - abs(s.guesses - 4.0) for s in tried]
 
-    monkeypatch.setattr(command, "measured", lambda *args: rate)
+    monkeypatch.setattr(command, "throughput", lambda *args: rate)
     options = ["--proposer", "lookahead", "--count", "1"]
     assert command.main([*options, "--dry-run"]) == 0
     assert not cache.exists()

@@ -14,9 +14,9 @@ from tqdm import tqdm
 
 from medhead.bench.prompts import encode_prompts, padded, read_prompts
 from medhead.bench.report import label, machine
+from medhead.cli.common import Parser, guarded
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import Heads, load_heads
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import load_heads
 from medhead.heads.formats import LAYOUTS, Exported, export_heads
 from medhead.model.loading import DTYPES, load_model

@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from transformers import TrainingArguments
 from transformers.integrations import TensorBoardCallback
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE

@@ -25,9 +25,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from medhead.cli.common import Parser, guarded, make_decoder
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded, make_decoder
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers import PROPOSERS
 from medhead_training.data.encode import encode_prompt

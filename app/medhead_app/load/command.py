@@ -13,8 +13,8 @@ from typing import Any
 import httpx
 
 from medhead.bench.report import machine, write_results
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead_app.load import report
 from medhead_app.load.clients import Answered, LoadGenerator
 from medhead_app.load.server import Memory, server

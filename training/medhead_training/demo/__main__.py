@@ -9,8 +9,8 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.model.loading import DEMO_MODEL
 from medhead_training import finetune, generate_data
 from medhead_training.demo import pretrain

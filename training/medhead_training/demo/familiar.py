@@ -20,12 +20,12 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from medhead.cli.common import Parser, guarded
 from medhead.core.acceptance import accept
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState

@@ -13,8 +13,8 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead_training.demo.jsonl import read_jsonl
 
 GRAM = 4
