@@ -11,10 +11,11 @@ There are three ways to find them, tried in this order:
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -184,7 +185,7 @@ class Encoder:
             turn_end = self._render(replaced[: index + 1]).rpartition(name)[2]  # how a turn ends when nothing follows
         except _SkipRecordError:
             turn_end = ""
-        return len(before), len(text) - len(after) + len(os.path.commonprefix([after, turn_end]))
+        return len(before), len(text) - len(after) + _common_prefix(after, turn_end)
 
     # ---------------------------------------------------------------- from characters to tokens
 
@@ -244,6 +245,16 @@ class Encoder:
         return token not in self._control and self.tokenizer.decode([token]).isspace()
 
 
+def _common_prefix(first: str, second: str) -> int:
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
+
+
 def template_refusal(error: Exception) -> str:
     """Return the error of a chat template in one line."""
     return f"the chat template refuses it: {' '.join(str(error).split())[:120]}"
+
+
+def generation_end_tokens(model: Any) -> list[int]:
+    """Return the ids that end a generation, from the model's generation configuration."""
+    ends = model.generation_config.eos_token_id
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -85,7 +85,9 @@ def cycle_prompts(path: Path, start: int, number: int, system: str | None) -> It
             index += 1
 
 
-def encode_prompt(tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, max_tokens: int) -> list[int]:
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, max_tokens: int
+) -> list[int]:
     """Return the token ids of a chat with the generation prompt, or of its last message without a chat template.
 
     Args:

@@ -61,7 +61,9 @@ def source_list(sources: Sources) -> list[str | Path]:
     """Return the sources as a list; raise a `MedheadError` if it is empty."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
     if not listed:
-        raise MedheadError("no training data was given: name files, folders of *.jsonl files, or a Hugging Face dataset")
+        raise MedheadError(
+            "no training data was given: name files, folders of *.jsonl files, or a Hugging Face dataset"
+        )
     return listed
 
 

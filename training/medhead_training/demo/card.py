@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from medhead.decoder import Decoder
 
 NAME = "Llama-medhead-demo-5M"
-SAMPLES = (  # what the user says, turn by turn
+SAMPLES = (  # the user's turns
     ("Tell me a short story.",),
     ("Tell me a story about a little girl and a dragon.",),
     ("Write a story about a dog who finds a ball.",),
@@ -41,7 +41,7 @@ use it for nothing else.
 - Architecture: Llama ({layers} layers, hidden size {hidden}, {heads}/{kv} heads, context {context}, byte-level BPE with {vocab:,} tokens, tied embeddings).
 - Training: {steps:,} steps of {tokens_per_step:,} tokens ({tokens:,} tokens) in {minutes} minutes on 2 CPU cores, bfloat16 autocast, Muon
   for matrices and AdamW for the rest, by `python -m medhead_training.demo`, seed {seed}.
-- Validation loss (nats a token): {losses}.
+- Validation loss (nats per token): {losses}.
 
 ## Text it was trained on
 
@@ -53,7 +53,7 @@ use it for nothing else.
 
 Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.
 
-## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens an answer, not chosen)
+## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens per answer, not selected)
 
 {samples}
 """
@@ -66,7 +66,7 @@ BUILT_WITH = (
 
 
 def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
-    """Sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
+    """Return sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
     found = []
     with Decoder(model, "none", probe=False) as decoder:
         for seed, turns in enumerate(SAMPLES):
@@ -85,7 +85,7 @@ def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
 
 
 def as_markdown(chat: list[dict[str, str]]) -> str:
-    """What the user said in bold, what the model said as a quotation."""
+    """Return a chat with the user's turns in bold and the model's as quotations."""
     lines = []
     for message in chat:
         if message["role"] == "user":
@@ -96,11 +96,10 @@ def as_markdown(chat: list[dict[str, str]]) -> str:
 
 
 def write_model_card(folder: Path, training: dict[str, Any]) -> None:
-    """`README.md` of the model folder."""
+    """Write `README.md` into the model folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     config = model.config
-    said = [as_markdown(chat) for chat in samples(model, tokenizer)]
     text = MODEL_CARD.format(
         name=NAME,
         parameters=training["parameters"],
@@ -116,19 +115,19 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
         minutes=training["minutes"],
         seed=training["seed"],
         losses=", ".join(f"{name} {loss:.3f}" for name, loss in training["validation_loss"].items()) or "not measured",
-        samples="\n\n".join(said),
+        samples="\n\n".join(map(as_markdown, samples(model, tokenizer))),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
-    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree.
+def finish_heads(folder: Path, size: int, depth: int, destination: str) -> None:
+    """Give trained heads the demo model's name (instead of a folder), licence and default tree.
 
     Args:
         folder: of the heads.
         size: nodes of the default tree.
         depth: of the default tree.
-        goal: folder in the package that they are for.
+        destination: name of their folder in the package.
     """
     path = folder / "medhead_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))
@@ -145,7 +144,7 @@ def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name in sorted(named, key=len, reverse=True):
         card = card.replace(name, NAME)
-    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/assets/{goal}")
+    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/assets/{destination}")
     sentence = BUILT_WITH.format(name=NAME)
     if sentence not in card:
         card = card.replace("library_name: peft\n", "library_name: peft\nlicense: cc-by-sa-4.0\n", 1)

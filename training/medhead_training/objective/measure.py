@@ -68,7 +68,9 @@ def measure_accuracy(
 def pad_documents(documents: list[tuple[Tensor, Tensor]], device: torch.device) -> PackedBatch:
     """Return a batch with one document per row from pairs of token ids and masks, padded at the end."""
     shape = len(documents), max(len(ids) for ids, _ in documents)
-    batch = PackedBatch(torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1))
+    batch = PackedBatch(
+        torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
+    )
     for row, (ids, mask) in enumerate(documents):
         batch.ids[row, : len(ids)], batch.mask[row, : len(ids)] = ids, mask
         batch.document[row, : len(ids)] = 0
@@ -117,7 +119,12 @@ def _ranks_along(
     for begin in range(0, anchors.shape[1], width):
         part = slice(begin, begin + width)
         levels = unroll(
-            heads, batch, features, lambda ids: target.embed(ids).to(output_head.dtype), anchors[:, part], valid[:, part]
+            heads,
+            batch,
+            features,
+            lambda ids: target.embed(ids).to(output_head.dtype),
+            anchors[:, part],
+            valid[:, part],
         )
         for depth, level in enumerate(levels):
             labels = batch.ids[level.rows, level.at + 1]
