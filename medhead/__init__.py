@@ -23,16 +23,9 @@ __all__ = [
     "UnsupportedTargetError",
     "register_proposer",
 ]
-_MODULES = {
-    "Decoder": "decoder",
-    "MedheadError": "errors",
-    "Proposer": "proposers",
-    "Statistics": "decoder",
-    "TokenTree": "core.tree",
-    "TypicalAcceptance": "core.acceptance",
-    "UnsupportedTargetError": "errors",
-    "register_proposer": "proposers",
-}
+_NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
+          "errors": ["MedheadError", "UnsupportedTargetError"], "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 
 def __getattr__(name: str) -> Any:

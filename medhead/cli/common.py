@@ -85,11 +85,7 @@ def missing(error: ModuleNotFoundError) -> str:
 def check_range(
     args: argparse.Namespace, name: str, low: float, high: float = math.inf, allowed: str | None = None
 ) -> None:
-    """Check that an option (each of its values, if it has several) lies from `low` to `high`; None passes.
-
-    Raises:
-        MedheadError: names the option, the value and what is allowed.
-    """
+    """Raise a MedheadError unless the option (each of its values, if it has several) is None or from `low` to `high`."""
     given = getattr(args, name)
     for value in given if isinstance(given, list) else [] if given is None else [given]:
         if not low <= value <= high:  # also true of nan
@@ -98,11 +94,7 @@ def check_range(
 
 
 def check_numbers(args: argparse.Namespace) -> None:
-    """Check the numbers of sampling and the tree size.
-
-    Raises:
-        MedheadError: names the option, the value and what is allowed.
-    """
+    """Raise a MedheadError unless the numbers of sampling and the tree size are valid."""
     check_range(args, "max_new_tokens", 1, 10**7)
     check_range(args, "temperature", 0, 100)
     check_range(args, "top_p", sys.float_info.min, 1, "above 0 and at most 1")
@@ -145,11 +137,7 @@ def add_model_options(group: Any) -> None:
 
 
 def read_prompt(args: argparse.Namespace) -> str:
-    """Return the prompt from --prompt, --prompt-file or standard input.
-
-    Raises:
-        MedheadError: there is no prompt, or there are two, or it cannot be read as UTF-8 text.
-    """
+    """Return the prompt from --prompt, --prompt-file or standard input, or raise a MedheadError that says why not."""
     if args.prompt is not None and args.prompt_file is not None:
         raise MedheadError("give --prompt or --prompt-file, not both")
     if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
@@ -202,11 +190,7 @@ def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | No
 
 
 def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:
-    """Build the decoder that the options ask for.
-
-    Raises:
-        MedheadError: the options contradict each other, or the proposer refuses them.
-    """
+    """Build the decoder that the options ask for, or raise a MedheadError if they contradict each other."""
     from medhead.decoder import Decoder
     from medhead.heads.adapter import adapts_target, heads_of, load_adapted
     from medhead.model.loading import DEMO_HEADS

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.cli.common import Parser, add_device_options, check_range, run_command
@@ -21,7 +21,7 @@ from medhead.model.target import Target
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import CostModel, costs_batch, measure_costs, store_costs
 from medhead.tune import trees, windows
-from medhead.tune.search import coordinate_search, throughput
+from medhead.tune.search import Changes, T, coordinate_search, throughput
 from medhead.tune.trees import Tree
 
 EXAMPLES = """\
@@ -86,9 +86,9 @@ def run(args: argparse.Namespace) -> None:
             store_costs(target, batch, costs)
     folder = args.heads or (None if args.model else DEMO_HEADS)
     if args.proposer == "lookahead":
-        tune_lookahead(target, _prompts(args, tokenizer, target), args)
+        tune_lookahead(target, tokenizer, args)
     elif folder is not None:
-        tune_heads(target, Path(folder), _prompts(args, tokenizer, target), args)
+        tune_heads(target, tokenizer, Path(folder), args)
 
 
 def cost_table(costs: CostModel) -> str:
@@ -96,27 +96,35 @@ def cost_table(costs: CostModel) -> str:
     return ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
 
 
-def _prompts(args: argparse.Namespace, tokenizer: Any, target: Target) -> list[Tensor]:
+def fastest(
+    target: Target,
+    tokenizer: Any,
+    args: argparse.Namespace,
+    make: Callable[[T], Decoder],
+    start: T,
+    dimensions: Iterable[Changes[T]],
+) -> T:
+    """Search for the setting whose decoder, made by `make`, gives most tokens per second; print and return it."""
     chats = read_prompts(args.prompts, args.count)
     rows = encode_prompts(tokenizer, chats, max(1, target.context - args.new_tokens))
-    return [torch.tensor([ids], device=target.device) for ids in rows]
+    prompts = [torch.tensor([ids], device=target.device) for ids in rows]
+    best = coordinate_search(start, dimensions, throughput(make, prompts, args.new_tokens, args.repeats), print)
+    print(f"fastest: {best}")
+    return best
 
 
-def tune_heads(target: Target, folder: Path, prompts: list[Tensor], args: argparse.Namespace) -> None:
+def tune_heads(target: Target, tokenizer: Any, folder: Path, args: argparse.Namespace) -> None:
     """Find the fastest tree and write it into the heads' configuration."""
     heads = load_heads(folder, target)
-    config = heads.config
+    config, file = heads.config, folder / CONFIG_FILE
     start = Tree(config.tree_size, config.tree_width, config.tree_branching, config.tree_depth or config.depth)
 
     def make(tree: Tree) -> Decoder:
         return Decoder(target, "heads", heads=heads, **tree.options())
 
-    rate = throughput(make, prompts, args.new_tokens, args.repeats)
-    best = coordinate_search(start, trees.dimensions(config.depth), rate, print)
-    print(f"fastest: {best}")
+    best = fastest(target, tokenizer, args, make, start, trees.dimensions(config.depth))
     if args.dry_run:
         return
-    file = folder / CONFIG_FILE
     if file.is_file():
         trees.save_tree(folder, best)
         print(f"written into {file}")
@@ -124,15 +132,13 @@ def tune_heads(target: Target, folder: Path, prompts: list[Tensor], args: argpar
         print(f"not written: {str(folder)!r} has another project's format and no {CONFIG_FILE}", file=sys.stderr)
 
 
-def tune_lookahead(target: Target, prompts: list[Tensor], args: argparse.Namespace) -> None:
+def tune_lookahead(target: Target, tokenizer: Any, args: argparse.Namespace) -> None:
     """Find the fastest W, N and G and keep them in the user's cache."""
 
     def make(sizes: Sizes) -> Decoder:
         return Decoder(target, "lookahead", **sizes._asdict())
 
-    rate = throughput(make, prompts, args.new_tokens, args.repeats)
-    best = coordinate_search(tuned_sizes(target) or DEFAULTS, windows.dimensions(), rate, print)
-    print(f"fastest: {best}")
+    best = fastest(target, tokenizer, args, make, tuned_sizes(target) or DEFAULTS, windows.dimensions())
     if not args.dry_run:
         file = store_sizes(target, best)
         print(f"written into {file}" if file else "not written: the cache folder cannot be written")

@@ -19,11 +19,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        MedheadError: this machine has no such device.
-    """
+    """Return the device of that name, or raise a MedheadError; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -38,8 +34,7 @@ def pick_device(name: str) -> torch.device:
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     """Return the type of that name; `auto` is float32 on a CPU and bfloat16 elsewhere.
 
-    Raises:
-        MedheadError: the name is unknown, or the device cannot compute in it.
+    An unknown name, and a type that the device cannot compute in, raise a MedheadError.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -58,11 +53,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     name: str | Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub, from safetensors alone.
-
-    Raises:
-        MedheadError: it does not exist, is not a causal language model, or its files are damaged.
-    """
+    """Load a causal language model from a folder or the hub, from safetensors alone; a failure is a MedheadError of one line."""
     _check_folder(name)
     logging.disable_progress_bar()
     try:
@@ -83,11 +74,7 @@ def load_model(
 def load_tokenizer(
     name: str | Path, trust_remote_code: bool = False, needs_model: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or from a folder that holds only a tokenizer if `needs_model` is false.
-
-    Raises:
-        MedheadError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of a model, or with `needs_model` false from a folder that holds only a tokenizer."""
     if needs_model or not Path(name).is_dir():
         _check_folder(name)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -29,7 +30,10 @@ def test_a_wrong_call_into_the_kernels_is_reported(tmp_path: Path) -> None:
     shutil.copy(ROOT / "pyproject.toml", tmp_path)
     (tmp_path / "medhead" / "planted.py").write_text(PLANTED)
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "-m", "medhead.planted"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=90, check=False)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
     assert done.returncode == 1, done.stderr
     [line] = done.stdout.splitlines()
     assert line.startswith("medhead/planted.py:4: error: ")
