@@ -1,8 +1,8 @@
 """The target's answers, divided into what heads are trained on and what they are evaluated on.
 
-The demo model sometimes repeats the same few words until the token limit when it decodes greedily. Heads that have hardly seen such
-a loop do not draft it, and a looping answer of 200 tokens then costs as many passes as seven other answers. One or two
-answers in a hundred loop, so the recipe asks more chats and repeats the looping answers in the training text.
+The demo model sometimes repeats the same few words until the token limit when it decodes greedily. Heads that have hardly
+seen such a loop do not draft it, and a looping answer of 200 tokens then costs as many passes as seven other answers. One or
+two answers in a hundred loop, so the recipe asks more chats and repeats the looping answers in the training text.
 """
 
 from __future__ import annotations

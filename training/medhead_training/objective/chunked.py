@@ -91,19 +91,6 @@ def _sum_over_chunks(features: Tensor, weights: Tensor | None, chunk: int, chunk
     return _SumOverChunks.apply(features, weights, chunk, chunk_fn, with_gradient)
 
 
-def fused_hard(features: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor | None:
-    """Return the sum of `hard` from Liger's fused kernel, or None if `liger-kernel` is not installed."""
-    try:
-        from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction
-    except ImportError:
-        return None
-    weight, bias = _cast(weight, bias)
-    result = LigerFusedLinearCrossEntropyFunction.apply(
-        features.to(weight.dtype), weight, labels, bias, None, -100, 0.0, 0.0, "sum"
-    )
-    return result[0] if isinstance(result, tuple) else result  # newer versions add metrics
-
-
 def chunked_loss(
     name: str,
     features: Tensor,
@@ -131,7 +118,7 @@ def chunked_loss(
             teacher's distribution is renormalised over the draft vocabulary.
         teacher_bias: `[Vd]`.
         labels: indices into the draft vocabulary, `[n]`, -100 to ignore a position; required by `hard`.
-        weights: `[n]`, ones by default. Only without them `hard` uses Liger's kernel on CUDA.
+        weights: `[n]`, ones by default.
         chunk: positions per chunk; by default as many as have `CHUNK_BYTES` of logits.
     """
     loss, chunk = get_loss(name), _chunk_size(chunk, weight)
@@ -148,10 +135,6 @@ def chunked_loss(
         weight=weight, bias=bias, weights=weights,
         teacher_hidden=teacher_hidden, teacher_weight=teacher_weight, teacher_bias=teacher_bias,
     )  # fmt: skip
-    if loss is hard and labels is not None and weights is None and features.is_cuda and len(features):
-        fused = fused_hard(features, weight, bias, labels)
-        if fused is not None:
-            return fused
     weight, bias = _cast(weight, bias)
     if teacher_weight is not None:
         teacher_weight, teacher_bias = _cast(teacher_weight, teacher_bias)

@@ -1,7 +1,7 @@
 """Muon for matrices and AdamW for embeddings, norms and biases in one optimiser.
 
-Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix by a few Newton-Schulz steps. `torch.optim.Muon` computes them in
-bfloat16, which is 10 times slower than float32 on a CPU without bfloat16 instructions; here they use the device's fast dtype.
+Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix by a few Newton-Schulz steps. `torch.optim.Muon` computes
+them in bfloat16, which is 10 times slower than float32 on a CPU without bfloat16 instructions; here they are in float32 there.
 """
 
 from __future__ import annotations

@@ -45,49 +45,20 @@ RUN, HEADS, DATA, TRAINING, LORA, SAVING = "run", "heads", "data", "training", "
 class TrainOptions:
     """Everything that determines a run. None means that the value is derived from the target."""
 
+    # fmt: off
     model: str = option("", RUN, "model folder or hub id of the target")
-    data: list[str] = option(
-        [],
-        RUN,
-        "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset",
-        nargs="+",
-    )
+    data: list[str] = option([], RUN, "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset", nargs="+")
     output: str = option("", RUN, "folder for checkpoints and the finished heads")
-    recipe: str = option(
-        "heads",
-        RUN,
-        "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target",
-        choices=("heads", "joint", "qlora"),
-    )
+    recipe: str = option("heads", RUN, "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target", choices=("heads", "joint", "qlora"))
     kind: str = option("block", HEADS, "kind of heads", one_of(sorted(KINDS)))
     depth: int = option(8, HEADS, "tokens that the heads draft ahead", COUNT)
-    correction: str | None = option(
-        None,
-        HEADS,
-        "how a draft token conditions the next ones: none, parent or recurrent",
-        choices=("none", "parent", "recurrent"),
-    )
-    blocks: int | None = option(
-        None, HEADS, "layers of block heads (2), residual blocks of Medusa heads (1)", COUNT, type=int
-    )
+    correction: str | None = option(None, HEADS, "how a draft token conditions the next ones: none, parent or recurrent", choices=("none", "parent", "recurrent"))
+    blocks: int | None = option(None, HEADS, "layers of block heads (2), residual blocks of Medusa heads (1)", COUNT, type=int)
     inner_size: int | None = option(None, HEADS, "width inside the heads (twice the hidden size)", COUNT, type=int)
-    correction_size: int | None = option(
-        None, HEADS, "width of the correction (1.5 times the hidden size)", COUNT, type=int
-    )
-    feature_layers: list[int] | None = option(
-        None,
-        HEADS,
-        "layers of the target that attention and block heads read (3, or 5, evenly spaced)",
-        type=int,
-        nargs="+",
-    )
+    correction_size: int | None = option(None, HEADS, "width of the correction (1.5 times the hidden size)", COUNT, type=int)
+    feature_layers: list[int] | None = option(None, HEADS, "layers of the target that attention and block heads read (3, or 5, evenly spaced)", type=int, nargs="+")
     causal: bool = option(True, HEADS, "each slot of block heads attends to earlier slots only")
-    draft_vocab: int = option(
-        -1,
-        HEADS,
-        "size of the draft vocabulary; 0: all tokens, -1: as many as cover 99.8 %% of the answers, at most 32768",
-        DRAFT_VOCAB,
-    )
+    draft_vocab: int = option(-1, HEADS, "size of the draft vocabulary; 0: all tokens, -1: as many as cover 99.8 %% of the answers, at most 32768", DRAFT_VOCAB)
     init_from: str = option("", HEADS, "heads checkpoint to start from (same kind; its sizes are kept)")
     eval_data: list[str] = option([], DATA, "held-out text (a part of the data if not given)", nargs="+")
     held_out: float = option(0.02, DATA, "fraction of the documents that is held out, at most 256 documents", FRACTION)
@@ -98,62 +69,32 @@ class TrainOptions:
     max_steps: int = option(0, TRAINING, "maximum number of updates (0: until the epochs end)", NOT_NEGATIVE)
     loss: str = option("soft", TRAINING, "hard, soft, kl, reverse_kl, js, tv, lk or hybrid_lk", one_of(LOSSES))
     depth_decay: float = option(0.9, TRAINING, "weight of a depth relative to the one before", POSITIVE_FRACTION)
-    random_depth: bool = option(
-        True,
-        TRAINING,
-        "unroll to a random depth with these weights as probabilities, which is faster than weighting all depths",
-    )
-    anchor_fraction: float = option(
-        0.5, TRAINING, "fraction of the possible anchors that a step trains at", POSITIVE_FRACTION
-    )
-    optimizer: str = option(
-        "muon", TRAINING, "muon (for matrices, AdamW for the rest) or adamw", choices=("muon", "adamw")
-    )
-    lr: float | None = option(
-        None,
-        TRAINING,
-        "peak learning rate of Muon (0.02 for hidden size 256, less for larger ones)",
-        POSITIVE,
-        type=float,
-    )
-    adamw_lr: float | None = option(
-        None,
-        TRAINING,
-        "peak learning rate of AdamW (0.003 for hidden size 256, less for larger ones)",
-        POSITIVE,
-        type=float,
-    )
+    random_depth: bool = option(True, TRAINING, "unroll to a random depth with these weights as probabilities, which is faster than weighting all depths")
+    anchor_fraction: float = option(0.5, TRAINING, "fraction of the possible anchors that a step trains at", POSITIVE_FRACTION)
+    optimizer: str = option("muon", TRAINING, "muon (for matrices, AdamW for the rest) or adamw", choices=("muon", "adamw"))
+    lr: float | None = option(None, TRAINING, "peak learning rate of Muon (0.02 for hidden size 256, less for larger ones)", POSITIVE, type=float)
+    adamw_lr: float | None = option(None, TRAINING, "peak learning rate of AdamW (0.003 for hidden size 256, less for larger ones)", POSITIVE, type=float)
     warmup_ratio: float = option(0.02, TRAINING, "fraction of the steps in which the learning rate rises", FRACTION)
     max_grad_norm: float = option(1.0, TRAINING, "norm to which gradients are clipped", POSITIVE)
     seed: int = option(0, TRAINING, "seed of everything random", SEED)
     device: str = option("auto", TRAINING, "cpu, cuda, ... (CUDA if there is one)")
-    dtype: str = option(
-        "auto",
-        TRAINING,
-        "dtype of the target: float32, bfloat16 or float16 (float32 on a CPU)",
-        choices=("auto", *DTYPES),
-    )
-    gradient_checkpointing: bool = option(
-        False, TRAINING, "recompute the target's layers in the backward pass (joint, qlora)"
-    )
+    dtype: str = option("auto", TRAINING, "dtype of the target: float32, bfloat16 or float16 (float32 on a CPU)", choices=("auto", *DTYPES))
+    gradient_checkpointing: bool = option(False, TRAINING, "recompute the target's layers in the backward pass (joint, qlora)")
     trust_remote_code: bool = option(False, TRAINING, "run Python code that comes with the model")
-    shard: bool = option(
-        False, TRAINING, "shard the frozen target over the processes, if it does not fit one GPU (recipe heads)"
-    )
+    shard: bool = option(False, TRAINING, "shard the frozen target over the processes, if it does not fit one GPU (recipe heads)")
     lora_rank: int = option(32, LORA, "rank", COUNT)
     lora_alpha: int = option(16, LORA, "scale times rank", COUNT)
     lora_dropout: float = option(0.05, LORA, "dropout", FRACTION)
     lora_targets: list[str] = option([], LORA, "modules to adapt (all linear layers)", nargs="+")
     lora_lr: float = option(2e-4, LORA, "peak learning rate of the adapter", POSITIVE)
     lora_start_ratio: float = option(0.1, LORA, "fraction of the steps before the adapter starts to learn", FRACTION)
-    preservation_weight: float = option(
-        1.0, LORA, "weight of KL(target without adapter || with it) on the answers", NOT_NEGATIVE
-    )
+    preservation_weight: float = option(1.0, LORA, "weight of KL(target without adapter || with it) on the answers", NOT_NEGATIVE)
     save_steps: int = option(200, SAVING, "updates between checkpoints", COUNT)
     logging_steps: int = option(10, SAVING, "updates between log entries", COUNT)
     eval_steps: int = option(0, SAVING, "updates between evaluations (0: as often as checkpoints)", NOT_NEGATIVE)
     save_dtype: str = option("bfloat16", SAVING, "dtype of the stored heads", choices=tuple(DTYPES))
     tensorboard: bool = option(True, SAVING, "write TensorBoard logs if it is installed")
+    # fmt: on
 
     def check(self) -> None:
         """Raise a `MedheadError` that names the first option whose value is not allowed."""

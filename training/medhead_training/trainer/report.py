@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from medhead.bench.harness import BLUE, GREY, ORANGE, figure, markdown_table
 from medhead.heads.config import HeadsConfig
 from medhead_training.objective.tree_eval import TREE_SIZES, HeadAccuracy
 
@@ -71,62 +72,45 @@ def write_card(folder: str | Path, config: HeadsConfig, facts: dict[str, Any], m
         FRONT_MATTER.format(model=json.dumps(model)),
         f"# Heads of kind `{config.kind}` for {model}\n",
         f"Draft heads for medhead, which draft {config.depth} tokens ahead. {text.format(model=model, recipe=recipe)}\n",
-        _table([["", ""], *_facts(config, facts, recipe)], left=2),
+        markdown_table(("", ""), _facts(config, facts, recipe), left=2) + "\n",
     ]
     if measured is None:
         parts.append("No text was held out, so the accuracy was not measured.\n")
     else:
-        depths, lengths = _depths(measured), _lengths(measured)
-        parts.append(MEASURED.format(anchors=measured.anchors, depths=depths.rstrip(), lengths=lengths.rstrip()))
+        parts.append(MEASURED.format(anchors=measured.anchors, depths=_depths(measured), lengths=_lengths(measured)))
     parts.append(USE.format(model=_quoted(model), folder=_quoted(str(folder))))
     path = folder / "README.md"
     path.write_text("\n".join(parts), encoding="utf-8")
     return path
 
 
-def plot_accuracy(path: str | Path, measured: HeadAccuracy) -> bool:
+def plot_accuracy(path: Path, measured: HeadAccuracy) -> bool:
     """Plot accuracy by depth and accepted length by nodes; return False and print one line without matplotlib."""
-    plt = import_pyplot()
-    if plt is None:
-        return False
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4))
-    depths = range(1, measured.depth + 1)
-    left.plot(depths, measured.top_k(1), "o-", color="#0072B2", label="top-1")
-    if measured.ranks >= 5:
-        left.plot(depths, measured.top_k(5), "s--", color="#56B4E9", label="top-5")
-    left.set(xlabel="depth (tokens ahead)", ylabel="accuracy, given the path above", ylim=(0, 1), xticks=list(depths))
+    depths = list(range(1, measured.depth + 1))
     nodes = [2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64]
-    mean = [measured.mean_length(measured.best_tree(n)) for n in nodes]
-    right.plot(nodes, mean, "^:", color="#999999", label="mean over all positions")
-    independent = [measured.independent(n)[1] for n in nodes]
-    right.plot(nodes, independent, "s--", color="#D55E00", label="the same, if depths were independent")
     sizes = sorted(map(int, measured.trees))
-    lengths = [measured.accepted_lengths[str(n)] for n in sizes]
-    right.plot(sizes, lengths, "o-", color="#0072B2", label="simulated decoding")
-    right.set(xlabel="nodes of the static tree", ylabel="predicted accepted length", xticks=[2, *TREE_SIZES])
-    right.set_ylim(bottom=1)
-    for axes, place in ((left, "best"), (right, "lower right")):
-        axes.legend(frameon=False, loc=place)
-        axes.grid(alpha=0.25)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"Heads on {measured.anchors:,} tokens of held-out text", fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
-    return True
-
-
-def import_pyplot() -> Any:
-    """Return matplotlib's pyplot for files; print one line and return None if it is not installed."""
+    mean = [measured.mean_length(measured.best_tree(n)) for n in nodes]
+    independent = [measured.independent(n)[1] for n in nodes]
+    simulated = [measured.accepted_lengths[str(n)] for n in sizes]
     try:
-        import matplotlib
+        with figure(path, f"Heads on {measured.anchors:,} tokens of held-out text", (11, 4), columns=2) as axes:
+            left, right = axes[0]
+            left.plot(depths, measured.top_k(1), "o-", color=BLUE, label="top-1")
+            if measured.ranks >= 5:
+                left.plot(depths, measured.top_k(5), "s--", color="#56B4E9", label="top-5")
+            left.set(xlabel="depth (tokens ahead)", ylabel="accuracy, given the path above", ylim=(0, 1), xticks=depths)
+            right.plot(nodes, mean, "^:", color=GREY, label="mean over all positions")
+            right.plot(nodes, independent, "s--", color=ORANGE, label="the same, if depths were independent")
+            right.plot(sizes, simulated, "o-", color=BLUE, label="simulated decoding")
+            right.set(xlabel="nodes of the static tree", ylabel="predicted accepted length", xticks=[2, *TREE_SIZES])
+            right.set_ylim(bottom=1)
+            for panel in (left, right):
+                panel.legend(frameon=False)
+                panel.grid(alpha=0.25)
     except ImportError:
         print("no picture: matplotlib is not installed (pip install 'medhead[train]')", file=sys.stderr)
-        return None
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    return plt
+        return False
+    return True
 
 
 def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list[str]]:
@@ -152,30 +136,21 @@ def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list
 
 
 def _depths(measured: HeadAccuracy) -> str:
-    rows = [["depth", *(str(depth + 1) for depth in range(measured.depth))]]
-    for k in (1, 5):
-        if k <= measured.ranks:
-            rows.append([f"top-{k}", *(f"{rate:.2f}" for rate in measured.top_k(k))])
-    return _table(rows)
+    header = ["depth", *(str(depth + 1) for depth in range(measured.depth))]
+    tops = [k for k in (1, 5) if k <= measured.ranks]
+    return markdown_table(header, [[f"top-{k}", *(f"{rate:.2f}" for rate in measured.top_k(k))] for k in tops])
 
 
 def _lengths(measured: HeadAccuracy) -> str:
     sizes = sorted(map(int, measured.trees))
     simulated = [measured.accepted_lengths[name] for name in ("chain", *map(str, sizes))]
     mean = [measured.chain_length(), *(measured.mean_length(measured.best_tree(nodes)) for nodes in sizes)]
-    return _table([
-        ["nodes", f"{measured.depth + 1}, a chain", *map(str, sizes)],
+    rows = [
         ["simulated decoding", *(f"{length:.2f}" for length in simulated)],
         ["mean over positions", *(f"{length:.2f}" for length in mean)],
         ["if independent", "", *(f"{measured.independent(nodes)[1]:.2f}" for nodes in sizes)],
-    ])  # fmt: skip
-
-
-def _table(rows: list[list[str]], left: int = 1) -> str:
-    """Return a Markdown table; columns after the first `left` are aligned to the right."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|" + "---|" * left + "--:|" * (len(rows[0]) - left))
-    return "\n".join(lines) + "\n"
+    ]
+    return markdown_table(["nodes", f"{measured.depth + 1}, a chain", *map(str, sizes)], rows)
 
 
 def _quoted(text: str) -> str:
