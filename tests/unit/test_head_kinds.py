@@ -23,7 +23,7 @@ from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
 from medhead.proposers.heads import HeadsProposer
-from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, sample_anchors, unroll
 from scripted import OracleProposer
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
@@ -85,7 +85,7 @@ def said_in_training(heads: Heads, target: Target, texts: PackedBatch) -> dict[t
     names = torch.arange(target.vocab_size) if output_head.tokens is None else output_head.tokens
     with torch.no_grad(), target.active(heads.config.feature_layers):
         _, features = read(target, texts.ids)
-        anchors, real = choose_anchors(texts, 1.0)
+        anchors, real = sample_anchors(texts, 1.0)
         for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
             logp = output_head.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]
             for row, at, said in zip(level.rows.tolist(), level.at.tolist(), logp, strict=True):
@@ -144,7 +144,7 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
     features = [torch.randn(size, heads.feature_size, generator=generator) for size in sizes]
 
     def said(texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]) -> dict[Any, Tensor]:
-        anchors, real = choose_anchors(texts, 1.0)
+        anchors, real = sample_anchors(texts, 1.0)
         found = {}
         for depth, level in enumerate(unroll(heads, texts, of_texts, target.embedding, anchors, real)):
             for row, at, feature in zip(level.rows.tolist(), level.at.tolist(), level.features, strict=True):
@@ -180,7 +180,7 @@ def test_one_anchor_or_many(target: Target, name: str) -> None:
     torch.manual_seed(2)
     texts = texts_of([torch.randint(0, 64, (size,)).tolist() for size in (14, 9)])
     features = torch.randn(2, 14, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     with torch.no_grad():
         many = list(unroll(heads, texts, features, target.embedding, anchors, real))
         for row, column in real.nonzero().tolist():
@@ -198,7 +198,7 @@ def test_fewer_levels_say_the_same(target: Target, name: str) -> None:
     heads = noise_heads(target, name)
     torch.manual_seed(3)
     texts, features = texts_of([torch.randint(0, 64, (10,)).tolist()]), torch.randn(1, 10, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     with torch.no_grad():
         full = list(unroll(heads, texts, features, target.embedding, anchors, real))
         for depth in (1, 2, 3):
@@ -350,7 +350,7 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
     heads: Any = noise_heads(target, name)
     torch.manual_seed(4)
     texts, features = texts_of([torch.randint(0, 64, (11,)).tolist()]), torch.randn(1, 11, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     embeddings = target.embed(texts.ids[0])
     if HEADS[name].get("own_embedding"):
         embeddings = texts.ids[0] if name == "sequential_own" else heads.embed_tokens[texts.ids[0]]

@@ -16,7 +16,7 @@ from conftest import HEADS, noise_heads, read
 from medhead.heads import Draft, Heads, HeadsConfig
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
-from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, sample_anchors, unroll
 
 
 @st.composite
@@ -57,7 +57,7 @@ def pairs(anchors: Tensor, real: Tensor) -> list[tuple[int, int]]:
 
 @given(batches())
 def test_where_texts_begin(texts: PackedBatch) -> None:
-    found = texts.begins().tolist()
+    found = texts.document_starts().tolist()
     for row, document in enumerate(documents(texts)):
         begin = 0
         for at in range(len(document)):
@@ -67,12 +67,12 @@ def test_where_texts_begin(texts: PackedBatch) -> None:
 
 @given(batches(), st.integers(1, 17))
 def test_what_is_guessable(texts: PackedBatch, ahead: int) -> None:
-    assert set(map(tuple, texts.guessable(ahead).nonzero().tolist())) == possible(texts, ahead)
+    assert set(map(tuple, texts.predictable(ahead).nonzero().tolist())) == possible(texts, ahead)
 
 
 @given(batches(), st.floats(0.0, 1.0), st.integers(0, 9))
 def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float, seed: int) -> None:
-    anchors, real = choose_anchors(texts, share, torch.Generator().manual_seed(seed))
+    anchors, real = sample_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert anchors.shape == real.shape
     chosen, allowed = pairs(anchors, real), possible(texts, 2)
     assert len(set(chosen)) == len(chosen)
@@ -82,14 +82,14 @@ def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float,
     wanted = max(1, round(share * max(counts)))
     assert [int(row.sum()) for row in real] == [min(wanted, count) for count in counts]
     assert bool(((anchors >= 0) & (anchors < texts.ids.shape[1])).all())
-    again = choose_anchors(texts, share, torch.Generator().manual_seed(seed))
+    again = sample_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert torch.equal(again[0], anchors)
     assert torch.equal(again[1], real)
 
 
 @given(batches())
 def test_all_anchors(texts: PackedBatch) -> None:
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     assert set(pairs(anchors, real)) == possible(texts, 2)
 
 
@@ -101,7 +101,7 @@ def one_text(length: int, rows: int = 1) -> PackedBatch:
 def test_every_anchor_has_the_same_chance() -> None:
     texts, generator, counts = one_text(42), torch.Generator().manual_seed(0), torch.zeros(42)
     for _ in range(1000):
-        anchors, real = choose_anchors(texts, 0.25, generator)
+        anchors, real = sample_anchors(texts, 0.25, generator)
         assert anchors.shape == (1, 10)
         counts[anchors[real]] += 1
     assert counts[40:].sum() == 0
@@ -137,7 +137,7 @@ def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) ->
         return
     heads, rows = Echo(depth), texts.ids.shape[0]
     features = torch.arange(texts.ids.numel()).view(rows, -1, 1).double()
-    anchors, real = choose_anchors(texts, share, torch.Generator().manual_seed(1))
+    anchors, real = sample_anchors(texts, share, torch.Generator().manual_seed(1))
     chosen = pairs(anchors, real)
     levels = list(unroll(heads, texts, features, lambda ids: ids[..., None].double(), anchors, real))
     assert len(levels) == depth
@@ -148,7 +148,7 @@ def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) ->
             anchor = at - 1 - level
             assert feature == [features[row, anchor].item(), *texts.ids[row, anchor + 1 : at + 1].tolist()]
             assert texts.mask[row, at + 1]
-    seen, begins = heads.memory.visible(), texts.begins()
+    seen, begins = heads.memory.visible(), texts.document_starts()
     for row, column in real.nonzero().tolist():
         anchor = int(anchors[row, column])
         looked = heads.memory.rows[row][seen[row, column]].tolist()
@@ -195,7 +195,7 @@ def test_every_parameter_learns_and_the_target_does_not(model: PreTrainedModel, 
     texts.mask[1] = False  # a row without anchors beside one that has them
     with target.listening(heads.config.feature_layers):
         _, features = read(target, texts.ids)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     assert real.sum(1).tolist() == [9, 0]
     loss = torch.zeros(())
     for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
@@ -232,7 +232,7 @@ def test_rows_without_anchors_point_nowhere(target: Target, name: str, length: i
     texts.mask[0, : length - 8] = False
     texts.mask[1] = False
     features = torch.randn(2, length, heads.feature_size)
-    anchors, real = choose_anchors(texts, 0.5)
+    anchors, real = sample_anchors(texts, 0.5)
     with torch.no_grad():
         for level in unroll(heads, texts, features, target.embedding, anchors, real):
             assert set(level.rows.tolist()) <= {0}
