@@ -73,8 +73,8 @@ class Killed(BaseException):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few sentences, often."""
     path = tmp_path_factory.mktemp("data") / "answers.jsonl"
-    said = ["She went home.", "The dragon said: small.", "Once upon a time there was a small dragon."]
-    records = [{"prompt": f"A {n % 4}?", "answer": said[n % 3]} for n in range(48)]
+    answers = ["She went home.", "The dragon said: small.", "Once upon a time there was a small dragon."]
+    records = [{"prompt": f"A {n % 4}?", "answer": answers[n % 3]} for n in range(48)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -340,7 +340,7 @@ def _plain(value: Any) -> Any:
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before the first checkpoint": (HeadsTrainer, "compute_loss", 2),
-    "behind a checkpoint": (HeadsTrainer, "compute_loss", 4),
+    "after a checkpoint": (HeadsTrainer, "compute_loss", 4),
     "between two": (HeadsTrainer, "compute_loss", 6),
     "in the first checkpoint": (HeadsTrainer, "_save_rng_state", 1),
     "in a later checkpoint": (HeadsTrainer, "_save_rng_state", 2),
@@ -573,10 +573,8 @@ def test_out_of_memory(
     for owner, name in ((HeadsModule, "forward"), (builders, "load_model")):
         with calls_of(owner, name, raising(error, 1)):
             line = refusal(command(folders, data, tmp_path / "heads", *HEADS), capsys)
-        assert (
-            "out of memory: lower --batch-size (4), --seq-len (48) or --anchor-fraction (0.5), raise --gradient-accumulation-steps"
-            in line
-        )
+        assert "out of memory: lower --batch-size (4), --seq-len (48) or --anchor-fraction (0.5)" in line
+        assert "raise --gradient-accumulation-steps instead" in line
         assert "Tried to allocate 2.00 GiB" in line
     code, err = run(command(folders, data, tmp_path / "heads", *HEADS, "--batch-size", "2", "--max-steps", "1"), capsys)
     assert code == 0, err  # it was told to change them, and nothing was trained yet
@@ -630,17 +628,17 @@ def test_an_incomplete_adapter_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("modules", "said"),
+    ("modules", "message"),
     [
         ("lm_head", "names the embedding or the output matrix"),
         ("c_attn", "cannot be adapted: No modules were targeted"),
     ],
 )
 def test_modules_that_cannot_be_adapted(
-    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modules: str, said: str
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modules: str, message: str
 ) -> None:
     line = refusal(command(folders, data, tmp_path / "heads", *JOINT, "--lora-targets", modules), capsys)
-    assert re.search(said, line)
+    assert re.search(message, line)
 
 
 def test_four_bits_need_bitsandbytes(
@@ -720,9 +718,9 @@ def test_one_process_writes(folders: dict[str, Path], data: Path, tmp_path: Path
 @pytest.mark.slow
 def test_two_processes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     output = tmp_path / "heads"
-    said = _in_two_processes(command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2"))
+    output_lines = _in_two_processes(command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2"))
     assert names_in(output) == FILES | MEASURED | {"run"}
-    assert said.count("heads are in") == said.count("parameters to train") == 1
+    assert output_lines.count("heads are in") == output_lines.count("parameters to train") == 1
     found = last_checkpoint(output / "run")
     assert found is not None
     assert found.name == "checkpoint-4"
@@ -736,7 +734,7 @@ def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, 
     more = [*HEADS, "--batch-size", "2", "--save-dtype", "float32"]
     whole, spread = tmp_path / "whole", tmp_path / "spread"
     _in_two_processes(command(folders, data, whole, *more))
-    said = _in_two_processes(command(folders, data, spread, *more, "--shard"))
+    output_lines = _in_two_processes(command(folders, data, spread, *more, "--shard"))
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, spread))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -744,7 +742,7 @@ def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, 
     measured = [json.loads((folder / "accuracies.json").read_text()) for folder in (whole, spread)]
     assert measured[0]["accuracies"] == measured[1]["accuracies"]
     layers = sum(p.numel() for p in model_of(folders).model.layers.parameters())
-    assert re.search(r"layers of .* sharded over 2 processes: this one holds ([\d,]+) of ([\d,]+) parameters", said).groups() == (  # type: ignore[union-attr]
+    assert re.search(r"layers of .* sharded over 2 processes: this one holds ([\d,]+) of ([\d,]+) parameters", output_lines).groups() == (  # type: ignore[union-attr]
         f"{layers // 2:,}", f"{layers:,}",
     )  # fmt: skip
 
@@ -845,29 +843,29 @@ WRONG_DATA = {
 def test_data_that_heads_cannot_learn_from(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    text, said = WRONG_DATA[name]
+    text, message = WRONG_DATA[name]
     path = tmp_path / "data.jsonl"
     path.write_text(text)
-    assert said in refusal(command(folders, path, tmp_path / "heads", *HEADS), capsys)
+    assert message in refusal(command(folders, path, tmp_path / "heads", *HEADS), capsys)
 
 
 def test_what_does_not_fit_the_model(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*more: str) -> str:
+    def message(*more: str) -> str:
         return refusal(command(folders, data, tmp_path / "heads", *more), capsys)
 
-    assert "--seq-len 161 is more than the 160 tokens that LlamaForCausalLM can read" in said("--seq-len", "161")
-    assert "know the corrections none, parent" in said("--kind", "medusa", "--correction", "recurrent")
-    assert "read one layer of the target" in said("--kind", "recurrent", "--feature-layers", "0", "1")
-    line = said("--kind", "block", "--init-from", str(folders["recurrent"]))
+    assert "--seq-len 161 is more than the 160 tokens that LlamaForCausalLM can read" in message("--seq-len", "161")
+    assert "know the corrections none, parent" in message("--kind", "medusa", "--correction", "recurrent")
+    assert "read one layer of the target" in message("--kind", "recurrent", "--feature-layers", "0", "1")
+    line = message("--kind", "block", "--init-from", str(folders["recurrent"]))
     assert line.endswith("--init-from holds heads of kind 'recurrent', but --kind is 'block'; give the same kind")
     other = tiny_llama(seed=4)
     save_heads(noise_heads(Target(other)), other, tmp_path / "other")
-    line = said("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
+    line = message("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
     assert "were trained for another model: their vocabulary is 64" in line
     own = model_of(folders)
     save_heads(noise_heads(Target(own), "attention_own", layer_size=0), own, tmp_path / "own")
-    assert "an output matrix of their own" in said("--kind", "attention", "--init-from", str(tmp_path / "own"))
+    assert "an output matrix of their own" in message("--kind", "attention", "--init-from", str(tmp_path / "own"))
     line = refusal(["--model", str(tmp_path / "none"), *command(folders, data, tmp_path / "heads")[2:]], capsys)
     assert line.endswith(f"model folder '{tmp_path / 'none'}' does not exist")

@@ -1,4 +1,4 @@
-"""What heads do on held-out text, against a count anchor by anchor; trees against enumeration and real decoding."""
+"""Head accuracy on held-out text against a count anchor by anchor; trees against enumeration and real decoding."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS: dict[str, dict[str, Any]] = {
 
 
 def tiny_heads(target: Target, depth: int = 3, seed: int = 5, **fields: Any) -> Heads:
-    """Heads of noise that say roughly what the target says next, so that some guesses are right."""
+    """Random heads that draft roughly what the target emits next, so that some draft tokens are right."""
     torch.manual_seed(seed)
     sizes = {"inner_size": 20, "correction_size": 12, "num_heads": 4, "key_heads": 2, "head_dim": 8}
     config = HeadsConfig(
@@ -63,7 +63,7 @@ def some_texts(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]
 
 
 def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> PackedBatch:
-    """PackedBatch behind each other in one row, with padding."""
+    """All texts packed into one row, with padding."""
     ids = torch.cat([*(ids for ids, _ in texts), torch.zeros(row, dtype=torch.long)])
     mask = torch.cat([*(mask for _, mask in texts), torch.ones(row, dtype=torch.bool)])
     document = [torch.full_like(text, number) for number, (text, _) in enumerate(texts)]
@@ -89,9 +89,9 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
     state, found = draft.state, []
     names = list(range(target.vocab_size)) if heads.draft_tokens is None else heads.draft_tokens.tolist()
     for level in range(depth):
-        state, said = heads.advance(state, token(slice(at + 1 + level, at + 2 + level), level), level, draft.shared)
+        state, drafted = heads.advance(state, token(slice(at + 1 + level, at + 2 + level), level), level, draft.shared)
         output = heads.own_output(level)
-        logits = said[0, 0] @ (target.output.weight[names] if output is None else output).T
+        logits = drafted[0, 0] @ (target.output.weight[names] if output is None else output).T
         best = [names[column] for column in logits.argsort(descending=True).tolist()]
         truth = int(ids[at + 2 + level])
         found.append(best.index(truth) if truth in best[:RANKS] else -1)
@@ -196,8 +196,8 @@ def test_equal_paths_are_taken_in_a_fixed_order() -> None:
         found.best_tree(1)
 
 
-def test_trees_are_made_for_where_decoding_stands() -> None:
-    """Ten anchors where the first guesses are right four deep, then five where the second or third guess is, over and over."""
+def test_trees_are_searched_where_decoding_has_its_passes() -> None:
+    """Ten anchors where the top-1 tokens are right four deep, then five where the second or third is, repeatedly."""
     ranks = torch.tensor(([[0, 0, 0, 0]] * 10 + [[1, -1, -1, -1], [2, -1, -1, -1]] * 2 + [[1, -1, -1, -1]]) * 20)
     chain = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
     found = summarize_ranks(ranks, torch.arange(300) == 299, 3)
@@ -257,19 +257,19 @@ def test_heads_in_float32_on_a_target_in_bfloat16(model: PreTrainedModel) -> Non
 
 
 def facts(**more: Any) -> dict[str, Any]:
-    """What a training run says of itself."""
+    """The facts of a training run."""
     return {"model": "tiny/llama", "recipe": "heads", "loss": "soft", "steps": 1200, "minutes": 3.5, "documents": 70,
             "tokens": 12345, "parameters": 6789, **more}  # fmt: skip
 
 
-def test_the_card_tells_what_is_known(tmp_path: Path) -> None:
+def test_the_card_holds_the_known_facts(tmp_path: Path) -> None:
     config = HeadsConfig("recurrent", 3, 32, 64, 2, draft_vocab=40)
     found = random_accuracy(0, ranks=5)
     text = write_card(tmp_path, config, facts(), found).read_text(encoding="utf-8")
     assert text.startswith('---\nlibrary_name: peft\nbase_model: "tiny/llama"\n')
-    for said in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not what", "top-1", "top-5",
+    for part in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not what", "top-1", "top-5",
                  f"--heads {tmp_path}", f"{found.chain_length():.2f}", f"{found.accepted_lengths['16']:.2f}"):  # fmt: skip
-        assert said in text
+        assert part in text
     assert "\n\n\n" not in text
     for recipe in ("joint", "qlora"):
         text = write_card(tmp_path, config, facts(recipe=recipe, resumed=True), found).read_text(encoding="utf-8")

@@ -83,8 +83,8 @@ WRONG_FILES = {
 
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_wrong_files(tmp_path: Path, name: str) -> None:
-    text, said = WRONG_FILES[name]
-    with pytest.raises(MedheadError, match=said) as error:
+    text, message = WRONG_FILES[name]
+    with pytest.raises(MedheadError, match=message) as error:
         from_yaml(tmp_path / "run.yaml", text)
     assert "\n" not in str(error.value)
 
@@ -128,10 +128,10 @@ WRONG_NUMBERS: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), WRONG_NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("arguments", "message"), WRONG_NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_wrong_numbers(arguments: list[str], said: str) -> None:
-    with pytest.raises(MedheadError, match=said):
+def test_wrong_numbers(arguments: list[str], message: str) -> None:
+    with pytest.raises(MedheadError, match=message):
         read(*arguments)
 
 

@@ -306,7 +306,7 @@ def same(found: list[str], expected: list[str]) -> bool:
     return len(found) == len(expected) and all(a == b or (a[0] in " \n" and a[1:] == b) for a, b in pairs)
 
 
-def said(name: str, chat: Chat, turn_end: str) -> list[str]:
+def assistant_text(name: str, chat: Chat, turn_end: str) -> list[str]:
     """What the assistant writes in this template, ends of turns included."""
     found = []
     for index, (role, content) in enumerate(chat):
@@ -346,7 +346,7 @@ def test_the_mask_marks_what_the_assistant_said(name: str, trim: bool) -> None:
         assert encoded.skipped is None, (title, encoded.skipped)
         assert encoded.ids == tokenizer.apply_chat_template(messages(chat))["input_ids"], title
         found = answers(encoded.ids, encoded.mask, tokenizer)
-        expected = said(name, chat, turn_end)
+        expected = assistant_text(name, chat, turn_end)
         assert same(found, expected), (title, found, expected)
         if title not in ("spaces", "same words") and name != "words":
             assert found == expected
@@ -366,7 +366,7 @@ def test_random_chats(name: str) -> None:
                 rng.choice(["world", " fox", "\n", "é", "日本", "🙂", "<", "user", ":", "1", " "]) for _ in range(8)
             )
             chat.append(("assistant" if turn % 2 else "user", text))
-        expected = [text for text in said(name, chat, turn_end) if text]
+        expected = [text for text in assistant_text(name, chat, turn_end) if text]
         encoded = encoder.encode(Record("x", messages=messages(chat)))
         found = answers(encoded.ids, encoded.mask, tokenizer)
         assert same(found, expected), (found, expected)
@@ -374,7 +374,7 @@ def test_random_chats(name: str) -> None:
 
 
 def test_the_mask_of_a_turn_begins_where_the_prompt_ends() -> None:
-    """What heads are asked to guess begins with the first token after the prompt that the model is given."""
+    """The mask begins with the first token after the prompt that the model is given."""
     for name in ("chatml", "llama 3", "phi", "qwen 3", "glm"):
         template, special, roles = TEMPLATES[name]
         tokenizer = make_tokenizer(template, special, **roles)

@@ -160,15 +160,15 @@ def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
     for row, anchor in itertools.product(range(2), range(LENGTH)):
         document, asked = batch["document"][row], batch["mask"][row]
         root = _encoded(module, ids[row, anchor + 1 : anchor + 2], 0)
-        begun = module.heads.start(features[row, anchor][None, None], root, None)
-        state = begun.state
-        for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to guess
+        draft = module.heads.start(features[row, anchor][None, None], root, None)
+        state = draft.state
+        for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to predict
             if not asked[at] or document[at] != document[anchor]:
                 break
-            state, said = module.heads.advance(
-                state, _encoded(module, ids[row, at - 1 : at], depth), depth, begun.shared
+            state, drafted = module.heads.advance(
+                state, _encoded(module, ids[row, at - 1 : at], depth), depth, draft.shared
             )
-            q = (matrix @ said[0, 0]).log_softmax(-1)
+            q = (matrix @ drafted[0, 0]).log_softmax(-1)
             p = (matrix @ hidden[row, at - 1]).softmax(-1)
             if int(ids[row, at]) in tokens:
                 label = tokens.tolist().index(int(ids[row, at]))
@@ -326,8 +326,8 @@ def test_preservation_pulls_the_adapter_back() -> None:
         ).logits
     p, q = original.log_softmax(-1), logits.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)[:, :-1]
-    said = batch["mask"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
-    expected = float(divergence[said].mean().detach())
+    predicted = batch["mask"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
+    expected = float(divergence[predicted].mean().detach())
     assert float(module(**batch, seed=1)["preservation"]) == pytest.approx(expected, rel=1e-4)
 
 

@@ -21,7 +21,7 @@ from medhead_training.objective.unroll import PackedBatch, sample_anchors, unrol
 
 @st.composite
 def batches(draw: st.DrawFn) -> PackedBatch:
-    """Rows of documents behind each other with padding at the end, and any mask."""
+    """Rows of packed documents with padding at the end, and any mask."""
     length = draw(st.integers(1, 16))
     rows = draw(st.integers(1, 3))
     document = torch.full((rows, length), -1)
@@ -41,7 +41,7 @@ def documents(texts: PackedBatch) -> list[list[int]]:
 
 
 def possible(texts: PackedBatch, ahead: int) -> set[tuple[int, int]]:
-    """Positions whose text holds the token `ahead` places on, and that is to be guessed."""
+    """Positions whose document holds the token `ahead` positions later, which is masked."""
     found = set()
     for row, document in enumerate(documents(texts)):
         for at in range(len(document) - ahead):
@@ -66,12 +66,12 @@ def test_where_texts_begin(texts: PackedBatch) -> None:
 
 
 @given(batches(), st.integers(1, 17))
-def test_what_is_guessable(texts: PackedBatch, ahead: int) -> None:
+def test_predictable_positions(texts: PackedBatch, ahead: int) -> None:
     assert set(map(tuple, texts.predictable(ahead).nonzero().tolist())) == possible(texts, ahead)
 
 
 @given(batches(), st.floats(0.0, 1.0), st.integers(0, 9))
-def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float, seed: int) -> None:
+def test_anchors_have_a_root_and_a_first_draft_token(texts: PackedBatch, share: float, seed: int) -> None:
     anchors, real = sample_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert anchors.shape == real.shape
     chosen, allowed = pairs(anchors, real), possible(texts, 2)
@@ -132,7 +132,7 @@ class Echo(Heads):
 
 @given(batches(), st.floats(0.1, 1.0), st.integers(1, 5))
 def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) -> None:
-    """Each anchor's path is the text behind it; a level names the position whose distribution is to be guessed."""
+    """Each anchor's path is the text after it; a level names the position whose distribution is predicted."""
     if texts.ids.shape[1] < 2:
         return
     heads, rows = Echo(depth), texts.ids.shape[0]
@@ -141,10 +141,10 @@ def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) ->
     chosen = pairs(anchors, real)
     levels = list(unroll(heads, texts, features, lambda ids: ids[..., None].double(), anchors, real))
     assert len(levels) == depth
-    for level, said in enumerate(levels):
+    for level, drafted in enumerate(levels):
         expected = [(row, at + 1 + level) for row, at in chosen if (row, at) in possible(texts, 2 + level)]
-        assert list(zip(said.rows.tolist(), said.at.tolist(), strict=True)) == expected
-        for feature, (row, at) in zip(said.features.tolist(), expected, strict=True):
+        assert list(zip(drafted.rows.tolist(), drafted.at.tolist(), strict=True)) == expected
+        for feature, (row, at) in zip(drafted.features.tolist(), expected, strict=True):
             anchor = at - 1 - level
             assert feature == [features[row, anchor].item(), *texts.ids[row, anchor + 1 : at + 1].tolist()]
             assert texts.mask[row, at + 1]
@@ -165,26 +165,26 @@ def test_nothing_of_the_future_is_seen(target: Target, name: str) -> None:
     features = torch.randn(1, 12, heads.feature_size, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def said(ids: Tensor, features: Tensor, level: int) -> Tensor:
+    def draft_features(ids: Tensor, features: Tensor, level: int) -> Tensor:
         levels = unroll(heads, PackedBatch(ids, texts.mask, texts.document), features, target.embedding, anchor, real)
         return list(levels)[level].features
 
     for level in range(4):
-        true = said(texts.ids, features, level)
+        true = draft_features(texts.ids, features, level)
         ids, later = texts.ids.clone(), features.clone()
         ids[:, 6 + level :] = 63 - ids[:, 6 + level :]
         later[:, 5:] += 1.0
-        assert torch.equal(said(ids, later, level), true)
+        assert torch.equal(draft_features(ids, later, level), true)
         ids[:, 5 + level] = 63 - ids[:, 5 + level]
-        assert torch.equal(said(ids, features, level), true) == (
+        assert torch.equal(draft_features(ids, features, level), true) == (
             not heads.per_path and (level > 0 or not heads.memory_size)
         )
         later = features.clone()
         later[:, 4] += 1.0
-        assert not torch.equal(said(texts.ids, later, level), true)
+        assert not torch.equal(draft_features(texts.ids, later, level), true)
         later = features.clone()
         later[:, :4] += 1.0
-        assert torch.equal(said(texts.ids, later, level), true) == (not heads.memory_size)
+        assert torch.equal(draft_features(texts.ids, later, level), true) == (not heads.memory_size)
 
 
 @pytest.mark.parametrize("name", HEADS)

@@ -36,7 +36,7 @@ class HeadAccuracy:
     Attributes:
         anchors: number of anchors; each stands for one token that decoding would emit.
         ranks: number of ranks that were distinguished; larger ones are misses.
-        reached: per depth, the number of anchors whose answer goes on that far.
+        reached: per depth, the number of anchors whose answer reaches that far.
         accuracies: `accuracies[d][r]`, the share of these at which the rank-r draft token of depth d+1 was right.
         paths: every rank path that occurred, cut at its first miss or at the end of the answer, and its count.
         trees: the best static tree found by number of nodes, as `HeadsProposer(shape=...)` takes it.
