@@ -21,7 +21,6 @@ from medhead.model.target import Target
 from medhead_training.objective import measure as module
 from medhead_training.objective.measure import measure_accuracy
 from medhead_training.objective.tree_eval import UNREACHED, DecodingSimulation, HeadAccuracy, summarize_ranks
-from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.report import plot_accuracy, write_card
 
 RANKS = 20
@@ -60,14 +59,6 @@ def some_texts(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]
     mask = torch.zeros(23, dtype=torch.bool)
     mask[4:9] = mask[10:23] = True  # a gap shorter than a path
     return [(own, torch.arange(len(own)) >= 3), (turns, mask), (turns[:3], torch.ones(3, dtype=torch.bool))]
-
-
-def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> PackedBatch:
-    """All texts packed into one row, with padding."""
-    ids = torch.cat([*(ids for ids, _ in texts), torch.zeros(row, dtype=torch.long)])
-    mask = torch.cat([*(mask for _, mask in texts), torch.ones(row, dtype=torch.bool)])
-    document = [torch.full_like(text, number) for number, (text, _) in enumerate(texts)]
-    return PackedBatch(ids[None], mask[None], torch.cat([*document, torch.full((row,), -1)])[None])
 
 
 @torch.no_grad()
@@ -119,7 +110,7 @@ def test_ranks_are_those_counted_one_by_one(
             paths[tuple(itertools.takewhile(lambda rank: rank >= 0, ranks))] += 1
     assert sum(count for path, count in paths.items() if len(path) > 1) > 0  # the test sees more than misses
     heads.train()
-    found = measure_accuracy(heads, target, [packed(texts[:2], 3), packed(texts[2:], 0)], RANKS)
+    found = measure_accuracy(heads, target, texts, RANKS)
     assert heads.training
     assert found.paths == paths
     assert found.reached == reached
@@ -134,21 +125,20 @@ def test_simulated_decoding_predicts_real_decoding_to_the_pass(
 ) -> None:
     heads, limit = tiny_heads(target, depth=4, **KINDS[name]), 32
     prompts = [[5, 9, 13], [20, 21]]
-    batches = []
+    texts = []
     for prompt in prompts:
         given = torch.tensor([prompt])
-        text = model.generate(given, max_new_tokens=limit, do_sample=False)
-        mask = torch.arange(text.shape[1])[None] >= len(prompt)
-        batches.append(PackedBatch(text, mask, torch.zeros_like(text)))
-    found = measure_accuracy(heads, target, batches)
+        text = model.generate(given, max_new_tokens=limit, do_sample=False)[0]
+        texts.append((text, torch.arange(len(text)) >= len(prompt)))
+    found = measure_accuracy(heads, target, texts)
     assert max(map(len, found.paths)) > 1
     for nodes in ("8", "32"):
         assert 1 < len(found.trees[nodes]) < int(nodes)
         decoder = Decoder(target, heads=heads, shape=found.trees[nodes], dtype=torch.float32)
         passes = 0
-        for prompt, batch in zip(prompts, batches, strict=True):
+        for prompt, (text, _) in zip(prompts, texts, strict=True):
             output = decoder.generate(torch.tensor([prompt]), max_new_tokens=limit, do_sample=False)
-            assert torch.equal(output, batch.ids)  # the text of transformers
+            assert torch.equal(output[0], text)  # the text of transformers
             passes += decoder.statistics.passes
         assert found.accepted_lengths[nodes] == found.anchors / passes > 1
 
@@ -232,16 +222,9 @@ def test_independence_is_right_where_depths_are_independent() -> None:
 
 def test_the_measurement_ends_and_refuses(model: PreTrainedModel, target: Target) -> None:
     heads, texts = tiny_heads(target, kind="recurrent"), some_texts(model)
-    seen: list[int] = []
-    found = measure_accuracy(heads, target, (packed(texts[:1], 0) for _ in itertools.count()), 2, 50, seen.append)
-    assert found.anchors == 50
-    assert seen == [40, 40]
+    assert measure_accuracy(heads, target, itertools.repeat(texts[0]), 2, 50).anchors == 50
     with pytest.raises(MedheadError, match="no token to predict"):
-        measure_accuracy(
-            heads,
-            target,
-            [PackedBatch(torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), torch.zeros(1, 9).long())],
-        )
+        measure_accuracy(heads, target, [(torch.ones(9, dtype=torch.long), torch.zeros(9, dtype=torch.bool))])
     with pytest.raises(MedheadError, match="at least 1, got 0"):
         measure_accuracy(heads, target, [], ranks=0)
 
@@ -251,7 +234,7 @@ def test_heads_in_float32_on_a_target_in_bfloat16(model: PreTrainedModel) -> Non
 
     target = Target(copy.deepcopy(model).to(torch.bfloat16))
     heads = tiny_heads(target, **KINDS["block"]).float()
-    found = measure_accuracy(heads, target, [packed(some_texts(model), 2)])
+    found = measure_accuracy(heads, target, some_texts(model))
     assert found.anchors == 59
     assert next(heads.parameters()).dtype == torch.float32
 

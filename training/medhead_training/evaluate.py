@@ -118,11 +118,7 @@ def parser() -> Parser:
 
 
 def load_all_heads(args: argparse.Namespace, target: Target) -> Iterator[tuple[str, Heads, Target]]:
-    """Yield name, heads and target of every heads folder; heads with an adapter come with a target of their own.
-
-    Raises:
-        MedheadError: heads named by --heads cannot be loaded; demo heads that cannot are left out with one line.
-    """
+    """Yield name, heads and target of every heads folder; heads with an adapter come with a target of their own."""
     folders = args.heads or ([] if args.model else sorted(DEMO_HEADS.parent.glob("heads*")))
     for folder in folders:
         try:

@@ -28,7 +28,7 @@ from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.packing import PackedDataset
 from medhead_training.data.token_store import TokenStore, prepare_tokens
 from medhead_training.objective.builders import load_target, make_heads, wrap_for_training
-from medhead_training.objective.measure import measure_accuracy, pad_documents
+from medhead_training.objective.measure import Document, measure_accuracy
 from medhead_training.objective.module import HeadsModule, eval_mode
 from medhead_training.objective.tree_eval import HeadAccuracy
 from medhead_training.objective.unroll import PackedBatch
@@ -91,18 +91,14 @@ def check_anchors(rows: PackedDataset) -> None:
     raise MedheadError("no document holds a token to predict: it needs an answer token after at least 2 others")
 
 
-def held_out_batches(store: TokenStore, documents: np.ndarray, seq_len: int, device: torch.device) -> list[PackedBatch]:
-    """Return held-out documents in batches of 8, one document per row, shortest first."""
-    order = sorted(documents.tolist(), key=lambda document: int(store.lengths[document]))
-    batches = []
-    for start in range(0, len(order), 8):
-        pairs = [store[document] for document in order[start : start + 8]]
-        texts = [(torch.from_numpy(ids[:seq_len].astype(np.int64)), torch.from_numpy(mask[:seq_len].copy()))
-                 for ids, mask in pairs]  # fmt: skip
-        batch = pad_documents(texts, device)
-        if bool(batch.predictable(2).any()):
-            batches.append(batch)
-    return batches
+def held_out_texts(store: TokenStore, documents: np.ndarray, seq_len: int) -> list[Document]:
+    """Return held-out documents with a token to predict, shortest first, cut to `seq_len` tokens."""
+    pairs = [store[document] for document in sorted(documents.tolist(), key=lambda d: int(store.lengths[d]))]
+    return [
+        (torch.from_numpy(ids[:seq_len].astype(np.int64)), torch.from_numpy(mask[:seq_len].copy()))
+        for ids, mask in pairs
+        if mask[2:seq_len].any()
+    ]
 
 
 def run(options: TrainOptions) -> None:
@@ -150,13 +146,13 @@ def run(options: TrainOptions) -> None:
     module = HeadsModule(wrapped, target, heads, options)
     if options.shard:
         exclude_frozen_from_ddp(module)
-    batches = held_out_batches(held_out_store, held_out, options.seq_len, device)
+    texts = held_out_texts(held_out_store, held_out, options.seq_len)
 
     def evaluate_heads() -> dict[str, float]:
-        if not batches:
+        if not texts:
             return {}
         with eval_mode(module):
-            found = measure_accuracy(heads, target, batches, max_anchors=4096)
+            found = measure_accuracy(heads, target, texts, max_anchors=4096)
         top1 = {f"top1_depth_{d + 1}": row[0] for d, row in enumerate(found.accuracies)}
         return top1 | {"predicted_accepted_length": found.accepted_lengths["32"]}
 
@@ -181,7 +177,7 @@ def run(options: TrainOptions) -> None:
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     minutes = (time.monotonic() - start) / 60
     with eval_mode(module):  # a sharded target takes all processes
-        measured = measure_accuracy(heads, target, batches) if batches and (main or options.shard) else None
+        measured = measure_accuracy(heads, target, texts) if texts and (main or options.shard) else None
     if not main:
         return
     steps = trainer.state.global_step

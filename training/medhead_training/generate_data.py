@@ -168,11 +168,7 @@ def answer_batch(
 
 
 def max_prompt_tokens(args: argparse.Namespace, context: int) -> int:
-    """Return the maximum number of tokens of a prompt that leaves room for every answer.
-
-    Raises:
-        MedheadError: the two limits do not fit the model's context.
-    """
+    """Return the maximum number of tokens of a prompt that leaves room for every answer."""
     room = context - args.max_new_tokens
     if room < 1 or (args.max_prompt_tokens or 0) > room:
         wanted = f"--max-new-tokens {args.max_new_tokens}"
@@ -250,11 +246,7 @@ def write_answers(
     args: argparse.Namespace,
     file: IO[bytes],
 ) -> None:
-    """Answer and write the batches that are not in the file yet.
-
-    Raises:
-        MedheadError: the file holds other answers than this run would write, or a batch is too large for the device.
-    """
+    """Answer and write the batches that are not in the file yet."""
     tokens = passes = 0
     start = time.perf_counter()
     with tqdm(total=args.num_answers, initial=len(written), unit="answer", smoothing=0.05, mininterval=1.0) as bar:

@@ -50,9 +50,6 @@ class Encoder:
         tokenizer: with a chat template, if there are chats.
         max_length: longer records keep their beginning; None for no limit.
         end_tokens: ids that end a turn, as in the model's generation configuration; the tokenizer's EOS is added.
-
-    Raises:
-        MedheadError: `max_length` is not positive.
     """
 
     def __init__(
@@ -70,11 +67,7 @@ class Encoder:
         self._size = max(len(tokenizer), max(added, default=-1) + 1)
 
     def encode(self, record: Record) -> EncodedRecord:
-        """Return tokens and mask of a record, or why it is skipped.
-
-        Raises:
-            MedheadError: the record is a chat and there is no chat template, or its ids are outside the vocabulary.
-        """
+        """Return tokens and mask of a record, or why it is skipped."""
         try:
             if record.ids is not None:
                 ids, mask = self._encode_ids(record.ids, record.where)

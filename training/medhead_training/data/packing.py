@@ -59,9 +59,6 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         seed: of the packing and the order.
         epochs: number of epochs; each is packed differently.
         pad_token: id of the padding.
-
-    Raises:
-        MedheadError: there is no document, or a number is out of range.
     """
 
     def __init__(

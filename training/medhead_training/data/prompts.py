@@ -25,11 +25,7 @@ FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 
 
 def parse_prompt(fields: Any, where: str) -> list[Message]:
-    """Return a chat that waits for an answer; answers at its end are removed.
-
-    Raises:
-        MedheadError: none of the accepted fields is present, one has the wrong type, or there is no question.
-    """
+    """Return a chat that waits for an answer; answers at its end are removed."""
     has = present_fields(fields, where, FIELDS)
     if "messages" in has:
         messages = parse_messages(fields["messages"], where)
@@ -49,11 +45,7 @@ def parse_prompt(fields: Any, where: str) -> list[Message]:
 
 
 def scan_prompts(path: Path) -> tuple[str, int]:
-    """Return a hash of a prompts file and its number of prompts, without keeping them in memory.
-
-    Raises:
-        MedheadError: the file cannot be read or is empty.
-    """
+    """Return a hash of a prompts file and its number of prompts, without keeping them in memory."""
     if not path.is_file() and not path.is_dir():
         raise MedheadError(f"prompts file {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
     digest, number = hashlib.sha256(), 0
@@ -95,9 +87,6 @@ def encode_prompt(
         messages: the chat.
         where: file and line, for error messages.
         max_tokens: a longer prompt keeps its newest tokens, and a BOS token at its start.
-
-    Raises:
-        MedheadError: the template refuses the chat, or the prompt has no token.
     """
     try:
         if tokenizer.chat_template:

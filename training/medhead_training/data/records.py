@@ -44,9 +44,6 @@ def read_records(sources: Sources, on_bytes: Callable[[int], None] | None = None
     Args:
         sources: files, folders of *.jsonl files, or names of Hugging Face datasets (owner/name, split `train`).
         on_bytes: called with the size of every line, for progress bars.
-
-    Raises:
-        MedheadError: a source is missing or empty, a line is not JSON, or a record has none of the accepted fields.
     """
     for source in source_list(sources):
         empty = True
@@ -68,11 +65,7 @@ def source_list(sources: Sources) -> list[str | Path]:
 
 
 def source_files(source: str | Path) -> list[Path] | None:
-    """Return the files of a source, or None for a Hugging Face dataset.
-
-    Raises:
-        MedheadError: the source is missing, or a folder without *.jsonl files.
-    """
+    """Return the files of a source, or None for a Hugging Face dataset."""
     path = Path(source)
     if path.is_file():
         return [path]
@@ -87,11 +80,7 @@ def source_files(source: str | Path) -> list[Path] | None:
 
 
 def read_lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[tuple[str, bytes]]:
-    """Yield place and content of every line that is not blank.
-
-    Raises:
-        MedheadError: the file cannot be read.
-    """
+    """Yield place and content of every line that is not blank."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -104,11 +93,7 @@ def read_lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Ite
 
 
 def parse_json(line: bytes, where: str) -> Any:
-    """Return the JSON value of one line.
-
-    Raises:
-        MedheadError: the line is not UTF-8 text, or not JSON.
-    """
+    """Return the JSON value of one line."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
@@ -120,11 +105,7 @@ def parse_json(line: bytes, where: str) -> Any:
 
 
 def parse_record(fields: Any, where: str) -> Record:
-    """Return the record of these fields; token ids take precedence over `messages`, and these over question and answer.
-
-    Raises:
-        MedheadError: none of the accepted fields is present, or one has the wrong type.
-    """
+    """Return the record of these fields; token ids take precedence over `messages`, and these over question and answer."""
     has = present_fields(fields, where, FIELDS)
     if {"prompt_ids", "answer_ids"} <= has:
         return Record(where, ids=(_token_ids(fields, "prompt_ids", where), _token_ids(fields, "answer_ids", where)))

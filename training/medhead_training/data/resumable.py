@@ -33,11 +33,7 @@ class ResumableFile:
         return self.path.with_name(self.path.name + ".meta.json")
 
     def is_started(self, options: dict[str, Any]) -> bool:
-        """Return whether the file was started before with (at least) these options.
-
-        Raises:
-            MedheadError: another command or other options wrote it.
-        """
+        """Return whether the file was started before with (at least) these options."""
         if not self.meta.exists():
             if self.path.exists() or self.path.is_symlink():
                 raise MedheadError(
@@ -68,11 +64,7 @@ class ResumableFile:
         os.replace(temporary, self.meta)
 
     def open(self) -> IO[bytes]:
-        """Open the file for appending, locked against a second process where the system has locks.
-
-        Raises:
-            MedheadError: another process is writing to it.
-        """
+        """Open the file for appending, locked against a second process where the system has locks."""
         file = self.path.open("a+b")
         try:
             import fcntl
@@ -92,9 +84,6 @@ class ResumableFile:
             file: what `open` returned.
             count: maximum number of lines.
             window: every `window` lines hold the next `window` indices, in any order.
-
-        Raises:
-            MedheadError: a line is not from this command.
         """
         found: array[int] = array("q")
         complete = 0

@@ -44,9 +44,6 @@ class TokenStore:
         assistant_tokens: number of tokens that the assistant wrote.
         records: number of records read.
         skipped: number of skipped records by reason.
-
-    Raises:
-        MedheadError: the folder is no store, or incomplete.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -97,9 +94,6 @@ class TokenStore:
         Args:
             held_out: a fraction of the documents from 0 to below 1 (a float), or their number (an int).
             seed: of the choice.
-
-        Raises:
-            MedheadError: the fraction is out of range, or no document is left to train on.
         """
         count = held_out
         if isinstance(held_out, float):
@@ -129,9 +123,6 @@ def prepare_tokens(
         max_length: longer records keep their beginning; None for no limit.
         end_tokens: ids that end a turn, from the model's generation configuration.
         progress: show a progress bar.
-
-    Raises:
-        MedheadError: a source cannot be read, or no record has text of an assistant.
     """
     cache, ends = Path(cache), sorted(set(end_tokens))
     key = _key(sources, tokenizer, max_length, ends)

@@ -67,12 +67,7 @@ def parser() -> Parser:
 
 
 def run_stage(name: str, done: Path, command: Callable[[list[str]], int], *options: Any) -> None:
-    """Run one stage unless its last file exists.
-
-    Raises:
-        MedheadError: the stage ended with an error, which it has printed.
-        KeyboardInterrupt: the stage was interrupted.
-    """
+    """Run one stage unless its last file exists."""
     if done.exists():
         print(f"{name}: done ({done})", file=sys.stderr)
         return
@@ -140,11 +135,7 @@ def ask(args: argparse.Namespace, model: Path, name: str, chats: list[Chat], tem
 
 
 def check_same_recipe(args: argparse.Namespace) -> None:
-    """Refuse to resume a run with other options.
-
-    Raises:
-        MedheadError: the output folder holds a run with other options.
-    """
+    """Refuse to resume a run with other options."""
     path = args.output / "recipe.json"
     names = ("answers", "chats", "held_out", "heads_steps", "hidden", "layers", "vocab_size")
     wanted = {name: getattr(args, name) for name in names} | {"data": str(args.data), "eval": str(args.eval or "")}

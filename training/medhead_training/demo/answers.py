@@ -61,11 +61,7 @@ def write_training_answers(answers: Path, chats: Path, output: Path, seed: int) 
 
 
 def write_held_out_answers(answers: Path, training: Path, output: Path, seed: int) -> int:
-    """Write the distinct answers that are not in the training text, shuffled, and return their number.
-
-    Raises:
-        MedheadError: there is none.
-    """
+    """Write the distinct answers that are not in the training text, shuffled, and return their number."""
     known = {_token_ids(record) for record in read_jsonl(training)}
     new = {_token_ids(record): record for record in read_jsonl(answers) if _token_ids(record) not in known}
     if not new:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ pipeline_tag: text-generation
 show and to test on a laptop. It tells short stories and holds simple booking dialogues. It knows nothing about the world:
 use it for nothing else.
 
-- Architecture: Llama ({layers} layers, hidden size {hidden}, {heads}/{kv} heads, context {context}, byte-level BPE with {vocab:,} tokens, tied embeddings).
+- Architecture: Llama ({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads}/{config.num_key_value_heads} heads, context {config.max_position_embeddings}, byte-level BPE with {config.vocab_size:,} tokens, tied embeddings).
 - Training: {steps:,} steps of {tokens_per_step:,} tokens ({tokens:,} tokens) in {minutes} minutes on 2 CPU cores, bfloat16 autocast, Muon
   for matrices and AdamW for the rest, by `python -m medhead_training.demo`, seed {seed}.
 - Validation loss (nats per token): {losses}.
@@ -99,23 +100,13 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
     """Write `README.md` into the model folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = model.config
+    names = ("parameters", "steps", "tokens_per_step", "tokens", "minutes", "seed")
     text = MODEL_CARD.format(
         name=NAME,
-        parameters=training["parameters"],
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv=config.num_key_value_heads,
-        context=config.max_position_embeddings,
-        vocab=config.vocab_size,
-        steps=training["steps"],
-        tokens_per_step=training["tokens_per_step"],
-        tokens=training["tokens"],
-        minutes=training["minutes"],
-        seed=training["seed"],
+        config=model.config,
         losses=", ".join(f"{name} {loss:.3f}" for name, loss in training["validation_loss"].items()) or "not measured",
         samples="\n\n".join(map(as_markdown, samples(model, tokenizer))),
+        **{name: training[name] for name in names},
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
@@ -129,18 +120,10 @@ def finish_heads(folder: Path, size: int, depth: int, destination: str) -> None:
         depth: of the default tree.
         destination: name of their folder in the package.
     """
-    path = folder / "medhead_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields |= {"tree_size": size, "tree_depth": min(depth, fields["depth"])}
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    path = folder / "adapter_config.json"
-    adapter = json.loads(path.read_text(encoding="utf-8"))
-    trained_for, adapter["base_model_name_or_path"] = adapter["base_model_name_or_path"], NAME
-    path.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
-    facts_path = folder / "training.json"
-    facts = json.loads(facts_path.read_text(encoding="utf-8"))
-    named = {str(trained_for), str(facts.get("model", ""))} - {"", NAME}
-    facts_path.write_text(json.dumps(facts | {"model": NAME}, indent=1) + "\n", encoding="utf-8")
+    _edit(folder / "medhead_config.json", lambda old: {"tree_size": size, "tree_depth": min(depth, old["depth"])})
+    adapter = _edit(folder / "adapter_config.json", lambda old: {"base_model_name_or_path": NAME})
+    facts = _edit(folder / "training.json", lambda old: {"model": NAME})
+    named = {str(adapter["base_model_name_or_path"]), str(facts.get("model", ""))} - {"", NAME}
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name in sorted(named, key=len, reverse=True):
         card = card.replace(name, NAME)
@@ -152,3 +135,10 @@ def finish_heads(folder: Path, size: int, depth: int, destination: str) -> None:
         line, _, body = rest.partition("\n")
         card = f"{head}{title}{line}\n\n{sentence}\n{body}"
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change fields of a JSON file; return the fields that it had."""
+    old = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(old | change(old), indent=2) + "\n", encoding="utf-8")
+    return old

@@ -174,18 +174,12 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
     losses = validation_losses(model, held_out)
     report = {
-        "parameters": parameters,
-        "steps": step,
-        "tokens": step * args.tokens_per_step,
+        "parameters": parameters, "steps": step, "tokens": step * args.tokens_per_step,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "validation_loss": {name: round(loss, 3) for name, loss in losses.items()},
-        "mix": args.mix,
         "init_from": args.init_from.name if args.init_from else None,
-        "muon_lr": args.muon_lr,
-        "adamw_lr": args.adamw_lr,
-        "tokens_per_step": args.tokens_per_step,
-        "seed": args.seed,
-    }
+        **{name: getattr(args, name) for name in ("mix", "muon_lr", "adamw_lr", "tokens_per_step", "seed")},
+    }  # fmt: skip
     export(model, tokenizer, args.output / "model")
     (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))

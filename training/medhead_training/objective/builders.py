@@ -89,11 +89,7 @@ def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Head
 
 
 def load_target(options: TrainOptions, device: torch.device) -> Any:
-    """Load the target: in 4 bits for `qlora`, on the CPU for `--shard`.
-
-    Raises:
-        MedheadError: the model cannot be loaded, or bitsandbytes is missing.
-    """
+    """Load the target: in 4 bits for `qlora`, on the CPU for `--shard`."""
     dtype = pick_dtype(options.dtype, device)
     if options.recipe != "qlora":
         place = torch.device("cpu") if options.shard else device
@@ -118,11 +114,7 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
 
 
 def wrap_for_training(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
-    """Return a PEFT model around target and heads, with LoRA if the recipe trains it, and its copy of the heads.
-
-    Raises:
-        MedheadError: `--lora-targets` names no module, or the embedding or output matrix, which the heads share.
-    """
+    """Return a PEFT model around target and heads, with LoRA if the recipe trains it, and its copy of the heads."""
     model = target.model
     if options.recipe == "heads":
         return wrap(model, heads)

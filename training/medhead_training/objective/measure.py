@@ -6,7 +6,8 @@ it. `tree_eval` derives accuracies and static trees from these ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,75 +24,57 @@ from medhead_training.objective.unroll import DraftLevel, PackedBatch, sample_an
 MAX_BATCH_TOKENS = 4096  # of one pass of the target
 MAX_ATTENTION_SCORES = 2**26  # that heads compute at once
 
+Document = tuple[Tensor, Tensor]  # token ids and the mask of the tokens to predict, each [length]
+
 
 @torch.no_grad()
 def measure_accuracy(
-    heads: Heads,
-    target: Target,
-    batches: Iterable[PackedBatch],
-    ranks: int = 10,
-    max_anchors: int = 50_000,
-    on_anchors: Callable[[int], None] = lambda count: None,
+    heads: Heads, target: Target, documents: Iterable[Document], ranks: int = 10, max_anchors: int = 50_000
 ) -> HeadAccuracy:
-    """Run heads along held-out text, heads and target each in their own dtype.
+    """Run heads along held-out documents, heads and target each in their own dtype.
 
     Args:
         heads: the heads, on the target's device; their training mode is restored.
         target: their target.
-        batches: held-out text; documents packed into one row are separated.
+        documents: held-out text.
         ranks: ranks to distinguish; a larger rank counts as a miss.
         max_anchors: the measurement stops after this many.
-        on_anchors: called with the number of new anchors after every pass.
-
-    Raises:
-        MedheadError: `ranks` or `max_anchors` is below 1, or the text holds no token to predict.
     """
     if ranks < 1 or max_anchors < 1:
         raise MedheadError(f"ranks and max_anchors must be at least 1, got {ranks} and {max_anchors}")
-    all_ranks: list[Tensor] = []
-    all_last: list[Tensor] = []
+    found: list[tuple[Tensor, Tensor]] = []
+    count = 0
     with eval_mode(heads), target.active(heads.config.feature_layers):
         output_head = OutputHead(heads, target, next((p.dtype for p in heads.parameters()), target.dtype))
         columns = _columns(output_head, target)
-        for batch in _unpack(batches, target):
-            of_batch, last = _ranks_along(output_head, columns, target, batch, ranks)
-            all_ranks.append(of_batch)
-            all_last.append(last)
-            on_anchors(len(of_batch))
-            if sum(map(len, all_ranks)) >= max_anchors:
+        for batch in _batches(documents, target.device):
+            found.append(_ranks_along(output_head, columns, target, batch, ranks))
+            count += len(found[-1][0])
+            if count >= max_anchors:
                 break
-    if not sum(map(len, all_ranks)):
+    if not count:
         raise MedheadError("the held-out text holds no token to predict: every document needs at least 3 tokens")
-    return summarize_ranks(torch.cat(all_ranks)[:max_anchors], torch.cat(all_last)[:max_anchors], ranks)
+    all_ranks, last = (torch.cat(parts)[:max_anchors] for parts in zip(*found, strict=True))
+    return summarize_ranks(all_ranks, last, ranks)
 
 
-def pad_documents(documents: list[tuple[Tensor, Tensor]], device: torch.device) -> PackedBatch:
-    """Return a batch with one document per row from pairs of token ids and masks, padded at the end."""
-    shape = len(documents), max(len(ids) for ids, _ in documents)
-    batch = PackedBatch(
-        torch.zeros(shape, dtype=torch.long), torch.zeros(shape, dtype=torch.bool), torch.full(shape, -1)
-    )
-    for row, (ids, mask) in enumerate(documents):
-        batch.ids[row, : len(ids)], batch.mask[row, : len(ids)] = ids, mask
-        batch.document[row, : len(ids)] = 0
-    return PackedBatch(batch.ids.to(device), batch.mask.to(device), batch.document.to(device))
-
-
-def _unpack(batches: Iterable[PackedBatch], target: Target) -> Iterator[PackedBatch]:
-    """Yield batches of one document per row, of similar lengths, on the target's device."""
-    for batch in batches:
-        documents = []
-        for ids, mask, document in zip(batch.ids, batch.mask, batch.document, strict=True):
-            for number in document[document >= 0].unique().tolist():
-                here = document == number
-                documents.append((ids[here], mask[here]))
-        documents.sort(key=lambda pair: -len(pair[0]))  # stable
-        while documents:
-            rows = max(1, MAX_BATCH_TOKENS // len(documents[0][0]))
-            group, documents = documents[:rows], documents[rows:]
-            padded = pad_documents(group, target.device)
-            if bool(padded.predictable(2).any()):
-                yield padded
+def _batches(documents: Iterable[Document], device: torch.device) -> Iterator[PackedBatch]:
+    """Yield batches of one document per row, of similar lengths, padded at the end."""
+    source = iter(documents)
+    while window := sorted(islice(source, 8), key=lambda document: -len(document[0])):
+        while window:
+            longest = len(window[0][0])
+            rows = max(1, MAX_BATCH_TOKENS // longest)
+            group, window = window[:rows], window[rows:]
+            shape = len(group), longest
+            ids, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
+            mask = torch.zeros(shape, dtype=torch.bool)
+            for row, (row_ids, row_mask) in enumerate(group):
+                size = len(row_ids)
+                ids[row, :size], mask[row, :size], document[row, :size] = row_ids, row_mask, 0
+            batch = PackedBatch(ids.to(device), mask.to(device), document.to(device))
+            if bool(batch.predictable(2).any()):
+                yield batch
 
 
 def _columns(output_head: OutputHead, target: Target) -> Tensor | None:

@@ -31,6 +31,8 @@ class HeadsModule(nn.Module):
         options: of the run.
     """
 
+    target: Target
+    heads: Heads
     output: Tensor
     bias: Tensor | None
     draft_index: Tensor
@@ -38,7 +40,7 @@ class HeadsModule(nn.Module):
     def __init__(self, model: Any, target: Target, heads: Heads, options: TrainOptions) -> None:
         super().__init__()
         self.model = model
-        self._parts = (target, heads)  # a tuple hides them from nn.Module: they are part of `model` already
+        self.__dict__.update(target=target, heads=heads)  # not as submodules: they are part of `model` already
         self.options = options
         self.supports_packing = separates_documents(target)
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
@@ -53,16 +55,6 @@ class HeadsModule(nn.Module):
         self.register_buffer("output", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.register_buffer("draft_index", index, persistent=False)
-
-    @property
-    def target(self) -> Target:
-        """The target."""
-        return self._parts[0]
-
-    @property
-    def heads(self) -> Heads:
-        """The heads."""
-        return self._parts[1]
 
     def train(self, mode: bool = True) -> HeadsModule:
         """Switch only the adapter's dropout on: the target always runs as it decodes, in evaluation mode."""

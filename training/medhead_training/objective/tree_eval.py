@@ -79,9 +79,6 @@ class HeadAccuracy:
 
         A path is worth at most as much as its prefixes, so the best `nodes - 1` paths form a tree. Ties go to the shorter
         path, then to the lower ranks. Paths that never occurred are left out, but the tree has at least one.
-
-        Raises:
-            MedheadError: `nodes` is below 2.
         """
         if nodes < 2:
             raise MedheadError(f"a static tree needs at least 2 nodes, got {nodes}")

@@ -142,11 +142,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def read_options(args: argparse.Namespace) -> TrainOptions:
-    """Return the options from defaults, the YAML file and the command line.
-
-    Raises:
-        MedheadError: the file cannot be read, or it or the command line holds a value that is not allowed.
-    """
+    """Return the options from defaults, the YAML file and the command line."""
     given = {name: value for name, value in vars(args).items() if name != "config"}
     from_file = {} if args.config is None else _read_yaml(args.config)
     options = TrainOptions(**(from_file | given))

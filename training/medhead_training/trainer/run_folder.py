@@ -25,9 +25,6 @@ def claim_folder(options: TrainOptions, main: bool = True) -> Path:
     Args:
         options: of the run.
         main: whether this process writes; the others only read.
-
-    Raises:
-        MedheadError: the output folder holds something else, or a run with other options.
     """
     output, folder = Path(options.output), Path(options.output) / "run"
     record, temporary = folder / OPTIONS_FILE, folder / f".{OPTIONS_FILE}"
@@ -60,11 +57,7 @@ def claim_folder(options: TrainOptions, main: bool = True) -> Path:
 
 
 def check_same_data(folder: Path, stores: list[TokenStore], main: bool = True) -> None:
-    """Refuse to resume with other data than the run started with; `main` is that of `claim_folder`.
-
-    Raises:
-        MedheadError: the numbers of documents or tokens have changed.
-    """
+    """Refuse to resume with other data than the run started with; `main` is that of `claim_folder`."""
     record = folder / DATA_FILE
     now = [[store.documents, store.tokens, store.assistant_tokens] for store in stores]
     if record.exists() and last_checkpoint(folder) is not None:
