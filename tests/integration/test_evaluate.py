@@ -13,6 +13,7 @@ from transformers import LlamaForCausalLM
 
 from conftest import noise_heads
 from medhead import Decoder
+from medhead.bench import harness
 from medhead.bench.prompts import read_prompts
 from medhead.heads import load_heads
 from medhead.model.loading import load_tokenizer
@@ -154,7 +155,8 @@ def test_demo_heads_that_do_not_load_are_left_out(
 ) -> None:
     (tmp_path / "heads-empty").mkdir()
     shutil.copytree(folders["recurrent"], tmp_path / "heads")
-    monkeypatch.setattr(evaluate, "DEMO_MODEL", folders["model"])
+    for module in (evaluate, harness):
+        monkeypatch.setattr(module, "DEMO_MODEL", folders["model"])
     monkeypatch.setattr(evaluate, "DEMO_HEADS", tmp_path / "heads")
     assert main(["--tree-sizes", "4", "--proposers", "--temperatures", "0", *QUICK]) == 0
     out, err = capsys.readouterr()

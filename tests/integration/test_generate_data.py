@@ -19,7 +19,6 @@ from medhead_training import generate_data
 from medhead_training.data.encode import Encoder
 from medhead_training.data.records import read_records
 
-ROOT = Path(__file__).parents[2]
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": "Once upon a time"},
     {"question": "She went home.", "answer": "not needed"},
@@ -202,7 +201,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
     slow = "import sys, time; from medhead_training import generate_data as g; g.WINDOW = 2; answer = g.answer_batch\n"
     slow += "g.answer_batch = lambda *a: (time.sleep(0.3), answer(*a))[1]\n"
     slow += f"sys.exit(g.main({options(folders, prompts, killed, *more)!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", slow], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (killed.exists() and killed.read_bytes().count(b"\n") >= 8):

@@ -250,14 +250,14 @@ def test_the_card_holds_the_known_facts(tmp_path: Path) -> None:
     found = random_accuracy(0, ranks=5)
     text = write_card(tmp_path, config, facts(), found).read_text(encoding="utf-8")
     assert text.startswith('---\nlibrary_name: peft\nbase_model: "tiny/llama"\n')
-    for part in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not what", "top-1", "top-5",
+    for part in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not its text", "top-1", "top-5",
                  f"--heads {tmp_path}", f"{found.chain_length():.2f}", f"{found.accepted_lengths['16']:.2f}"):  # fmt: skip
         assert part in text
     assert "\n\n\n" not in text
     for recipe in ("joint", "qlora"):
         text = write_card(tmp_path, config, facts(recipe=recipe, resumed=True), found).read_text(encoding="utf-8")
         assert "text of the *adapted* model" in text
-        assert "not what" not in text
+        assert "not its text" not in text
         assert "since the run was last started" in text
     assert "No text was held out" in write_card(tmp_path, config, {}, None).read_text(encoding="utf-8")
 
