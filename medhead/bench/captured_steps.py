@@ -1,6 +1,6 @@
-"""Captured steps on a model of random weights: the pass alone, whole steps over given trees, and whole steps with heads.
+"""Captured steps on a model of random weights: the forward pass only, steps over fixed trees, and steps with heads.
 
-Nothing is decoded: the buffers say that the rows have ended, so that every run is the same step at the same context.
+No row of the buffers is alive, so nothing is committed and every run is the same step at the same context.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 DEPTH = 8  # of the heads
-ALONE = "the pass alone"
+FORWARD_ONLY = "forward only"
+_GREEDY = (LogitsProcessorList(), False)
 
 
-class GivenTree(Proposer):
-    """A binary tree with tokens that mean nothing."""
+class FixedTree(Proposer):
+    """Proposes the same binary tree of arbitrary tokens at every step."""
 
     capturable = True
 
@@ -41,57 +42,55 @@ class GivenTree(Proposer):
         self.tree_size, self.max_depth = nodes, tree.max_depth
 
     def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
-        """The tree under the roots."""
+        """Return the tree with the given roots."""
         rows = len(state.roots)
         tokens = torch.cat([state.roots[:, None], self.tokens.expand(rows, -1)], 1)
         return TokenTree(tokens, self.parents.expand(rows, -1), self.depth.expand(rows, -1), self.max_depth)
 
 
-class PassAlone(FixedStep):
-    """The target's pass over the tree, and nothing else of a step."""
+class ForwardStep(FixedStep):
+    """Runs the target's forward pass over the tree, and nothing else of a step."""
 
     def __call__(self, buffers: Buffers) -> None:
-        """Verify."""
+        """Verify the tree."""
         state = DecodeState(self.target, [], buffers.roots, buffers.features)
         tree = self.proposer.propose_at(state, None, buffers.lengths)
         logits, _ = self.target.verify_at(buffers.cache(self.target), tree, buffers.lengths)
-        buffers.out[:, 0].copy_(logits[:, 0, 0].long())  # somebody has to want the result
+        buffers.out[:, 0].copy_(logits[:, 0, 0].long())  # an unused result would be optimised away
 
 
 def steps_of(
     target: Target, rows: int, context: int, nodes: list[int], way: str, kinds: list[str]
 ) -> Iterator[tuple[str, Callable[[], object]]]:
-    """Every kind of step with its name, ready to run."""
+    """Yield the name of every kind of step and a function that runs it."""
     proposers: dict[str, Proposer] = {"plain": PlainProposer()}
-    proposers |= {f"{count} nodes": GivenTree(target, count) for count in nodes}
+    proposers |= {f"{count} nodes": FixedTree(target, count) for count in nodes}
     with target.active():
         for name, proposer in proposers.items():
             if proposer.tree_size > 1:
-                yield f"{name}, {way}, {ALONE}", _ready(PassAlone(target, proposer, *_GREEDY), rows, context, way)
+                yield (
+                    f"{name}, {way}, {FORWARD_ONLY}",
+                    _ready(ForwardStep(target, proposer, *_GREEDY), rows, context, way),
+                )
             yield f"{name}, {way}", _ready(FixedStep(target, proposer, *_GREEDY), rows, context, way)
     for kind in kinds:
-        heads = build_heads(shape_of(target, kind))
+        heads = build_heads(config_of(target, kind))
         for count in nodes:
             with_heads = HeadsProposer(target, heads, tree_size=count, dtype=target.dtype)
             with target.active(with_heads.feature_layers):
                 step = FixedStep(target, with_heads, *_GREEDY)
-                yield f"{count} nodes by {kind} heads, {way}", _ready(step, rows, context, way)
+                yield f"{count} nodes with {kind} heads, {way}", _ready(step, rows, context, way)
 
 
-_GREEDY = (LogitsProcessorList(), False)
-
-
-def shape_of(target: Target, kind: str) -> HeadsConfig:
-    """Heads as `medhead_training.finetune` makes them by default, for this target."""
+def config_of(target: Target, kind: str) -> HeadsConfig:
+    """Return the configuration that `medhead finetune` uses by default for this target."""
     size = target.hidden_size
-    feature_layers = (
-        sorted({target.layers // 4, target.layers // 2, target.layers - 1}) if kind in ("block", "attention") else []
-    )
+    layers = {target.layers // 4, target.layers // 2, target.layers - 1} if kind in ("block", "attention") else ()
     heads = max(1, size // 128)
     return HeadsConfig(
         kind=kind, depth=DEPTH, hidden_size=size, vocab_size=target.vocab_size, target_layers=target.layers,
         inner_size=2 * size, correction_size=3 * size // 2, correction="recurrent" if kind == "block" else "none",
-        blocks=2, feature_layers=feature_layers, num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
+        blocks=2, feature_layers=sorted(layers), num_heads=heads, key_heads=max(1, heads // 4), head_dim=min(size, 128),
     )  # fmt: skip
 
 

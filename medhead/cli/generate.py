@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         from medhead.cli.compare import compare
 
-        compare(decoder, inputs, sampling(args), args.seed)
+        compare(decoder, ids, sampling(args), args.seed)
         save_state(args, decoder)
     else:
         answer(args, decoder, tokenizer, inputs)

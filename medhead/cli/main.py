@@ -32,7 +32,7 @@ GROUPS: dict[str, Commands] = {
 }
 COMMANDS: Commands = {name: command for group in GROUPS.values() for name, command in group.items()}
 BENCHMARKS: Commands = {
-    "speed": ("medhead.bench.command:main", "tokens/s against plain decoding and transformers (default)"),
+    "speed": ("medhead.bench.speed:main", "tokens/s against plain decoding and transformers (default)"),
     "step": ("medhead.bench.step:main", "time of one step at the sizes of real models"),
     "tasks": ("medhead.bench.tasks:main", "accepted length and speed by task"),
     "budget": ("medhead.bench.budget:main", "the automatic tree size against fixed sizes"),
@@ -49,7 +49,7 @@ examples:
   medhead generate --prompt "Tell me a story about a dragon." --compare
   medhead chat --model Qwen/Qwen3-0.6B --proposer recycling
   medhead finetune --model Qwen/Qwen3-0.6B --data answers.jsonl --output my-heads
-  medhead bench speed --count 4
+  medhead bench speed --num-prompts 4
 
 exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
@@ -60,7 +60,7 @@ usage: medhead bench [BENCHMARK] [options]
 Run a benchmark; without a name it is speed. Each writes a table, JSON and a picture to its --output folder.
 {commands}
 examples:
-  medhead bench --count 4
+  medhead bench --num-prompts 4
   medhead bench step --shapes tiny --context 64 --nodes 8
   medhead bench kernels --contexts 2048 --nodes 1 64 --output results
 

@@ -5,12 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from medhead.bench.command import Progress
-from medhead.bench.contestants import Contestant
-from medhead.bench.measure import measure
+from medhead.bench.harness import progress_bar
+from medhead.bench.measure import Method, Prompts, measure, sampling_arguments
 from medhead.decoder import Decoder
 
 T = TypeVar("T")
@@ -30,22 +26,12 @@ def coordinate_search(start: T, dimensions: Iterable[Changes[T]], rate: Rate[T],
     return best
 
 
-def throughput(make: Callable[[T], Decoder], prompts: list[Tensor], new_tokens: int, repeats: int) -> Rate[T]:
+def throughput(make: Callable[[T], Decoder], prompts: Prompts, new_tokens: int, repeats: int) -> Rate[T]:
     """Return a function that measures greedy decoding of the prompts, interleaved; `make` makes a setting's decoder."""
 
-    def contestant(setting: T) -> Contestant:
-        decoder = make(setting)
-
-        def run(ids: Tensor) -> Tensor:
-            return decoder.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-            )
-
-        return Contestant(str(setting), "", run, lambda: decoder.statistics, decoder.proposer.tree_size)
-
     def rate(settings: list[T]) -> list[float]:
-        runners = [contestant(setting) for setting in settings]
-        progress = Progress(len(runners) * len(prompts) * repeats)
-        return [found.rate for found in measure(runners, {"": runners[0]}, prompts, repeats, progress)]
+        methods = [Method(str(setting), sampling_arguments(0.0, new_tokens), make(setting)) for setting in settings]
+        with progress_bar(len(methods) * len(prompts) * repeats) as bar:
+            return [result.rate for result in measure(methods, prompts, repeats, progress=bar.update)]
 
     return rate

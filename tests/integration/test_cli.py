@@ -22,8 +22,6 @@ from medhead.cli.main import BENCHMARKS, COMMANDS
 from medhead.cli.main import main as medhead
 from medhead.datastore import build_datastore
 
-ROOT = Path(__file__).parents[2]
-
 
 def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
     """Options for the tiny model, with a prompt."""
@@ -306,7 +304,7 @@ def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
     slow = "import time, medhead.model.target as t; f = t.Target.verify\n"
     slow += "t.Target.verify = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
     slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", slow],
         stdout=subprocess.PIPE,
@@ -400,7 +398,7 @@ WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
         "--heads x --model ./nowhere --layout eagle3 --output {new}",
         "--heads x --model y --layout eagle3 --output {new} --dtype float7",
     ],
-    "tune": ["--colour", "--count 0", "--batch many", "--proposer lookahead --heads x", "--model ./nowhere"],
+    "tune": ["--colour", "--num-prompts 0", "--batch-sizes many", "--proposer lookahead --heads x", "--model ./nowhere"],
     "datastore": [
         "",
         "--text ./nowhere --output {new}",
@@ -408,11 +406,11 @@ WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
         "--text {file} --output {new} --model x --tokenizer y",
         "--text {file} --output {new} --model ./nowhere",
     ],
-    "bench": ["--colour", "--count 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
-    "bench speed": ["--colour", "--count 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
+    "bench": ["--colour", "--num-prompts 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
+    "bench speed": ["--colour", "--num-prompts 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
     "bench step": ["--colour", "--shapes giant", "--nodes 1", "--repeats 0", "--output {file}"],
-    "bench tasks": ["", "--colour", "--prompts ./nowhere", "--prompts {file} --batches 0", "--prompts {file} --output {file}"],
-    "bench budget": ["--colour", "--count many", "--repeats 0", "--output {file}", "--model ./nowhere"],
+    "bench tasks": ["", "--colour", "--prompts ./nowhere", "--prompts {file} --repeats 0", "--prompts {file} --output {file}"],
+    "bench budget": ["--colour", "--num-prompts many", "--repeats 0", "--output {file}", "--model ./nowhere"],
     "bench kernels": ["--colour", "--nodes many", "--nodes 0", "--device toaster", "--backends oracle"],
     "load-test": [
         "--clients 0",

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 
-from medhead.bench.report import machine, write_results
+from medhead.bench.harness import machine, write_results
 from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
 from medhead_app.load import report
