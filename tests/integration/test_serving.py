@@ -135,6 +135,27 @@ def test_heads_that_remember_the_text_join_too(decoder, tokenizer, kind):
     assert found == [alone(decoder, request) for request in asked]
 
 
+@pytest.mark.parametrize("lag", [0, 1])
+@pytest.mark.parametrize("proposer", ["heads", "none"])
+def test_served_requests_use_captured_steps(decoder, tokenizer, proposer, lag):
+    """Sequences with parameters of their own join, leave and end; one is cancelled; others need the ordinary loop."""
+    options = {"heads": str(DEMO_HEADS), "tree_size": 12} if proposer == "heads" else {}
+    captured = Decoder(decoder.target, proposer, step="eager", **options)
+    captured.graphs.lag = lag
+    asked = requests(tokenizer)
+    with Engine(captured, tokenizer, max_rows=3) as engine:
+        lost = engine.submit(request(asked[0].prompt, max_new_tokens=1500, temperature=3.0, seed=1))
+        handles = [engine.submit(one) for one in asked]
+        outputs = iter(lost)
+        next(outputs)
+        lost.cancel()
+        found = [tokens_of(handle) for handle in handles]
+    assert found == [alone(decoder, one) for one in asked]
+    assert len(captured.graphs) >= 1
+    assert lost.result.reason == "cancelled"
+    assert [handle.result.passes for handle in handles] == [len(handle.result.lengths) for handle in handles]
+
+
 def test_text_and_trace_fit_the_tokens(decoder, tokenizer, engine):
     handle = engine.submit(requests(tokenizer, trace=True)[0])
     outputs = list(handle)
