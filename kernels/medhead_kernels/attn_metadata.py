@@ -49,7 +49,7 @@ class TreeMetadata:
         return self.ancestor_bitmask.shape[1]
 
     @property
-    def is_uniform(self) -> bool:
+    def uniform(self) -> bool:
         """Whether all rows have the same length."""
         return min(self.host_lengths) == max(self.host_lengths)
 

@@ -40,7 +40,7 @@ def _attention_inside_tree(
 ) -> tuple[Tensor, Tensor]:
     """Return nodes over nodes, `[batch, kv_heads, rows, dim]` in float32, and the log-sum-exp."""
     nodes = tree.nodes
-    if tree.is_uniform:
+    if tree.uniform:
         start = tree.host_lengths[0]
         key, value = key[:, :, start : start + nodes], value[:, :, start : start + nodes]
     else:
@@ -65,7 +65,7 @@ def _prefix_attention(
     lse = torch.full(packed.shape[:3], float("-inf"), dtype=torch.float32, device=packed.device)
     for length in sorted(set(tree.host_lengths) - {0}):  # PyTorch's kernel takes one length for all rows
         rows: slice | list[int] = slice(None)
-        if not tree.is_uniform:
+        if not tree.uniform:
             rows = [row for row, other in enumerate(tree.host_lengths) if other == length]
         name = "_scaled_dot_product_flash_attention" + ("_for_cpu" if packed.device.type == "cpu" else "")
         kernel = getattr(torch.ops.aten, name)

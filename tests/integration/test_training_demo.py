@@ -136,13 +136,13 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("turn", [1, 2, 3, 10, 16])
 def test_a_loop_is_an_end_that_repeats_itself(turn: int) -> None:
     begin, words = list(range(1000, 1030)), list(range(turn))
-    assert sorting.period(begin + words * (sorting.WINDOW // turn + 1)) == turn
-    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW]) == turn
-    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW - 1]) == 0  # too short to tell
-    broken = begin + words * (sorting.WINDOW // turn + 1)
+    assert sorting.loop_period(begin + words * (sorting.LOOP_WINDOW // turn + 1)) == turn
+    assert sorting.loop_period((words * sorting.LOOP_WINDOW)[: sorting.LOOP_WINDOW]) == turn
+    assert sorting.loop_period((words * sorting.LOOP_WINDOW)[: sorting.LOOP_WINDOW - 1]) == 0  # too short to tell
+    broken = begin + words * (sorting.LOOP_WINDOW // turn + 1)
     broken[-2] = 5000
-    assert sorting.period(broken) == 0
-    assert sorting.period(list(range(sorting.LONGEST + 1)) * 5) == 0  # too long a turn
+    assert sorting.loop_period(broken) == 0
+    assert sorting.loop_period(list(range(sorting.MAX_PERIOD + 1)) * 5) == 0  # too long a turn
 
 
 def test_heads_see_loops_several_times_and_are_measured_with_what_they_have_not_seen(tmp_path: Path) -> None:
@@ -160,17 +160,17 @@ def test_heads_see_loops_several_times_and_are_measured_with_what_they_have_not_
     def read(name: str) -> list[list[int]]:
         return [json.loads(line)["answer_ids"] for line in files[name].read_text().splitlines()]
 
-    found = sorting.with_loops(files["answers"], files["chats"], files["learnt"], seed=0)
+    found = sorting.write_training_answers(files["answers"], files["chats"], files["learnt"], seed=0)
     learnt = read("learnt")
     assert found == (len(learnt), 2)
-    assert learnt.count(loop) == learnt.count([9, *loop]) == sorting.TIMES
+    assert learnt.count(loop) == learnt.count([9, *loop]) == sorting.LOOP_COPIES
     assert all([*plain, number] in learnt for number in range(5))
-    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // sorting.SHARE
-    assert len(learnt) == 5 + 2 + 2 * sorting.TIMES
-    assert sorting.unseen(files["asked"], files["learnt"], files["fresh"], seed=0) == 2
+    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // sorting.CHAT_FRACTION
+    assert len(learnt) == 5 + 2 + 2 * sorting.LOOP_COPIES
+    assert sorting.write_held_out_answers(files["asked"], files["learnt"], files["fresh"], seed=0) == 2
     assert sorted(read("fresh")) == [[*plain, 200], [1, 2]]
-    with pytest.raises(MedheadError, match="nothing is left to measure heads with"):
-        sorting.unseen(files["answers"], files["learnt"], files["fresh"], seed=0)
+    with pytest.raises(MedheadError, match="none can be held out"):
+        sorting.write_held_out_answers(files["answers"], files["learnt"], files["fresh"], seed=0)
 
 
 STORY = (

@@ -13,7 +13,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from conftest import HEADS, noise_heads, packed_batch
 from medhead.model.target import Target
-from medhead_training.objective.unroll import choose_anchors, unroll
+from medhead_training.objective.unroll import sample_anchors, unroll
 
 
 def rope(x: Tensor, positions: Tensor) -> Tensor:
@@ -130,7 +130,7 @@ def test_a_kind_is_what_its_paper_says(target: Target, name: str) -> None:
     heads: Any = noise_heads(target, name)
     torch.manual_seed(4)
     texts, features = packed_batch([torch.randint(0, 64, (11,)).tolist()]), torch.randn(1, 11, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     embeddings = target.embed(texts.ids[0])
     if HEADS[name].get("own_embedding"):
         embeddings = texts.ids[0] if name == "sequential_own" else heads.own_embedding(0)[texts.ids[0]]

@@ -17,7 +17,7 @@ from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
 from medhead.proposers.heads import HeadsExpander, HeadsProposer
-from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, sample_anchors, unroll
 from scripted import OracleProposer
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
@@ -68,7 +68,7 @@ def logprobs_in_training(heads: Heads, target: Target, texts: PackedBatch) -> di
     names = torch.arange(target.vocab_size) if output_head.tokens is None else output_head.tokens
     with torch.no_grad(), target.active(heads.config.feature_layers):
         _, features = read(target, texts.ids)
-        anchors, real = choose_anchors(texts, 1.0)
+        anchors, real = sample_anchors(texts, 1.0)
         for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
             logp = output_head.logits(level.features, depth).log_softmax(-1)[:, names.argsort()]
             for row, at, values in zip(level.rows.tolist(), level.at.tolist(), logp, strict=True):
@@ -129,7 +129,7 @@ def test_documents_of_a_row_do_not_see_each_other(target: Target, name: str) -> 
     def computed(
         texts: PackedBatch, of_texts: Tensor, places: dict[tuple[int, int], tuple[int, int]]
     ) -> dict[Any, Tensor]:
-        anchors, real = choose_anchors(texts, 1.0)
+        anchors, real = sample_anchors(texts, 1.0)
         found = {}
         for depth, level in enumerate(unroll(heads, texts, of_texts, target.embedding, anchors, real)):
             for row, at, feature in zip(level.rows.tolist(), level.at.tolist(), level.features, strict=True):
@@ -165,7 +165,7 @@ def test_one_anchor_or_many(target: Target, name: str) -> None:
     torch.manual_seed(2)
     texts = packed_batch([torch.randint(0, 64, (size,)).tolist() for size in (14, 9)])
     features = torch.randn(2, 14, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     with torch.no_grad():
         many = list(unroll(heads, texts, features, target.embedding, anchors, real))
         for row, column in real.nonzero().tolist():
@@ -183,7 +183,7 @@ def test_fewer_depths_give_the_same_values(target: Target, name: str) -> None:
     heads = noise_heads(target, name)
     torch.manual_seed(3)
     texts, features = packed_batch([torch.randint(0, 64, (10,)).tolist()]), torch.randn(1, 10, heads.feature_size)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     with torch.no_grad():
         full = list(unroll(heads, texts, features, target.embedding, anchors, real))
         for depth in (1, 2, 3):
