@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import generate_options as options
-from medhead.check import CheckReport, check
+from medhead.check import CheckReport, compare
 from medhead.compile import CompiledTarget, GraphCache
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
@@ -106,6 +106,8 @@ class Decoder:
         >>> decoder = Decoder(model, heads="path/to/heads")
         >>> model.generate(**inputs, custom_generate=decoder, max_new_tokens=200)
     """
+
+    takes_streamer = True  # see `model.hf_patch`
 
     def __init__(
         self,
@@ -250,8 +252,21 @@ class Decoder:
         return DecodeLoop(target, proposer, self.typical, graphs, record_scores, record_logits, self.profile)
 
     def check(self, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
-        """Compare with plain decoding, token by token; see `medhead.check.check`."""
-        return check(self, input_ids, seed, **arguments)
+        """Decode with this decoder's proposer and with plain decoding, and compare token by token.
+
+        Args:
+            input_ids: `[batch, tokens]`.
+            seed: sampling seed of both.
+            arguments: those of `model.generate`.
+        """
+        arguments |= {"seed": seed}
+        ours = self.generate(input_ids, **arguments)
+        statistics = self.statistics
+        with self.using("none"):
+            plain = self.generate(input_ids, return_dict_in_generate=True, output_scores=True, **arguments)
+        self.statistics = statistics
+        width = input_ids.shape[1]
+        return compare(ours[:, width:], plain.sequences[:, width:], plain.scores)
 
     # ---------------------------------------------------------------- life
 
