@@ -6,14 +6,17 @@ import argparse
 import logging
 import os
 import sys
+from contextlib import closing
 from importlib.util import find_spec
 from typing import Any
 
-from medhead.cli.common import Parser, guarded
+from medhead.cli.common import Parser, check_range, run_command
 from medhead.errors import MedheadError
 from medhead_app.startup import add_limit_options, add_model_options, check_numbers, load_service
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
+CHAT = "Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
+SERVE = "Serve an OpenAI-compatible API."
 CHAT_EXAMPLES = """\
 examples:
   medhead chat                                           the demo model; open the address that is printed
@@ -32,16 +35,11 @@ exit codes: 0 done, 2 wrong input, 1 failure, 130 stopped with Ctrl-C
 """
 
 
-def build_parser(page: bool) -> argparse.ArgumentParser:
+def build_parser(page: bool) -> Parser:
     """Return the parser of `medhead chat` (`page=True`) or `medhead serve`."""
-    parser = Parser(
-        prog="medhead chat" if page else "medhead serve",
-        description="Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
-        if page
-        else "Serve an OpenAI-compatible API.",
-        epilog=(CHAT_EXAMPLES if page else SERVE_EXAMPLES) + EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    prog, what, examples = ("medhead chat", CHAT, CHAT_EXAMPLES) if page else ("medhead serve", SERVE, SERVE_EXAMPLES)
+    parser = Parser(prog=prog, description=what, epilog=examples + EPILOG)
+    parser.set_defaults(prog=prog)
     add_model_options(parser)
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
@@ -66,11 +64,10 @@ def read_auth(value: str | None) -> tuple[str, str] | None:
     return user, password
 
 
-def run(args: argparse.Namespace, prog: str) -> None:
+def run(args: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
     check_numbers(args)
-    if not 0 <= args.port < 2**16:
-        raise MedheadError(f"--port must be from 0 to 65535, got {args.port}")
+    check_range(args, "port", 0, 65535, "from 0 to 65535")
     if args.share and args.no_page:
         raise MedheadError("--share makes the page public; leave out --no-page")
     auth = read_auth(args.auth)
@@ -81,20 +78,13 @@ def run(args: argparse.Namespace, prog: str) -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
-    bound = bind(args.host, args.port)
-    try:
-        service = load_service(args, prog)
-        try:
-            page, options = (None, None) if args.no_page else _build_page(service)
-            hosts = LOCAL_HOSTS if args.host in LOCAL and not args.share else None
-            server = Server(build_app(service, page, options, auth=auth, hosts=hosts), service)
-            url = url_of(bound, args.host if args.host in LOCAL else None)
-            _print_urls(prog, args, url, _share(bound.getsockname()[1]) if args.share else None)
-            server.run(sockets=[bound])
-        finally:
-            service.close()
-    finally:
-        bound.close()
+    with closing(bind(args.host, args.port)) as bound, closing(load_service(args, args.prog)) as service:
+        page, options = (None, None) if args.no_page else _build_page(service)
+        hosts = LOCAL_HOSTS if args.host in LOCAL and not args.share else None
+        server = Server(build_app(service, page, options, auth=auth, hosts=hosts), service)
+        url = url_of(bound, args.host if args.host in LOCAL else None)
+        _print_urls(args, url, _share(bound.getsockname()[1]) if args.share else None)
+        server.run(sockets=[bound])
 
 
 def check_installed(page: bool) -> None:
@@ -124,7 +114,7 @@ def _share(port: int) -> str:
         raise MedheadError(f"--share could not get a public address: {reason}; it needs network access") from None
 
 
-def _print_urls(prog: str, args: argparse.Namespace, url: str, public_url: str | None) -> None:
+def _print_urls(args: argparse.Namespace, url: str, public_url: str | None) -> None:
     lines = [] if args.no_page else [f"open {url}"]
     lines.append(f"API at {url}/v1, metrics at {url}/metrics; stop with Ctrl-C")
     if public_url is not None:
@@ -132,20 +122,14 @@ def _print_urls(prog: str, args: argparse.Namespace, url: str, public_url: str |
     if args.auth is None and (public_url is not None or args.host not in LOCAL):
         lines.append("warning: others can reach this server without a password; set one with --auth")
     for line in lines:
-        print(f"{prog}: {line}", file=sys.stderr)
-
-
-def _main(argv: list[str] | None, page: bool) -> int:
-    parser = build_parser(page)
-    args = parser.parse_args(argv)
-    return guarded(parser.prog, lambda: run(args, parser.prog))
+        print(f"{args.prog}: {line}", file=sys.stderr)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `medhead chat`; return the exit code."""
-    return _main(argv, page=True)
+    return run_command(build_parser(page=True), run, argv)
 
 
 def serve(argv: list[str] | None = None) -> int:
     """Run `medhead serve`, the API without the page; return the exit code."""
-    return _main(argv, page=False)
+    return run_command(build_parser(page=False), run, argv)

@@ -12,14 +12,13 @@ from typing import Any
 
 import torch
 
-from medhead.cli.common import Parser, guarded
+from medhead.cli.common import Parser, run_command
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 from medhead.serving import Engine
 from medhead_app.service import Service
 
-PROG = "medhead_app.screenshots"
 PROMPT = "Tell me a story about a brave little dog."
 SEED = "7"
 DESKTOP, PHONE = (1280, 800), (390, 844)
@@ -28,10 +27,9 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 def main(argv: list[str] | None = None) -> int:
     """Run `python -m medhead_app.screenshots`; return the exit code."""
-    parser = Parser(prog=f"python -m {PROG}", description=__doc__)
+    parser = Parser(prog="python -m medhead_app.screenshots", description=__doc__)
     parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the screenshots (default: docs)")
-    args = parser.parse_args(argv)
-    return guarded(PROG, lambda: take_all(args.output))
+    return run_command(parser, lambda args: take_all(args.output), argv)
 
 
 def take_all(folder: Path) -> None:

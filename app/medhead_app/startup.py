@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from medhead.cli.common import add_model_options as add_decoder_options
-from medhead.cli.common import make_decoder
+from medhead.cli.common import check_range, make_decoder
 from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
@@ -43,17 +43,12 @@ def add_limit_options(parser: argparse.ArgumentParser) -> None:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """Check the options that are numbers."""
-    prompt, size = args.max_prompt_tokens, args.tree_size
-    for name, value, valid, allowed in (
-        ("--tree-size", size, size is None or 1 <= size <= 256, "from 1 to 256"),
-        ("--max-rows", args.max_rows, 1 <= args.max_rows <= 4096, "from 1 to 4096"),
-        ("--max-queue", args.max_queue, 0 <= args.max_queue <= 10**6, "from 0 to 1,000,000"),
-        ("--time-limit", args.time_limit, 0 < args.time_limit < float("inf"), "above 0"),
-        ("--max-prompt-tokens", prompt, prompt is None or prompt >= 1, "at least 1"),
-        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
-    ):
-        if not valid:
-            raise MedheadError(f"{name} must be {allowed}, got {value}")
+    check_range(args, "tree_size", 1, 256)
+    check_range(args, "max_rows", 1, 4096, "from 1 to 4096")
+    check_range(args, "max_queue", 0, 10**6)
+    check_range(args, "time_limit", sys.float_info.min, sys.float_info.max, "above 0")
+    check_range(args, "max_prompt_tokens", 1)
+    check_range(args, "max_new_tokens", 1)
 
 
 def load_service(args: argparse.Namespace, prog: str) -> Service:

@@ -22,11 +22,7 @@ TRIES = 1000  # random texts tried for one request
 
 
 def read_stories(path: Path) -> list[str]:
-    """Return the texts of a file of stories.
-
-    Raises:
-        MedheadError: it holds none.
-    """
+    """Return the texts of a file of stories; one without any is refused."""
     if not path.is_file():
         raise MedheadError(f"--stories {str(path)!r} is not a file; give JSON lines with `text`")
     found = [record.get("text") for record in read_jsonl(path) if isinstance(record, dict)]
@@ -37,11 +33,7 @@ def read_stories(path: Path) -> list[str]:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Write the requests.
-
-    Raises:
-        MedheadError: an option is wrong, or no story suits a task.
-    """
+    """Write the requests."""
     check_range(args, "count", 1)
     if args.output.exists():
         raise MedheadError(f"--output {str(args.output)!r} exists already; give a new file")

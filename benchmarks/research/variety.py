@@ -29,11 +29,7 @@ def grams(ids: list[int]) -> list[tuple[int, ...]]:
 
 
 def read_answers(path: Path, *more: str) -> Iterator[dict[str, Any]]:
-    """Yield the records of a file of answers, which have the fields `more` too.
-
-    Raises:
-        MedheadError: `medhead generate-data` did not write it.
-    """
+    """Yield the records of a file of answers that `medhead generate-data` wrote; they have the fields `more` too."""
     for record in read_jsonl(path):
         if not isinstance(record, dict) or not {"prompt_ids", "answer_ids", *more} <= record.keys():
             raise MedheadError(f"{str(path)!r} was not written by medhead generate-data; give a file that was")
@@ -41,11 +37,7 @@ def read_answers(path: Path, *more: str) -> Iterator[dict[str, Any]]:
 
 
 def variety(answers: list[list[int]], known: int, test: int) -> dict[str, float | int]:
-    """Return the share of distinct 4-grams in the first `known` tokens, and of new ones in the next `test` tokens.
-
-    Raises:
-        MedheadError: there are not so many tokens.
-    """
+    """Return the share of distinct 4-grams in the first `known` tokens, and of new ones in the next `test` tokens."""
     seen: set[tuple[int, ...]] = set()
     tokens, counted, unseen, later = 0, 0, 0, 0
     for ids in answers:

@@ -165,29 +165,14 @@ def measure(
     prompts: Prompts,
     repeats: int = 1,
     *,
-    batch_size: int = 1,
-    references: dict[str, Method] | None = None,
-    warm: bool = True,
-    profile: int = 0,
-    memory: bool = False,
-    progress: Callable[[int], object] = lambda answers: None,
+    batch_size: int = 1,  # prompts that are decoded together
+    references: dict[str, Method] | None = None,  # by data type: whose texts are expected; None: the first method's
+    warm: bool = True,  # answer the first batch without timing it before
+    profile: int = 0,  # batches that every decoder answers once more, untimed, to know the parts of its steps
+    memory: bool = False,  # measure peak memory too, on the first batch
+    progress: Callable[[int], object] = lambda answers: None,  # called with the prompts of every timed answer
 ) -> list[MethodResult]:
-    """Time all methods on all prompts, interleaved, and compare their texts.
-
-    Args:
-        methods: the methods.
-        prompts: token ids of every prompt.
-        repeats: runs of everything.
-        batch_size: prompts that are decoded together.
-        references: for each data type the method whose texts are expected (plain decoding); the first method if None.
-        warm: answer the first batch without timing it before.
-        profile: batches that every decoder answers once more, untimed, so that the parts of its steps are known.
-        memory: measure peak memory too, on the first batch.
-        progress: called with the number of prompts after every timed answer.
-
-    Returns:
-        One result for each method.
-    """
+    """Time all methods on all prompts, interleaved, and compare their texts; return one result for each method."""
     batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
     zeros, results = [0] * len(prompts), list[MethodResult]()
     for method in methods:

@@ -26,30 +26,14 @@ _FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 
 
 def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str]]]:
-    """Return chats that end with the user's turn.
-
-    Args:
-        path: JSON lines with `messages`, `prompt`, `question`, `turns` or `text`; None for the built-in prompts.
-        count: how many to take from the start of the file.
-
-    Raises:
-        MedheadError: the file cannot be read, a line is not JSON, or it has none of these fields.
-    """
+    """Return the first `count` chats of a prompts file, or of the built-in prompts; each ends with the user's turn."""
     if path is None:
         return [[{"role": "user", "content": text}] for text in BUILT_IN[:count]]
     return [chat for _, chat in read_records(path, count)]
 
 
 def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """Return the records of a prompts file, each with its chat.
-
-    Args:
-        path: JSON lines as for `read_prompts`.
-        count: how many to take from the start; None for all.
-
-    Raises:
-        MedheadError: as `read_prompts`.
-    """
+    """Return the first `count` records (None for all) of a file of JSON lines with one of `_FIELDS`, each with its chat."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:

@@ -171,19 +171,13 @@ def table(rows: list[Row], compares_texts: bool = True) -> str:
     speed, parts = [], []
     for row in rows:
         ours = row["tree_size"] > 0
-        speed.append(
-            [
-                row["name"],
-                row["dtype"],
-                str(row["tree_size"] or "-"),
-                f"{row['tokens_per_second']:.1f}",
-                _times(row["speedup_vs_transformers"]),
-                _times(row["speedup_vs_plain"]),
-                f"{row['accepted_length']:.2f}" if ours else "-",
-                f"{row['identical']}/{row['prompts']}" if ours or compares_texts else "-",
-                f"{row['peak_mib']:.1f} ({row['cache_mib']:.1f}, {row['packed_mib']:.1f})",
-            ]
-        )
+        length = f"{row['accepted_length']:.2f}" if ours else "-"
+        identical = f"{row['identical']}/{row['prompts']}" if ours or compares_texts else "-"
+        speed.append([
+            row["name"], row["dtype"], str(row["tree_size"] or "-"), f"{row['tokens_per_second']:.1f}",
+            _times(row["speedup_vs_transformers"]), _times(row["speedup_vs_plain"]), length, identical,
+            f"{row['peak_mib']:.1f} ({row['cache_mib']:.1f}, {row['packed_mib']:.1f})",
+        ])  # fmt: skip
         if ours:
             overhead = "-" if row["parts_ms"]["whole"] else f"{row['overhead']:.0%}"
             parts.append([row["name"], *(f"{row['parts_ms'][part]:.2f}" for part in PARTS), overhead])

@@ -27,15 +27,10 @@ class Task:
 
 @dataclass(frozen=True)
 class Truncation:
-    """How long questions are shortened.
+    """How long questions are shortened."""
 
-    Attributes:
-        tokens: tokens that stay of a longer question; None keeps all.
-        keep: the tokens that stay: the `first`, the `last`, or half at both `ends`.
-    """
-
-    tokens: int | None = None
-    keep: str = "ends"
+    tokens: int | None = None  # tokens that stay of a longer question; None keeps all
+    keep: str = "ends"  # which: the `first`, the `last`, or half at both `ends`
 
     def __call__(self, tokenizer: PreTrainedTokenizerBase, chat: Chat) -> tuple[Chat, bool]:
         """Return the chat with its last message truncated, and whether it was."""
@@ -49,11 +44,7 @@ class Truncation:
 
 
 def task_of(record: dict[str, object]) -> str:
-    """Return the task of a record: its `category` (those of MT-bench are one task), else `text` or `chat`.
-
-    Raises:
-        MedheadError: the category is not a string.
-    """
+    """Return the task of a record: its `category` (those of MT-bench are one task), else `text` or `chat`."""
     name = record.get("category", "text" if "text" in record else "chat")
     if not isinstance(name, str) or not name.strip():
         raise MedheadError(f"a prompt's category must be a string, got {name!r}")
@@ -61,15 +52,7 @@ def task_of(record: dict[str, object]) -> str:
 
 
 def read_tasks(path: str | Path, only: list[str] | None = None) -> dict[str, list[Chat]]:
-    """Read all chats of a prompts file by task, in the order of the file; MT-bench takes turns over its categories.
-
-    Args:
-        path: JSON lines as for `read_prompts`, with `category`.
-        only: names of the tasks to read; None for all.
-
-    Raises:
-        MedheadError: the file cannot be read or holds something else, or a task of `only` is not in it.
-    """
+    """Read the chats of a prompts file by task, all or `only` these; MT-bench takes turns over its categories."""
     found: dict[str, dict[str, list[Chat]]] = {}
     for record, chat in read_records(path):
         parts = found.setdefault(task_of(record), {})

@@ -37,24 +37,27 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
 
 
-def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+def run_command(parser: Parser, work: Callable[[argparse.Namespace], int | None], argv: list[str] | None) -> int:
     """Parse the arguments, run `work` on them, and return the exit code."""
     args = parser.parse_args(argv)
     return guarded(parser.prog, lambda: work(args))
 
 
-def guarded(prog: str, work: Callable[[], None]) -> int:
-    """Run a command's work; turn its end into an exit code and at most one line on standard error."""
+def guarded(prog: str, work: Callable[[], int | None]) -> int:
+    """Run a command's work; turn its end into an exit code, its own or 0, and at most one line on standard error."""
     try:
-        work()
+        code = work() or 0
         sys.stdout.flush()
+        return code
     except MedheadError as error:
         print(f"{prog}: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("medhead"):
             return _failed(prog, error)
-        print(f"{prog}: error: {missing(error)}", file=sys.stderr)
+        name = (error.name or str(error)).partition(".")[0]
+        package = f"'medhead[{EXTRAS[name]}]'" if name in EXTRAS else name
+        print(f"{prog}: error: {name} is not installed: pip install {package}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{prog}: stopped", file=sys.stderr)
@@ -64,7 +67,6 @@ def guarded(prog: str, work: Callable[[], None]) -> int:
         return 1
     except Exception as error:
         return _failed(prog, error)
-    return 0
 
 
 def _failed(prog: str, error: Exception) -> int:
@@ -73,13 +75,6 @@ def _failed(prog: str, error: Exception) -> int:
     reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     print(f"{prog}: failed: {reason} (set MEDHEAD_DEBUG=1 for the traceback)", file=sys.stderr)
     return 1
-
-
-def missing(error: ModuleNotFoundError) -> str:
-    """Return the line that says which package is missing and how to install it."""
-    name = (error.name or str(error)).partition(".")[0]
-    package = f"'medhead[{EXTRAS[name]}]'" if name in EXTRAS else name
-    return f"{name} is not installed: pip install {package}"
 
 
 def check_range(
@@ -119,20 +114,14 @@ def add_model_options(group: Any) -> None:
     from medhead.proposers import PROPOSERS
 
     group.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
-    group.add_argument(
-        "--heads",
-        help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the model's own checkpoint "
-        "(default: the demo heads with the demo model)",
-    )
+    group.add_argument("--heads", help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the "
+                       "model's own checkpoint (default: the demo heads with the demo model)")  # fmt: skip
     group.add_argument("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: hybrid)")
     group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     group.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend (default: auto)")
-    group.add_argument(
-        "--packed",
-        action=argparse.BooleanOptionalAction,
-        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
-        "(default: where it is faster and takes at most a quarter of the free memory)",
-    )
+    group.add_argument("--packed", action=argparse.BooleanOptionalAction,
+                       help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
+                       "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip
     add_device_options(group)
 
 
@@ -142,16 +131,13 @@ def read_prompt(args: argparse.Namespace) -> str:
         raise MedheadError("give --prompt or --prompt-file, not both")
     if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
         raise MedheadError("no prompt: give --prompt, --prompt-file, or text on standard input")
-    source = "the prompt"
+    on_input = args.prompt_file in (None, "-")
+    source = "the prompt on standard input" if on_input else f"prompt file {args.prompt_file!r}"
     try:
         if args.prompt is not None:
-            text = str(args.prompt)
-        elif args.prompt_file in (None, "-"):
-            source = "the prompt on standard input"
-            text = sys.stdin.read()
+            source, text = "the prompt", str(args.prompt)
         else:
-            source = f"prompt file {args.prompt_file!r}"
-            text = Path(args.prompt_file).read_text(encoding="utf-8")
+            text = sys.stdin.read() if on_input else Path(args.prompt_file).read_text(encoding="utf-8")
         text.encode("utf-8")  # a shell passes bytes that are not UTF-8 as surrogates
     except UnicodeError:
         raise MedheadError(f"{source} cannot be read: it is not UTF-8 text") from None
@@ -161,11 +147,7 @@ def read_prompt(args: argparse.Namespace) -> str:
 
 
 def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | None, dict[str, Any]]:
-    """Return the proposer that the options belong to and its arguments; None and no arguments if none was given.
-
-    Raises:
-        MedheadError: the options belong to different proposers, or to another one than --proposer names.
-    """
+    """Return the proposer that the options belong to and its arguments; None and no arguments if none was given."""
     given: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}  # option: proposers that take it, their arguments
     if getattr(args, "datastore", None) is not None:
         given["--datastore"] = ("hybrid", "ngram"), {"datastore": args.datastore, "tokenizer": tokenizer}

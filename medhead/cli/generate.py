@@ -44,17 +44,13 @@ def parser() -> Parser:
     what = options.add_argument_group("model and proposer")
     add_model_options(what)
     what.add_argument("--datastore", metavar="FOLDER", help="text of your own in which the proposer ngram looks up")
-    what.add_argument(
-        "--lookahead", type=int, nargs=3, metavar=("W", "N", "G"),
-        help="window, n-gram size and verified n-grams of the proposer lookahead",
-    )  # fmt: skip
+    what.add_argument("--lookahead", type=int, nargs=3, metavar=("W", "N", "G"),
+                      help="window, n-gram size and verified n-grams of the proposer lookahead")  # fmt: skip
     what.add_argument("--recycling-state", metavar="FILE", help="state of the proposer recycling to start from")
     what.add_argument("--save-recycling-state", action="store_true", help="write the state back to that file")
-    what.add_argument(
-        "--step", default="loop", choices=STEPS,
-        help="how a step runs (default: loop). graph: one CUDA graph, for the proposers heads and none. compiled: compiled "
-        "by PyTorch, for every proposer; compiling takes a minute, which pays for long work",
-    )  # fmt: skip
+    what.add_argument("--step", default="loop", choices=STEPS,
+                      help="how a step runs (default: loop). graph: one CUDA graph, for the proposers heads and none. "
+                      "compiled: by PyTorch, for every proposer; it takes a minute, which pays for long work")  # fmt: skip
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")
     text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
@@ -87,10 +83,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_numbers(args)
     prompt = read_prompt(args)
-    device = pick_device(args.device)
-    dtype = pick_dtype(args.dtype, device)
-    name = args.model or DEMO_MODEL
-    tokenizer = load_tokenizer(name, args.trust_remote_code)
+    device, name = pick_device(args.device), args.model or DEMO_MODEL
+    dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(name, args.trust_remote_code)
     ids = encode_chat(tokenizer, prompt, args.system, args.raw)
     decoder = make_decoder(args, load_model(name, device, dtype, args.trust_remote_code), tokenizer)
     decoder.warmup()  # its time does not count as time of the answer

@@ -6,7 +6,7 @@ import importlib
 import sys
 
 from medhead import __version__
-from medhead.cli.common import missing
+from medhead.cli.common import guarded
 
 Commands = dict[str, tuple[str, str]]  # name: module and function, what it does
 GROUPS: dict[str, Commands] = {
@@ -83,14 +83,7 @@ def run(commands: Commands, prog: str, arguments: list[str]) -> int:
         print(f"{prog}: error: unknown command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)
         return 2
     module, _, function = commands[name][0].partition(":")
-    try:
-        command = getattr(importlib.import_module(module), function)
-    except ModuleNotFoundError as error:
-        if (error.name or "").startswith("medhead"):
-            raise
-        print(f"{prog} {name}: error: {missing(error)}", file=sys.stderr)
-        return 2
-    return int(command(rest))
+    return guarded(f"{prog} {name}", lambda: getattr(importlib.import_module(module), function)(rest))
 
 
 def bench(arguments: list[str]) -> int:

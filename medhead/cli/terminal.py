@@ -12,13 +12,7 @@ ACCEPTED, BONUS, OFF = "\033[32m", "\033[4m", "\033[0m"  # green; underlined
 
 
 class TerminalPrinter:
-    """Print text as it is decoded, and keep it.
-
-    Args:
-        tokenizer: decodes the tokens.
-        trace: color accepted draft tokens green and underline bonus tokens (unless NO_COLOR is set).
-        silent: print nothing.
-    """
+    """Print text as it is decoded, unless `silent`, and keep it; `trace` marks the tokens unless NO_COLOR is set."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, trace: bool = False, silent: bool = False) -> None:
         self._stream, self._silent, self._trace = TextStream(tokenizer), silent, trace

@@ -45,19 +45,14 @@ def parser() -> Parser:
     )
     add_decoding_options(options, max_new_tokens=128, num_prompts=4)
     options.add_argument("--heads", help="heads folder; the fastest tree is written into its configuration")
-    options.add_argument(
-        "--proposer",
-        choices=["heads", "lookahead"],
-        help="proposer to tune (default: heads if there are some, else only passes are timed)",
-    )
+    options.add_argument("--proposer", choices=["heads", "lookahead"],
+                         help="proposer to tune (default: heads if there are some, else only passes are timed)")  # fmt: skip
     how = options.add_argument_group("measurement")
     how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     how.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
     how.add_argument("--repeats", type=int, default=2, help="runs of each prompt (default: 2)")
-    how.add_argument(
-        "--batch-sizes", type=int, nargs="+", default=[1], metavar="N",
-        help="batch sizes to time passes for, rounded up to a power of two (default: 1)",
-    )  # fmt: skip
+    how.add_argument("--batch-sizes", type=int, nargs="+", default=[1], metavar="N",
+                     help="batch sizes to time passes for, rounded up to a power of two (default: 1)")  # fmt: skip
     how.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     return options
 
@@ -90,11 +85,7 @@ def cost_table(costs: CostModel) -> str:
 
 
 def fastest(
-    target: Target,
-    args: argparse.Namespace,
-    make: Callable[[T], Decoder],
-    start: T,
-    dimensions: Iterable[Changes[T]],
+    target: Target, args: argparse.Namespace, make: Callable[[T], Decoder], start: T, dimensions: Iterable[Changes[T]]
 ) -> T:
     """Search for the setting whose decoder, made by `make`, gives most tokens per second; print and return it."""
     rate = throughput(make, load_prompts(args, target.context), args.max_new_tokens, args.repeats)

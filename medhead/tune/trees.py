@@ -31,9 +31,8 @@ class Tree:
                 "max_depth": self.tree_depth}  # fmt: skip
 
     def __str__(self) -> str:
-        return (
-            f"{self.tree_size} nodes, width {self.tree_width}, branching {self.tree_branching}, depth {self.tree_depth}"
-        )
+        size, width, branching, depth = self.tree_size, self.tree_width, self.tree_branching, self.tree_depth
+        return f"{size} nodes, width {width}, branching {branching}, depth {depth}"
 
 
 def dimensions(max_depth: int) -> Iterator[Changes[Tree]]:

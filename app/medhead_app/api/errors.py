@@ -5,13 +5,17 @@ from __future__ import annotations
 import logging
 from typing import Any
 
+from fastapi import Request, Response
 from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from medhead.errors import MedheadError
 from medhead.serving.request import QueueFullError, Stopped
 from medhead_app.service import PromptTooLongError
 
 LOG = logging.getLogger("medhead_app")
+CLIENT_CLOSED = 499  # nginx's status for a client that has disconnected
 RETRY_AFTER = 2  # seconds after which a client may retry when the queue was full
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
@@ -55,3 +59,18 @@ def to_api_error(error: MedheadError) -> ApiError:
 def internal_error() -> ApiError:
     """Return the error for an unexpected exception, whose details go to the log only."""
     return ApiError("internal error; see the server's log", code="internal_error", status=500)
+
+
+async def handle_error(http: Request, error: Exception) -> Response:
+    """Answer with OpenAI's error object; log an unexpected error and hide its details."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=CLIENT_CLOSED)
+    if isinstance(error, HTTPException):
+        headers = dict(error.headers) if error.headers else None
+        error = ApiError(str(error.detail), status=error.status_code, headers=headers)
+    elif isinstance(error, MedheadError):
+        error = to_api_error(error)
+    elif not isinstance(error, ApiError):
+        LOG.error("%s %s failed", http.method, http.url.path, exc_info=error)
+        error = internal_error()
+    return error.response()

@@ -9,20 +9,17 @@ from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
-from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 
 from medhead.errors import MedheadError
 from medhead.serving import request as serving
 from medhead.serving.handle import RequestHandle
-from medhead_app.api.errors import LOG, ApiError, internal_error, to_api_error
+from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error, to_api_error
 from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from medhead_app.api.streams import HEADERS, event_stream, full_text
 from medhead_app.metrics import Metrics
 from medhead_app.service import Service
 
-CLIENT_CLOSED = 499  # nginx's status for a client that has disconnected
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -104,12 +101,9 @@ class Api:
         elif limit is not None and limit > service.max_new_tokens:
             raise ApiError(f"{field} must be at most {service.max_new_tokens}, got {limit}", field, "invalid_value")
         elif limit is not None and len(token_ids) + limit > service.context:
-            raise ApiError(
-                f"the prompt has {len(token_ids)} tokens and {field} is {limit}, together more than the context of "
-                f"{service.context}",
-                field,
-                "context_length_exceeded",
-            )
+            both = f"the prompt has {len(token_ids)} tokens and {field} is {limit}"
+            message = f"{both}, together more than the context of {service.context}"
+            raise ApiError(message, field, "context_length_exceeded")
         return service.request(token_ids, limit, **body.request_fields())
 
     def _submit(self, request: serving.Request, endpoint: str) -> RequestHandle:
@@ -139,21 +133,10 @@ async def _read_json(http: Request) -> bytes:
 
 
 def _with_openai_errors(handler: Handler) -> Handler:
-    """Answer errors with OpenAI's error object; log unexpected ones and hide their details."""
-
     async def handle(http: Request) -> Response:
         try:
             return await handler(http)
-        except ApiError as error:
-            return error.response()
-        except MedheadError as error:
-            return to_api_error(error).response()
-        except HTTPException:
-            raise
-        except ClientDisconnect:
-            return Response(status_code=CLIENT_CLOSED)
-        except Exception:
-            LOG.exception("%s %s failed", http.method, http.url.path)
-            return internal_error().response()
+        except Exception as error:
+            return await handle_error(http, error)
 
     return handle

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from medhead.errors import MedheadError
@@ -31,6 +29,11 @@ class RaceRun:
     def done(self) -> bool:
         """Return whether the text is complete."""
         return self.handle.done and self.result.reason in ("stop", "length")
+
+    async def read(self) -> None:
+        """Read the output to its end."""
+        async for output in self.handle.stream():
+            self.stream.add(output)
 
 
 @dataclass(frozen=True)
@@ -62,10 +65,10 @@ async def race(
     on_submit: OnSubmit = lambda handle: None,
     interval: float = 2 * UPDATE_INTERVAL,
 ) -> AsyncGenerator[RaceState, None]:
-    """Answer a prompt with plain and with speculative decoding. Closing the generator cancels both requests.
+    """Answer a prompt with plain and with speculative decoding; yield the state every `interval` seconds and at ends.
 
     Both requests have the same settings and seed. The engine alternates between them, so each is measured by its service
-    time and not by the clock.
+    time and not by the clock. Closing the generator cancels both.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: write something first")
@@ -76,46 +79,20 @@ async def race(
     token_ids = service.encode_chat(messages, settings.max_new_tokens).token_ids
     seed = draw_seed() if settings.seed is None else settings.seed
     runs: list[RaceRun] = []
+    reading: set[asyncio.Task[None]] = set()
     try:
         for changes in ({"proposer": "none", "tree_size": None}, {}):
             handle = service.engine.submit(settings.request(service, token_ids, seed=seed, **changes))
             on_submit(handle)
             runs.append(RaceRun(handle))
-        async with aclosing(_follow(runs, interval)) as changed:
-            async for _ in changed:
-                yield RaceState(runs[0], runs[1])
-        yield RaceState(runs[0], runs[1], done=True)
+        reading = {asyncio.create_task(run.read()) for run in runs}
+        while reading:
+            ended, reading = await asyncio.wait(reading, timeout=interval, return_when=asyncio.FIRST_COMPLETED)
+            for task in ended:
+                task.result()  # raises the task's exception
+            yield RaceState(runs[0], runs[1], done=not reading)
     finally:
+        for task in reading:
+            task.cancel()
         for run in runs:
             run.handle.cancel()
-
-
-async def _follow(runs: list[RaceRun], interval: float) -> AsyncGenerator[None, None]:
-    """Read all streams to their ends; yield after changes, at most once per `interval` seconds."""
-    changed = asyncio.Event()
-
-    async def read(run: RaceRun) -> None:
-        async for output in run.handle.stream():
-            run.stream.add(output)
-            changed.set()
-
-    tasks = [asyncio.ensure_future(read(run)) for run in runs]
-    try:
-        last_update = 0.0
-        while not all(task.done() for task in tasks):
-            waiter = asyncio.ensure_future(changed.wait())
-            pending = [task for task in tasks if not task.done()]
-            await asyncio.wait([waiter, *pending], return_when=asyncio.FIRST_COMPLETED)
-            waiter.cancel()
-            changed.clear()
-            for task in tasks:
-                if task.done():
-                    task.result()  # raises the task's exception
-            remaining = interval - (time.perf_counter() - last_update)
-            if last_update and remaining > 0:
-                await asyncio.sleep(remaining)
-            last_update = time.perf_counter()
-            yield None
-    finally:
-        for task in tasks:
-            task.cancel()

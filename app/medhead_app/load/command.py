@@ -6,6 +6,7 @@ import argparse
 import asyncio
 import random
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import httpx
 
 from medhead.bench.harness import machine, write_results
-from medhead.cli.common import Parser, guarded
+from medhead.cli.common import Parser, check_range, guarded
 from medhead.errors import MedheadError
 from medhead_app.load import report
 from medhead_app.load.clients import LoadGenerator
@@ -32,13 +33,12 @@ at a time, and every text must be identical. The exit code is 1 after errors, di
 """
 
 
-def build_parser() -> argparse.ArgumentParser:
+def build_parser() -> Parser:
     """Return the parser of the command."""
     parser = Parser(
         prog=PROG,
         description="Load the server with concurrent clients; check errors, texts and memory; measure latency and speed.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--url", help="URL of a running server to use (its memory and batch size are then unknown)")
@@ -62,18 +62,13 @@ def check(args: argparse.Namespace, server_options: list[str]) -> None:
         raise MedheadError(f"--url must begin with http:// or https://, got {args.url!r}")
     if args.url is None and find_spec("psutil") is None:
         raise MedheadError("psutil (reads the server's memory) is not installed: pip install 'medhead[app,bench]'")
-    for name, value, valid, allowed in (
-        ("--clients", min(args.clients), min(args.clients) >= 1, "at least 1"),
-        ("--seconds", args.seconds, 0 < args.seconds < float("inf"), "above 0"),
-        ("--max-rows", args.max_rows, args.max_rows >= 1, "at least 1"),
-        ("--sample", args.sample, args.sample >= 0, "at least 0"),
-    ):
-        if not valid:
-            raise MedheadError(f"{name} must be {allowed}, got {value}")
+    check_range(args, "seconds", sys.float_info.min, sys.float_info.max, "above 0")
+    for name, low in (("clients", 1), ("max_rows", 1), ("sample", 0)):
+        check_range(args, name, low)
 
 
-def run(args: argparse.Namespace, server_options: list[str]) -> list[str]:
-    """Run the load test and print its report; return the failed checks."""
+def run(args: argparse.Namespace, server_options: list[str]) -> int:
+    """Run the load test and print its report; return 1 if a check failed."""
     check(args, server_options)
     rows = []
     for clients in args.clients:
@@ -89,12 +84,9 @@ def run(args: argparse.Namespace, server_options: list[str]) -> list[str]:
         title = f"{args.seconds:.0f} seconds each; {host['cpu']}, {host['date']}"
         content: dict[str, Any] = {"machine": host, "options": vars(args), "server_options": server_options}
         content |= {"runs": rows, "failures": failures}
-
-        def plot(path: Path) -> None:
-            report.plot(rows, title, path)
-
-        print(write_results(Path(args.output), title, table, content, "load.png", plot), file=sys.stderr)
-    return failures
+        draw = partial(report.plot, rows, title)
+        print(write_results(Path(args.output), title, table, content, "load.png", draw), file=sys.stderr)
+    return int(bool(failures))
 
 
 def run_one(args: argparse.Namespace, server_options: list[str], clients: int, max_rows: int | None) -> dict[str, Any]:
@@ -132,5 +124,4 @@ async def get_model_name(url: str, key: str) -> str:
 def main(argv: list[str] | None = None) -> int:
     """Run `medhead load-test`; return the exit code."""
     args, server_options = build_parser().parse_known_args(argv)
-    failures: list[str] = []
-    return guarded(PROG, lambda: failures.extend(run(args, server_options))) or int(bool(failures))
+    return guarded(PROG, lambda: run(args, server_options))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from medhead.bench.harness import BLUE, GREY, figure, markdown_table
 from medhead_app.load.clients import ClientResult
 from medhead_app.load.server import MemoryMonitor
 
@@ -87,8 +88,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Return a Markdown table."""
-    columns = (*COLUMNS, *TIMES)
-    lines = ["| " + " | ".join(columns) + " |", "|" + "--:|" * len(columns)]
+    lines = []
     for row in rows:
         memory = row.get("memory", {})
         growth = "" if memory.get("growth") is None else f" ({memory['growth']:.1%})"
@@ -97,40 +97,29 @@ def table(rows: list[dict[str, Any]]) -> str:
         cells += [f"{row['identical']}/{row['checked']}", f"{row['tokens_per_second']:.1f}"]
         cells += [f"{row['accepted_length']:.2f}", *("-" if value is None else f"{value:.1f}" for value in times)]
         cells.append(f"{memory['last_mib']:.0f}{growth}" if memory.get("last_mib") else "-")
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        lines.append([str(cell) for cell in cells])
+    return markdown_table((*COLUMNS, *TIMES), lines, left=0)
 
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot tokens per second, time to the first token, and memory over time."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (speed, first_token, memory) = plt.subplots(1, 3, figsize=(14, 4))
     names = [f"{row['clients']} clients\n{row['rows'] or '?'} rows" for row in rows]
-    colors = ["#999999" if row["rows"] == 1 else "#0072B2" for row in rows]
-    speed.bar_label(speed.bar(names, [row["tokens_per_second"] for row in rows], color=colors), fmt="%.0f")
-    speed.set_title("tokens per second, all clients", fontsize=10)
-    for shift, which, alpha in ((-0.2, "median", 1.0), (0.2, "p95", 0.5)):
-        heights = [row["first_token_ms"][which] or 0 for row in rows]
-        first_token.bar([index + shift for index in range(len(rows))], heights, 0.4, color=colors, alpha=alpha)
-    first_token.set_xticks(range(len(rows)), names)
-    first_token.set_title("ms to the first token (pale: 95th percentile)", fontsize=10)
-    for row, name, style in zip(rows, names, ("-", "--", ":", "-.") * len(rows), strict=False):
-        samples = row.get("memory", {}).get("over_time", [])
-        memory.plot([at for at, _ in samples], [size for _, size in samples], style, label=name.replace("\n", ", "))
-    memory.set_title("resident memory of the server, MiB, by seconds", fontsize=10)
-    memory.set_ylim(bottom=0)
-    memory.legend(frameon=False, fontsize=8)
-    for axes in (speed, first_token, memory):
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=8)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+    colors = [GREY if row["rows"] == 1 else BLUE for row in rows]
+    with figure(path, title, (14, 4), columns=3) as axes:
+        speed, first_token, memory = axes[0]
+        speed.bar_label(speed.bar(names, [row["tokens_per_second"] for row in rows], color=colors), fmt="%.0f")
+        speed.set_title("tokens per second, all clients", fontsize=10)
+        for shift, which, alpha in ((-0.2, "median", 1.0), (0.2, "p95", 0.5)):
+            heights = [row["first_token_ms"][which] or 0 for row in rows]
+            first_token.bar([index + shift for index in range(len(rows))], heights, 0.4, color=colors, alpha=alpha)
+        first_token.set_xticks(range(len(rows)), names)
+        first_token.set_title("ms to the first token (pale: 95th percentile)", fontsize=10)
+        for row, name, style in zip(rows, names, ("-", "--", ":", "-.") * len(rows), strict=False):
+            samples = row.get("memory", {}).get("over_time", [])
+            memory.plot([at for at, _ in samples], [size for _, size in samples], style, label=name.replace("\n", ", "))
+        memory.set_title("resident memory of the server, MiB, by seconds", fontsize=10)
+        memory.set_ylim(bottom=0)
+        memory.legend(frameon=False, fontsize=8)
 
 
 def _median_and_p95(values: list[float]) -> dict[str, float | None]:
