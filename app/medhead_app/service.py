@@ -29,32 +29,19 @@ class EncodedChat:
 
 
 class Service:
-    """One served model.
-
-    Args:
-        engine: a started engine; `close` closes it.
-        tokenizer: the model's tokenizer. Without a chat template, messages are joined by blank lines.
-        name: name of the model on the page and in the API.
-        max_prompt_tokens: longest prompt; None allows what the context holds.
-        max_new_tokens: longest answer.
-
-    Attributes:
-        context: tokens that prompt and answer share.
-        max_prompt_tokens: longest prompt, at most `context` - 1.
-        closed: whether `close` was called.
-    """
+    """One served model; without a chat template, messages are joined by blank lines."""
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Engine,  # a started one
         tokenizer: Any,
-        name: str,
+        name: str,  # of the model on the page and in the API
         *,
-        max_prompt_tokens: int | None = None,
-        max_new_tokens: int = 1024,
+        max_prompt_tokens: int | None = None,  # longest prompt; None allows what the context holds
+        max_new_tokens: int = 1024,  # longest answer
     ) -> None:
         self.engine, self.tokenizer, self.name = engine, tokenizer, name
-        self.context = int(engine.decoder.target.context)
+        self.context = int(engine.decoder.target.context)  # tokens that prompt and answer share
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self.max_new_tokens = min(max_new_tokens, self.context - 1)
         self.closed = False
@@ -68,17 +55,8 @@ class Service:
     def encode_chat(self, messages: Sequence[ChatMessage], answer_tokens: int, truncate: bool = True) -> EncodedChat:
         """Return the token ids of a conversation in the model's chat template.
 
-        The oldest exchanges (a user message and the answers to it) are left out when they do not fit. The system prompt
-        and the newest user message are always kept.
-
-        Args:
-            messages: dictionaries with `role` (`system`, `user`, `assistant`) and `content`, oldest first.
-            answer_tokens: tokens to keep free for the answer; at most half of the context is kept free.
-            truncate: leave out what does not fit; otherwise raise an error.
-
-        Raises:
-            PromptTooLongError: the messages that must be kept do not fit.
-            MedheadError: there are no messages, or the chat template refuses them.
+        With `truncate` the oldest exchanges (a user message and the answers to it) are left out when they do not fit. The
+        system prompt and the newest user message are always kept. `answer_tokens` are kept free, at most half of the context.
         """
         if not messages:
             raise MedheadError("there are no messages")
@@ -113,10 +91,6 @@ class Service:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
 
         Without `max_new_tokens` the answer may be as long as the limits allow.
-
-        Raises:
-            PromptTooLongError: the prompt is longer than the server allows.
-            MedheadError: `max_new_tokens` is above the server's limit, or a sampling field is out of range.
         """
         self._check_length(prompt)
         tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
@@ -132,23 +106,19 @@ class Service:
 
     def _check_length(self, token_ids: list[int]) -> None:
         if len(token_ids) > self.max_prompt_tokens:
-            raise PromptTooLongError(
-                f"the prompt has {len(token_ids)} tokens, at most {self.max_prompt_tokens} fit "
-                f"(the context is {self.context})"
-            )
+            limits = f"at most {self.max_prompt_tokens} fit (the context is {self.context})"
+            raise PromptTooLongError(f"the prompt has {len(token_ids)} tokens, {limits}")
 
     def _apply_template(self, messages: Sequence[ChatMessage]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             return self.encode("\n\n".join(message["content"] for message in messages))
         try:
             with self._lock:
-                encoded = self.tokenizer.apply_chat_template(
-                    list(messages), add_generation_prompt=True, return_dict=True
-                )
+                options = {"add_generation_prompt": True, "return_dict": True}
+                return list(self.tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
         except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split())[:200]
             raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None
-        return list(encoded["input_ids"])
 
 
 def split_exchanges(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[list[ChatMessage]]]:

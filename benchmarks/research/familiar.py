@@ -131,9 +131,7 @@ def plot(found: dict[str, Any], path: Path) -> None:
     panels = (("accepted_length", "accepted length"), ("share", "share of positions"))
     with harness.figure(path, "", (8, 3.2), columns=2) as axes:
         for axis, (key, label) in zip(axes[0], panels, strict=True):
-            for offset, (name, legend) in zip(
-                (-0.2, 0.2), (("greedy", "greedy"), ("sampled", "temperature 1")), strict=True
-            ):
+            for offset, name, legend in ((-0.2, "greedy", "greedy"), (0.2, "sampled", "temperature 1")):
                 places = [place + offset for place in range(len(CLASSES))]
                 axis.bar(places, [of[key] or 0 for of in found[name]["classes"]], 0.38, label=legend)
             axis.set_ylabel(label)
@@ -149,9 +147,8 @@ def run(args: argparse.Namespace) -> None:
     check_range(args, "max_new_tokens", 16)
     for name in ("training_text", "prompts"):
         if not getattr(args, name).is_file():
-            raise MedheadError(
-                f"--{name.replace('_', '-')} {str(getattr(args, name))!r} is not a file; give JSON lines"
-            )
+            option, path = name.replace("_", "-"), str(getattr(args, name))
+            raise MedheadError(f"--{option} {path!r} is not a file; give JSON lines")
     prompts = [record.get("messages") for record in read_jsonl(args.prompts) if isinstance(record, dict)]
     if not prompts or not all(prompts):
         raise MedheadError(f"--prompts {str(args.prompts)!r}: every line must be an object with 'messages'")
@@ -165,9 +162,8 @@ def run(args: argparse.Namespace) -> None:
     with Decoder(model, "none") as decoder:
         reader = Reader(decoder.target, HeadsProposer(decoder.target, args.heads, **size), known)
         for seed, messages in enumerate(tqdm(prompts, unit="prompt", disable=None)):
-            ids = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
+            template: Any = {"add_generation_prompt": True, "return_tensors": "pt", "return_dict": True}
+            ids = tokenizer.apply_chat_template(messages, **template)
             for name, temperature in (("greedy", 0.0), ("sampled", 1.0)):
                 sampling = {"do_sample": True, "top_k": 0, "seed": seed} if temperature else {"do_sample": False}
                 text = decoder.generate(**ids, max_new_tokens=args.max_new_tokens, **sampling)[0].tolist()

@@ -51,9 +51,8 @@ def variety(answers: list[list[int]], known: int, test: int) -> dict[str, float 
         tokens += len(ids)
         if tokens >= known + test and later and counted:
             return {"known_tokens": known, "distinct": len(seen) / counted, "test_tokens": test, "new": unseen / later}
-    raise MedheadError(
-        f"one temperature has {tokens} tokens, but --known-tokens and --test-tokens need {known + test}; lower them"
-    )
+    needed = f"--known-tokens and --test-tokens need {known + test}; lower them"
+    raise MedheadError(f"one temperature has {tokens} tokens, but {needed}")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from medhead.bench import harness
-from medhead.bench.harness import Row
+from medhead.bench.harness import COLOURS, Row
 from medhead.bench.measure import MethodResult
 
 PLAIN, TOTAL = "none", "all"
@@ -135,8 +135,9 @@ def compare_hybrid(rows: list[Row]) -> list[str]:
                 if below
                 else "at least its best member's on every task"
             )
-            name = condition_name(*condition)
-            lines.append(f"{name}: the hybrid's accepted length{sizes} is {where}; over all tasks {total}")
+            lines.append(
+                f"{condition_name(*condition)}: the hybrid's accepted length{sizes} is {where}; over all tasks {total}"
+            )
     return lines
 
 
@@ -169,15 +170,12 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
             for axis, (key, axis_label) in zip(line, panels, strict=True):
                 for place, name in enumerate(names):
                     at = [index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index in range(len(tasks))]
-                    heights = [here[task][name][key] for task in tasks]
-                    axis.bar(
-                        at, heights, 0.8 / len(names), label=name, color=harness.COLOURS[place % len(harness.COLOURS)]
-                    )
+                    heights, colour = [here[task][name][key] for task in tasks], COLOURS[place % len(COLOURS)]
+                    axis.bar(at, heights, 0.8 / len(names), label=name, color=colour)
                 axis.axhline(1, color="#555555", linewidth=0.8)
                 axis.set_xticks(range(len(tasks)), tasks, rotation=25, ha="right", fontsize=7)
                 axis.set_title(condition_name(*condition), fontsize=9)
                 axis.set_ylabel(axis_label)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        axes[0][0].figure.legend(
-            handles, labels, frameon=False, fontsize=8, ncols=len(names), loc="outside lower center"
-        )
+        place = "outside lower center"
+        axes[0][0].figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(names), loc=place)

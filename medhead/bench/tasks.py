@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +107,12 @@ def methods_of(
         made: Any = build_proposer("heads", target, heads=heads)
         shared = {"heads": heads, "dtype": made.output_head.dtype}  # the faster data type is measured once
 
-    def method(name: str) -> Method:
+    def make(name: str) -> Decoder:
         options = shared if name in ("heads", "hybrid") else {}
         size = None if name == PLAIN else tree_size
+        return Decoder(target, build_proposer(name, target, tree_size=size, **options))
 
-        def make() -> Decoder:
-            return Decoder(target, build_proposer(name, target, tree_size=size, **options))
-
-        return Method(name, arguments, seed=seed, make=make)
-
-    return [method(name) for name in (PLAIN, *proposers)]
+    return [Method(name, arguments, seed=seed, make=partial(make, name)) for name in (PLAIN, *proposers)]
 
 
 def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -> Iterator[list[Row]]:
@@ -132,9 +129,8 @@ def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -
                 rows: list[Row] = []
                 for task in tasks:
                     bar.set_postfix_str(f"{task.name}, T={temperature:g}, batch {size}", refresh=False)
-                    results = measure(
-                        methods, task.prompts, args.repeats, batch_size=size, warm=False, profile=1, progress=bar.update
-                    )
+                    options: Any = {"batch_size": size, "warm": False, "profile": 1, "progress": bar.update}
+                    results = measure(methods, task.prompts, args.repeats, **options)
                     rows += rows_of(task.name, results, temperature, size)
                 yield rows + totals(rows)
 

@@ -81,6 +81,7 @@ def _check_sampling(value: Any, info: ValidationInfo) -> Any:
 
 
 CheckSampling = AfterValidator(_check_sampling)
+CheckTreeSize = AfterValidator(lambda size: None if size is None else check_tree_size(size))
 # as 64-bit two's complement: OpenAI's seeds are signed, the engine's are not
 WrapSeed = AfterValidator(lambda seed: seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed)
 # -1 and 0 keep all tokens, as in vLLM
@@ -121,9 +122,7 @@ class GenerationRequest(StrictModel):
     stream: bool = False
     stream_options: StreamOptions | None = None
     proposer: Annotated[str | None, AfterValidator(_known_proposer)] = None
-    tree_size: Annotated[int | None, AfterValidator(lambda size: None if size is None else check_tree_size(size))] = (
-        None
-    )
+    tree_size: Annotated[int | None, CheckTreeSize] = None
 
     def token_limit(self) -> tuple[str, int | None]:
         """Return the name and the value of the field that limits the answer."""

@@ -16,11 +16,7 @@ MAX_EVENTS = 512  # waiting events of the page; the engine's queue limits the re
 
 
 def build_page(service: Service) -> gr.Blocks:
-    """Return the page of a service.
-
-    Example:
-        >>> gr.mount_gradio_app(app, build_page(service), "/", **page_options())
-    """
+    """Return the page of a service."""
     with gr.Blocks(title=f"medhead · {service.name}", fill_width=True, analytics_enabled=False) as page:
         components = Components(service)
         handlers = Handlers(service, components)

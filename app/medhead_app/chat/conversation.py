@@ -103,9 +103,11 @@ def parse_conversation(raw: Any) -> Conversation:
 
 
 def _parse_message(raw: Any) -> Message | None:
-    if not isinstance(raw, dict) or raw.get("role") not in ("user", "assistant"):
-        return None
-    if not isinstance(raw.get("content"), str):
+    if (
+        not isinstance(raw, dict)
+        or raw.get("role") not in ("user", "assistant")
+        or not isinstance(raw.get("content"), str)
+    ):
         return None
     message: Message = {"role": raw["role"], "content": raw["content"][:MAX_CHARACTERS]}
     if raw["role"] == "user":

@@ -17,20 +17,11 @@ from typing import Any
 import gradio as gr
 
 from medhead.errors import MedheadError
-from medhead_app.chat.conversation import (
-    Conversation,
-    add_message,
-    clear_messages,
-    edit_message,
-    new_conversation,
-    parse_conversation,
-    pass_lengths,
-    remove_answer,
-    undo_message,
-)
+from medhead_app.chat import conversation as conversations
+from medhead_app.chat.conversation import Conversation
 from medhead_app.chat.generation import AUTOMATIC, PROPOSERS, TREE_SIZES, ChatSettings, Update, generate_answer
 from medhead_app.chat.layout import SETTINGS, Components, lengths_panel, tree_panel
-from medhead_app.chat.race import race
+from medhead_app.chat.race import RaceState, race
 from medhead_app.chat.race_view import race_cards, verdict_line
 from medhead_app.chat.sessions import Sessions
 from medhead_app.chat.stats import live_line
@@ -55,7 +46,7 @@ class Handlers:
     ) -> AsyncIterator[Changes]:
         """Add the message in the box and answer it."""
         async for changes in self._answer(
-            request, lambda before: add_message(before, text), conversation, show_sources, settings, text
+            request, lambda before: conversations.add_message(before, text), conversation, show_sources, settings, text
         ):
             yield changes
 
@@ -64,27 +55,27 @@ class Handlers:
     ) -> AsyncIterator[Changes]:
         """Answer an example, an edited message, or the last message once more, as the event's `action` says."""
         actions: dict[str, Change] = {
-            "example": lambda before: add_message(before, str(event.text)),
-            "edit": lambda before: edit_message(before, int(event.index), str(event.text)),
-            "retry": remove_answer,
+            "example": lambda before: conversations.add_message(before, str(event.text)),
+            "edit": lambda before: conversations.edit_message(before, int(event.index), str(event.text)),
+            "retry": conversations.remove_answer,
         }
         async for changes in self._answer(request, actions[event.action], conversation, show_sources, settings):
             yield changes
 
     def undo(self, conversation: Conversation, show_sources: bool) -> Changes:
         """Remove the last message and its answer, and put the message back into the box."""
-        conversation, text = undo_message(conversation)
+        conversation, text = conversations.undo_message(conversation)
         return {**self._show(conversation, show_sources, store=True), self.components.message: text}
 
     async def clear(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
         """Remove all messages."""
         await self.sessions.abandon_turn(_session(request))
-        return self._show(clear_messages(conversation), show_sources, store=True)
+        return self._show(conversations.clear_messages(conversation), show_sources, store=True)
 
     async def new_chat(self, request: gr.Request, show_sources: bool) -> Changes:
         """Show a new conversation."""
         await self.sessions.abandon_turn(_session(request))
-        return self._show(new_conversation(), show_sources)
+        return self._show(conversations.new_conversation(), show_sources)
 
     async def open(self, request: gr.Request, event: gr.EventData, show_sources: bool) -> Changes:
         """Show another conversation of this browser."""
@@ -93,7 +84,7 @@ class Handlers:
 
     def load(self, raw: Any, show_sources: bool) -> Changes:
         """Show a conversation that the browser stored, or a new one."""
-        conversation = parse_conversation(raw)
+        conversation = conversations.parse_conversation(raw)
         return self._show(conversation, show_sources) | self._stored_settings(conversation)
 
     def show(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
@@ -114,22 +105,18 @@ class Handlers:
         """Answer a prompt with plain and with speculative decoding."""
         ui = self.components
         ended = {ui.race_start: gr.update(visible=True), ui.race_stop: gr.update(visible=False)}
+
+        def show(state: RaceState | None, max_new_tokens: int = 1) -> Changes:
+            plain, speculative = race_cards(state, max_new_tokens)
+            return {ui.race_plain: plain, ui.race_speculative: speculative, ui.race_verdict: verdict_line(state)}
+
         try:
             chosen = self._settings(settings)
-            plain, speculative = race_cards(None)
-            yield {
-                ui.race_start: gr.update(visible=False),
-                ui.race_stop: gr.update(visible=True),
-                ui.race_plain: plain,
-                ui.race_speculative: speculative,
-                ui.race_verdict: verdict_line(None),
-            }
+            yield {ui.race_start: gr.update(visible=False), ui.race_stop: gr.update(visible=True)} | show(None)
             on_submit = self.sessions.tracker(_session(request), "race")
             async with aclosing(race(self.service, prompt, chosen, on_submit)) as states:
                 async for state in states:
-                    plain, speculative = race_cards(state, chosen.max_new_tokens)
-                    changes = {ui.race_plain: plain, ui.race_speculative: speculative}
-                    yield changes | {ui.race_verdict: verdict_line(state)} | (ended if state.done else {})
+                    yield show(state, chosen.max_new_tokens) | (ended if state.done else {})
         except Exception as error:
             yield {**ended, ui.race_verdict: verdict_line(None, _error_line(error))}
 
@@ -203,7 +190,7 @@ class Handlers:
         }
 
     def _charts(self, conversation: Conversation) -> Changes:
-        lengths = lengths_panel(pass_lengths(conversation))
+        lengths = lengths_panel(conversations.pass_lengths(conversation))
         return {self.components.tree: tree_panel(conversation.get("tree")), self.components.lengths: lengths}
 
     def _settings(self, values: tuple[Any, ...]) -> ChatSettings:

@@ -140,9 +140,8 @@ def _node(row: int, depth: int, text: str, source: str, accepted: bool, root: bo
         if kind == "bonus"
         else f'<circle class="mh-dot" cx="{x}" cy="{y}" r="4.5"/>'
     )
-    role = (
-        "root, the newest token before this pass" if root else f"{kind}, {'accepted' if accepted else 'not accepted'}"
-    )
+    role = f"{kind}, {'' if accepted else 'not '}accepted"
+    role = "root, the newest token before this pass" if root else role
     return (
         f'<g class="mh-node {css_classes(kind)} {state}">{shape}<text x="{x + 10}" y="{y + 4}">{escape(label)}</text>'
         f"<title>{escape(_visible(text))} ({role})</title></g>"

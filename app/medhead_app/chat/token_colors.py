@@ -35,8 +35,12 @@ def color_tokens(tokens: Iterable[Sequence[str]]) -> str:
 
 def legend() -> str:
     """Return the legend of the colors, one line."""
-    items = "".join(_legend_item(kind) for kind in SOURCES)
-    return f'<div class="mh-legend" aria-label="Sources of the tokens">{items}</div>'
+    items = []
+    for kind, (label, description) in SOURCES.items():
+        sources = [f"{kind} {depth}" for depth in (1, 4, 8)] if kind == "heads" else [kind]
+        swatch = "".join(f'<i class="mh-token {css_classes(source)}"></i>' for source in sources)
+        items.append(f'<span class="mh-legend-item" title="{escape(description)}">{swatch}{escape(label)}</span>')
+    return f'<div class="mh-legend" aria-label="Sources of the tokens">{"".join(items)}</div>'
 
 
 def _head_depth(source: str) -> int:
@@ -54,10 +58,3 @@ def _span(text: str, source: str) -> str:
     depth = _head_depth(source)
     title = f"head at depth {depth}" if depth else SOURCES[source_kind(source)][0]
     return f'{space}<span class="mh-token {css_classes(source)}" title="{title}">{escape(word)}</span>'
-
-
-def _legend_item(kind: str) -> str:
-    label, description = SOURCES[kind]
-    sources = [f"{kind} {depth}" for depth in (1, 4, 8)] if kind == "heads" else [kind]
-    swatch = "".join(f'<i class="mh-token {css_classes(source)}"></i>' for source in sources)
-    return f'<span class="mh-legend-item" title="{escape(description)}">{swatch}{escape(label)}</span>'

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy
 
 from medhead.bench.harness import BLUE, GREY, figure, markdown_table
 from medhead_app.load.clients import ClientResult
@@ -21,10 +22,7 @@ TIMES = ("first token ms: median", "95 %", "per token ms: median", "95 %", "memo
 
 def percentile(values: Sequence[float], share: float) -> float | None:
     """Return the nearest-rank percentile for a share from 0 to 1; None without values."""
-    if not values:
-        return None
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, max(0, math.ceil(share * len(ordered) - 1e-9) - 1))]
+    return float(numpy.quantile(values, share, method="inverted_cdf")) if values else None
 
 
 def summary(
