@@ -8,7 +8,6 @@ import os
 import sys
 from contextlib import closing
 from importlib.util import find_spec
-from typing import Any
 
 from medhead.cli.common import Parser, check_range, run_command
 from medhead.errors import MedheadError
@@ -71,7 +70,8 @@ def run(args: argparse.Namespace) -> None:
     if args.share and args.no_page:
         raise MedheadError("--share makes the page public; leave out --no-page")
     auth = read_auth(args.auth)
-    check_installed(page=not args.no_page)
+    if not args.no_page and find_spec("gradio") is None:
+        raise MedheadError("gradio is not installed: pip install 'medhead[app]' (or serve only the API with --no-page)")
     from medhead_app.listen import Server, bind, url_of
     from medhead_app.middleware import LOCAL_HOSTS
     from medhead_app.server import build_app
@@ -79,27 +79,17 @@ def run(args: argparse.Namespace) -> None:
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     with closing(bind(args.host, args.port)) as bound, closing(load_service(args, args.prog)) as service:
-        page, options = (None, None) if args.no_page else _build_page(service)
+        page = options = None
+        if not args.no_page:
+            from medhead_app.chat.build import build_page
+            from medhead_app.chat.theme import page_options
+
+            page, options = build_page(service), page_options()
         hosts = LOCAL_HOSTS if args.host in LOCAL and not args.share else None
         server = Server(build_app(service, page, options, auth=auth, hosts=hosts), service)
         url = url_of(bound, args.host if args.host in LOCAL else None)
         _print_urls(args, url, _share(bound.getsockname()[1]) if args.share else None)
         server.run(sockets=[bound])
-
-
-def check_installed(page: bool) -> None:
-    """Check that the packages of the server, and with `page` those of the page, are installed."""
-    for name in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if page else [])):
-        if find_spec(name) is None:
-            alternative = " (or serve only the API with --no-page)" if name == "gradio" else ""
-            raise MedheadError(f"{name} is not installed: pip install 'medhead[app]'{alternative}")
-
-
-def _build_page(service: Any) -> tuple[Any, dict[str, Any]]:
-    from medhead_app.chat.build import build_page
-    from medhead_app.chat.theme import page_options
-
-    return build_page(service), page_options()
 
 
 def _share(port: int) -> str:

@@ -51,11 +51,8 @@ class Server(uvicorn.Server):
     """A uvicorn server that closes the service, which ends all requests, before it waits for connections to close."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
-        super().__init__(
-            uvicorn.Config(
-                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10, ws="none"
-            )
-        )
+        quiet: Any = {"log_level": "warning", "access_log": False, "server_header": False}
+        super().__init__(uvicorn.Config(app, timeout_graceful_shutdown=10, ws="none", **quiet))
         self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:

@@ -54,15 +54,12 @@ def free_bytes(device: torch.device) -> int | None:
 
 
 def _local_folder(name: str | Path) -> Path | None:
-    if Path(name).is_dir():
-        return Path(name)
-    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub import snapshot_download
 
     try:
-        config = try_to_load_from_cache(str(name), "config.json")
-    except ValueError:  # not a hub id
+        return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name), local_files_only=True))
+    except (OSError, ValueError):  # it is not on this machine, or not a hub id
         return None
-    return Path(config).parent if isinstance(config, str) else None
 
 
 def _count_file(path: Path) -> int | None:

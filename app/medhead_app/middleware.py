@@ -32,12 +32,9 @@ class Auth:
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            error = ApiError(
-                "a password is needed: send it by HTTP basic authentication or as the API key",
-                code="invalid_api_key",
-                status=401,
-                headers={"WWW-Authenticate": 'Basic realm="medhead", charset="UTF-8"'},
-            )
+            message = "a password is needed: send it by HTTP basic authentication or as the API key"
+            headers = {"WWW-Authenticate": 'Basic realm="medhead", charset="UTF-8"'}
+            error = ApiError(message, code="invalid_api_key", status=401, headers=headers)
             await error.response()(scope, receive, send)
 
     def _is_authorized(self, headers: Headers) -> bool:

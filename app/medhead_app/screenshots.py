@@ -81,9 +81,8 @@ def chromium() -> Iterator[Any]:
 def open_page(browser: Any, url: str, size: tuple[int, int], scheme: str) -> Any:
     """Open the page and wait until it is ready."""
     phone = size == PHONE
-    context = browser.new_context(
-        viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, is_mobile=phone, has_touch=phone
-    )
+    viewport = {"width": size[0], "height": size[1]}
+    context = browser.new_context(viewport=viewport, color_scheme=scheme, is_mobile=phone, has_touch=phone)
     page = context.new_page()
     page.goto(url)
     page.wait_for_function("() => localStorage.getItem('medhead:current')")

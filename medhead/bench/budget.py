@@ -129,9 +129,8 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    options = harness.bench_parser(
-        "budget", "Check that the automatic tree size is never slower than plain decoding.", EXAMPLES, repeats=3
-    )
+    what = "Check that the automatic tree size is never slower than plain decoding."
+    options = harness.bench_parser("budget", what, EXAMPLES, repeats=3)
     harness.add_decoding_options(options, max_new_tokens=200, num_prompts=6)
     options.add_argument("--heads", metavar="FOLDER", help="heads (default: the demo model's own, else none)")
     options.add_argument("--tree-sizes", type=int, nargs="+", default=[4, 8, 16, 32],

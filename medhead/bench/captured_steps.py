@@ -116,9 +116,8 @@ def _capture(
     """Return a captured step at this context, or only its forward pass."""
 
     def forward(buffers: StepBuffers) -> None:
-        tree = proposer.propose(
-            DecodeState(target, [], buffers.roots, buffers.features, fixed=True), proposer.max_depth
-        )
+        state = DecodeState(target, [], buffers.roots, buffers.features, fixed=True)
+        tree = proposer.propose(state, proposer.max_depth)
         logits, _ = target.verify(buffers.cache, tree)
         assert buffers.output is not None
         buffers.output[:, 0].copy_(logits[:, 0, 0].long())  # an unused result would be optimised away

@@ -66,12 +66,8 @@ def add_text_options(options: Parser) -> None:
 
 def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
     """Raise a MedheadError if a shared option or one of `ranges` is out of range, or `--output` is a file."""
-    shared = {
-        "repeats": (1, math.inf),
-        "max_new_tokens": (1, 10**7),
-        "num_prompts": (1, math.inf),
-        "seed": (0, 2**64 - 1),
-    }
+    shared = {"repeats": (1, math.inf), "num_prompts": (1, math.inf)}
+    shared |= {"max_new_tokens": (1, 10**7), "seed": (0, 2**64 - 1)}
     for name, (low, high) in (shared | ranges).items():
         if name in args:
             check_range(args, name, low, high)
@@ -97,27 +93,19 @@ def load_prompts(args: argparse.Namespace, context: int) -> Prompts:
 def room_for_prompt(args: argparse.Namespace, context: int) -> int:
     """Return how many tokens of the model's context a prompt may have."""
     if args.max_new_tokens >= context:
-        raise MedheadError(
-            f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}; "
-            f"give at most {context - 1}"
-        )
+        advice = f"in the model's context of {context}; give at most {context - 1}"
+        raise MedheadError(f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt {advice}")
     return context - args.max_new_tokens
 
 
-@contextmanager
-def progress_bar(total: int, unit: str = "answer") -> Iterator[Any]:
-    """Show progress on standard error; every 10 seconds where it is no terminal."""
-    wait = 0.5 if sys.stderr.isatty() else 10
-    with tqdm(total=total, unit=unit, mininterval=wait, leave=False) as bar:
-        yield bar
+def progress_bar(total: int) -> Any:
+    """Return a progress bar of answers on standard error; it changes every 10 seconds where that is no terminal."""
+    return tqdm(total=total, unit="answer", mininterval=0.5 if sys.stderr.isatty() else 10, leave=False)
 
 
 def say(line: str) -> None:
     """Print a line on standard error, above a progress bar."""
     tqdm.write(line, file=sys.stderr)
-
-
-# ---------------------------------------------------------------- results
 
 
 def machine() -> dict[str, Any]:

@@ -211,7 +211,12 @@ def measure(
         if profile and method.decoder is not None:
             _profile(result, method.decoder, batches[:profile], seed=method.seed, **method.arguments)
         if memory:
-            _measure_memory(result, method, batches[0])
+            with PeakMemory() as most:
+                method.answer(batches[0])
+            if method.decoder is not None:
+                found = method.decoder.statistics
+                result.cache_bytes, result.packed_bytes = found.cache_bytes, found.packed_bytes
+            result.peak_bytes = most.peak + result.packed_bytes
     return results
 
 
@@ -237,12 +242,3 @@ def _profile(result: MethodResult, decoder: Decoder, batches: list[Prompts], **a
         for part in PARTS[:-1]:
             result.parts[part] += getattr(decoder.statistics.times, part)
     decoder.profile = False
-
-
-def _measure_memory(result: MethodResult, method: Method, batch: Prompts) -> None:
-    with PeakMemory() as memory:
-        method.answer(batch)
-    if method.decoder is not None:
-        found = method.decoder.statistics
-        result.cache_bytes, result.packed_bytes = found.cache_bytes, found.packed_bytes
-    result.peak_bytes = memory.peak + result.packed_bytes

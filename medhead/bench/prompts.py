@@ -22,24 +22,25 @@ BUILT_IN = (
     "Please write a story with a boat and a storm in it.",
     "Write a short poem about the sea.",
 )
+Chat = list[dict[str, str]]  # messages with role and content
 _FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 
 
-def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str]]]:
+def read_prompts(path: str | Path | None, count: int) -> list[Chat]:
     """Return the first `count` chats of a prompts file, or of the built-in prompts; each ends with the user's turn."""
     if path is None:
         return [[{"role": "user", "content": text}] for text in BUILT_IN[:count]]
     return [chat for _, chat in read_records(path, count)]
 
 
-def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
+def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[str, Any], Chat]]:
     """Return the first `count` records (None for all) of a file of JSON lines with one of `_FIELDS`, each with its chat."""
     try:
         lines = Path(path).read_text(encoding="utf-8").split("\n")  # not splitlines: a text may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
         raise MedheadError(f"prompts file {str(path)!r} cannot be read: {reason}") from None
-    found: list[tuple[dict[str, Any], list[dict[str, str]]]] = []
+    found: list[tuple[dict[str, Any], Chat]] = []
     for number, line in enumerate(lines, 1):
         if len(found) == count:
             break
@@ -55,7 +56,7 @@ def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[
     return found
 
 
-def _chat(record: dict[str, Any]) -> list[dict[str, str]]:
+def _chat(record: dict[str, Any]) -> Chat:
     if "messages" in record:
         messages = list(record["messages"])
         while messages[-1]["role"] != "user":
@@ -65,14 +66,11 @@ def _chat(record: dict[str, Any]) -> list[dict[str, str]]:
     return [{"role": "user", "content": text[0] if isinstance(text, list) else str(text)}]
 
 
-def encode_prompts(
-    tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], longest: int
-) -> list[list[int]]:
+def encode_prompts(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], longest: int) -> list[list[int]]:
     """Return the newest `longest` token ids of every chat; without a chat template, of its last message."""
     if getattr(tokenizer, "chat_template", None):
-        rows = [
-            tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats
-        ]
+        encoded = (tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True) for c in chats)
+        rows = [each["input_ids"] for each in encoded]
     else:
         rows = [tokenizer(chat[-1]["content"])["input_ids"] for chat in chats]
     return [list(row[-longest:]) for row in rows]

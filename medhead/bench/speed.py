@@ -37,9 +37,8 @@ parts of a step are timed in a further run. Accepted length is tokens emitted pe
 
 def parser() -> Parser:
     """Return the parser of the command."""
-    options = harness.bench_parser(
-        "speed", "Measure tokens per second against plain decoding and transformers.", EXAMPLES, repeats=3
-    )
+    what = "Measure tokens per second against plain decoding and transformers."
+    options = harness.bench_parser("speed", what, EXAMPLES, repeats=3)
     harness.add_decoding_options(options, max_new_tokens=200, num_prompts=8)
     harness.add_text_options(options)
     options.add_argument("--heads", nargs="+", metavar="FOLDER",
@@ -60,10 +59,8 @@ def parser() -> Parser:
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
     """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
     arguments = sampling_arguments(args.temperature, args.max_new_tokens)
-    if args.heads is None:
-        folders = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]
-    else:
-        folders = args.heads
+    shipped = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]
+    folders = args.heads or shipped
     first: dict[str, Any] = {"heads": folders[0]} if folders else {}
     found: list[Method] = []
 

@@ -77,11 +77,9 @@ def weight_bytes(model: PreTrainedModel) -> float:
     share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     output: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
-    total = 0.0
-    for name, parameter in model.named_parameters():
-        total += parameter.numel() * parameter.element_size() * (share if ".experts." in name else 1.0)
+    total = sum(p.nbytes * (share if ".experts." in name else 1.0) for name, p in model.named_parameters())
     tied = embedding.weight is output.weight
-    return total - (0 if tied else embedding.weight.numel() * embedding.weight.element_size())
+    return total - (0 if tied else embedding.weight.nbytes)
 
 
 def time_steps(args: argparse.Namespace, target: Target, batch: int, context: int) -> dict[str, float]:
@@ -122,9 +120,6 @@ def generate_step(target: Target, ids: Tensor, **options: Any) -> float:
 
     run(NEW_TOKENS), run(1)
     return statistics.median((run(NEW_TOKENS) - run(1)) / (NEW_TOKENS - 1) for _ in range(3))
-
-
-# ---------------------------------------------------------------- report
 
 
 def table(rows: list[Row]) -> str:
@@ -186,9 +181,6 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         axis.axvline(1.0, color=harness.ORANGE, linewidth=1)
         axis.invert_yaxis()
         axis.set_xlabel("time of a step / time to read the weights once")
-
-
-# ---------------------------------------------------------------- command
 
 
 def parser() -> Parser:

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
-from medhead.bench.prompts import encode_prompts, read_records
+from medhead.bench.prompts import Chat, encode_prompts, read_records
 from medhead.errors import MedheadError
 
 MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 KEEP = ("ends", "first", "last")
-Chat = list[dict[str, str]]
 
 
 @dataclass
@@ -60,12 +60,8 @@ def read_tasks(path: str | Path, only: list[str] | None = None) -> dict[str, lis
     missing = sorted(set(only or ()) - found.keys())
     if missing:
         raise MedheadError(f"no prompt of {', '.join(missing)} in {str(path)!r}; its tasks: {', '.join(found)}")
-    return {name: _by_turns(list(parts.values())) for name, parts in found.items() if not only or name in only}
-
-
-def _by_turns(parts: list[list[Chat]]) -> list[Chat]:
-    longest = max(map(len, parts))
-    return [part[place] for place in range(longest) for part in parts if place < len(part)]
+    turns = {name: zip_longest(*parts.values()) for name, parts in found.items() if not only or name in only}
+    return {name: [chat for turn in parts for chat in turn if chat is not None] for name, parts in turns.items()}
 
 
 def encode_task(

@@ -18,7 +18,7 @@ from medhead.heads.config import CONFIG_FILE
 from medhead.model.loading import DEMO_HEADS
 from medhead.model.target import Target
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
-from medhead.scheduling.cost_model import CostModel, costs_batch, measure_costs, store_costs
+from medhead.scheduling.cost_model import costs_batch, measure_costs, store_costs
 from medhead.tune import trees, windows
 from medhead.tune.search import Changes, T, coordinate_search, throughput
 from medhead.tune.trees import Tree
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> None:
     for batch in sorted({costs_batch(size) for size in args.batch_sizes}):
         with torch.inference_mode(), target.active():
             costs = measure_costs(target, batch)
-        print(f"a pass over {batch} row{'s' * (batch > 1)}, by nodes: {cost_table(costs)}")
+        times = ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
+        print(f"a pass over {batch} row{'s' * (batch > 1)}, by nodes: {times}")
         if not args.dry_run:
             store_costs(target, batch, costs)
     folder = args.heads or (None if args.model else DEMO_HEADS)
@@ -77,11 +78,6 @@ def run(args: argparse.Namespace) -> None:
         tune_lookahead(target, args)
     elif folder is not None:
         tune_heads(target, Path(folder), args)
-
-
-def cost_table(costs: CostModel) -> str:
-    """Return the milliseconds of a pass by number of nodes, and their ratio to one node."""
-    return ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
 
 
 def fastest(

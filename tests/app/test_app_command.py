@@ -123,7 +123,8 @@ def test_the_page_needs_gradio_and_the_api_does_not(
     code, err = run(["--port", "0"], capsys)
     assert code == 2
     assert "gradio is not installed: pip install 'medhead[app]' (or serve only the API with --no-page)" in err
-    command.check_installed(page=False)
+    assert command.main(["--no-page", "--host", "no such host"]) == 2
+    assert "--host 'no such host' with --port 7860" in capsys.readouterr().err
 
 
 def test_urls() -> None:

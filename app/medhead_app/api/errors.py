@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request, Response
@@ -20,20 +21,15 @@ RETRY_AFTER = 2  # seconds after which a client may retry when the queue was ful
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
+@dataclass(eq=False)
 class ApiError(Exception):
     """An error that is sent to the client; `param` is the field that is wrong, `code` is for programs."""
 
-    def __init__(
-        self,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        status: int = 400,
-        headers: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.message, self.param, self.code = message, param, code
-        self.status, self.headers = status, headers
+    message: str
+    param: str | None = None
+    code: str | None = None
+    status: int = 400
+    headers: dict[str, str] | None = None
 
     def body(self) -> dict[str, Any]:
         """Return OpenAI's error object."""

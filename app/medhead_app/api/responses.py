@@ -49,15 +49,11 @@ class ResponseBuilder:
 
     def first_chunks(self) -> list[dict[str, Any]]:
         """Return the chunks before the text: a chat begins with the role."""
-        return [self._chunk({"role": "assistant", "content": ""})] if self.endpoint is CHAT else []
-
-    def text_chunk(self, text: str) -> dict[str, Any]:
-        """Return a chunk of text."""
-        return self._chunk({"content": text})
+        return [self.chunk({"role": "assistant", "content": ""})] if self.endpoint is CHAT else []
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """Return the chunks after the text: finish reason and statistics, and the token counts if included."""
-        chunk = self._chunk({}, self._finish_reason()) | {"medhead": statistics(self.handle.result)}
+        chunk = self.chunk({}, self._finish_reason()) | {"medhead": statistics(self.handle.result)}
         usage = self._body(self.endpoint.chunk_object, []) | {"usage": self._usage()}
         return [chunk, usage] if self.include_usage else [chunk]
 
@@ -68,7 +64,8 @@ class ResponseBuilder:
     def _finish_reason(self) -> str:
         return FINISH_REASONS.get(self.handle.result.reason, "stop")
 
-    def _chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+        """Return a chunk; `delta` is what it adds to a message."""
         content: dict[str, Any] = {"delta": delta} if self.endpoint is CHAT else {"text": delta.get("content", "")}
         body = self._body(self.endpoint.chunk_object, [self._choice(content, finish_reason)])
         return body | ({"usage": None} if self.include_usage else {})

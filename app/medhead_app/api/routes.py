@@ -12,7 +12,6 @@ from starlette.concurrency import run_in_threadpool
 
 from medhead.errors import MedheadError
 from medhead.serving import request as serving
-from medhead.serving.handle import RequestHandle
 from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error, to_api_error
 from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
@@ -85,7 +84,13 @@ class Api:
     async def _respond(
         self, http: Request, body: GenerationRequest, token_ids: list[int], endpoint: Endpoint
     ) -> Response:
-        handle = self._submit(self._build_request(body, token_ids), endpoint.name)
+        request = self._build_request(body, token_ids)
+        self.metrics.set_endpoint(request, endpoint.name)
+        try:
+            handle = self.service.engine.submit(request)
+        except MedheadError as error:
+            self.metrics.count_rejected(request, endpoint.name, to_api_error(error).code or "invalid_value")
+            raise
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         builder = ResponseBuilder(endpoint, self.service.name, handle, include_usage)
         if body.stream:
@@ -105,14 +110,6 @@ class Api:
             message = f"{both}, together more than the context of {service.context}"
             raise ApiError(message, field, "context_length_exceeded")
         return service.request(token_ids, limit, **body.request_fields())
-
-    def _submit(self, request: serving.Request, endpoint: str) -> RequestHandle:
-        self.metrics.set_endpoint(request, endpoint)
-        try:
-            return self.service.engine.submit(request)
-        except MedheadError as error:
-            self.metrics.count_rejected(request, endpoint, to_api_error(error).code or "invalid_value")
-            raise
 
     def _check_model(self, name: str) -> None:
         if name != self.service.name:

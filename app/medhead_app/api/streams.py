@@ -59,7 +59,7 @@ async def event_stream(http: HttpRequest, handle: RequestHandle, builder: Respon
                 yield format_event(chunk)
             async for output in handle.stream():
                 if output.text:
-                    yield format_event(builder.text_chunk(output.text))
+                    yield format_event(builder.chunk({"content": output.text}))
             if handle.result.reason == "cancelled":
                 yield format_event(STOPPING.body())
                 return

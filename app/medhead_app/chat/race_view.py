@@ -29,11 +29,8 @@ def race_cards(state: RaceState | None, max_new_tokens: int = 1) -> tuple[str, s
     runs = state.plain, state.speculative
     lengths = [run.result.new_tokens for run in runs if run.done]
     full = max([1, *lengths]) if lengths else max(1, max_new_tokens)
-    plain, speculative = (
-        race_card(title, run, 1.0 if run.done else run.result.new_tokens / full)
-        for title, run in zip(TITLES, runs, strict=True)
-    )
-    return plain, speculative
+    plain, speculative = (1.0 if run.done else run.result.new_tokens / full for run in runs)
+    return race_card(TITLES[0], state.plain, plain), race_card(TITLES[1], state.speculative, speculative)
 
 
 def verdict_line(state: RaceState | None, error: str = "") -> str:

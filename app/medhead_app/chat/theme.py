@@ -19,8 +19,16 @@ SHADES = (  # 50 to 950, and the name
     "#eef6fb #d7eaf6 #b0d6ee #83bfe4 #56b4e9 #1f86c4 #0072b2 #005d92 #064c75 #0b3f60 #082a41 medhead-blue"
 )
 BLUE = gr.themes.Color(*SHADES.split())
-SYSTEM_FONTS = ("ui-sans-serif", "system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Noto Sans", "Liberation Sans")
-FONT = (*SYSTEM_FONTS, "sans-serif")
+FONT = (
+    "ui-sans-serif",
+    "system-ui",
+    "Segoe UI",
+    "Roboto",
+    "Helvetica Neue",
+    "Noto Sans",
+    "Liberation Sans",
+    "sans-serif",
+)
 MONO = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "Liberation Mono", "monospace")
 COLORS = {  # light and dark
     "body_background_fill": ("#fbfaf8", "#171614"),
@@ -75,12 +83,8 @@ def theme() -> gr.themes.Base:
 
 def page_options() -> dict[str, Any]:
     """Return the arguments of `gr.mount_gradio_app` for a page of `build_page`."""
-    return {
-        "theme": theme(),
-        "css": asset("style.css"),
-        "head": f"<style>{asset('frame.css')}</style>",
-        "footer_links": [],
-    }
+    head = f"<style>{asset('frame.css')}</style>"
+    return {"theme": theme(), "css": asset("style.css"), "head": head, "footer_links": []}
 
 
 def chat_template() -> str:

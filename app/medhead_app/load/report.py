@@ -14,6 +14,7 @@ from medhead_app.load.clients import ClientResult
 from medhead_app.load.server import MemoryMonitor
 
 MIB = 2**20
+Pairs = list[tuple[ClientResult, ClientResult]]
 MAX_GROWTH = 0.05  # allowed growth of the memory
 WARMUP = 30.0  # seconds after which the memory must be constant
 COLUMNS = ("clients", "rows", "requests", "errors", "identical text", "tokens/s", "accepted length")
@@ -26,11 +27,7 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def summary(
-    clients: int,
-    rows: int | None,
-    results: list[ClientResult],
-    replayed: list[tuple[ClientResult, ClientResult]],
-    seconds: float,
+    clients: int, rows: int | None, results: list[ClientResult], replayed: Pairs, seconds: float
 ) -> dict[str, Any]:
     """Return the numbers of one run; `replayed` pairs results with those of the same requests sent alone."""
     good = [result for result in results if result.error is None]
