@@ -9,9 +9,9 @@ import sys
 from contextlib import closing
 from importlib.util import find_spec
 
-from medhead.cli.common import Parser, check_range, run_command
+from medhead.cli.common import Parser, add_model_options, check_range, run_command
 from medhead.errors import MedheadError
-from medhead_app.startup import add_limit_options, add_model_options, check_numbers, load_service
+from medhead_app.startup import load_service
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHAT = "Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
@@ -39,7 +39,9 @@ def build_parser(page: bool) -> Parser:
     prog, what, examples = ("medhead chat", CHAT, CHAT_EXAMPLES) if page else ("medhead serve", SERVE, SERVE_EXAMPLES)
     parser = Parser(prog=prog, description=what, epilog=examples + EPILOG)
     parser.set_defaults(prog=prog)
-    add_model_options(parser)
+    model = parser.add_argument_group("model and proposer")
+    add_model_options(model)
+    model.add_argument("--name", help="name of the model on the page and in the API (default: from --model)")
     server = parser.add_argument_group("server")
     server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
     server.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
@@ -49,7 +51,12 @@ def build_parser(page: bool) -> Parser:
         server.add_argument("--no-page", action="store_true", help="serve only the API, as `medhead serve` does")
     else:
         parser.set_defaults(share=False, no_page=True)
-    add_limit_options(parser)
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-rows", type=int, default=8, help="largest number of requests in a batch (default: 8)")
+    limits.add_argument("--max-queue", type=int, default=64, help="largest number of waiting requests (default: 64)")
+    limits.add_argument("--time-limit", type=float, default=300.0, help="seconds a request may take (default: 300)")
+    limits.add_argument("--max-prompt-tokens", type=int, help="longest prompt in tokens (default: the model's context)")
+    limits.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
     return parser
 
 
@@ -65,7 +72,12 @@ def read_auth(value: str | None) -> tuple[str, str] | None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
-    check_numbers(args)
+    check_range(args, "tree_size", 1, 256)
+    check_range(args, "max_rows", 1, 4096, "from 1 to 4096")
+    check_range(args, "max_queue", 0, 10**6)
+    check_range(args, "time_limit", sys.float_info.min, sys.float_info.max, "above 0")
+    check_range(args, "max_prompt_tokens", 1)
+    check_range(args, "max_new_tokens", 1)
     check_range(args, "port", 0, 65535, "from 0 to 65535")
     if args.share and args.no_page:
         raise MedheadError("--share makes the page public; leave out --no-page")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -50,17 +51,11 @@ class Metrics:
         self.registry = CollectorRegistry()  # the global registry is not used
         common: Any = {"namespace": "medhead", "registry": self.registry}
         self._requests = Counter("requests", "Requests by endpoint and finish reason", ["endpoint", "reason"], **common)
-        self._time_to_first_token, self._queue_time, self._latency = (
-            Histogram(name, text, buckets=REQUEST_BUCKETS, **common)
-            for name, text in (
-                ("time_to_first_token_seconds", "Time from submission to the first token"),
-                ("request_queue_time_seconds", "Time from submission to the first pass"),
-                ("request_latency_seconds", "Time from submission to the end"),
-            )
-        )
-        self._time_per_token = Histogram(
-            "time_per_output_token_seconds", "Mean time per token after the first", buckets=TOKEN_BUCKETS, **common
-        )
+        whole, each = {**common, "buckets": REQUEST_BUCKETS}, {**common, "buckets": TOKEN_BUCKETS}
+        self._first_token = Histogram("time_to_first_token_seconds", "Time from submission to the first token", **whole)
+        self._queue_time = Histogram("request_queue_time_seconds", "Time from submission to the first pass", **whole)
+        self._latency = Histogram("request_latency_seconds", "Time from submission to the end", **whole)
+        self._time_per_token = Histogram("time_per_output_token_seconds", "Mean time per token after the first", **each)
         self.registry.register(self)
         engine.listeners.append(self._on_end)
 
@@ -73,9 +68,11 @@ class Metrics:
         self._endpoints.pop(id(request), None)
         self._requests.labels(endpoint, reason).inc()
 
-    def sample(self) -> None:
-        """Record the number of new tokens for the tokens per second; call it about once a second."""
-        self._rate.add(self._engine.statistics().new_tokens)
+    async def sample(self) -> None:
+        """Record the number of new tokens once a second, for the tokens per second."""
+        while True:
+            self._rate.add(self._engine.statistics().new_tokens)
+            await asyncio.sleep(1)
 
     def collect(self) -> Iterator[Metric]:
         """Yield the engine's totals; Prometheus calls it at every scrape."""
@@ -97,6 +94,6 @@ class Metrics:
         self._queue_time.observe(result.queued)
         if result.first_token is None:
             return
-        self._time_to_first_token.observe(result.first_token)
+        self._first_token.observe(result.first_token)
         if result.new_tokens > 1:
             self._time_per_token.observe(max(0.0, result.seconds - result.first_token) / (result.new_tokens - 1))

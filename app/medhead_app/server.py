@@ -18,8 +18,6 @@ from medhead_app.metrics import Metrics
 from medhead_app.middleware import LOCAL_HOSTS, MAX_BODY, Auth, BodyLimit, SameOrigin
 from medhead_app.service import Service
 
-SAMPLE_INTERVAL = 1.0  # seconds
-
 
 def build_app(
     service: Service,
@@ -35,7 +33,7 @@ def build_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sampling = asyncio.create_task(_sample(metrics))
+        sampling = asyncio.create_task(metrics.sample())
         yield
         sampling.cancel()
 
@@ -65,9 +63,3 @@ def _mount_page(app: FastAPI, page: Any, page_options: dict[str, Any]) -> FastAP
     off = dict.fromkeys(("show_error", "run_history", "ssr_mode", "mcp_server", "enable_monitoring"), False)
     defaults: dict[str, Any] = {**off, "footer_links": [], "max_file_size": "1mb"}
     return gr.mount_gradio_app(app, page, path="/", **(defaults | page_options))
-
-
-async def _sample(metrics: Metrics) -> None:
-    while True:
-        metrics.sample()
-        await asyncio.sleep(SAMPLE_INTERVAL)

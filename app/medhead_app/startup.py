@@ -1,4 +1,4 @@
-"""Load a service from command-line options: model, heads, decoder, engine."""
+"""Load a service as the options of a command say: model, heads, decoder, engine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from typing import Any
 
 import torch
 
-from medhead.cli.common import add_model_options as add_decoder_options
-from medhead.cli.common import check_range, make_decoder
+from medhead.cli.common import make_decoder
 from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
@@ -24,33 +23,6 @@ from medhead_app.service import Service
 DEMO_NAME = "medhead-demo"
 
 
-def add_model_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `medhead generate` that choose the model, and `--name`."""
-    group = parser.add_argument_group("model and proposer")
-    add_decoder_options(group)
-    group.add_argument("--name", help="name of the model on the page and in the API (default: from --model)")
-
-
-def add_limit_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that limit how much is served."""
-    group = parser.add_argument_group("limits")
-    group.add_argument("--max-rows", type=int, default=8, help="largest number of requests in a batch (default: 8)")
-    group.add_argument("--max-queue", type=int, default=64, help="largest number of waiting requests (default: 64)")
-    group.add_argument("--time-limit", type=float, default=300.0, help="seconds a request may take (default: 300)")
-    group.add_argument("--max-prompt-tokens", type=int, help="longest prompt in tokens (default: the model's context)")
-    group.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
-
-
-def check_numbers(args: argparse.Namespace) -> None:
-    """Check the options that are numbers."""
-    check_range(args, "tree_size", 1, 256)
-    check_range(args, "max_rows", 1, 4096, "from 1 to 4096")
-    check_range(args, "max_queue", 0, 10**6)
-    check_range(args, "time_limit", sys.float_info.min, sys.float_info.max, "above 0")
-    check_range(args, "max_prompt_tokens", 1)
-    check_range(args, "max_new_tokens", 1)
-
-
 def load_service(args: argparse.Namespace, prog: str) -> Service:
     """Load the model and start the engine as the checked options say; report the slow steps as `prog`."""
     device = pick_device(args.device)
@@ -58,7 +30,7 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     source = args.model or DEMO_MODEL
     name = args.name or (DEMO_NAME if args.model is None else model_name(args.model))
     check_memory(source, device, dtype)
-    with _reported(prog, f"loading {name} ({str(dtype).removeprefix('torch.')} on {device})"), _in_memory(name, device):
+    with _reported(prog, f"loading {name} ({str(dtype).removeprefix('torch.')} on {device})", name, device):
         tokenizer = load_tokenizer(source, args.trust_remote_code)
         decoder = make_decoder(args, load_model(source, device, dtype, args.trust_remote_code))
     heads: Any = args.heads or (str(DEMO_HEADS) if args.model is None else None)
@@ -66,7 +38,7 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
         heads = heads_of(decoder.model)
     limits = {"max_rows": args.max_rows, "max_queue": args.max_queue, "time_limit": args.time_limit}
     engine = Engine(decoder, tokenizer, heads=heads, **limits)
-    with _reported(prog, "measuring the cost of a pass unless it is cached"), _in_memory(name, device):
+    with _reported(prog, "measuring the cost of a pass unless it is cached", name, device):
         engine.start()
     lengths = {"max_prompt_tokens": args.max_prompt_tokens, "max_new_tokens": args.max_new_tokens}
     return Service(engine, tokenizer, name, **lengths)
@@ -78,23 +50,17 @@ def model_name(model: str) -> str:
 
 
 @contextmanager
-def _reported(prog: str, step: str) -> Iterator[None]:
+def _reported(prog: str, step: str, name: str, device: torch.device) -> Iterator[None]:
+    """Print a slow step and its seconds; turn an out-of-memory error into one line."""
     print(f"{prog}: {step} ...", end="", file=sys.stderr, flush=True)
     start, ending = time.perf_counter(), ""
     try:
         yield
         ending = f" {time.perf_counter() - start:.1f} s"
-    finally:
-        print(ending, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _in_memory(name: str, device: torch.device) -> Iterator[None]:
-    """Turn an out-of-memory error into one line."""
-    try:
-        yield
     except (torch.OutOfMemoryError, MemoryError):
         raise MedheadError(
             f"{name!r} does not fit the memory of {device}; try --dtype bfloat16, a smaller --max-rows, another --device "
             "or a smaller model"
         ) from None
+    finally:
+        print(ending, file=sys.stderr, flush=True)

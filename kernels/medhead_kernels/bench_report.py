@@ -13,7 +13,7 @@ import torch
 
 def machine(device: str, copy: float) -> dict[str, Any]:
     """Describe the machine; `copy` is the bandwidth of a copy in bytes per second."""
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{_cpu_name()}, {torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} CPU threads"
     versions = {}
     for package in ("torch", "triton", "flash-attn"):
         try:
@@ -71,7 +71,8 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     plt.close(figure)
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))

@@ -26,6 +26,7 @@ from medhead.cli.common import Parser, check_range
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.target import Target
+from medhead_kernels.bench_report import cpu_name
 
 BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # of plots: medhead, a reference to look at, everything else
 COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", ORANGE, GREY)
@@ -110,15 +111,9 @@ def say(line: str) -> None:
 
 def machine() -> dict[str, Any]:
     """Return what the numbers were measured on: date, hardware, versions."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        pass
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": name,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "python": platform.python_version(),

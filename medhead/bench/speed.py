@@ -201,11 +201,9 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
         left.margins(x=0.15)
         if sweep:
             right, nodes = axes[0][1], [row["tree_size"] for row in sweep]
-            for key, style, colour, text in (
-                ("speedup_vs_plain", "o-", harness.BLUE, "× plain decoding"),
-                ("accepted_length", "s--", harness.ORANGE, "accepted length"),
-            ):
-                right.plot(nodes, [row[key] for row in sweep], style, color=colour, label=text)
+            speedups, lengths = ([row[key] for row in sweep] for key in ("speedup_vs_plain", "accepted_length"))
+            right.plot(nodes, speedups, "o-", color=harness.BLUE, label="× plain decoding")
+            right.plot(nodes, lengths, "s--", color=harness.ORANGE, label="accepted length")
             right.set_xlabel("nodes of the tree")
             right.set_ylim(bottom=0)
             right.legend(frameon=False)

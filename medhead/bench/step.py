@@ -6,6 +6,7 @@ import argparse
 import statistics
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -212,15 +213,13 @@ def run(args: argparse.Namespace) -> None:
         harness.say(f"{shape}: building")
         model = build(shape, device, dtype)
         target, reading = Target(model, attention=args.attention), weight_bytes(model) / bandwidth
-        for batch in args.batch_sizes:
-            for context in args.context:
-                harness.say(f"{shape}: batch {batch}, context {context}")
-                times = time_steps(args, target, batch, context)
-                rows += [
-                    {"shape": shape, "batch_size": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
-                     "vs_weight_read": round(seconds / reading, 3), "weight_read_ms": round(1000 * reading, 4)}
-                    for step, seconds in times.items()
-                ]  # fmt: skip
+        for batch, context in product(args.batch_sizes, args.context):
+            harness.say(f"{shape}: batch {batch}, context {context}")
+            rows += [
+                {"shape": shape, "batch_size": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
+                 "vs_weight_read": round(seconds / reading, 3), "weight_read_ms": round(1000 * reading, 4)}
+                for step, seconds in time_steps(args, target, batch, context).items()
+            ]  # fmt: skip
         del model, target
     title = harness.heading(args, str(dtype).removeprefix("torch."), f"copy {bandwidth / 1e9:.0f} GB/s")
     text = "\n".join([table(rows), "", *(f"- {line}" for line in ratios(rows))])

@@ -177,5 +177,5 @@ def plot(rows: list[Row], title: str, path: Path) -> None:
                 axis.set_title(condition_name(*condition), fontsize=9)
                 axis.set_ylabel(axis_label)
         handles, labels = axes[0][0].get_legend_handles_labels()
-        place = "outside lower center"
-        axes[0][0].figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(names), loc=place)
+        below = "outside lower center"
+        axes[0][0].figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(names), loc=below)

@@ -27,70 +27,59 @@ class Components:
         self.conversation = gr.State(new_conversation)
         self.stored = gr.JSON(visible=False)
         with gr.Sidebar(width=264, elem_classes="mh-side mh-left"):
-            self._left_sidebar(service)
+            default, name, limit = ChatSettings(), escape(service.name), service.max_new_tokens
+            title = f'<div class="mh-name">medhead</div><div class="mh-model" title="{name}">{name}</div>'
+            _html(title, elem_classes="mh-brand")
+            template = '<div class="mh-chats"></div>'
+            self.chats = _html({"current": ""}, html_template=template, js_on_load=asset("chats.js"))
+            with gr.Accordion("Sampling", open=True, elem_classes="mh-group"):
+                self.system = gr.Textbox(
+                    label="System prompt", lines=2, max_lines=4, placeholder="none", max_length=20_000
+                )
+                self.temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", buttons=[])
+                self.top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p", buttons=[])
+                tokens = min(default.max_new_tokens, limit)
+                self.max_new_tokens = gr.Slider(1, limit, tokens, step=1, label="Max new tokens", buttons=[])
+                self.seed = gr.Textbox(label="Seed", max_lines=1, placeholder="random", max_length=20)
         with gr.Sidebar(width=328, position="right", elem_classes="mh-side mh-right"):
-            self._right_sidebar(service)
+            proposers = [name for name in PROPOSERS if name != "heads" or service.engine.has_heads]
+            sizes = [(str(size), size) for size in TREE_SIZES]
+            _html("<h3>Speculative decoding</h3>", elem_classes="mh-heading")
+            with gr.Row(elem_classes="mh-pair"):
+                shared: Any = {"value": AUTOMATIC, "min_width": 120}
+                self.proposer = gr.Dropdown(proposers, label="Proposer", elem_id="mh-proposer", **shared)
+                self.tree_size = gr.Dropdown(sizes, label="Tree size", **shared)
+            self.show_sources = gr.Checkbox(True, label="Color tokens by source")
+            self.tree = _html(tree_panel(None), elem_classes="mh-panel")
+            self.lengths = _html(lengths_panel([]), elem_classes="mh-panel")
         with gr.Tabs(elem_classes="mh-tabs"):
             with gr.Tab("Chat", id="chat"):
-                self._chat_tab()
+                empty = {"id": "", "title": "", "busy": False, "messages": [], "store": None}
+                script = asset("chat.js")
+                self.chat = _html(empty, html_template=chat_template(), js_on_load=script, elem_id="mh-chat")
+                with gr.Row(elem_classes="mh-strip"):
+                    self.live = _html(live_line(None), elem_classes="mh-live-box")
+                    _html(legend(), elem_classes="mh-legend-box")
+                with gr.Row(elem_classes="mh-composer"):
+                    self.message = gr.Textbox(placeholder="Write a message", max_lines=6, elem_id="mh-message", **BOX)
+                    self.send, self.stop = _start_and_stop("Send", "mh-send", "mh-stop")
+                    self.clear = gr.Button("Clear", variant="secondary", scale=0, min_width=72, elem_id="mh-clear")
             with gr.Tab("Race", id="race"):
-                self._race_tab()
+                plain, speculative = race_cards(None)
+                with gr.Row(elem_classes="mh-composer"):
+                    hint, name = "A prompt for both", "mh-race-prompt"
+                    self.race_prompt = gr.Textbox(EXAMPLES[0], placeholder=hint, max_lines=4, elem_id=name, **BOX)
+                    self.race_start, self.race_stop = _start_and_stop("Race", "mh-race", "mh-race-stop")
+                with gr.Row(elem_classes="mh-cards"):
+                    self.race_plain = _html(plain, elem_id="mh-race-plain")
+                    self.race_speculative = _html(speculative, elem_id="mh-race-speculative")
+                self.race_verdict = _html(verdict_line(None), elem_id="mh-race-verdict")
+                _html(legend(), elem_classes="mh-legend-box")
 
     @property
     def settings(self) -> list[Any]:
         """Return the components of the settings, in the order of `SETTINGS`."""
         return [getattr(self, name) for name in SETTINGS]
-
-    def _left_sidebar(self, service: Service) -> None:
-        default, name, limit = ChatSettings(), escape(service.name), service.max_new_tokens
-        title = f'<div class="mh-name">medhead</div><div class="mh-model" title="{name}">{name}</div>'
-        _html(title, elem_classes="mh-brand")
-        template = '<div class="mh-chats"></div>'
-        self.chats = _html({"current": ""}, html_template=template, js_on_load=asset("chats.js"))
-        with gr.Accordion("Sampling", open=True, elem_classes="mh-group"):
-            self.system = gr.Textbox(label="System prompt", lines=2, max_lines=4, placeholder="none", max_length=20_000)
-            self.temperature = gr.Slider(0, 2, default.temperature, step=0.05, label="Temperature", buttons=[])
-            self.top_p = gr.Slider(0.05, 1, default.top_p, step=0.05, label="Top-p", buttons=[])
-            tokens = min(default.max_new_tokens, limit)
-            self.max_new_tokens = gr.Slider(1, limit, tokens, step=1, label="Max new tokens", buttons=[])
-            self.seed = gr.Textbox(label="Seed", max_lines=1, placeholder="random", max_length=20)
-
-    def _right_sidebar(self, service: Service) -> None:
-        proposers = [name for name in PROPOSERS if name != "heads" or service.engine.has_heads]
-        sizes = [(str(size), size) for size in TREE_SIZES]
-        _html("<h3>Speculative decoding</h3>", elem_classes="mh-heading")
-        with gr.Row(elem_classes="mh-pair"):
-            self.proposer = gr.Dropdown(
-                proposers, value=AUTOMATIC, label="Proposer", min_width=120, elem_id="mh-proposer"
-            )
-            self.tree_size = gr.Dropdown(sizes, value=AUTOMATIC, label="Tree size", min_width=120)
-        self.show_sources = gr.Checkbox(True, label="Color tokens by source")
-        self.tree = _html(tree_panel(None), elem_classes="mh-panel")
-        self.lengths = _html(lengths_panel([]), elem_classes="mh-panel")
-
-    def _chat_tab(self) -> None:
-        empty = {"id": "", "title": "", "busy": False, "messages": [], "store": None}
-        script = asset("chat.js")
-        self.chat = _html(empty, html_template=chat_template(), js_on_load=script, elem_id="mh-chat")
-        with gr.Row(elem_classes="mh-strip"):
-            self.live = _html(live_line(None), elem_classes="mh-live-box")
-            _html(legend(), elem_classes="mh-legend-box")
-        with gr.Row(elem_classes="mh-composer"):
-            self.message = gr.Textbox(placeholder="Write a message", max_lines=6, elem_id="mh-message", **BOX)
-            self.send, self.stop = _start_and_stop("Send", "mh-send", "mh-stop")
-            self.clear = gr.Button("Clear", variant="secondary", scale=0, min_width=72, elem_id="mh-clear")
-
-    def _race_tab(self) -> None:
-        plain, speculative = race_cards(None)
-        with gr.Row(elem_classes="mh-composer"):
-            hint, name = "A prompt for both", "mh-race-prompt"
-            self.race_prompt = gr.Textbox(EXAMPLES[0], placeholder=hint, max_lines=4, elem_id=name, **BOX)
-            self.race_start, self.race_stop = _start_and_stop("Race", "mh-race", "mh-race-stop")
-        with gr.Row(elem_classes="mh-cards"):
-            self.race_plain = _html(plain, elem_id="mh-race-plain")
-            self.race_speculative = _html(speculative, elem_id="mh-race-speculative")
-        self.race_verdict = _html(verdict_line(None), elem_id="mh-race-verdict")
-        _html(legend(), elem_classes="mh-legend-box")
 
 
 def tree_panel(tree: dict[str, Any] | None) -> str:

@@ -15,9 +15,8 @@ EXAMPLES = (
     "Write a short tale in which a girl finds a lost key.",
     "Tell me about a rainy day at the lake.",
 )
-SHADES = (  # 50 to 950, and the name
-    "#eef6fb #d7eaf6 #b0d6ee #83bfe4 #56b4e9 #1f86c4 #0072b2 #005d92 #064c75 #0b3f60 #082a41 medhead-blue"
-)
+# 50 to 950, and the name
+SHADES = "#eef6fb #d7eaf6 #b0d6ee #83bfe4 #56b4e9 #1f86c4 #0072b2 #005d92 #064c75 #0b3f60 #082a41 medhead-blue"
 BLUE = gr.themes.Color(*SHADES.split())
 FONT = (
     "ui-sans-serif",
