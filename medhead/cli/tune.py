@@ -17,7 +17,7 @@ from medhead.heads import load_heads
 from medhead.heads.config import CONFIG_FILE
 from medhead.model.loading import DEMO_HEADS
 from medhead.model.target import Target
-from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
+from medhead.proposers.lookahead_sizes import DEFAULTS, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import costs_batch, measure_costs, store_costs
 from medhead.tune import trees, windows
 from medhead.tune.search import Changes, T, coordinate_search, throughput
@@ -95,11 +95,8 @@ def tune_heads(target: Target, folder: Path, args: argparse.Namespace) -> None:
     heads = load_heads(folder, target)
     config, file = heads.config, folder / CONFIG_FILE
     start = Tree(config.tree_size, config.tree_width, config.tree_branching, config.tree_depth or config.depth)
-
-    def make(tree: Tree) -> Decoder:
-        return Decoder(target, "heads", heads=heads, **tree.options())
-
-    best = fastest(target, args, make, start, trees.dimensions(config.depth))
+    changes = trees.dimensions(config.depth)
+    best = fastest(target, args, lambda tree: Decoder(target, "heads", heads=heads, **tree.options()), start, changes)
     if args.dry_run:
         return
     if file.is_file():
@@ -111,11 +108,8 @@ def tune_heads(target: Target, folder: Path, args: argparse.Namespace) -> None:
 
 def tune_lookahead(target: Target, args: argparse.Namespace) -> None:
     """Find the fastest W, N and G and keep them in the user's cache."""
-
-    def make(sizes: Sizes) -> Decoder:
-        return Decoder(target, "lookahead", **sizes._asdict())
-
-    best = fastest(target, args, make, tuned_sizes(target) or DEFAULTS, windows.dimensions())
+    start, changes = tuned_sizes(target) or DEFAULTS, windows.dimensions()
+    best = fastest(target, args, lambda sizes: Decoder(target, "lookahead", **sizes._asdict()), start, changes)
     if not args.dry_run:
         file = store_sizes(target, best)
         print(f"written into {file}" if file else "not written: the cache folder cannot be written")
