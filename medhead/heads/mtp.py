@@ -21,8 +21,9 @@ from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
 from medhead.core.lengths import Lengths
-from medhead.errors import MedheadError
-from medhead.heads.base import Heads, HeadsConfig
+from medhead.errors import MedheadError, one_line
+from medhead.heads.base import Heads
+from medhead.heads.config import fitting_config
 from medhead.heads.draft_cache import EncodeCacheEntry
 from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
@@ -36,11 +37,7 @@ TREE_DEPTH = 4  # deepest tree by default, if the checkpoint has no more layers 
 
 
 def load_mtp(target: Target) -> MtpHeads:
-    """The multi-token-prediction layers of the target's checkpoint.
-
-    Raises:
-        MedheadError: transformers is too old, the model has no such layers, or its checkpoint does not hold them.
-    """
+    """Return the multi-token-prediction layers of the target's checkpoint; raise `MedheadError` where it holds none."""
     model_class: Any = getattr(modeling_layers, "MtpModel", None)
     if not hasattr(model_class, "forward_layer"):
         raise MedheadError(f"heads {MTP!r} need transformers 5.24 or newer, this is {transformers.__version__}")
@@ -58,34 +55,20 @@ def load_mtp(target: Target) -> MtpHeads:
         mtp = model_class.from_pretrained(target.model, device_map={"": target.device})
         return MtpHeads(mtp, target)
     except Exception as error:  # whatever transformers raises on files that are missing, damaged or of another layout
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error, 200)
         raise MedheadError(f"the multi-token-prediction layers of {target.name} cannot be used: {reason}") from error
     finally:
         logging.enable_progress_bar()
 
 
 class MtpHeads(Heads):
-    """The state is a node's index among all nodes that were expanded in this proposal, 0 for the root.
-
-    Args:
-        mtp: transformers' `MtpModel`.
-        target: the model whose layers they are.
-    """
+    """Heads of transformers' `MtpModel`; the state is a node's index among all expanded nodes of a proposal, 0 for the root."""
 
     has_tensor_cache = False
 
     def __init__(self, mtp: Any, target: Target) -> None:
         layers = len(mtp.layers)
-        config = HeadsConfig(
-            kind=MTP,
-            depth=max(DEPTH, layers),
-            tree_depth=max(TREE_DEPTH, layers),
-            hidden_size=target.hidden_size,
-            vocab_size=target.vocab_size,
-            num_target_layers=target.layers,
-            target_type=target.config.model_type,
-        )
-        super().__init__(config)
+        super().__init__(fitting_config(target, MTP, depth=max(DEPTH, layers), tree_depth=max(TREE_DEPTH, layers)))
         self.layers = layers
         mtp.layers.eval().requires_grad_(False)
         mtp.config._attn_implementation = NAME
@@ -100,12 +83,11 @@ class MtpHeads(Heads):
     def init_state(
         self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None
     ) -> tuple[Tensor, Growth]:
-        """Nothing to compute: every layer has already run over the root."""
-        index = torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device)
-        return index, Growth(memory, index.shape[0])
+        """Return index 0: every layer has already run over the root."""
+        return torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device), Growth(memory, root.shape[0])
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: Growth) -> tuple[Tensor, Tensor]:
-        """One pass of one layer over all nodes so far; none for the root."""
+        """Run one layer over all nodes so far; none for the root."""
         if depth == 0:
             return state, context.said.to(token.dtype)
         index, said = context.extend(state[..., 0], token.to(self.dtype), depth)
@@ -114,7 +96,7 @@ class MtpHeads(Heads):
     def run(
         self, layer: int, cache: TreeCache, token: Tensor, hidden: Tensor, depth: Tensor, visible: Tensor | None = None
     ) -> Tensor:
-        """What a layer says at nodes behind the committed tokens of every row.
+        """Return the output of a layer at nodes behind the committed tokens of every row.
 
         Args:
             layer: which one, from 0.
@@ -134,15 +116,14 @@ class MtpHeads(Heads):
 
     @torch.inference_mode()
     def _find_layout(self, device: torch.device) -> CacheLayout:
-        """Shapes of what every layer caches, from a pass over two tokens."""
+        """Return the shapes of what every layer caches, from a pass over two tokens."""
         cache: Any = DynamicCache()
         nothing = torch.zeros(1, 2, self.config.hidden_size, dtype=self.dtype, device=device)
         positions = torch.arange(1, 3, device=device)[None]
-        found: dict[int, Any] = {}
+        found = {}
         for layer in range(self.layers):
             self._mtp[0].forward_layer(layer, nothing, positions, cache, inputs_embeds=nothing)
-            kept = cache.layers[layer].keys, cache.layers[layer].values
-            found[layer] = tuple(KVSpec(t.shape[1], t.shape[3], t.dtype, t.device) for t in kept)
+            found[layer] = KVSpec.of(cache.layers[layer].keys), KVSpec.of(cache.layers[layer].values)
         return CacheLayout(found)
 
 
@@ -155,15 +136,14 @@ class MtpDraftCache:
     """
 
     def __init__(self, heads: MtpHeads, lengths: Lengths, capacity: int) -> None:
-        batch, device = len(lengths.device), lengths.device.device
-        self.heads = heads
-        self.cache = TreeCache(heads.layout, batch, capacity)
+        self.heads, self.cache = heads, TreeCache(heads.layout, len(lengths.device), capacity)
         self.cache.lengths = lengths
-        self.last = [torch.zeros(batch, heads.config.hidden_size, dtype=heads.dtype, device=device)] * heads.layers
+        size, device = (len(lengths.device), heads.config.hidden_size), lengths.device.device
+        self.last = [torch.zeros(size, dtype=heads.dtype, device=device)] * heads.layers
 
     @property
     def lengths(self) -> Lengths:
-        """Tokens of every row, the first one not counted."""
+        """Return the tokens of every row, the first one not counted."""
         return self.cache.lengths
 
     @lengths.setter
@@ -201,7 +181,6 @@ class Growth:
     """The nodes of one proposal in the order in which they were expanded.
 
     Attributes:
-        memory: of the text.
         said: `[batch, 1 + nodes, size]`, what the layer that ran last said at the root and at the nodes.
     """
 
@@ -237,16 +216,14 @@ class Growth:
 
 @dataclass
 class LayerPass(TreePass):
-    """A pass of one layer.
+    """A pass of one layer."""
 
-    Attributes:
-        hides: columns at the beginning that hold nothing: layer k begins with token k, it needs layer k - 1 before it.
-    """
-
-    hides: int = 0
+    hides: int = (
+        0  # empty columns at the beginning: layer k begins with token k, because it needs layer k - 1 before it
+    )
 
     def bias(self, rule: Callable, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """As `TreePass.bias`, without the hidden columns."""
+        """Return the result of `TreePass.bias` without the hidden columns."""
         if not self.hides:
             return super().bias(rule, window, dtype, device)
 
@@ -257,5 +234,5 @@ class LayerPass(TreePass):
 
 
 def _pick(x: Tensor, index: Tensor) -> Tensor:
-    """`[batch, n, size]` at `[batch, m]`: `[batch, m, size]`."""
+    """Return the `[batch, m, size]` rows of `[batch, n, size]` at `[batch, m]`."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -62,8 +62,8 @@ class TreePass:
     backend: Backend | None = None
     host_lengths: tuple[int, ...] = ()
     ancestor_bitmask: Tensor | None = None
-    _biases: dict[Any, Tensor] = field(default_factory=dict)
-    _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict)
+    _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
+    _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
     @property
     def num_keys(self) -> int:
@@ -200,16 +200,9 @@ def _backend_attention(
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`; the attention function of transformers."""
     current = _running.get()
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
@@ -225,9 +218,8 @@ def _attention(
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
-        visible = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
-        attention_mask = additive_mask(visible, torch.float32)
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 
