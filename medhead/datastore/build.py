@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +110,7 @@ def _write(folder: Path, info: DatastoreInfo, tokens: npt.NDArray[Any], order: n
             new.mkdir()
             np.save(new / store.TOKENS_FILE, tokens, allow_pickle=False)
             np.save(new / store.ORDER_FILE, order, allow_pickle=False)
-            (new / store.INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+            (new / store.INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, scratch / "old")
             os.replace(new, folder)

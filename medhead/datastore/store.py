@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +36,6 @@ class DatastoreInfo:
     documents: int
     vocab_size: int  # of the tokenizer; also the id of the separator
     fingerprint: str  # see `vocabulary_fingerprint`
-
-    def to_json(self) -> str:
-        """Return the content of the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:

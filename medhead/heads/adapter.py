@@ -50,9 +50,9 @@ def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = No
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     attach(target, heads)
-    fields = lora or {"target_modules": DUMMY_TARGET_MODULES}
+    config = LoraConfig(modules_to_save=[SUBMODULE], **(lora or {"target_modules": DUMMY_TARGET_MODULES}))
     with _quiet():
-        wrapped = get_peft_model(target, LoraConfig(modules_to_save=[SUBMODULE], **fields))
+        wrapped = get_peft_model(target, config)
     return wrapped, heads_of(wrapped)
 
 

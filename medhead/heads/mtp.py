@@ -1,10 +1,10 @@
 """Multi-token-prediction layers that a checkpoint brings (DeepSeek-V3, GLM-4.5, ...), as heads; nothing is trained.
 
-At every token, layer k reads the token's embedding and what layer k - 1 said at the token before (layer 1: the target's
-last hidden state there), looks back with keys and values of its own, and names the token behind. So a node d below the
-root, d tokens beyond what the target has read, has its children named by layer d + 1, which has to run over the node's
-path as well: it has not seen those tokens before. Below the last layer that layer goes on with what it said itself, as
-engines do with checkpoints of one layer. On a chain this is what `generate(use_mtp=True)` computes.
+At every token, layer k reads the token's embedding and the output of layer k - 1 at the token before (layer 1: the
+target's last hidden state there), attends to keys and values of its own, and predicts the next token. So layer d + 1
+predicts the children of a node at depth d, and runs over the node's whole path, which it has not read before. At greater
+depths the last layer continues from its own outputs, as engines do with checkpoints of one layer. On a chain this is what
+`generate(use_mtp=True)` computes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 MTP = "mtp"  # given instead of a folder: the layers in the target's own checkpoint
-DEPTH = 8  # deepest tree that may be asked for; the last layer speaks for all depths beyond it
+DEPTH = 8  # deepest tree that may be asked for; the last layer predicts all depths beyond it
 TREE_DEPTH = 4  # deepest tree by default, if the checkpoint has no more layers than that
 
 
@@ -80,18 +80,16 @@ class MtpHeads(Heads):
         """Return the layers' key/value cache."""
         return MtpDraftCache(self, lengths, capacity)
 
-    def init_state(
-        self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None
-    ) -> tuple[Tensor, Growth]:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Growth]:
         """Return index 0: every layer has already run over the root."""
-        return torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device), Growth(memory, root.shape[0])
+        return torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device), Growth(cache, root.shape[0])
 
     def step(self, state: Tensor, token: Tensor, depth: int, context: Growth) -> tuple[Tensor, Tensor]:
         """Run one layer over all nodes so far; none for the root."""
         if depth == 0:
-            return state, context.said.to(token.dtype)
-        index, said = context.extend(state[..., 0], token.to(self.dtype), depth)
-        return index[..., None], said.to(token.dtype)
+            return state, context.outputs.to(token.dtype)
+        index, outputs = context.extend(state[..., 0], token.to(self.dtype), depth)
+        return index[..., None], outputs.to(token.dtype)
 
     def run(
         self, layer: int, cache: TreeCache, token: Tensor, hidden: Tensor, depth: Tensor, visible: Tensor | None = None
@@ -102,7 +100,7 @@ class MtpHeads(Heads):
             layer: which one, from 0.
             cache: holds keys and values of the token at position i + 1 in column i; the first token has none.
             token: `[batch, nodes, size]`, embeddings.
-            hidden: `[batch, nodes, size]`, what the layer before said at the nodes' parents.
+            hidden: `[batch, nodes, size]`, the outputs of the layer before at the nodes' parents.
             depth: `[1, nodes]`, columns between the node and the last committed one.
             visible: `[batch, nodes, nodes]`, node i sees node j; None for a chain.
         """
@@ -181,37 +179,40 @@ class Growth:
     """The nodes of one proposal in the order in which they were expanded.
 
     Attributes:
-        said: `[batch, 1 + nodes, size]`, what the layer that ran last said at the root and at the nodes.
+        outputs: `[batch, 1 + nodes, size]` of the layer that ran last, at the root and at the nodes.
     """
 
-    def __init__(self, memory: MtpDraftCache, batch: int) -> None:
-        self.memory, self.said = memory, memory.last[0][:, None]
-        self._token = self._hidden = self.said[:, :0]  # input of the layer that ran last
-        self._parents = torch.zeros(batch, 0, dtype=torch.long, device=self.said.device)  # 0 is the root
+    def __init__(self, draft_cache: MtpDraftCache, batch: int) -> None:
+        self.draft_cache, self.outputs = draft_cache, draft_cache.last[0][:, None]
+        self._token = self._hidden = self.outputs[:, :0]  # input of the layer that ran last
+        self._parents = torch.zeros(batch, 0, dtype=torch.long, device=self.outputs.device)  # 0 is the root
         self._depth = self._parents[:1]  # 0 for the root's children
-        self._visible = torch.zeros(batch, 1, 0, dtype=torch.bool, device=self.said.device)  # [batch, 1 + nodes, nodes]
+        self._visible = torch.zeros(
+            batch, 1, 0, dtype=torch.bool, device=self.outputs.device
+        )  # [batch, 1 + nodes, nodes]
 
     def extend(self, parents: Tensor, token: Tensor, depth: int) -> tuple[Tensor, Tensor]:
         """Add nodes of a depth >= 1, by their parents' indices `[batch, width]` and their own embeddings.
 
         Returns:
-            Their indices `[batch, width]`, and what is said at them `[batch, width, size]`.
+            Their indices `[batch, width]` and outputs `[batch, width, size]`.
         """
-        heads, (batch, width), before = self.memory.heads, parents.shape, self._token.shape[1]
+        heads, (batch, width), before = self.draft_cache.heads, parents.shape, self._token.shape[1]
         self._token = torch.cat([self._token, token], 1)
         self._parents = torch.cat([self._parents, parents], 1)
         self._depth = F.pad(self._depth, (0, width), value=depth - 1)
         above = self._visible.gather(1, parents[..., None].expand(-1, -1, before))
         itself = torch.eye(width, dtype=torch.bool, device=above.device).expand(batch, -1, -1)
         self._visible = torch.cat([F.pad(self._visible, (0, width)), torch.cat([above, itself], 2)], 1)
-        if depth < heads.layers:  # a layer's first turn: it reads what the layer before said
-            layer, self._hidden = depth, _pick(self.said, self._parents)
+        if depth < heads.layers:  # a layer's first turn: it reads the outputs of the layer before
+            layer, self._hidden = depth, _pick(self.outputs, self._parents)
         else:
-            layer, self._hidden = heads.layers - 1, torch.cat([self._hidden, _pick(self.said, parents)], 1)
-        said = heads.run(layer, self.memory.cache, self._token, self._hidden, self._depth, self._visible[:, 1:])
-        self.said = torch.cat([self.memory.last[layer][:, None], said], 1)
+            layer, self._hidden = heads.layers - 1, torch.cat([self._hidden, _pick(self.outputs, parents)], 1)
+        cache, last = self.draft_cache.cache, self.draft_cache.last[layer]
+        outputs = heads.run(layer, cache, self._token, self._hidden, self._depth, self._visible[:, 1:])
+        self.outputs = torch.cat([last[:, None], outputs], 1)
         index = torch.arange(before + 1, before + 1 + width, device=parents.device)
-        return index.expand(batch, -1), said[:, before:]
+        return index.expand(batch, -1), outputs[:, before:]
 
 
 @dataclass

@@ -39,29 +39,17 @@ NAME = "medhead"
 
 @dataclass
 class TreePass:
-    """Arguments of attention that belong to the running pass.
+    """Arguments of attention that belong to the running pass."""
 
-    Attributes:
-        lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `max_length`.
-        max_length: the largest length, on the host; an upper bound where only the device knows the lengths.
-        depth: `[batch or 1, nodes]`, depth of every node.
-        visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
-        nodes: number of nodes in this pass.
-        use_reference: use the reference attention in every layer, for comparison.
-        backend: a kernel backend for the layers that it supports, or None.
-        host_lengths: committed tokens of every row, on the host; empty where only the device knows them.
-        ancestor_bitmask: ancestors of the nodes, see `TokenTree.ancestor_bitmask`; required with a backend.
-    """
-
-    lengths: Tensor | None
-    max_length: int
-    depth: Tensor
-    visible: Tensor | None
-    nodes: int
-    use_reference: bool = False
-    backend: Backend | None = None
-    host_lengths: tuple[int, ...] = ()
-    ancestor_bitmask: Tensor | None = None
+    lengths: Tensor | None  # `[batch]` int64, committed tokens of every row, or None when all rows have `max_length`
+    max_length: int  # the largest length, on the host; an upper bound where only the device knows the lengths
+    depth: Tensor  # `[batch or 1, nodes]`, depth of every node
+    visible: Tensor | None  # `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain
+    nodes: int  # number of nodes in this pass
+    use_reference: bool = False  # use the reference attention in every layer, for comparison
+    backend: Backend | None = None  # a kernel backend for the layers that it supports
+    host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
+    ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
