@@ -9,7 +9,7 @@ from medhead.proposers.base import Proposer, register_proposer
 
 @register_proposer("none")
 class PlainProposer(Proposer):
-    """Names nothing but the root. A tree size is accepted and means nothing."""
+    """Proposes nothing but the root. It accepts a tree size, as all proposers do, and ignores it."""
 
     capturable = True
 
