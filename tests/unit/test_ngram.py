@@ -18,15 +18,15 @@ from medhead.errors import MedheadError
 from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.ngram import NgramProposer
-from medhead.proposers.ppm import TextMemory, doubt
+from medhead.proposers.ppm import TextMemory, escape_mass
 from medhead.proposers.trie import DraftTrie, to_token_tree
 
 TEXTS = st.lists(st.integers(0, 3), min_size=2, max_size=40)
 H = 9.0
 
 
-def next_chances(text: list[int], path: list[int], longest: int, floor: float) -> dict[int, float]:
-    """Chances of the tokens behind text + path: contexts longest first, each leaves doubt / (weight + doubt) to the next,
+def next_probs(text: list[int], path: list[int], longest: int, floor: float) -> dict[int, float]:
+    """Return the probabilities of the tokens behind text + path: contexts longest first, each leaves escape_mass / (weight + escape_mass) to the next,
     down to what could not make a node likely enough."""
     whole = text + path
     contexts: dict[tuple[int, ...], int] = {}
@@ -41,27 +41,27 @@ def next_chances(text: list[int], path: list[int], longest: int, floor: float) -
     rest = 1.0
     for places, length in sorted(contexts.items(), key=lambda item: -item[1]):
         weights = {end: 0.5 ** ((len(text) - 1 - end) / H) for end in places if end >= 0}
-        total = sum(weights.values()) + doubt(length)
+        total = sum(weights.values()) + escape_mass(length)
         for end in weights:
             weight = 0.5 ** ((len(text) - 2 - end) / H)  # an occurrence of context and follower ends one token later
             probs[text[end + 1]] = probs.get(text[end + 1], 0.0) + rest * weight / total
-        rest *= doubt(length) / total
+        rest *= escape_mass(length) / total
         if rest <= floor:
             break
     return probs
 
 
-def brute_force(text: list[int], longest: int, depth: int, least: float) -> dict[tuple[int, ...], float]:
-    """Every path whose chance is at least `least`."""
+def brute_force(text: list[int], longest: int, depth: int, min_prob: float) -> dict[tuple[int, ...], float]:
+    """Every path whose probability is at least `min_prob`."""
     found: dict[tuple[int, ...], float] = {}
     frontier: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
     while frontier:
         path, prob = frontier.pop()
         if len(path) == depth:
             continue
-        for token, share in next_chances(text, list(path), longest, max(0.02, least / prob)).items():
+        for token, share in next_probs(text, list(path), longest, max(0.02, min_prob / prob)).items():
             below = prob * min(share, 1.0)
-            if below >= least:
+            if below >= min_prob:
                 found[(*path, token)] = below
                 frontier.append(((*path, token), below))
     return found
@@ -75,7 +75,7 @@ def memory(text: list[int], longest: int, depth: int, half_life: float = H) -> T
 
 @given(TEXTS, st.integers(1, 6), st.integers(1, 4))
 def test_candidates_are_those_of_a_search(text: list[int], longest: int, depth: int) -> None:
-    found = dict(memory(text, longest, depth).guesses(text[-1], 10**6, depth, 0.03).paths())
+    found = dict(memory(text, longest, depth).trie(text[-1], 10**6, depth, 0.03).paths())
     expected = brute_force(text, longest, depth, 0.03)
     sure = {path for path, prob in expected.items() if prob > 0.0301}
     assert sure <= set(found)
@@ -85,25 +85,25 @@ def test_candidates_are_those_of_a_search(text: list[int], longest: int, depth: 
 
 @given(TEXTS, st.integers(2, 10))
 def test_a_small_tree_holds_the_likeliest(text: list[int], nodes: int) -> None:
-    everything = memory(text, 4, 4).guesses(text[-1], 10**6, 4, 0.01)
-    few = memory(text, 4, 4).guesses(text[-1], nodes, 4, 0.01)
+    everything = memory(text, 4, 4).trie(text[-1], 10**6, 4, 0.01)
+    few = memory(text, 4, 4).trie(text[-1], nodes, 4, 0.01)
     assert len(few) == min(nodes, len(everything))
     assert few.probs == pytest.approx(sorted(everything.probs, reverse=True)[:nodes])
-    assert sorted(everything.likeliest(nodes).probs) == pytest.approx(sorted(few.probs))
+    assert sorted(everything.prune(nodes).probs) == pytest.approx(sorted(few.probs))
 
 
 @given(TEXTS, st.integers(1, 39))
 def test_reading_in_parts_is_reading_at_once(text: list[int], cut: int) -> None:
     parts = TextMemory(4, 4, H)
     parts.extend(text[:cut])
-    parts.guesses(text[0], 8, 4, 0.01)
+    parts.trie(text[0], 8, 4, 0.01)
     parts.extend(text)
-    assert parts.guesses(text[-1], 20, 4, 0.01).paths() == memory(text, 4, 4).guesses(text[-1], 20, 4, 0.01).paths()
+    assert parts.trie(text[-1], 20, 4, 0.01).paths() == memory(text, 4, 4).trie(text[-1], 20, 4, 0.01).paths()
 
 
 def test_longest_match_first_then_recency_and_count() -> None:
     def first(text: list[int]) -> list[int]:
-        return memory(text, 8, 1).guesses(text[-1], 9, 1, 0.0).tokens[1:]  # best first
+        return memory(text, 8, 1).trie(text[-1], 9, 1, 0.0).tokens[1:]  # best first
 
     assert first([1, 2, 3, 4, 5, 3, 6, 1, 2, 3])[0] == 4  # behind (1, 2, 3), though 6 is newer behind (3)
     assert first([3, 4, 9, 3, 6, 9, 0, 3]) == [6, 4]  # the newer one
@@ -112,7 +112,7 @@ def test_longest_match_first_then_recency_and_count() -> None:
 
 def test_a_copy_is_found_at_full_depth() -> None:
     text = [*list(range(10, 40)), 5, 6, *list(range(10, 20))]
-    found = memory(text, 16, 10, 4096).guesses(text[-1], 16, 10, 0.02)
+    found = memory(text, 16, 10, 4096).trie(text[-1], 16, 10, 0.02)
     assert found.tokens == list(range(19, 30))
     assert found.depths == list(range(11))
     assert found.probs[1] > 0.7
@@ -166,10 +166,10 @@ def test_text_that_repeats_is_copied_in_few_passes() -> None:
 
 def test_wrong_options(target: Target) -> None:
     for options, says in (
-        ({"longest": 0}, "at least 1, got 0"),
+        ({"max_context": 0}, "at least 1, got 0"),
         ({"max_depth": 0}, "at least 1"),
         ({"half_life": 0}, "half_life must be at least 1"),
-        ({"least": 1.5}, "from 0 to 1"),
+        ({"min_prob": 1.5}, "from 0 to 1"),
         ({"datastore": "./nowhere"}, "'nowhere' does not exist"),
     ):
         with pytest.raises(MedheadError, match=says) as refusal:
@@ -188,7 +188,7 @@ def test_a_step_costs_microseconds() -> None:
         text.append(token)
         began = time.perf_counter()
         made.extend(text)
-        made.guesses(token, 16, 10, 0.02)
+        made.trie(token, 16, 10, 0.02)
         times.append(time.perf_counter() - began)
     assert sorted(times)[len(times) // 2] < 0.002
 
@@ -217,7 +217,7 @@ def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int)
     for path, prob in merged.items():
         assert prob == pytest.approx(1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)))
         assert prob <= merged.get(path[:-1], 1.0)
-    few = dict(first.likeliest(nodes).paths())
+    few = dict(first.prune(nodes).paths())
     assert len(few) == min(nodes - 1, len(merged))
     assert all(path[:-1] in few for path in few if len(path) > 1)
     assert sum(few.values()) == pytest.approx(sum(sorted(merged.values(), reverse=True)[: nodes - 1]))
