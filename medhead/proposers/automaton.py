@@ -37,7 +37,7 @@ class SuffixAutomaton:
         self._scale = 0.0  # half-lives that were scaled out of all weights
         self._next: list[dict[int, int]] = [{}]
         self._weight = [0.0]
-        self._heaviest: list[list[int] | None] = [None]  # the heaviest followers in order, of states with many
+        self._heaviest: dict[int, list[int]] = {}  # the heaviest followers in order, of states with many
         self._last = ROOT  # state of the whole text
 
     def append(self, token: int) -> None:
@@ -45,10 +45,8 @@ class SuffixAutomaton:
         self._extend(token)
         self.now = 2.0 ** (self.size / self.half_life - self._scale)
         if self.now > 2.0**_RESCALE:
-            factor = 2.0**-_RESCALE
-            self._weight = [weight * factor for weight in self._weight]
-            self._scale += _RESCALE
-            self.now *= factor
+            self._weight = [weight * 2.0**-_RESCALE for weight in self._weight]
+            self.now, self._scale = self.now * 2.0**-_RESCALE, self._scale + _RESCALE
         self._count(token)
         self.size += 1
 
@@ -72,7 +70,7 @@ class SuffixAutomaton:
     def after(self, state: int) -> list[tuple[int, int, float]]:
         """Return the heaviest followers of a state: token, the state it leads to, weight in units of one that ends now."""
         following, weight, now = self._next[state], self._weight, self.now
-        tokens = self._heaviest[state]
+        tokens = self._heaviest.get(state)
         if tokens is None:
             tokens = list(following)
             if len(tokens) > 1:
@@ -84,7 +82,6 @@ class SuffixAutomaton:
         self.link.append(ROOT)
         self.length.append(length)
         self._weight.append(0.0)
-        self._heaviest.append(None)
         return len(self.length) - 1
 
     def _extend(self, token: int) -> None:
@@ -109,8 +106,8 @@ class SuffixAutomaton:
         """Return a new state for the substrings of `state` with at most `length` tokens, which occur here too."""
         copy = self._new(length)
         self._next[copy] = dict(self._next[state])
-        heaviest = self._heaviest[state]
-        self._heaviest[copy] = None if heaviest is None else list(heaviest)
+        if state in self._heaviest:
+            self._heaviest[copy] = list(self._heaviest[state])
         self._weight[copy], self.link[copy] = self._weight[state], self.link[state]
         self.link[state] = copy
         return copy
@@ -134,7 +131,7 @@ class SuffixAutomaton:
 
     def _promote(self, state: int, token: int) -> None:
         """Keep the followers of a state in order after that of `token` became heavier."""
-        following, weight, heaviest = self._next[state], self._weight, self._heaviest[state]
+        following, weight, heaviest = self._next[state], self._weight, self._heaviest.get(state)
         if heaviest is None:
             if len(following) <= self.followers:
                 return  # `after` sorts them

@@ -125,12 +125,7 @@ class Proposer:
         """Start a generation with these prompts and forget the last one."""
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> Any:
-        """Return empty storage for what it keeps of every committed token, None for nothing.
-
-        Args:
-            lengths: committed tokens of every sequence; advanced by the decode loop.
-            capacity: tokens of a sequence to expect.
-        """
+        """Return empty storage for what it keeps of the committed tokens, with room for `capacity`, or None."""
         return None
 
     def on_prefill(self, draft_cache: Any, texts: list[list[int]], features: Tensor, start: int) -> None:

@@ -34,13 +34,7 @@ class Calibration:
         return candidates.shift(list(itertools.accumulate(steps)), _MAX_SCORE) if any(steps) else candidates
 
     def update(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
-        """Compare candidates, before their correction, with the tokens that the pass emitted.
-
-        Args:
-            candidates: the proposer's candidates.
-            emitted: emitted tokens of every row.
-            counts: how many of them are real.
-        """
+        """Compare uncorrected candidates with the emitted tokens of every row, of which the first `counts` are real."""
         all_tokens, all_parents = candidates.tokens.tolist(), candidates.parent_index.tolist()
         all_probs = candidates.scores.exp().tolist()
         for row, count in enumerate(counts):

@@ -41,12 +41,7 @@ class Candidates:
     levels: tuple[int, ...]
 
     def shift(self, totals: Sequence[float], max_score: float) -> Candidates:
-        """Return the candidates with shifted scores; a child above its parent gets its parent's score.
-
-        Args:
-            totals: what is added to the scores of every level.
-            max_score: the largest score.
-        """
+        """Return the candidates with `totals[level]` added to their scores, none above its parent's or `max_score`."""
         depth, _ = _depths(self.levels, self.scores.device)
         scores = (self.scores + torch.tensor([0.0, *totals], device=depth.device)[depth[1:]]).clamp(max=max_score)
         shifted = replace(self, scores=scores)
@@ -108,10 +103,7 @@ class Candidates:
 
         A token of probability p is drawn when its `log p + noise` is above that of all others. Those have the probability
         1 - p together, so the largest of them is `log(1 - p)` plus Gumbel noise, and is below with the probability
-        `exp(-exp(-noise) (1 - p) / p)`.
-
-        Args:
-            noise: `[batch, depths, vocab]` Gumbel noise, see `DecodeState.noise`.
+        `exp(-exp(-noise) (1 - p) / p)`. The noise is `[batch, depths, vocab]`.
         """
         depth, _ = _depths(self.levels, self.scores.device)
         prob = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.parent_index + 1)).exp()
@@ -155,15 +147,10 @@ def _side_by_side(members: list[Candidates]) -> Candidates:
 
 @lru_cache(maxsize=1024)
 def _interleaved(members: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """Return how candidates of several members become one set, level by level.
+    """Return how candidates of members with such levels become one set, level by level.
 
-    Args:
-        members: levels of each.
-        device: device of the result.
-
-    Returns:
-        The index among all members' candidates of the candidate at every place, `[n]`; the places of every member's root
-        (-1) and candidates, member by member; the levels.
+    That is the index among all members' candidates of the candidate at every place, `[n]`; the places of every member's root
+    (-1) and candidates, member by member; and the levels.
     """
     depth = torch.cat([torch.arange(len(levels)).repeat_interleave(torch.tensor(levels)) for levels in members])
     order = depth.sort(stable=True).indices

@@ -115,14 +115,13 @@ class HeadsProposer(Proposer):
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:
         """Return storage for heads that look back at the text."""
-        cache = self.heads.new_draft_cache(self.output_head.dtype, lengths, capacity)
-        return None if cache is None else LazyDraftCache(cache, self._encode_entries, self._embed_next)
+        output_head = self.output_head
+        cache = self.heads.new_draft_cache(output_head.dtype, lengths, capacity)
 
-    def _encode_entries(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        return self.heads.encode_cache_entry(features.to(self.output_head.dtype), token, positions, longest)
+        def encode(features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+            return self.heads.encode_cache_entry(features.to(output_head.dtype), token, positions, longest)
 
-    def _embed_next(self, tokens: Tensor) -> Tensor:
-        return self.output_head.token(tokens, 0)
+        return None if cache is None else LazyDraftCache(cache, encode, lambda tokens: output_head.token(tokens, 0))
 
     def on_prefill(
         self, draft_cache: LazyDraftCache | None, texts: list[list[int]], features: Tensor, start: int
@@ -130,13 +129,11 @@ class HeadsProposer(Proposer):
         """Write the entries of a chunk of the prompts."""
         if draft_cache is None:
             return
-        count = features.shape[1]
-        following = torch.zeros(len(texts), count, dtype=torch.long)
-        for row, text in enumerate(texts):
-            tokens = text[start + 1 : start + 1 + count]
-            following[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        counts = torch.tensor([min(count, max(0, len(text) - 1 - start)) for text in texts], device=features.device)
-        draft_cache.write(features, following.to(features.device), counts)
+        count, device = features.shape[1], features.device
+        following = [text[start + 1 : start + 1 + count] for text in texts]
+        counts = torch.tensor([len(tokens) for tokens in following], device=device)
+        padded = torch.tensor([tokens + [0] * (count - len(tokens)) for tokens in following], device=device)
+        draft_cache.write(features, padded, counts)
 
     def update_draft_cache(
         self, draft_cache: LazyDraftCache, features: Tensor, emitted: Tensor, counts: Tensor
@@ -235,17 +232,7 @@ class HeadsProposer(Proposer):
 
 @dataclass
 class HeadsExpander:
-    """The children of a frontier by the heads, see `growth.Expander`.
-
-    Attributes:
-        output_head: the heads with the output matrix.
-        state: what is decoded.
-        view: what the heads see of the text; None for heads that do not look back.
-        branching: number of children of a node.
-        depth: depth of the tree.
-        noise: noise to rank by; None without.
-        sharpness: factor of the log-probabilities without noise.
-    """
+    """The children of a frontier by the heads, see `growth.Expander`; `view` is what the heads see of the text."""
 
     output_head: OutputHead
     state: DecodeState

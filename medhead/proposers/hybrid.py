@@ -74,7 +74,7 @@ class HybridProposer(Proposer):
             members = ["ngram", "recycling"] if heads is None else ["heads", "ngram"]
         unused = sorted(key for key in options if _OWNERS.get(key, "heads") not in members)
         if unused:
-            raise MedheadError(f"no member of the hybrid takes {', '.join(unused)}; its members are {_names(members)}")
+            raise MedheadError(f"no member of the hybrid takes the options {', '.join(unused)}; leave them out")
         options |= {"heads": heads, "tree_size": tree_size, "clock": clock}
         self.members = [_build_member(member, target, options) for member in members]
         if not self.members:
@@ -189,16 +189,14 @@ class HybridProposer(Proposer):
         merged = merge(self._corrected)
         if self.controller is None:
             return merged, Plan(self.tree_size)
-        probs = merged.top_probs(self.controller.max_nodes - 1).sum(0).tolist()
+        probs = merged.top_probs(self.controller.sizes[-1] - 1).sum(0).tolist()
         nodes, rate = self.controller.choose(probs, rows, self.clock() - self._began)
         return merged, Plan(nodes, rate, sum(probs[: nodes - 1]))
 
     def _pays_to_ask(self, merged: Candidates | None, plan: Plan, rows: int) -> bool:
-        """Return whether expensive members are worth their time beside the candidates of the others.
+        """Return whether the gain of expensive members, where the others are wrong, has a better rate than the planned tree.
 
-        Where those are right, expensive members add nothing; where they are wrong, their recent gain. So many tokens for the
-        time of asking must be a better rate than that of the planned tree. Expensive members are left out only for a tree that
-        promises a multiple of their gain.
+        They are left out only for a tree that promises a multiple of their gain.
         """
         if not any(member.is_expensive for member in self.members):
             return False
@@ -260,11 +258,8 @@ class HybridProposer(Proposer):
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
         """Return for every node the member that gave its path the largest probability."""
-        known = [
-            (member.name, proposed.paths(row))
-            for member, proposed in zip(self.members, self._proposed, strict=True)
-            if proposed is not None
-        ]
+        both = zip(self.members, self._proposed, strict=True)
+        known = [(member.name, proposed.paths(row)) for member, proposed in both if proposed is not None]
         found = ["root"]
         for path in tree.paths_to(row)[1:]:
             names = [(paths[path], name) for name, paths in known if path in paths]
@@ -294,16 +289,11 @@ class MemberDraftCaches:
 def _build_member(member: str | Proposer, target: Target, options: dict[str, Any]) -> Proposer:
     """Return a member, built with its share of the options if it is given by name."""
     if isinstance(member, str):
-        member = build_proposer(
-            member, target, **{key: value for key, value in options.items() if _OWNERS.get(key, "heads") == member}
-        )
+        own = {key: value for key, value in options.items() if _OWNERS.get(key, "heads") == member}
+        member = build_proposer(member, target, **own)
     if type(member).candidates is Proposer.candidates:
         raise MedheadError(f"the proposer {member.name!r} gives no candidates, so it cannot be part of a hybrid")
     return member
-
-
-def _names(members: list[str | Proposer]) -> str:
-    return ", ".join(member if isinstance(member, str) else member.name for member in members)
 
 
 def _follow(known: float | None, new: float) -> float:

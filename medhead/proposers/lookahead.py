@@ -2,12 +2,11 @@
 
 Names are those of the paper: W columns, N tokens in an n-gram, G n-grams verified at a time. The window has N - 1 levels. With
 the root at position p, column i of level l predicts the token at position p + l + i; column 0 of level 0 is the root itself.
-Each pass gives the target's next token behind the last level. That completes an n-gram per column; the levels move up by one,
-and the new tokens are the last level (parallel Jacobi iterations of all columns).
+Each pass gives the next token behind the last level. That completes an n-gram per column; the levels move up by one, and the new
+tokens are the last level (parallel Jacobi iterations of all columns).
 
-The window and the n-grams to verify are one token tree: level 0 is a chain below the root, and the node of column i of level l
-is a child of column i of level l - 1. A node's ancestors are then what the paper's mask shows it, and its depth is its position.
-A window node may be accepted like any node.
+Window and n-grams are one token tree: level 0 is a chain below the root, and column i of level l is a child of column i of level
+l - 1. A node's ancestors are then what the paper's mask shows it. A window node may be accepted like any node.
 """
 
 from __future__ import annotations

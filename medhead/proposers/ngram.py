@@ -79,14 +79,13 @@ class NgramProposer(Proposer):
     def tries(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
         """Return the `tree_size` most probable nodes of every row, from text and datastore."""
         depth = min(max_depth, self.max_depth)
-        return [self._trie(memory, text, depth) for memory, text in zip(self.row_states, state.texts, strict=True)]
-
-    def _trie(self, memory: TextMemory, text: list[int], depth: int) -> DraftTrie:
-        memory.extend(text)
-        trie = memory.trie(text[-1], self.tree_size, depth, self.min_prob)
-        if self._store is not None:
-            trie.merge(self._store.trie(text, self.tree_size, depth, self.min_prob))
-        return trie.prune(self.tree_size)
+        found = []
+        for memory, text in zip(self.row_states, state.texts, strict=True):
+            trie = memory.trie(text, self.tree_size, depth, self.min_prob)
+            if self._store is not None:
+                trie.merge(self._store.trie(text, self.tree_size, depth, self.min_prob))
+            found.append(trie.prune(self.tree_size))
+        return found
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Return the trie of every row as its tree."""

@@ -92,18 +92,15 @@ class TextMemory:
         self.automaton = SuffixAutomaton(max_context + depth, half_life)
         self._suffixes: set[int] = set()  # states of the text's own suffixes
 
-    def extend(self, text: list[int]) -> None:
-        """Append what the text has gained."""
+    def trie(self, text: list[int], nodes: int, depth: int, min_prob: float) -> DraftTrie:
+        """Read what the text has gained; return the most probable nodes behind it, see `best_first`."""
         for place in range(self.automaton.size, len(text)):
             self.automaton.append(text[place])
-
-    def trie(self, root: int, nodes: int, depth: int, min_prob: float) -> DraftTrie:
-        """Return the most probable nodes behind the text; see `best_first`."""
-        suffixes = list(self.automaton.suffixes(self.max_context))
-        if not suffixes or depth < 1:
-            return DraftTrie(root)
+        longest = next(self.automaton.suffixes(self.max_context), None)
+        if longest is None or depth < 1:
+            return DraftTrie(text[-1])
         self._suffixes = {state for state, _ in self.automaton.suffixes(self.automaton.bound)}
-        return best_first(root, suffixes[0], self._contexts, nodes, depth, min_prob)
+        return best_first(text[-1], longest, self._contexts, nodes, depth, min_prob)
 
     def _contexts(self, context: tuple[int, int]) -> Contexts[tuple[int, int]]:
         """Yield a context, as state and length, and its shorter ones."""

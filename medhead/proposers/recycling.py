@@ -6,11 +6,14 @@ accepted or not; nothing is trained. It can be saved, and another run can start 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medhead.core.tree import TokenTree
@@ -18,11 +21,11 @@ from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow
-from medhead.proposers.recycling_state import load_state, save_state
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
+FORMAT = "medhead recycling 1"
 _UNSEEN = -20.0  # log-probability of a successor that was never seen
 
 
@@ -63,7 +66,7 @@ class RecyclingProposer(Proposer):
         self.logp = torch.full(shape, _UNSEEN, device=target.device)
         self._newest = torch.zeros(target.vocab_size, dtype=torch.long, device=target.device)
         if state is not None:
-            tokens, logp = load_state(state, target.vocab_size)
+            tokens, logp = _load_state(Path(state), target.vocab_size)
             known = min(shape[1], tokens.shape[1])
             self.tokens[:, :known], self.logp[:, :known] = tokens[:, :known], logp[:, :known]
 
@@ -73,7 +76,18 @@ class RecyclingProposer(Proposer):
         Raises:
             MedheadError: the file holds something else, or it cannot be written.
         """
-        save_state(self.tokens, self.logp, path)
+        path = Path(path)
+        if path.exists():
+            _read_state(path)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        content = {"tokens": self.tokens.to("cpu", torch.int32), "logp": self.logp.to("cpu", torch.float32)}
+        try:
+            save_file(content, scratch, metadata={"format": FORMAT})
+            os.replace(scratch, path)
+        except (OSError, SafetensorError) as error:
+            raise MedheadError(f"{str(path)!r} cannot be written: {_reason(error)}") from None
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Return the most probable recycled paths below every root."""
@@ -115,3 +129,39 @@ class RecyclingExpander:
             noise = self.given.noise.at(depth).gather(1, children.flatten(1)).view_as(logp)
             logp = (logp / self.given.temperature + noise).log_softmax(-1)
         return state.expand(-1, tokens.shape[1], -1), logp, children
+
+
+def _load_state(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the saved tokens (int64) and log-probabilities (float32), each `[vocab_size, successors]`, or raise an error."""
+    tokens, logp = _read_state(path)
+    tokens, logp, name = tokens.long(), logp.float(), f"the recycling state {str(path)!r}"
+    if tokens.ndim != 2 or tokens.shape != logp.shape or not tokens.numel():
+        raise MedheadError(
+            f"{name} holds matrices of {list(tokens.shape)} and {list(logp.shape)}, expected two of [vocabulary, "
+            "successors]; delete it and start a new one"
+        )
+    if len(tokens) != vocab_size:
+        raise MedheadError(
+            f"{name} was learnt from a model with {len(tokens)} tokens, this one has {vocab_size}; "
+            "give each model a file of its own"
+        )
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size or bool((logp > 0).any() | logp.isnan().any()):
+        raise MedheadError(f"{name} is damaged: a token or a log-probability is out of range; delete it")
+    return tokens, logp
+
+
+def _read_state(path: Path) -> tuple[Tensor, Tensor]:
+    """Return the tensors of a file, unchecked; raise an error if it is no recycling state."""
+    if not path.is_file():
+        raise MedheadError(f"the recycling state {str(path)!r} {'is no file' if path.exists() else 'does not exist'}")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT and set(file.keys()) == {"tokens", "logp"}:
+                return file.get_tensor("tokens"), file.get_tensor("logp")
+    except (OSError, SafetensorError) as error:
+        raise MedheadError(f"{str(path)!r} is no recycling state, or truncated or damaged: {_reason(error)}") from None
+    raise MedheadError(f"{str(path)!r} is not a recycling state of medhead, but a safetensors file of something else")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:100]

@@ -45,13 +45,6 @@ class DraftTrie:
             self.probs[node] = prob
         return node
 
-    def paths(self) -> list[tuple[tuple[int, ...], float]]:
-        """Return the tokens that lead to every node but the root, with the node's probability."""
-        found: list[tuple[tuple[int, ...], float]] = [((), 1.0)]
-        for parent, token, prob in zip(self.parents[1:], self.tokens[1:], self.probs[1:], strict=True):
-            found.append(((*found[parent][0], token), prob))
-        return found[1:]
-
     def prune(self, nodes: int) -> DraftTrie:
         """Return the `nodes` most probable nodes, root included; of equal ones the shallower, then the older, are kept."""
         if len(self) <= nodes:

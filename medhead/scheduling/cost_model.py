@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,26 +36,18 @@ class CostModel:
         seconds: measured seconds by number of nodes, 1 among them.
 
     Attributes:
+        nodes: measured numbers of nodes.
+        measured: measured seconds by number of nodes, made to rise.
+        max_nodes: the largest measured number of nodes.
         load_factor: by how much all passes take longer than measured, as with longer texts or on a busy machine.
         tree_factor: by how much passes over trees take longer still, as with rows of different lengths.
     """
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.nodes = sorted(seconds)
-        self._seconds = [seconds[n] for n in self.nodes]
-        for place in range(1, len(self._seconds)):  # noise must not make more nodes look cheaper
-            self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
+        self._seconds = list(accumulate((seconds[n] for n in self.nodes), max))  # more nodes never look cheaper
+        self.measured, self.max_nodes = dict(zip(self.nodes, self._seconds, strict=True)), self.nodes[-1]
         self.load_factor = self.tree_factor = 1.0
-
-    @property
-    def measured(self) -> dict[int, float]:
-        """Measured seconds by number of nodes."""
-        return dict(zip(self.nodes, self._seconds, strict=True))
-
-    @property
-    def max_nodes(self) -> int:
-        """The largest measured number of nodes."""
-        return self.nodes[-1]
 
     def __call__(self, nodes: int) -> float:
         """Return the expected seconds of a pass over so many nodes per row."""

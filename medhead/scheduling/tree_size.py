@@ -88,12 +88,7 @@ class TreeSizeController:
         self.set_batch(costs, batch)
 
     def set_batch(self, costs: CostModel, batch: int) -> None:
-        """Change the number of rows; the backoff continues where it was with that number.
-
-        Args:
-            costs: cost of a pass over the rows.
-            batch: class of their number.
-        """
+        """Change the class of the number of rows and the costs; the backoff continues where it was with that class."""
         self.costs = costs
         self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.max_nodes, 1)]
         if batch not in self._backoffs:  # a first text may be unlucky for some passes; one pass over many rows tells
@@ -106,11 +101,6 @@ class TreeSizeController:
         """Begin another text: as `set_batch`, and probe during a pause."""
         self.set_batch(costs, batch)
         self._backoff.probe()
-
-    @property
-    def max_nodes(self) -> int:
-        """The largest tree that it may choose for the present rows."""
-        return self.sizes[-1]
 
     @property
     def is_paused(self) -> bool:
@@ -147,14 +137,7 @@ class TreeSizeController:
         return best, best_rate
 
     def update(self, nodes: int, tokens: float, verify_seconds: float, other_seconds: float) -> None:
-        """Learn from a step.
-
-        Args:
-            nodes: number of nodes of its tree.
-            tokens: emitted tokens per row.
-            verify_seconds: seconds of the pass.
-            other_seconds: seconds of the rest of the step.
-        """
+        """Learn from a step: the nodes of its tree, the tokens it emitted per row, and the seconds of the pass and the rest."""
         self.costs.update(nodes, verify_seconds)
         if not self.is_paused:
             self._backoff.update(tokens, (verify_seconds + other_seconds) / (self.costs(1) * self._step_ratio))
@@ -164,10 +147,7 @@ class TreeSizeController:
         self._backoff.count_plain()
 
     def _allowed_sizes(self) -> list[int]:
-        """Return the sizes that may be chosen now: for several rows no expensive ones before speculation has paid.
-
-        A probe with one row costs little, and a small tree tells little about it.
-        """
+        """Return the sizes that may be chosen now: for several rows no expensive ones before speculation has paid."""
         if self._backoff.has_paid or self._backoff is self._backoffs.get(1):
             return self.sizes
         limit = _MAX_PROBE_COST * self.costs(1)

@@ -256,9 +256,9 @@ def test_plain_passes_prove_nothing() -> None:
 def test_sizes_follow_the_rows() -> None:
     """Sizes that were not worth measuring for many rows are there again for one."""
     controller = TreeSizeController(CostModel({1: 1.0, 16: 7.0}), 64, batch=16)
-    assert controller.max_nodes == 16
+    assert controller.sizes[-1] == 16
     controller.begin_text(CostModel({1: 1.0, 16: 1.05, 64: 8.0}), 1)
-    assert controller.max_nodes == 64
+    assert controller.sizes[-1] == 64
     assert controller.max_depth == 63  # one row may try any tree
 
 

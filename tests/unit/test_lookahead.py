@@ -16,6 +16,7 @@ from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.proposers.lookahead import LookaheadProposer, Pool, Window
 from medhead.proposers.lookahead_sizes import nodes_needed
+from scripted import trie_paths
 
 Grams = dict[int, list[tuple[int, ...]]]
 SEED = 5
@@ -247,10 +248,10 @@ def test_candidates_are_the_pools_n_grams() -> None:
     proposer = LookaheadProposer(None, window=2, ngram=3, guess_set=2)
     text = [5, 1, 2, 5, 3, 4, 5]
     proposer.begin(None, [text])  # type: ignore[arg-type]
-    found = dict(proposer.tries(state(target, [text]), 9)[0].paths())
+    found = trie_paths(proposer.tries(state(target, [text]), 9)[0])
     assert set(found) == {(3,), (3, 4), (1,), (1, 2)}
     assert 1 >= found[3,] > found[3, 4] > found[1, 2] > 0
-    assert set(dict(proposer.tries(state(target, [text]), 1)[0].paths())) == {(3,), (1,)}
+    assert set(trie_paths(proposer.tries(state(target, [text]), 1)[0])) == {(3,), (1,)}
 
 
 @pytest.mark.parametrize(
