@@ -23,13 +23,13 @@ from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow
 from medhead.proposers.static_tree import StaticShape
+from medhead.scheduling.cost_model import moving_mean
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
 _MIN_EXIT, _MAX_EXIT = 0.03, 0.2  # limits of the probability of a path below which growth ends
 _TOKEN_VALUE = 0.8  # tokens that an accepted draft token is worth, per level of heads that it took
-_FOLLOW = 0.1  # weight of the newest pass
 
 
 @register_proposer("heads")
@@ -97,8 +97,10 @@ class HeadsProposer(Proposer):
         if min_prob is not None and not 0 <= min_prob < 1:
             raise MedheadError(f"min_prob must be from 0 to below 1, got {min_prob}")
         self.sharpness, self.uses_noise, self.clock = sharpness, rank_by_noise, clock
-        self._min_prob, self._fixed_size = min_prob, tree_size is not None
-        self._level_seconds, self._token_seconds = 0.0, 1.0  # of a level of heads, and of a token of the target
+        self._min_prob = 0.0 if min_prob is None and tree_size is not None else min_prob
+        self._level_seconds: float | None = None  # that a level of heads takes
+        self._token_seconds: float | None = None  # that a token of the target takes
+        self._fixed_size = tree_size is not None
         size = config.tree_size if tree_size is None else tree_size
         self.tree_size = self.shape.nodes if self.shape else size
         self.feature_layers = tuple(config.feature_layers)
@@ -148,8 +150,7 @@ class HeadsProposer(Proposer):
         """Learn the seconds of a token."""
         if output.seconds:
             token = output.seconds * len(output.counts) / sum(output.counts)
-            known = self._token_seconds
-            self._token_seconds = token if known == 1.0 else known + _FOLLOW * (token - known)
+            self._token_seconds = moving_mean(self._token_seconds, token)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Return a tree for every sequence, ranked by the heads and, when sampling, by the noise of the coming positions."""
@@ -173,8 +174,7 @@ class HeadsProposer(Proposer):
         else:
             expander, nodes = self._expander(state, self.branching, depth), self.tree_size if self._fixed_size else None
             found = grow(state.roots, expander, depth, self.width, nodes, self.min_prob)
-        level, known = (self.clock() - began) / len(found.levels), self._level_seconds
-        self._level_seconds = known + _FOLLOW * (level - known) if known else level
+        self._level_seconds = moving_mean(self._level_seconds, (self.clock() - began) / len(found.levels))
         return found
 
     def _compiled_candidates(self, state: DecodeState, depth: int) -> Candidates:
@@ -203,11 +203,9 @@ class HeadsProposer(Proposer):
         """Probability of a path below which another level costs more than it brings."""
         if self._min_prob is not None:
             return self._min_prob
-        if self._fixed_size:
-            return 0.0
-        if not self._level_seconds:
+        if self._level_seconds is None:
             return _MAX_EXIT
-        return min(_MAX_EXIT, max(_MIN_EXIT, _TOKEN_VALUE * self._level_seconds / self._token_seconds))
+        return min(_MAX_EXIT, max(_MIN_EXIT, _TOKEN_VALUE * self._level_seconds / (self._token_seconds or 1.0)))
 
     def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
         view = None if state.draft_cache is None else state.draft_cache.view()

@@ -21,13 +21,12 @@ from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, build_proposer, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
-from medhead.scheduling.cost_model import MAX_NODES, CostModel, costs_batch, get_costs, known_costs
+from medhead.scheduling.cost_model import MAX_NODES, CostModel, costs_batch, get_costs, known_costs, moving_mean
 from medhead.scheduling.tree_size import TreeSizeController
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
-_FOLLOW = 0.1  # weight of the newest pass
 _ERROR_FACTOR = 2.0  # the share of wrong tokens, by that of the estimates
 _MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
 _OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
@@ -129,7 +128,7 @@ class HybridProposer(Proposer):
         batch = costs_batch(rows)
         if self._costs.get(batch) is None and (measure or batch not in self._costs):
             read = get_costs if measure else known_costs
-            self._costs[batch] = self._given_costs or read(self._target, batch, self.tree_size)
+            self._costs[batch] = self._given_costs or read(self._target, batch)
         return self._costs[batch]
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> MemberDraftCaches | None:
@@ -169,7 +168,7 @@ class HybridProposer(Proposer):
         if self._asked:
             began = self.clock()
             self._ask(state, max_depth, is_expensive=True)
-            self._ask_seconds = _follow(self._ask_seconds, self.clock() - began)
+            self._ask_seconds = moving_mean(self._ask_seconds, self.clock() - began)
             merged, plan = self._plan(rows)
         return TokenTree.root(state.roots) if merged is None else merged.best_tree(state.roots, plan.nodes)
 
@@ -218,7 +217,7 @@ class HybridProposer(Proposer):
                 calibration.update(proposed, output.emitted, output.counts)
         tokens = sum(output.counts) / len(output.counts)
         if self._asked:
-            self._ask_gain = _follow(self._ask_gain, tokens - 1)
+            self._ask_gain = moving_mean(self._ask_gain, tokens - 1)
         if self.controller is not None:
             other = max(0.0, self.clock() - self._began - output.seconds)
             self.controller.update(output.tree.nodes, tokens, output.seconds, other)
@@ -294,8 +293,3 @@ def _build_member(member: str | Proposer, target: Target, options: dict[str, Any
     if type(member).candidates is Proposer.candidates:
         raise MedheadError(f"the proposer {member.name!r} gives no candidates, so it cannot be part of a hybrid")
     return member
-
-
-def _follow(known: float | None, new: float) -> float:
-    """Return a moving mean."""
-    return new if known is None else known + _FOLLOW * (new - known)

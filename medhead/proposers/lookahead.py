@@ -171,8 +171,16 @@ class LookaheadProposer(Proposer):
         """Advance the windows by the tokens that the target draws at their last levels."""
         if not any(row.last_level for row in self.row_states):
             return
+        assert self._state is not None
+        longest = max(len(row.last_level) for row in self.row_states)  # windows of rows that joined later are smaller
+        padded = [row.last_level + [0] * (longest - len(row.last_level)) for row in self.row_states]
+        nodes = torch.tensor(padded, device=output.logits.device)
+        logits = gather_path(output.logits, nodes)
+        if self._state.noise is not None:
+            noise = self._state.noise.prefix(output.tree.max_depth + 1)
+            logits = logits.float() / self._state.temperature + gather_path(noise, output.tree.depth.gather(1, nodes))
         roots = output.tree.tokens[:, 0].tolist()
-        for row, root, answers in zip(self.row_states, roots, self._answers(output), strict=True):
+        for row, root, answers in zip(self.row_states, roots, logits.argmax(-1).tolist(), strict=True):
             for gram in row.window.advance(root, answers[: len(row.last_level)]):
                 row.pool.add(gram)
 
@@ -182,19 +190,6 @@ class LookaheadProposer(Proposer):
             for end in range(max(row.tokens_read + 1, self.ngram), len(text) + 1):
                 row.pool.add(text[end - self.ngram : end])
             row.tokens_read = len(text)
-
-    def _answers(self, output: VerifyOutput) -> list[list[int]]:
-        """Return the target's token behind each node of the last level, `[batch][columns]`, with padding."""
-        assert self._state is not None
-        longest = max(len(row.last_level) for row in self.row_states)  # windows of rows that joined later are smaller
-        padded = [row.last_level + [0] * (longest - len(row.last_level)) for row in self.row_states]
-        nodes = torch.tensor(padded, device=output.logits.device)
-        logits = gather_path(output.logits, nodes)
-        if self._state.noise is not None:
-            noise = self._state.noise.prefix(output.tree.max_depth + 1)
-            logits = logits.float() / self._state.temperature + gather_path(noise, output.tree.depth.gather(1, nodes))
-        answers: list[list[int]] = logits.argmax(-1).tolist()
-        return answers
 
 
 def _add_ngrams(trie: DraftTrie, pool: Pool, max_depth: int) -> None:

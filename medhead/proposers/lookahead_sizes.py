@@ -38,14 +38,7 @@ def nodes_needed(window: int, ngram: int, guess_set: int) -> int:
 def choose_sizes(
     window: int | None, ngram: int | None, guess_set: int | None, limit: int, at_most_defaults: bool
 ) -> Sizes:
-    """Return the given sizes, None replaced by the largest values that fit.
-
-    Args:
-        window: W.
-        ngram: N.
-        guess_set: G.
-        limit: largest number of nodes.
-        at_most_defaults: choose nothing larger than the defaults.
+    """Return the given sizes, None replaced by the largest values, at most the defaults if asked, that fit `limit` nodes.
 
     Raises:
         MedheadError: the given sizes do not fit.

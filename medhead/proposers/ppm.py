@@ -79,13 +79,7 @@ def best_first(
 
 
 class TextMemory:
-    """One row's text so far, and how it may go on.
-
-    Args:
-        max_context: longest context that is matched.
-        depth: depth of the deepest node.
-        half_life: number of tokens after which an occurrence counts half.
-    """
+    """How one row's text may go on, after its own past; see `NgramProposer` for the arguments."""
 
     def __init__(self, max_context: int, depth: int, half_life: float) -> None:
         self.max_context = max_context
@@ -117,13 +111,7 @@ class TextMemory:
 
 @dataclass
 class StoreMemory:
-    """How a text may go on, after the texts of a datastore.
-
-    Attributes:
-        store: the datastore.
-        max_context: longest context that is matched.
-        max_matches: largest number of matches that are read, those with the longest common contexts.
-    """
+    """How a text may go on, after the `max_matches` places of a datastore with the longest common contexts."""
 
     store: Datastore
     max_context: int

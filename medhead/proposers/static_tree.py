@@ -42,12 +42,7 @@ def best_static_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[
 
 
 class StaticShape:
-    """A shape of ranks: which candidates of every level are expanded, and which are in the tree.
-
-    Args:
-        ranks: paths of ranks, with the parent of every path.
-        device: device of the trees.
-    """
+    """A shape of paths of ranks: which candidates of every level are expanded, and which are in the tree."""
 
     def __init__(self, ranks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
         paths = sorted_ranks(ranks)

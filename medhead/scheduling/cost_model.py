@@ -23,10 +23,15 @@ PREFIX = 128  # committed tokens of every row while measuring
 MAX_SECONDS = 2.0  # approximate length of a measurement
 _ROUNDS = 12
 _MAX_RATIO = 6.0  # sizes beyond one that takes so many times as long as one node are not measured
-_FOLLOW = 0.1  # weight of the newest pass
+_FOLLOW = 0.1  # weight of the newest value in a moving mean
 _FORGET = 0.01  # share of the trees' own factor that decays at every pass
 _MAX_TREE_FACTOR = 1.6  # limit of the trees' own factor, and of its inverse
 _MAX_OUTLIER = 10.0  # a pass counts as at most so many times as slow (or fast) as measured
+
+
+def moving_mean(known: float | None, new: float) -> float:
+    """Return the mean after a new value; `known` is the mean before it, None at first."""
+    return new if known is None else known + _FOLLOW * (new - known)
 
 
 class CostModel:
@@ -119,24 +124,18 @@ def costs_batch(rows: int) -> int:
     return 1 << (rows - 1).bit_length()
 
 
-def get_costs(target: Target, batch: int, max_nodes: int = MAX_NODES) -> CostModel:
+def get_costs(target: Target, batch: int) -> CostModel:
     """Return the costs from the user's cache; measure and store them if they are not there."""
-    found = known_costs(target, batch, max_nodes)
+    found = known_costs(target, batch)
     if found is None:
-        measured = measure_costs(target, batch)
-        store_costs(target, batch, measured)
-        found = _up_to(max_nodes, measured.measured)
+        found = measure_costs(target, batch)
+        store_costs(target, batch, found)
     return found
 
 
-def known_costs(target: Target, batch: int, max_nodes: int = MAX_NODES) -> CostModel | None:
+def known_costs(target: Target, batch: int) -> CostModel | None:
     """Return the costs from the user's cache, None if they are not there."""
-    known = user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
-    return None if known is None else _up_to(max_nodes, known)
-
-
-def _up_to(max_nodes: int, seconds: dict[int, float]) -> CostModel:
-    return CostModel({nodes: spent for nodes, spent in seconds.items() if nodes <= max(max_nodes, 1)})
+    return user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
 
 
 def store_costs(target: Target, batch: int, costs: CostModel) -> None:
@@ -148,8 +147,8 @@ def _file(target: Target, batch: int) -> Path:
     return user_cache.cache_folder() / f"{user_cache.fingerprint(target, batch)}.json"
 
 
-def _parse(content: Any) -> dict[int, float]:
+def _parse(content: Any) -> CostModel:
     found = {int(nodes): float(seconds) for nodes, seconds in content.items()}
     if 1 not in found or not all(0 < seconds < 3600 for seconds in found.values()):
         raise ValueError("the seconds of a pass are out of range")
-    return found
+    return CostModel(found)

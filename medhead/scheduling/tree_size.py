@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medhead.scheduling.cost_model import CostModel
+from medhead.scheduling.cost_model import CostModel, moving_mean
 
 _FIRST_PAUSE, _MAX_PAUSE, _BACKOFF = 16, 512, 2  # passes, passes, factor from one pause to the next
 _PRIOR_COST, _PRIOR_TOKENS = (
@@ -21,17 +21,13 @@ _MAX_PROBE_COST = 1.5  # plain passes that a tree for several rows may take befo
 _CATCH_UP = 8  # last passes of a pause in which skippable proposers are updated again
 _MAX_PROBE_SHARE = 0.05  # share of the time that probes at the beginnings of texts may lose
 _DECAY = 0.97  # weight of the past at every pass
-_STEP_RATIO, _FOLLOW = 1.05, 0.1  # time of a plain step by that of its pass, at first; weight of the newest step
+_STEP_RATIO = 1.05  # time of a plain step by that of its pass, at first
 
 
 class SpeculationBackoff:
     """Whether speculation has paid lately and how long it pauses otherwise, for one batch size.
 
-    Times are counted in passes of plain decoding.
-
-    Args:
-        tokens: number of tokens that the assumed cost stands for.
-        cost: assumed time per token.
+    Times are counted in passes of plain decoding. At first `tokens` tokens count as seen that took `cost` each.
 
     Attributes:
         pause: remaining passes of the pause; 0 while speculation runs.
@@ -77,9 +73,6 @@ class TreeSizeController:
         costs: cost of a pass over n nodes per row.
         max_nodes: largest tree.
         batch: class of the number of rows, see `costs_batch`; every class has a backoff of its own.
-
-    Attributes:
-        sizes: the sizes to choose from, rising.
     """
 
     def __init__(self, costs: CostModel, max_nodes: int, batch: int = 1) -> None:
@@ -143,7 +136,7 @@ class TreeSizeController:
             self._backoff.update(tokens, (verify_seconds + other_seconds) / (self.costs(1) * self._step_ratio))
             return
         if verify_seconds > 0:
-            self._step_ratio += _FOLLOW * (min(2.0, 1 + other_seconds / verify_seconds) - self._step_ratio)
+            self._step_ratio = moving_mean(self._step_ratio, min(2.0, 1 + other_seconds / verify_seconds))
         self._backoff.count_plain()
 
     def _allowed_sizes(self) -> list[int]:

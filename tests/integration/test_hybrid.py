@@ -113,7 +113,6 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target
     assert [get_costs(target, 1)(8), get_costs(target, 1)(8)] == [1.2, 1.2]
     assert get_costs(target, 2)(8) == 1.2
     assert measured == [1, 2]
-    assert get_costs(target, 1, max_nodes=8).max_nodes == 8
     files = sorted(cache_folder().glob("*.json"))
     assert len(files) == 2
     for damaged in ("{", "[]", '{"2": 1.0}', '{"1": -1}', '{"1": "x"}', '{"one": 1}'):
@@ -398,7 +397,7 @@ def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
     asked: list[int] = []
 
-    def measured(_: Target, batch: int, max_nodes: int = 64) -> CostModel:
+    def measured(_: Target, batch: int) -> CostModel:
         asked.append(batch)
         return CostModel({1: 1e-3 * batch, 8: 2e-3 * batch})
 
