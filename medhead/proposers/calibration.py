@@ -21,12 +21,12 @@ class Calibration:
     """Ratios of observed to predicted probability, by depth, of one proposer."""
 
     def __init__(self) -> None:
-        self._observed: list[float] = []
-        self._predicted: list[float] = []
+        self._observed: dict[int, float] = {}  # by depth
+        self._predicted: dict[int, float] = {}
 
     def ratio(self, depth: int) -> float:
         """Return the factor by which estimates at a depth are too low; depth 0 is that of the root's children."""
-        return self._observed[depth] / self._predicted[depth] if depth < len(self._observed) else 1.0
+        return self._observed.get(depth, 1.0) / self._predicted.get(depth, 1.0)
 
     def correct(self, candidates: Candidates) -> Candidates:
         """Return the candidates with corrected scores."""
@@ -53,8 +53,5 @@ class Calibration:
                 node, prob = hit, probs[hit]
 
     def _note(self, depth: int, predicted: float, hit: bool) -> None:
-        while len(self._observed) <= depth:
-            self._observed.append(_PRIOR)
-            self._predicted.append(_PRIOR)
-        self._observed[depth] = _DECAY * self._observed[depth] + (1 - _DECAY) * _PRIOR + hit
-        self._predicted[depth] = _DECAY * self._predicted[depth] + (1 - _DECAY) * _PRIOR + predicted
+        for sums, value in ((self._observed, hit), (self._predicted, predicted)):
+            sums[depth] = _DECAY * sums.get(depth, _PRIOR) + (1 - _DECAY) * _PRIOR + value

@@ -92,10 +92,10 @@ class HeadsProposer(Proposer):
             raise MedheadError(
                 f"depth, width and branching must be at least 1, got {depth}, {self.width} and {self.branching}"
             )
-        if not sharpness > 0:
-            raise MedheadError(f"sharpness must be above 0, got {sharpness}")
-        if min_prob is not None and not 0 <= min_prob < 1:
-            raise MedheadError(f"min_prob must be from 0 to below 1, got {min_prob}")
+        if not sharpness > 0 or not 0 <= (min_prob or 0) < 1:
+            raise MedheadError(
+                f"sharpness must be above 0 and min_prob from 0 to below 1, got {sharpness} and {min_prob}"
+            )
         self.sharpness, self.uses_noise, self.clock = sharpness, rank_by_noise, clock
         self._min_prob = 0.0 if min_prob is None and tree_size is not None else min_prob
         self._level_seconds: float | None = None  # that a level of heads takes
@@ -225,7 +225,7 @@ class HeadsProposer(Proposer):
     @property
     def capturable(self) -> bool:  # type: ignore[override]
         """Whether the heads keep plain entries of the text, or nothing."""
-        return self.heads.plain_draft_cache
+        return self.heads.has_tensor_cache
 
 
 @dataclass
@@ -244,20 +244,18 @@ class HeadsExpander:
         """Return the heads' state above the root, `[batch, 1, state]`."""
         output_head, state = self.output_head, self.state
         self._root = output_head.token(state.roots[:, None], 0)
-        draft = output_head.heads.start(
-            state.features.to(output_head.dtype)[:, None], self._root, self.view, self.depth
-        )
-        self._shared = draft.shared
-        return draft.state
+        features = state.features.to(output_head.dtype)[:, None]
+        above, self._shared = output_head.heads.init_state(features, self._root, self.view, self.depth)
+        return above
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `growth.Expander.expand`."""
         output_head, width = self.output_head, tokens.shape[1]
-        if output_head.heads.per_path:
+        if output_head.heads.path_dependent:
             token = self._root if depth == 0 else output_head.token(tokens, depth)
-            state, feature = output_head.heads.advance(state, token, depth, self._shared)
+            state, feature = output_head.heads.step(state, token, depth, self._shared)
         else:  # one distribution serves the whole depth
-            _, feature = output_head.heads.advance(state[:, :1], self._root, depth, self._shared)
+            _, feature = output_head.heads.step(state[:, :1], self._root, depth, self._shared)
         logits = output_head.logits(feature, depth)
         if self.noise is not None:
             noise = self.noise.at(depth)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -152,8 +152,7 @@ class HybridProposer(Proposer):
                 member.update_draft_cache(cache, features, emitted, counts)
 
     def _with_caches(self, draft_cache: MemberDraftCaches | None) -> list[tuple[Proposer, Any]]:
-        caches = [None] * len(self.members) if draft_cache is None else draft_cache.caches
-        return list(zip(self.members, caches, strict=True))
+        return list(zip(self.members, draft_cache or [None] * len(self.members), strict=True))
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Return the most probable candidates of all members, as many as pay."""
@@ -266,21 +265,18 @@ class HybridProposer(Proposer):
         return found
 
 
-@dataclass
-class MemberDraftCaches:
+class MemberDraftCaches(list[Any]):
     """The draft caches of a hybrid's members, None for a member without one."""
-
-    caches: list[Any]
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only these rows."""
-        for cache in self.caches:
+        for cache in self:
             if cache is not None:
                 cache.keep_rows(rows)
 
     def join(self, other: MemberDraftCaches) -> None:
         """Append the rows of other draft caches of these members."""
-        for cache, joining in zip(self.caches, other.caches, strict=True):
+        for cache, joining in zip(self, other, strict=True):
             if cache is not None:
                 cache.join(joining)
 

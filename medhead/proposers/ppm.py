@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
-from medhead.datastore.store import Datastore, Place
+from medhead.datastore.store import Datastore, Match
 from medhead.proposers.automaton import SuffixAutomaton
 from medhead.proposers.trie import DraftTrie
 
@@ -119,16 +119,16 @@ class StoreMemory:
 
     def trie(self, text: list[int], nodes: int, depth: int, min_prob: float) -> DraftTrie:
         """Return the most probable nodes behind the text; see `best_first`."""
-        matches = self.store.places_like(text, self.max_context, self.max_matches)
+        matches = self.store.find_matches(text, self.max_context, self.max_matches)
         if not matches or depth < 1:
             return DraftTrie(text[-1])
         return best_first(text[-1], matches, self._contexts, nodes, depth, min_prob)
 
-    def _contexts(self, matches: list[Place]) -> Contexts[list[Place]]:
+    def _contexts(self, matches: list[Match]) -> Contexts[list[Match]]:
         """Yield the contexts of matches, the longest first; that of n tokens consists of all matches of n or more tokens."""
-        continued = [(*match, self.store.token_behind(match[0])) for match in matches]
+        continued = [(*match, self.store.next_token(match[0])) for match in matches]
         known = [(place, length, token) for place, length, token in continued if token is not None]
-        behind: dict[int, list[Place]] = {}
+        behind: dict[int, list[Match]] = {}
         for place, length, token in known:
             behind.setdefault(token, []).append((place + 1, length + 1))
         counts: dict[int, int] = {}

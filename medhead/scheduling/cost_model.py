@@ -111,12 +111,8 @@ def measure_costs(
             if target.device.type == "cuda":
                 torch.cuda.synchronize(target.device)
             found.setdefault(nodes, []).append(clock() - start)
-    return CostModel({nodes: _lower_quartile(times) for nodes, times in found.items()})
-
-
-def _lower_quartile(times: list[float]) -> float:
-    """Return the lower quartile after the first two rounds, which warm up."""
-    return sorted(times[min(2, len(times) - 1) :])[len(times[2:]) // 4]
+    warm = {nodes: sorted(times[2:] or times[-1:]) for nodes, times in found.items()}  # the first two rounds warm up
+    return CostModel({nodes: times[(len(times) if len(found[nodes]) > 2 else 0) // 4] for nodes, times in warm.items()})
 
 
 def costs_batch(rows: int) -> int:
