@@ -200,3 +200,13 @@ def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
     if name not in PROPOSERS:
         raise MedheadError(f"no proposer is called {name!r}; known proposers: {', '.join(sorted(PROPOSERS))}")
     return PROPOSERS[name](target, **{key: value for key, value in options.items() if value is not None})
+
+
+@register_proposer("none")
+class PlainProposer(Proposer):
+    """Plain decoding: proposes nothing but the root, whatever the tree size."""
+
+    capturable = True
+
+    def __init__(self, target: Any = None, **options: Any) -> None:
+        self.tree_size = 1

@@ -89,13 +89,10 @@ class HeadsProposer(Proposer):
                 f"use a depth of at most {config.depth}"
             )
         if min(depth, self.width, self.branching) < 1:
-            raise MedheadError(
-                f"depth, width and branching must be at least 1, got {depth}, {self.width} and {self.branching}"
-            )
+            given = f"{depth}, {self.width} and {self.branching}"
+            raise MedheadError(f"depth, width and branching must be at least 1, got {given}")
         if not sharpness > 0 or not 0 <= (min_prob or 0) < 1:
-            raise MedheadError(
-                f"sharpness must be above 0 and min_prob from 0 to below 1, got {sharpness} and {min_prob}"
-            )
+            raise MedheadError(f"sharpness must be above 0, min_prob from 0 to below 1, got {sharpness} and {min_prob}")
         self.sharpness, self.uses_noise, self.clock = sharpness, rank_by_noise, clock
         self._min_prob = 0.0 if min_prob is None and tree_size is not None else min_prob
         self._level_seconds: float | None = None  # that a level of heads takes

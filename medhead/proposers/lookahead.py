@@ -146,10 +146,7 @@ class LookaheadProposer(Proposer):
         return candidates_from_tries(self.tries(state, max_depth), state.roots.device)
 
     def tries(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
-        """Return the n-grams behind every root; the window is left out, it is there to be continued, not to be accepted.
-
-        The probabilities are 2/3 per token, times 1, 1/2, 1/3, ... from the newest n-gram to the oldest.
-        """
+        """Return the n-grams behind every root, of probabilities 2/3 per token, times 1, 1/2, 1/3, ... from the newest one."""
         self._read_texts(state)
         tries = [DraftTrie(text[-1]) for text in state.texts]
         for trie, row in zip(tries, self.row_states, strict=True):

@@ -1,5 +1,4 @@
-"""Retrieval: what followed the same words before, in the text (prompt lookup, Saxena 2023) or in a datastore (REST, He et al.
-2024). Where nothing repeats, the tree is the root alone."""
+"""Retrieval: what followed the same words in the text (prompt lookup, Saxena 2023) or a datastore (REST, He et al. 2024)."""
 
 from __future__ import annotations
 
@@ -54,7 +53,7 @@ class NgramProposer(Proposer):
             raise MedheadError(f"max_context and max_depth must be at least 1, got {max_context} and {max_depth}")
         if not half_life >= 1 or not 0 <= min_prob <= 1:
             raise MedheadError(
-                f"half_life must be at least 1 and min_prob from 0 to 1, got {half_life!r} and {min_prob!r}"
+                f"half_life must be at least 1, min_prob from 0 to 1, got {half_life!r} and {min_prob!r}"
             )
         self.tree_size, self.max_context = tree_size, max_context
         self.max_depth = min(max_depth, max(1, self.tree_size - 1))

@@ -53,15 +53,9 @@ def best_first(
     depth: int,
     min_prob: float,
 ) -> DraftTrie:
-    """Return the most probable nodes below a root in falling order; a child is never more probable than its parent.
+    """Return the `nodes` most probable nodes below a root, in falling order; a child is never more probable than its parent.
 
-    Args:
-        root: token of the root.
-        context: context at the root.
-        contexts: returns a context and its shorter ones, the longest first, for `blend`.
-        nodes: largest number of nodes, root included.
-        depth: largest depth of a node.
-        min_prob: smallest probability of a node.
+    `contexts` gives a context and its shorter ones, see `blend`. No node is deeper than `depth` or less probable than `min_prob`.
     """
     trie, heap, pushed = DraftTrie(root), [], 0  # type: ignore[var-annotated]
     node, prob, min_prob = 0, 1.0, max(min_prob, 1e-9)

@@ -57,9 +57,8 @@ class RecyclingProposer(Proposer):
         state: str | Path | None = None,
     ) -> None:
         if min(successors, max_depth, width) < 1:
-            raise MedheadError(
-                f"successors, max_depth and width must be at least 1, got {successors}, {max_depth} and {width}"
-            )
+            given = f"{successors}, {max_depth} and {width}"
+            raise MedheadError(f"successors, max_depth and width must be at least 1, got {given}")
         self.tree_size, self.max_depth, self.width = tree_size, max_depth, width
         shape = (target.vocab_size, min(successors, target.vocab_size))
         self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
@@ -136,15 +135,11 @@ def _load_state(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:
     tokens, logp = _read_state(path)
     tokens, logp, name = tokens.long(), logp.float(), f"the recycling state {str(path)!r}"
     if tokens.ndim != 2 or tokens.shape != logp.shape or not tokens.numel():
-        raise MedheadError(
-            f"{name} holds matrices of {list(tokens.shape)} and {list(logp.shape)}, expected two of [vocabulary, "
-            "successors]; delete it and start a new one"
-        )
+        shapes = f"{list(tokens.shape)} and {list(logp.shape)}, expected two of [vocabulary, successors]"
+        raise MedheadError(f"{name} holds matrices of {shapes}; delete it and start a new one")
     if len(tokens) != vocab_size:
-        raise MedheadError(
-            f"{name} was learnt from a model with {len(tokens)} tokens, this one has {vocab_size}; "
-            "give each model a file of its own"
-        )
+        sizes = f"{len(tokens)} tokens, this one has {vocab_size}"
+        raise MedheadError(f"{name} was learnt from a model with {sizes}; give each model a file of its own")
     if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size or bool((logp > 0).any() | logp.isnan().any()):
         raise MedheadError(f"{name} is damaged: a token or a log-probability is out of range; delete it")
     return tokens, logp

@@ -112,7 +112,7 @@ def measure_costs(
                 torch.cuda.synchronize(target.device)
             found.setdefault(nodes, []).append(clock() - start)
     warm = {nodes: sorted(times[2:] or times[-1:]) for nodes, times in found.items()}  # the first two rounds warm up
-    return CostModel({nodes: times[(len(times) if len(found[nodes]) > 2 else 0) // 4] for nodes, times in warm.items()})
+    return CostModel({nodes: times[len(times) // 4] for nodes, times in warm.items()})
 
 
 def costs_batch(rows: int) -> int:

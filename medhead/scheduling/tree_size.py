@@ -12,10 +12,7 @@ from collections.abc import Sequence
 from medhead.scheduling.cost_model import CostModel, moving_mean
 
 _FIRST_PAUSE, _MAX_PAUSE, _BACKOFF = 16, 512, 2  # passes, passes, factor from one pause to the next
-_PRIOR_COST, _PRIOR_TOKENS = (
-    0.8,
-    10.0,
-)  # assumed at first: time per token, of plain decoding's, and over how many tokens
+_PRIOR_COST, _PRIOR_TOKENS = 0.8, 10.0  # assumed at first: time per token by that of plain decoding, number of tokens
 _PROBE_COST, _PROBE_TOKENS = 0.98, 3.0  # the same after a pause: one bad pass pauses again
 _MAX_PROBE_COST = 1.5  # plain passes that a tree for several rows may take before speculation has paid once
 _CATCH_UP = 8  # last passes of a pause in which skippable proposers are updated again
@@ -113,10 +110,7 @@ class TreeSizeController:
     def choose(self, probs: Sequence[float], rows: int, propose_seconds: float) -> tuple[int, float]:
         """Return the number of nodes of the next tree, and its expected tokens per second.
 
-        Args:
-            probs: acceptance probabilities of the best nodes, summed over the rows, falling.
-            rows: number of rows.
-            propose_seconds: seconds that the proposers took.
+        `probs` are the acceptance probabilities of the best nodes, summed over the rows, falling.
         """
         best, best_rate = 1, 0.0
         expected, place = float(rows), 0
@@ -149,10 +143,8 @@ class TreeSizeController:
 
 def _candidate_sizes(max_nodes: int) -> list[int]:
     """Return every size up to 8, about six per octave beyond, and `max_nodes`."""
-    found: list[int] = []
-    size = 1.0
+    found, size = list(range(1, min(8, max_nodes))), 8.0
     while size < max_nodes:
-        if not found or int(size) > found[-1]:
-            found.append(int(size))
-        size = size + 1 if size < 8 else size * 1.125
+        found.append(int(size))
+        size *= 1.125
     return [*found, max_nodes]
