@@ -38,7 +38,7 @@ class DecodeState:
         noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
         draft_cache: what `Proposer.new_draft_cache` returned, brought up to date.
-        lengths: `[batch]` committed tokens of every sequence on the device; None where nobody needs them.
+        lengths: `[batch]` committed tokens of every sequence on the device; None if no proposer reads them.
         fixed: whether shapes must not depend on values and the host must not read a tensor (a captured step).
     """
 

@@ -82,8 +82,6 @@ class LookaheadRow:
     """What lookahead keeps of one row.
 
     Attributes:
-        pool: the n-grams.
-        window: the window.
         last_level: nodes of the window's last level in the tree being verified; empty if the window is not in the tree.
         tokens_read: number of tokens of the text whose n-grams are in the pool.
     """

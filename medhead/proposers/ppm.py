@@ -16,9 +16,8 @@ from medhead.proposers.automaton import SuffixAutomaton
 from medhead.proposers.trie import DraftTrie
 
 C = TypeVar("C")
-Contexts = Iterator[
-    tuple[int, float, list[tuple[int, float, C]]]
-]  # length, weight, (token, its weight, context behind it)
+# contexts as length, weight, and the tokens behind them: token, its weight, the context that includes it
+Contexts = Iterator[tuple[int, float, list[tuple[int, float, C]]]]
 _MIN_SHARE = 0.02  # no shorter context is blended in once the longer ones leave less than this
 
 
@@ -31,7 +30,7 @@ def escape_mass(length: int) -> float:
 
 
 def blend(contexts: Contexts[C], min_share: float) -> dict[int, tuple[float, C]]:
-    """Return the probability of every token behind contexts, the longest first, and the longest context behind it."""
+    """Return the probability of every token that follows the contexts, and the longest context that includes it."""
     found: dict[int, tuple[float, C]] = {}
     rest = 1.0
     for length, weight, followers in contexts:
@@ -81,7 +80,7 @@ class TextMemory:
         self._suffixes: set[int] = set()  # states of the text's own suffixes
 
     def trie(self, text: list[int], nodes: int, depth: int, min_prob: float) -> DraftTrie:
-        """Read what the text has gained; return the most probable nodes behind it, see `best_first`."""
+        """Read what the text has gained; return the most probable nodes that follow it, see `best_first`."""
         for place in range(self.automaton.size, len(text)):
             self.automaton.append(text[place])
         longest = next(self.automaton.suffixes(self.max_context), None)
@@ -112,7 +111,7 @@ class StoreMemory:
     max_matches: int = 32
 
     def trie(self, text: list[int], nodes: int, depth: int, min_prob: float) -> DraftTrie:
-        """Return the most probable nodes behind the text; see `best_first`."""
+        """Return the most probable nodes that follow the text; see `best_first`."""
         matches = self.store.find_matches(text, self.max_context, self.max_matches)
         if not matches or depth < 1:
             return DraftTrie(text[-1])
