@@ -236,7 +236,7 @@ class SamplingBatch:
 
         if fixed:
             return LazyGumbel.of(make(0, depths))
-        return LazyGumbel(make, depths, chunk_size(len(numbers), len(generator), lengths.device))
+        return LazyGumbel(make, depths, chunk_size(len(numbers), generator.vocab_size, lengths.device))
 
 
 def draw_nodes(tree: TokenTree, scores: Tensor, noise: Tensor | None) -> Tensor:
