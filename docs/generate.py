@@ -33,8 +33,8 @@ A target is a decoder-only model of transformers whose attention goes through tr
 checks this by verifying a small tree when a model is wrapped, so a family that is not listed here either works or is
 refused with one line that names the reason.
 
-The test suite decodes a random model of every family below with every proposer and compares the tokens with plain
-decoding. The first column is the `model_type` of transformers.
+The test suite builds a random model of every family below, verifies token trees with it, and compares the logits of every node
+with one ordinary forward pass over the node's path. The first column is the `model_type` of transformers.
 
 {accepted}
 
