@@ -148,7 +148,11 @@ def architecture() -> str:
         if place < len(steps) - 1:
             arrow(x + 184, 292, x + 206, 292)
     body.append('<path class="line" d="M754 330V362H136V334" marker-end="url(#tip)"/>')
-    body.append(text(445, 380, "one step: 1 to depth + 1 new tokens, and the features of the last accepted node", "small middle"))
+    body.append(
+        text(
+            445, 380, "one step: 1 to depth + 1 new tokens, and the features of the last accepted node", "small middle"
+        )
+    )
     arrow(445, 396, 445, 426)
     box(24, 426, 842, 60, "medhead_kernels", "attention backends, tree commit, packed weights: tensors in, tensors out")
     body.append(text(445, 508, "Imports point down only.", "small middle"))
