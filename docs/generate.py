@@ -98,8 +98,8 @@ def results_block() -> str:
             f"| {accepted} | {row['identical']}/{row['prompts']} |"
         )
     caption = (
-        f"Demo model (5.5M parameters), {rows[0]['prompts']} held-out prompts, greedy, float32, {machine['threads']} threads of an "
-        f"{machine['cpu']}, {machine['date']} ([committed result](benchmarks/demo-cpu-float32/results.json)):"
+        f"Demo model (5.5M parameters), {rows[0]['prompts']} held-out prompts, greedy, float32, {machine['threads']} threads "
+        f"of an {machine['cpu']}, {machine['date']} ([committed result](benchmarks/demo-cpu-float32/results.json)):"
     )
     return caption + "\n\n" + "\n".join(lines)
 
