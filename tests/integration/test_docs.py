@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import os
 import re
+import runpy
 import shlex
 import shutil
 import socket
@@ -13,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,10 +85,18 @@ def commands_of(code: str) -> list[list[str]]:
 @lru_cache
 def options_of(command: tuple[str, ...]) -> frozenset[str]:
     """The options that a command's help names; fails if there is no such command."""
-    start = ["-m", "medhead.cli.main", *command[1:]] if command[0] == "medhead" else ["-m", *command]
-    found = subprocess.run([sys.executable, *start, "--help"], capture_output=True, text=True, timeout=120)
-    assert found.returncode == 0, f"{' '.join(command)}: {found.stderr}"
-    return frozenset(re.findall(r"--[a-z][\w-]*", found.stdout))
+    out, code = io.StringIO(), 0
+    with redirect_stdout(out), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [*command, "--help"])
+        try:
+            if command[0] == "medhead":
+                code = cli.main([*command[1:], "--help"])
+            else:
+                runpy.run_module(command[0], run_name="__main__")
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+    assert code == 0, f"{' '.join(command)}: there is no such command"
+    return frozenset(re.findall(r"--[a-z][\w-]*", out.getvalue()))
 
 
 def split_command(words: list[str]) -> tuple[tuple[str, ...], list[str]]:
