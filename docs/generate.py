@@ -78,7 +78,7 @@ def models_block() -> str:
     accepted = {name for name in ACCEPTED if name not in SINCE_5_24} | set(SINCE_5_24)
     refused = {name for name in REFUSED if name not in SINCE_5_24}
     return (
-        f"{len(accepted)} families are tested token by token: {', '.join(sorted(accepted))}.\n\n"
+        f"The tests verify token trees with {len(accepted)} families: {', '.join(sorted(accepted))}.\n\n"
         f"Refused with one line: {', '.join(sorted(refused))}, and encoder-decoder models."
     )
 
