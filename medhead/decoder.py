@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,11 +14,13 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import generate_options as options
 from medhead.check import CheckReport, check
-from medhead.compile import CapturedLoop, CompiledTarget, Plans
+from medhead.compile import CompiledTarget, GraphCache
+from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
 from medhead.core.gumbel import GumbelNoise
 from medhead.core.loop import DecodeLoop, StepTimes
-from medhead.core.sequence import Sequence, Settings
+from medhead.core.sampling import is_local, take_warpers, temperature_of
+from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
@@ -38,7 +40,8 @@ class Statistics:
         prompt_tokens: prompt tokens, all rows together, without padding.
         prefill_seconds: time to read the prompts.
         decode_seconds: time of all steps.
-        times: the steps' time by part.
+        times: the steps' time by part; None unless the decoder profiles.
+        captured_steps: how many steps were captured ones.
         cache_bytes: memory of the key/value cache at the end.
         packed_bytes: memory of packed copies of weights, see `PackedWeights`.
         capture_seconds: time to make captured steps ready; the next generation of the same form has them.
@@ -51,10 +54,11 @@ class Statistics:
     prompt_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
-    times: StepTimes = field(default_factory=StepTimes)
+    times: StepTimes | None = None
     cache_bytes: int = 0
     packed_bytes: int = 0
     capture_seconds: float = 0.0
+    captured_steps: int = 0
     lengths: list[int] = field(default_factory=list)
 
     @property
@@ -87,6 +91,7 @@ class Decoder:
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
+        profile: time the parts of every step (`statistics.times`); the device is synchronised around each of them.
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
@@ -114,6 +119,7 @@ class Decoder:
         attention: str = "auto",
         packed: bool | None = None,
         step: str = "loop",
+        profile: bool = False,
         **options: Any,
     ) -> None:
         self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed)
@@ -130,17 +136,14 @@ class Decoder:
             raise MedheadError(f"{', '.join(given)}: options go with a proposer's name; this proposer is made already")
         self.proposer, self.typical, self.heads = proposer, typical, heads
         self._own_proposer = self.proposer
-        self.plans: Plans | None = None
+        self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
         if step == "compiled" and not self.proposer.capturable:
             self.compiled_target = CompiledTarget(self.model, probe=False, attention=self.target.backend.name)
         elif step != "loop":
-            self.plans = Plans(self.target, self.proposer, step)
-        self.statistics = Statistics()
-        self.on_pass: Callable[[Sequence, list[int]], None] | None = (
-            None  # called with a row and the tokens of each pass
-        )
-        self.synchronize = torch.cuda.synchronize if self.target.device.type == "cuda" else None
+            self.graphs = GraphCache(self.target, self.proposer, step)
+        self.statistics, self.profile = Statistics(), profile
+        self.on_pass: Callable[[Sequence, list[int]], None] | None = None  # called with a sequence and its new tokens
         patch_generate(self.model)
 
     # ---------------------------------------------------------------- decoding
@@ -193,38 +196,58 @@ class Decoder:
         input_ids = input_ids.to(self.target.device)
         options.check_token_ids(input_ids, int(self.target.embedding.num_embeddings))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
-        padded = input_ids.tolist()
         asked = int(config.max_length) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.context)
-        rows = [
-            Sequence(index, ids, text, processors=options.row_processors(processors, index))
-            for index, (ids, text) in enumerate(zip(padded, texts, strict=True))
+        pad, lengths = _pad_token(config), list[int]()
+        stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
+        stop_checker = StopChecker(limit, criteria=criteria, device=self.target.device)
+        params, processors = _sampling_params(config, processors, seed, limit)
+        local = is_local(processors)
+
+        def on_tokens(sequence: Sequence, new: list[int], ended: bool) -> None:
+            lengths.append(len(new))
+            if self.on_pass is not None:
+                self.on_pass(sequence, new)
+            if stream is not None:
+                stream.add(sequence.index, new, ended)
+
+        sequences = [
+            Sequence(
+                prompt_ids,
+                text,
+                stop_checker,
+                params,
+                index,
+                processors if local else options.row_processors(processors, index),
+                local,
+                on_tokens,
+            )
+            for index, (prompt_ids, text) in enumerate(zip(input_ids.tolist(), texts, strict=True))
         ]
         prompt_tokens = sum(map(len, texts))
-        pad = _pad_token(config)
-        stream = None if streamer is None else ColumnStream(streamer, len(rows), pad)
-        stopper = StopChecker(criteria, limit, self.target.device)
-        lengths: list[int] = []
         keep = bool(config.return_dict_in_generate)
-        settings = Settings(
-            processors,
-            stopper,
-            noise=self._noise(config, seed),
-            typical=self.typical,
-            keep_scores=keep and bool(config.output_scores),
-            keep_logits=keep and bool(config.output_logits),
-            on_tokens=_listener(stream, lengths, self.on_pass),
-            synchronize=self.synchronize,
-        )
-        loop = self._loop(settings)
+        loop = self.new_loop(keep and bool(config.output_scores), keep and bool(config.output_logits))
         try:
             with loop.target.active(self.proposer.feature_layers):
-                loop.run(list(rows))
+                loop.run(sequences)
         finally:
-            self._count(rows, loop, prompt_tokens, lengths)
+            self._count(sequences, loop, prompt_tokens, lengths)
             if stream is not None:
                 stream.finish()
-        return _result(rows, input_ids, pad, config)
+        return _result(sequences, input_ids, pad, config)
+
+    def new_loop(
+        self, record_scores: bool = False, record_logits: bool = False, proposer: Proposer | None = None
+    ) -> DecodeLoop:
+        """Return a decode loop with this decoder's target, proposer and way to run a step.
+
+        Captured and compiled steps serve the decoder's own proposer; another one (`using`, or `proposer`) is decoded eagerly.
+        """
+        proposer = self.proposer if proposer is None else proposer
+        own = proposer is self._own_proposer
+        target = self.compiled_target if own and self.compiled_target is not None else self.target
+        graphs = self.graphs if own else None
+        return DecodeLoop(target, proposer, self.typical, graphs, record_scores, record_logits, self.profile)
 
     def check(self, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
         """Compare with plain decoding, token by token; see `medhead.check.check`."""
@@ -236,16 +259,15 @@ class Decoder:
     def warmup(self, rows: int = 1) -> None:
         """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
         target = self.compiled_target or self.target
-        GumbelNoise(0, target.vocab_size, target.device).gumbel(
-            *torch.zeros(2, 1, dtype=torch.long, device=target.device)
-        )
+        zeros = torch.zeros(1, 2, dtype=torch.long, device=target.device)
+        GumbelNoise(target.vocab_size, target.device).gumbel(zeros, zeros[:, 0], zeros[:, :1])
         with target.active(self.proposer.feature_layers):
             self.proposer.warmup(target, rows)
 
     def close(self) -> None:
         """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
-        if self.plans is not None:
-            self.plans.clear()
+        if self.graphs is not None:
+            self.graphs.clear()
         if self.compiled_target is not None:
             self.compiled_target.clear()
         if self._own_target:
@@ -272,48 +294,35 @@ class Decoder:
 
     # ---------------------------------------------------------------- inside
 
-    def _loop(self, settings: Settings) -> DecodeLoop:
-        """What is captured or compiled serves the decoder's own proposer; another one (`using`) has the ordinary loop."""
-        if self.proposer is not self._own_proposer:
-            return DecodeLoop(self.target, self.proposer, settings)
-        if self.plans is not None:
-            return CapturedLoop(self.plans, settings)
-        return DecodeLoop(self.compiled_target or self.target, self.proposer, settings)
-
-    def _noise(self, config: GenerationConfig, seed: int | None) -> GumbelNoise | None:
-        if not config.do_sample:
-            if seed is not None:
-                options.check_seed(seed)
-            return None
-        return GumbelNoise(options.check_seed(seed), self.target.vocab_size, self.target.device)
-
-    def _count(self, rows: list[Sequence], loop: DecodeLoop, prompt_tokens: int, lengths: list[int]) -> None:
+    def _count(self, sequences: list[Sequence], loop: DecodeLoop, prompt_tokens: int, lengths: list[int]) -> None:
         self.statistics = Statistics(
-            new_tokens=sum(len(row.output) for row in rows),
-            passes=sum(row.passes for row in rows),
-            steps=max(row.passes for row in rows),
+            new_tokens=sum(len(one.output_ids) for one in sequences),
+            passes=sum(one.passes for one in sequences),
+            steps=max(one.passes for one in sequences),
             prompt_tokens=prompt_tokens,
             prefill_seconds=loop.prefill_seconds,
-            decode_seconds=loop.times.total(),
+            decode_seconds=loop.decode_seconds,
             times=loop.times,
             cache_bytes=loop.cache_bytes,
             packed_bytes=loop.target.packed_weights.nbytes + self.proposer.packed_bytes,
             capture_seconds=loop.capture_seconds,
+            captured_steps=loop.captured_steps,
             lengths=lengths,
         )
 
 
-def _listener(
-    stream: ColumnStream | None, lengths: list[int], also: Callable[[Sequence, list[int]], None] | None
-) -> Any:
-    def listen(row: Sequence, new: list[int], ended: bool) -> None:
-        lengths.append(len(new))
-        if also is not None:
-            also(row, new)
-        if stream is not None:
-            stream.add(row, new, ended)
-
-    return listen
+def _sampling_params(
+    config: GenerationConfig, processors: LogitsProcessorList, seed: int | None, limit: int
+) -> tuple[SamplingParams, LogitsProcessorList]:
+    """Return the sampling parameters of a generation, and the processors that are not part of them."""
+    if not config.do_sample:
+        if seed is not None:
+            check_seed(seed)
+        return SamplingParams(limit), processors
+    params = SamplingParams(limit, temperature=1.0, seed=options.seed_or_draw(seed))
+    if not is_local(processors):
+        return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
+    return take_warpers(processors, params)
 
 
 def _pad_token(config: GenerationConfig) -> int:
@@ -324,23 +333,23 @@ def _pad_token(config: GenerationConfig) -> int:
 
 
 def _result(
-    rows: list[Sequence], input_ids: Tensor, pad: int, config: GenerationConfig
+    sequences: list[Sequence], input_ids: Tensor, pad: int, config: GenerationConfig
 ) -> Tensor | GenerateDecoderOnlyOutput:
-    longest = max(len(row.output) for row in rows)
-    output = torch.full((len(rows), longest), pad, dtype=input_ids.dtype)
-    for row in rows:
-        output[row.index, : len(row.output)] = torch.tensor(row.output)
-    sequences = torch.cat([input_ids, output.to(input_ids.device)], 1)
+    longest = max(len(one.output_ids) for one in sequences)
+    output = torch.full((len(sequences), longest), pad, dtype=input_ids.dtype)
+    for one in sequences:
+        output[one.index, : len(one.output_ids)] = torch.tensor(one.output_ids)
+    result = torch.cat([input_ids, output.to(input_ids.device)], 1)
     if not config.return_dict_in_generate:
-        return sequences
+        return result
     return GenerateDecoderOnlyOutput(
-        sequences=sequences,
-        scores=_columns([row.scores for row in rows], longest) if config.output_scores else None,
-        logits=_columns([row.logits for row in rows], longest) if config.output_logits else None,
+        sequences=result,
+        scores=_columns([one.scores for one in sequences], longest) if config.output_scores else None,
+        logits=_columns([one.logits for one in sequences], longest) if config.output_logits else None,
     )
 
 
 def _columns(rows: list[list[Tensor]], longest: int) -> tuple[Tensor, ...]:
-    """One `[batch, vocab]` tensor for each new token; zeros where a row had ended."""
+    """Return one `[batch, vocab]` tensor for each new token; zeros where a sequence had ended."""
     blank = torch.zeros_like(next(row[0] for row in rows if row))
     return tuple(torch.stack([row[at] if at < len(row) else blank for row in rows]) for at in range(longest))

@@ -186,9 +186,9 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         print(f"medhead.generate: {heads} adapts the model itself: the text is the adapted model's", file=sys.stderr)
     given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
     decoder = Decoder(model, proposer, heads=used, **given)
-    for maker in (decoder.plans, decoder.compiled_target):
+    for maker in (decoder.graphs, decoder.compiled_target):
         if maker is not None:
-            maker.say = lambda line: print(f"medhead.generate: {line}", file=sys.stderr)
+            maker.on_progress = lambda line: print(f"medhead.generate: {line}", file=sys.stderr)
     return decoder
 
 
@@ -296,7 +296,7 @@ def statistics_line(decoder: Decoder) -> str:
     """One line about the last generation."""
     s, proposer = decoder.statistics, decoder.proposer
     most = "up to " if getattr(proposer, "adapts", False) else ""
-    way = decoder.plans.way if decoder.plans is not None and s.times.whole else ""
+    way = decoder.graphs.backend if decoder.graphs is not None and s.captured_steps else ""
     step = f", step {way}" if way else ", compiled pass" if decoder.compiled_target is not None else ""
     return (
         f"[{proposer.name}, {most}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from medhead.config import check_seed
 from medhead.errors import MedheadError
 
 _BEAMS = "medhead decodes one sequence per row; use num_return_sequences with sampling, or generate without medhead"
@@ -86,10 +87,9 @@ def check_processors(processors: LogitsProcessorList) -> None:
             raise MedheadError("SynthID watermarking is not supported: its state belongs to decoding token by token")
 
 
-def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList | None:
-    """Processors for one row of the batch where some hold something for every row, else None (share the list)."""
-    own = LogitsProcessorList([_for_row(processor, row) for processor in processors])
-    return None if all(mine is theirs for mine, theirs in zip(own, processors, strict=True)) else own
+def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:
+    """Return the processors of one row of the batch; those that hold something for every row are narrowed to it."""
+    return LogitsProcessorList([_for_row(processor, row) for processor in processors])
 
 
 def _for_row(processor: Any, row: int) -> Any:
@@ -141,14 +141,6 @@ def check_token_ids(input_ids: Tensor, rows: int) -> None:
         )
 
 
-def check_seed(seed: int | None) -> int:
-    """The seed, or one drawn from torch's own generator, so that `torch.manual_seed` makes a run repeatable.
-
-    Raises:
-        MedheadError: it is not a whole number that fits 64 bits.
-    """
-    if seed is None:
-        return int(torch.randint(0, 2**62, ()))
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise MedheadError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
-    return seed
+def seed_or_draw(seed: int | None) -> int:
+    """Return the seed, or one drawn from torch's own generator, so that `torch.manual_seed` makes a run repeatable."""
+    return int(torch.randint(0, 2**62, ())) if seed is None else check_seed(seed)

@@ -14,7 +14,6 @@ import transformers
 
 from medhead.bench.contestants import PLAIN, TRANSFORMERS
 from medhead.bench.measure import PARTS, Measured
-from medhead_kernels.availability import has_numba
 
 
 def machine() -> dict[str, Any]:
@@ -33,7 +32,6 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
-        "loops": has_numba(),  # guesses by compiled loops, where those are faster
     }
 
 

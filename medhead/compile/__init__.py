@@ -1,13 +1,11 @@
-"""The decode step with shapes that never change and a host that never has to answer: one CUDA graph, or one compiled function.
+"""Captured and compiled steps: the decode step with fixed shapes and without host reads, as a CUDA graph or a compiled function.
 
-`buffers` is all that such a step reads and writes, `step` is the step, `ways` are the ways to run it, `plans` keeps what
-was captured for the next generation, `loop` is the decode loop around it. `compiled_target` is for proposers that work on the
-host: of their steps, the target's pass is compiled.
+`backends` are the ways to make a step fast, `graph_cache` keeps what was made, `captured` runs such steps for a batch.
+`compiled_target` is for proposers that work on the host: there the target's pass alone is compiled.
 """
 
-from medhead.compile.backends import WAYS
+from medhead.compile.backends import BACKENDS
 from medhead.compile.compiled_target import CompiledTarget
-from medhead.compile.graph_cache import Plans
-from medhead.compile.loop import CapturedLoop
+from medhead.compile.graph_cache import GraphCache
 
-__all__ = ["WAYS", "CapturedLoop", "CompiledTarget", "Plans"]
+__all__ = ["BACKENDS", "CompiledTarget", "GraphCache"]

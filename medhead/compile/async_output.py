@@ -1,4 +1,4 @@
-"""How the host gets what steps emitted: copied behind the step, read when it is needed."""
+"""How the host gets what captured steps emitted: copied behind the step, read when it is needed."""
 
 from __future__ import annotations
 
@@ -9,56 +9,66 @@ import torch
 from torch import Tensor
 
 
-class Outbox(Protocol):
+class AsyncOutput(Protocol):
     """What several steps emitted, in order."""
 
-    def post(self) -> None:
-        """Put the newest step's numbers behind the others."""
-
-    def take(self) -> list[list[int]]:
-        """The oldest ones, waiting for them if need be."""
-
-
-def outbox(out: Tensor, most: int) -> Outbox:
-    """For `[batch, numbers]` that every step overwrites, where up to `most` steps wait to be read."""
-    return PinnedOutbox(out, most) if out.device.type == "cuda" else PlainOutbox(out)
-
-
-class PlainOutbox:
-    """Copies; for devices that compute when they are told to."""
-
-    def __init__(self, out: Tensor) -> None:
-        self._out, self._waiting = out, deque[Tensor]()
+    def __len__(self) -> int:
+        """Return how many steps are queued."""
 
     def post(self) -> None:
-        """See `Outbox`."""
-        self._waiting.append(self._out.clone())
+        """Queue the newest step's numbers."""
 
     def take(self) -> list[list[int]]:
-        """See `Outbox`."""
-        return self._waiting.popleft().tolist()
+        """Return the oldest queued ones; wait for them if need be."""
 
 
-class PinnedOutbox:
-    """Copies into pinned memory behind the step, without waiting; an event tells when one has arrived."""
+def async_output(output: Tensor, max_queued: int) -> AsyncOutput:
+    """Return a queue for `[batch, numbers]`, which every step overwrites, of up to `max_queued` steps."""
+    return PinnedOutput(output, max_queued) if output.device.type == "cuda" else CopiedOutput(output)
 
-    def __init__(self, out: Tensor, most: int) -> None:
-        self._out = out
+
+class CopiedOutput:
+    """Copies, for devices that compute synchronously."""
+
+    def __init__(self, output: Tensor) -> None:
+        self._output, self._queued = output, deque[Tensor]()
+
+    def __len__(self) -> int:
+        return len(self._queued)
+
+    def post(self) -> None:
+        """See `AsyncOutput`."""
+        self._queued.append(self._output.clone())
+
+    def take(self) -> list[list[int]]:
+        """See `AsyncOutput`."""
+        return self._queued.popleft().tolist()
+
+
+class PinnedOutput:
+    """Copies into pinned memory on the step's stream; an event tells when a copy has arrived."""
+
+    def __init__(self, output: Tensor, max_queued: int) -> None:
+        self._output = output
         self._free: deque[tuple[Tensor, Any]] = deque(
-            (torch.empty(out.shape, dtype=out.dtype, pin_memory=True), torch.cuda.Event()) for _ in range(most + 1)
+            (torch.empty(output.shape, dtype=output.dtype, pin_memory=True), torch.cuda.Event())
+            for _ in range(max_queued + 1)
         )
-        self._waiting = deque[tuple[Tensor, Any]]()
+        self._queued = deque[tuple[Tensor, Any]]()
+
+    def __len__(self) -> int:
+        return len(self._queued)
 
     def post(self) -> None:
-        """See `Outbox`."""
-        place, arrived = self._free.popleft()
-        place.copy_(self._out, non_blocking=True)
+        """See `AsyncOutput`."""
+        copy, arrived = self._free.popleft()
+        copy.copy_(self._output, non_blocking=True)
         arrived.record()
-        self._waiting.append((place, arrived))
+        self._queued.append((copy, arrived))
 
     def take(self) -> list[list[int]]:
-        """See `Outbox`."""
-        place, arrived = self._waiting.popleft()
+        """See `AsyncOutput`."""
+        copy, arrived = self._queued.popleft()
         arrived.synchronize()
-        self._free.append((place, arrived))
-        return place.tolist()
+        self._free.append((copy, arrived))
+        return copy.tolist()

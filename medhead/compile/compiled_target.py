@@ -1,7 +1,7 @@
-"""A target whose verify pass is compiled, for proposers that work on the host: their steps cannot be one piece.
+"""A target whose verify pass is compiled, for proposers that work on the host, whose steps cannot be captured.
 
-The pass is recorded with sizes that stay open (nodes, columns, capacity), so that one compiled pass serves trees of every
-size and texts of every length; another one serves plain decoding, and two more serve batches.
+The pass is traced with open sizes (nodes, columns, capacity), so one compiled pass serves trees of every size and texts of
+every length; another one serves plain decoding, and two more serve batches.
 """
 
 from __future__ import annotations
@@ -14,20 +14,21 @@ import torch
 from torch import Tensor
 
 from medhead.compile.trace import compile_fixed, compile_open
+from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
 from medhead.model.target import Target
 
-_PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to compile with; no two that may differ are equal
+_PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace with: sizes that may differ are unequal
 
 
 class CompiledTarget(Target):
     """See `Target`.
 
     Attributes:
-        say: told when something is compiled, which takes a while.
+        on_progress: told when something is compiled, which takes a while.
     """
 
     compiles = True
@@ -37,7 +38,7 @@ class CompiledTarget(Target):
         self._ready = False  # the probe's passes are not worth compiling
         kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
-        self.say: Callable[[str], None] = lambda line: None
+        self.on_progress: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host
 
@@ -46,7 +47,7 @@ class CompiledTarget(Target):
         self._passes.clear()
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
-        """See `Target.new_cache`; a text begins, perhaps with other adapters than the one before."""
+        """See `Target.new_cache`; the adapters may have been switched since the last text."""
         self._state = model_state(self)
         return super().new_cache(batch, capacity)
 
@@ -59,50 +60,56 @@ class CompiledTarget(Target):
         if not self._ready:
             return super().verify(cache, tree)
         cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
-        words = [tree.ancestor_bitmask] if self._takes_words(tree.nodes) else []
-        lengths, places = torch.tensor(cache.lengths, device=self.device), torch.empty(cache.used, device=self.device)
-        # strides are not open, not even those of a dimension of one row, and where a storage begins matters too
+        bitmask = [tree.ancestor_bitmask] if self._takes_bitmask(tree.nodes) else []
+        columns = torch.empty(cache.used, device=self.device)  # only its size is read
+        # strides are not open, not even those of a dimension of one row, nor is the offset in a storage
         of_tree = [
             part.clone(memory_format=torch.contiguous_format)
-            for part in (tree.tokens, tree.depth, tree.visible, *words)
+            for part in (tree.tokens, tree.depth, tree.visible, *bitmask)
         ]
-        given = [*of_tree[:3], lengths, places, *of_tree[3:], *cache.parts]
-        key = tree.batch > 1, tree.nodes > 1, len(words), tuple(self._feature_layers), self._state
+        given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
+        key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self._feature_layers), self._state
         if key not in self._passes:
-            self._passes[key] = self._compile(tree, bool(words), given)
+            self._passes[key] = self._compile(tree, bool(bitmask), given)
         return self._passes[key](*given)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """See `Target.compiled`."""
-        self.say(f"compiling {what}")
-        with _one_line(what):
+        self.on_progress(f"compiling {what}")
+        with _errors_in_one_line(what):
             return compile_fixed(run, given)
 
-    def _compile(self, tree: TokenTree, with_words: bool, given: list[Tensor]) -> Callable[..., tuple[Tensor, Tensor]]:
+    def _compile(
+        self, tree: TokenTree, with_bitmask: bool, given: list[Tensor]
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
-        self.say(f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)")
-        slots = self.layout.slots()
+        self.on_progress(
+            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)"
+        )
+        specs = self.layout.specs()
 
-        def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, places: Tensor, *rest: Tensor) -> Any:
-            words, stores = (rest[0], rest[1:]) if with_words else (None, rest)
-            left = iter(stores)
-            cache = TreeCache.over(self.layout, {slot: [next(left) for _ in range(n)] for slot, n in slots.items()})
-            return self.verify_nodes(cache, tokens, depth, visible, words, lengths, places.shape[0])
+        def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, columns: Tensor, *rest: Tensor) -> Any:
+            bitmask, per_layer = (rest[0], rest[1:]) if with_bitmask else (None, rest)
+            left = iter(per_layer)
+            buffers = {spec: [next(left) for _ in range(n)] for spec, n in specs.items()}
+            cache = TreeCache.from_buffers(self.layout, buffers, Lengths(lengths, None))
+            cache.columns = columns.shape[0]
+            return self.verify_nodes(cache, tokens, depth, None if tokens.shape[1] == 1 else visible, bitmask)
 
         with torch.inference_mode(False):
             examples = list(self._examples(tree, given))
-        with _one_line(f"the pass of {self.name}"):
+        with _errors_in_one_line(f"the pass of {self.name}"):
             return compile_open(run, examples)
 
     def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
-        """Tensors like those given, of sizes that tell nodes, rows, columns and capacity apart from everything else."""
+        """Yield tensors like those given, with sizes that tell nodes, rows, columns and capacity apart."""
         taken = {size for tensor in given for size in tensor.shape} | {self.hidden_size, self.vocab_size}
         rows, nodes, columns, capacity = [prime for prime in _PRIMES if prime not in taken][:4]
         rows, nodes = 1 if tree.batch == 1 else rows, 1 if tree.nodes == 1 else nodes
         sizes = [(rows, nodes), (rows, nodes), (rows, nodes, nodes), (rows,), (columns,)]
-        layers = sum(self.layout.slots().values())
+        layers = sum(self.layout.specs().values())
         if len(given) > len(sizes) + layers:
-            sizes.append((rows, nodes, given[len(sizes)].shape[2]))  # ancestor words
+            sizes.append((rows, nodes, given[len(sizes)].shape[2]))  # the ancestor bitmask
         for tensor, size in zip(given[:-layers], sizes, strict=True):
             yield tensor.new_zeros(size)
         for part in given[-layers:]:
@@ -110,8 +117,8 @@ class CompiledTarget(Target):
 
 
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
-    """Whatever a model or the compiler throws, as a MedheadError."""
+def _errors_in_one_line(what: str) -> Iterator[None]:
+    """Turn whatever a model or the compiler raises into a MedheadError."""
     try:
         yield
     except Exception as error:

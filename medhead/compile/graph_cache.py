@@ -1,113 +1,119 @@
-"""What was captured, kept for the next generation of the same form."""
+"""Captured steps, kept for the next batch of the same form."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import LogitsProcessorList
 
-from medhead.compile.backends import WAYS, Run, check_device, make
-from medhead.compile.buffers import Buffers
-from medhead.compile.step import FixedStep
+from medhead.compile.backends import BACKENDS, Run, check_device, make
+from medhead.core.buffers import StepBuffers
+from medhead.core.gumbel import GumbelNoise
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
 
-MOST = 4  # plans that are kept; each holds a cache
-LEAST_COLUMNS = 256
+MAX_STEPS = 4  # captured steps that are kept; each holds a cache
+MIN_COLUMNS = 256
 
 
 @dataclass
-class Plan:
-    """A step made ready, and the buffers it works on."""
+class CapturedStep:
+    """A step made ready to run, and the buffers it works on."""
 
-    buffers: Buffers
+    buffers: StepBuffers
     run: Run
 
 
-class Plans:
-    """Captured steps of one target and proposer, by batch, room and sampling; the newest few are kept.
+class GraphCache:
+    """Captured steps of one target and proposer, by batch size, room and sampling; the newest few are kept.
 
     Args:
         target: the target.
-        proposer: what fills the trees.
-        way: a name in `WAYS`.
+        proposer: fills the trees.
+        backend: a name in `BACKENDS`.
+        lag: steps that the host is behind the device; 1 on CUDA and 0 elsewhere if None.
+
+    Attributes:
+        on_progress: told when something is made that takes a while.
 
     Raises:
-        MedheadError: the way is unknown, or the proposer, the attention or the devices cannot be part of a captured step.
+        MedheadError: the backend is unknown, or the proposer, the attention or the devices cannot be part of a captured step.
     """
 
-    def __init__(self, target: Target, proposer: Proposer, way: str) -> None:
-        if way not in WAYS:
-            raise MedheadError(f"step must be one of loop, {', '.join(WAYS)}; got {way!r}")
+    def __init__(self, target: Target, proposer: Proposer, backend: str, lag: int | None = None) -> None:
+        if backend not in BACKENDS:
+            raise MedheadError(f"step must be one of loop, {', '.join(BACKENDS)}; got {backend!r}")
         if not proposer.capturable:
             raise MedheadError(
-                f"step {way!r} captures the proposers 'heads' (but for mtp) and 'none'; {proposer.name!r} works on the host"
+                f"step {backend!r} captures the proposers 'heads' (but for mtp) and 'none'; {proposer.name!r} works on the host"
             )
-        check_device(way, target.device)
+        check_device(backend, target.device)
         if target.backend.name == "flash":
             raise MedheadError(
-                f"step {way!r} does not go with attention 'flash', which asks the host; use auto or triton"
+                f"step {backend!r} does not go with attention 'flash', which reads lengths on the host; use auto or triton"
             )
-        devices = {slot.device for pair in target.layout.layers.values() for slot in pair}
+        devices = {spec.device for pair in target.layout.layers.values() for spec in pair}
         if devices != {target.device}:
-            raise MedheadError(f"step {way!r} needs the whole model on one device, it is on {len(devices)}")
-        self.target, self.proposer, self.way = target, proposer, way
-        self.say: Callable[[str], None] = lambda line: None  # told when something is made that takes a while
-        self._plans: OrderedDict[Hashable, Plan] = OrderedDict()
+            raise MedheadError(f"step {backend!r} needs the whole model on one device, it is on {len(devices)}")
+        self.target, self.proposer, self.backend = target, proposer, backend
+        self.lag = int(target.device.type == "cuda") if lag is None else lag
+        self.on_progress: Callable[[str], None] = lambda line: None
+        self._steps: OrderedDict[Hashable, CapturedStep] = OrderedDict()
 
-    def get(
-        self,
-        rows: int,
-        room: int,
-        processors: LogitsProcessorList,
-        samples: bool,
-        features: Tensor,
-        memory: Tensor | None,
-    ) -> Plan:
-        """A plan for so many rows of up to `room` tokens and nodes, captured now unless there is one.
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    @property
+    def margin(self) -> int:
+        """Columns that a sequence may need beyond what the host knows of."""
+        return self.proposer.steps * (self.lag + 1) + self.proposer.tree_size
+
+    @property
+    def room_ahead(self) -> int:
+        """Tokens by which a sequence may grow before the host knows it."""
+        return self.proposer.steps * (self.lag + 2)
+
+    def get(self, like: StepBuffers, room: int, generator: GumbelNoise) -> CapturedStep:
+        """Return a step for the sequences of some buffers, captured now unless there is one.
+
+        Args:
+            like: the decode loop's buffers.
+            room: tokens and nodes of a sequence to have room for.
+            generator: of the sampling noise.
 
         Raises:
             MedheadError: the step cannot be captured.
         """
-        columns = columns_for(room)
-        key = (rows, columns, samples, _signature(processors), features.dtype, model_state(self.target))
-        if key not in self._plans:
-            if self.way == "compiled":
-                self.say(f"compiling a step for {rows} rows of up to {columns:,} tokens (a minute)")
-            step = FixedStep(self.target, self.proposer, processors, samples)
+        rows, columns = rows_for(len(like.roots)), columns_for(room)
+        key = (rows, columns, like.sampling.key(), like.features.dtype, model_state(self.target))
+        if key not in self._steps:
+            if self.backend == "compiled":
+                self.on_progress(f"compiling a step for {rows} sequences of up to {columns:,} tokens (a minute)")
             with torch.inference_mode(False), torch.no_grad():
-                buffers = Buffers.empty(self.target, rows, columns, self.proposer.steps, features, memory)
-                self._plans[key] = Plan(buffers, make(self.way, step, buffers))
-            while len(self._plans) > MOST:
-                self._plans.popitem(last=False)
-        self._plans.move_to_end(key)
-        return self._plans[key]
+                buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps)
+                run = make(self.backend, self.target, self.proposer, buffers, generator)
+                self._steps[key] = CapturedStep(buffers, run)
+            while len(self._steps) > MAX_STEPS:
+                self._steps.popitem(last=False)
+        self._steps.move_to_end(key)
+        return self._steps[key]
 
     def clear(self) -> None:
         """Give the memory back."""
-        self._plans.clear()
+        self._steps.clear()
+
+
+def rows_for(sequences: int) -> int:
+    """Return the number of sequences, above four rounded up to a multiple of four: few sizes."""
+    return sequences if sequences <= 4 else -(-sequences // 4) * 4
 
 
 def columns_for(room: int) -> int:
-    """The room rounded up to a power of two, or to a multiple of 2,048: few sizes, and none much too large."""
+    """Return the room rounded up to a power of two, or to a multiple of 2,048: few sizes, and none much too large."""
     if room > 2048:
         return -(-room // 2048) * 2048
-    return max(LEAST_COLUMNS, 1 << (room - 1).bit_length())
-
-
-def _signature(processors: LogitsProcessorList) -> Hashable:
-    """What the processors do, so that those of another generation can be told to be the same."""
-    return tuple(
-        (type(one).__name__, tuple(sorted((k, _plain(v)) for k, v in vars(one).items()))) for one in processors
-    )
-
-
-def _plain(value: Any) -> str:
-    return str(value.tolist() if isinstance(value, Tensor) else value)
+    return max(MIN_COLUMNS, 1 << (room - 1).bit_length())

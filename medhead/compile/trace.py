@@ -1,7 +1,6 @@
-"""From a function of tensors to a compiled one: its operations are written down once, and PyTorch's compiler fuses them.
+"""From a function of tensors to a compiled one: its operations are traced once, and PyTorch's compiler fuses them.
 
-What is written down is what the function did, whatever Python it took, so any model can be compiled; nothing has to be
-understood by the compiler but operations on tensors.
+The trace holds the tensor operations that the function ran, whatever Python led to them, so any model can be compiled.
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[...,
         given: arguments that it is called with now, so that it is compiled when this returns.
     """
     with torch.inference_mode(False), torch.no_grad():
-        tape = write_down(run, [torch.empty_like(tensor) for tensor in given], "fake")
-    return compile_tape(tape, given, dynamic=False)
+        graph = trace(run, [torch.empty_like(tensor) for tensor in given], "fake")
+    return compile_graph(graph, given, dynamic=False)
 
 
 def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
@@ -41,31 +40,31 @@ def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..
         examples: arguments. Their sizes above 1 stay open, and sizes that are equal here must always be.
     """
     with torch.inference_mode(False), torch.no_grad():
-        tape = write_down(run, examples, "symbolic")
-    given = [example.clone() for example in examples]  # tensors of the mode that rules here, inference or not
-    return compile_tape(tape, given, dynamic=True)
+        graph = trace(run, examples, "symbolic")
+    given = [example.clone() for example in examples]  # tensors of the present mode, inference or not
+    return compile_graph(graph, given, dynamic=True)
 
 
-def compile_tape(tape: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
-    """The compiled tape, after its first call."""
-    tape = _tidy(tape, given)
-    compiles: Callable[..., Any] = torch.compile(tape, dynamic=dynamic)
+def compile_graph(graph: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
+    """Compile a traced function and call it once."""
+    graph = _tidy(graph, given)
+    function: Callable[..., Any] = torch.compile(graph, dynamic=dynamic)
     if given[0].device.type != "cpu":
-        compiles(*given)
-        return compiles
+        function(*given)
+        return function
     try:
         with inductor.patch(_FOR_CPU):
-            compiles(*given)
+            function(*given)
     except Exception as error:  # a type that the compiler has no product of its own for
         if "NoValidChoices" not in str(error):
             raise
-        compiles = torch.compile(tape, dynamic=dynamic)
-        compiles(*given)
-    return compiles
+        function = torch.compile(graph, dynamic=dynamic)
+        function(*given)
+    return function
 
 
-def write_down(run: Callable[..., Any], examples: list[Tensor], mode: Literal["fake", "symbolic"]) -> GraphModule:
-    """The operations of `run`, written down with tensors that hold nothing: it fails if it reads one.
+def trace(run: Callable[..., Any], examples: list[Tensor], mode: Literal["fake", "symbolic"]) -> GraphModule:
+    """Trace the operations of `run` with tensors that hold nothing: it fails if it reads one.
 
     Args:
         run: takes tensors.
@@ -73,29 +72,29 @@ def write_down(run: Callable[..., Any], examples: list[Tensor], mode: Literal["f
         mode: `fake` for these sizes alone, `symbolic` for sizes that stay open.
     """
     log = logging.getLogger("torch._subclasses.fake_tensor")
-    before, log.disabled = log.disabled, True  # what fails is said in one line by those who ask
+    before, log.disabled = log.disabled, True  # the caller reports a failure in one line
     try:
         return make_fx(run, tracing_mode=mode, _allow_non_fake_inputs=True)(*examples)
     finally:
         log.disabled = before
 
 
-def _tidy(tape: GraphModule, given: list[Tensor]) -> GraphModule:
-    """The same without what nobody uses.
+def _tidy(graph: GraphModule, given: list[Tensor]) -> GraphModule:
+    """Drop unused operations; refuse a constant that shares memory with an argument.
 
-    Packing weights, the compiler (2.13) takes one for another where a constant shares memory with an argument that changes.
+    Packing weights, PyTorch's compiler (2.13) mistakes one for the other where a constant shares memory with an argument that
+    changes.
     """
     changing = {tensor.untyped_storage().data_ptr() for tensor in given}
-    tape.graph.eliminate_dead_code(_acts)
-    tape = GraphModule(tape, tape.graph)  # takes over what the graph names, parameters and buffers
-    for name, constant in [*tape.named_parameters(), *tape.named_buffers()]:
+    graph.graph.eliminate_dead_code(_has_effect)
+    graph = GraphModule(graph, graph.graph)  # takes over what the graph names, parameters and buffers
+    for name, constant in [*graph.named_parameters(), *graph.named_buffers()]:
         if constant.untyped_storage().data_ptr() in changing:
             raise ValueError(f"the constant {name} shares memory with an argument")
-    tape._lineno_map = None  # the compiler looks lines up in it that are not there
-    return tape
+    graph._lineno_map = None  # the compiler looks up lines in it that are not there
+    return graph
 
 
-def _acts(node: Node) -> bool:
-    """Whether an operation does something besides what it returns."""
+def _has_effect(node: Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return node.is_impure() or (schema is not None and schema.is_mutable)

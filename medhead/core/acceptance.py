@@ -1,4 +1,4 @@
-"""Which guesses are kept: the walk from the root, done for all nodes at once."""
+"""Acceptance: the walk from the root along the tokens that the target draws, for all nodes at once."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from medhead.core.sampling import on_host
+from medhead.core.gumbel import LazyGumbel
+from medhead.core.sampling import draw, draw_nodes, on_host
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 
-_MOST_NODES = 512  # nodes of all rows that are walked over on the host, where they are there
+_MAX_HOST_NODES = 512  # up to so many nodes a loop on the host is faster than tensor operations
 
 
 @dataclass(frozen=True)
 class TypicalAcceptance:
-    """Medusa's lossy rule (Cai et al. 2024): a guess is kept if its probability exceeds min(epsilon, delta * exp(-entropy)).
+    """Medusa's lossy rule (Cai et al. 2024): keep a draft token of probability above min(epsilon, delta * exp(-entropy)).
 
-    The text is then no longer the target's own; it is off unless asked for.
+    The text is then no longer the target's own; the rule is off unless asked for.
     """
 
     epsilon: float = 0.09
@@ -31,13 +32,13 @@ class TypicalAcceptance:
 
 @dataclass
 class Accepted:
-    """Result of one walk, per row.
+    """The accepted path of every row.
 
     Attributes:
-        path: `[batch, steps]` node at every depth along the accepted path, node 0 first; arbitrary behind `counts`.
+        path: `[batch, steps]` node at every depth of the path, node 0 first; arbitrary beyond `counts`.
         counts: `[batch]` nodes on the path, root included; also the number of tokens that the pass emits.
-        emitted: `[batch, steps]` tokens emitted: the accepted guesses, then the bonus token.
-        last: `[batch]` last accepted node, where the bonus token was drawn.
+        emitted: `[batch, steps]` emitted tokens: the accepted draft tokens, then the bonus token.
+        last: `[batch]` last node of the path, where the bonus token was drawn.
     """
 
     path: Tensor
@@ -46,41 +47,35 @@ class Accepted:
     last: Tensor
 
 
-def accept(tree: TokenTree, drawn: Tensor) -> Accepted:
-    """Keep the deepest path on which every token is the one that the target drew at its parent.
+def verify_greedy(tree: TokenTree, scores: Tensor, fixed: bool = False) -> Accepted:
+    """Accept the longest path whose tokens are the most probable ones at their parents.
 
     Args:
         tree: the verified tree.
-        drawn: `[batch, nodes]`, the target's token at every node.
+        scores: `[batch, nodes, vocab]`.
+        fixed: keep shapes that depend on the tree alone, `[batch, max_depth + 1]`, and read nothing on the host.
     """
-    if tree.nodes > 1 and drawn.numel() <= _MOST_NODES and on_host(drawn):
-        return _accept_here(tree, drawn)
-    return accept_at(tree, drawn)
+    return accept_drawn(tree, draw(scores, None), fixed)
 
 
-def accept_at(tree: TokenTree, drawn: Tensor) -> Accepted:
-    """The same where the tensors are, in shapes that never change: `[batch, max_depth + 1]`. The host looks at nothing."""
-    if tree.nodes == 1:
-        ones = torch.ones_like(tree.tokens[:, 0])
-        return Accepted(torch.zeros_like(tree.tokens), ones, drawn, torch.zeros_like(ones))
-    right = tree.tokens == drawn.gather(1, tree.parents)
-    right[:, 0] = True
-    last = _deepest(tree, right)
-    return _along(tree, last, drawn)
+def verify_sampled(tree: TokenTree, scores: Tensor, noise: LazyGumbel, fixed: bool = False) -> Accepted:
+    """Accept the longest path whose tokens are the ones drawn with `noise` at their parents; see `verify_greedy`."""
+    return accept_drawn(tree, draw_nodes(tree, scores, _noise_of(tree, noise, fixed)), fixed)
 
 
-def accept_typical(tree: TokenTree, drawn: Tensor, scores: Tensor, rule: TypicalAcceptance) -> Accepted:
-    """Keep the deepest path of plausible guesses; ties go to the more probable one. Lossy.
+def verify_typical(tree: TokenTree, scores: Tensor, noise: LazyGumbel | None, rule: TypicalAcceptance) -> Accepted:
+    """Accept the longest path of plausible draft tokens; of equally long ones the more probable path. Lossy.
 
     Args:
         tree: the verified tree.
-        drawn: `[batch, nodes]`, tokens drawn at every node; only the bonus token is used.
-        scores: `[batch, nodes, vocab]` processed logits.
+        scores: `[batch, nodes, vocab]`.
+        noise: of the bonus token; None takes the most probable token.
         rule: the two thresholds.
     """
+    drawn = draw_nodes(tree, scores, None if noise is None else _noise_of(tree, noise))
     if tree.nodes == 1:
-        return accept(tree, drawn)
-    logp = scores.log_softmax(-1)
+        return accept_drawn(tree, drawn)
+    logp = scores.float().log_softmax(-1)
     entropy = -torch.special.entr(logp.exp()).sum(-1).neg()
     threshold = torch.minimum(torch.full_like(entropy, rule.epsilon), rule.delta * torch.exp(-entropy)).log()
     of_parent = logp.gather(1, tree.parents[..., None].expand_as(logp)).gather(2, tree.tokens[..., None])[..., 0]
@@ -89,30 +84,58 @@ def accept_typical(tree: TokenTree, drawn: Tensor, scores: Tensor, rule: Typical
     plausible[:, 0] = True
     path_logp = (tree.visible * of_parent[:, None].clamp(min=-1e4)).sum(-1)
     last = _deepest(tree, plausible, tie=torch.exp(path_logp / tree.nodes))
-    found = _along(tree, last, drawn)
+    found = _path_to(tree, last, drawn)
     follow = tree.tokens.gather(1, found.path[:, 1:])
-    guesses = torch.cat([follow, drawn[:, :1]], 1)
+    draft_tokens = torch.cat([follow, drawn[:, :1]], 1)
     bonus = drawn.gather(1, last[:, None])
-    steps = torch.arange(guesses.shape[1], device=guesses.device)
-    found.emitted = torch.where(steps < found.counts[:, None] - 1, guesses, bonus)
+    steps = torch.arange(draft_tokens.shape[1], device=draft_tokens.device)
+    found.emitted = torch.where(steps < found.counts[:, None] - 1, draft_tokens, bonus)
     return found
 
 
-def pick(features: Tensor, last: Tensor) -> Tensor:
-    """`[batch, size]`: the features of each row's last accepted node."""
-    if features.shape[1] == 1:
-        return features[:, 0]
-    return features[torch.arange(features.shape[0], device=features.device), last]
+def accept_drawn(tree: TokenTree, drawn: Tensor, fixed: bool = False) -> Accepted:
+    """Accept the longest path on which every token is the one that the target drew at its parent.
+
+    Args:
+        tree: the verified tree.
+        drawn: `[batch, nodes]`, the target's token at every node.
+        fixed: see `verify_greedy`.
+    """
+    if tree.nodes == 1:
+        ones = torch.ones_like(tree.tokens[:, 0])
+        return Accepted(torch.zeros_like(tree.tokens), ones, drawn, torch.zeros_like(ones))
+    if not fixed and drawn.numel() <= _MAX_HOST_NODES and on_host(drawn):
+        return _accept_on_host(tree, drawn)
+    matches = tree.tokens == drawn.gather(1, tree.parents)
+    matches[:, 0] = True
+    return _path_to(tree, _deepest(tree, matches), drawn)
 
 
-def _accept_here(tree: TokenTree, drawn: Tensor) -> Accepted:
-    """The same on the host: for some hundred nodes a loop is over before tensor operations have begun."""
+def gather_path(values: Tensor, path: Tensor) -> Tensor:
+    """Return `[batch, steps, size]`: the values `[batch, nodes, size]` of the nodes on every row's path."""
+    return values.gather(1, path[..., None].expand(-1, -1, values.shape[-1]))
+
+
+def gather_last(values: Tensor, last: Tensor) -> Tensor:
+    """Return `[batch, size]`: the values `[batch, nodes, size]` of every row's last accepted node."""
+    if values.shape[1] == 1:
+        return values[:, 0]
+    return values[torch.arange(values.shape[0], device=values.device), last]
+
+
+def _noise_of(tree: TokenTree, noise: LazyGumbel, fixed: bool = False) -> Tensor:
+    """Return the noise `[batch, depths, vocab]` of the tokens below the nodes of a tree."""
+    deepest = int(tree.depth.max()) if not fixed and on_host(tree.depth) else tree.max_depth
+    return noise.prefix(1 + deepest)
+
+
+def _accept_on_host(tree: TokenTree, drawn: Tensor) -> Accepted:
     paths, counts = [], []
-    for tokens, parents, said in zip(tree.tokens.tolist(), tree.parents.tolist(), drawn.tolist(), strict=True):
-        depth, last = [0] * len(tokens), 0  # of the nodes on right paths; -1 for all others
+    for tokens, parents, targets in zip(tree.tokens.tolist(), tree.parents.tolist(), drawn.tolist(), strict=True):
+        depth, last = [0] * len(tokens), 0  # of nodes on matching paths; -1 for all others
         for node in range(1, len(tokens)):
             parent = parents[node]
-            kept = depth[parent] >= 0 and tokens[node] == said[parent]
+            kept = depth[parent] >= 0 and tokens[node] == targets[parent]
             depth[node] = depth[parent] + 1 if kept else -1
             if depth[node] > depth[last]:
                 last = node
@@ -127,16 +150,16 @@ def _accept_here(tree: TokenTree, drawn: Tensor) -> Accepted:
     return Accepted(padded, torch.tensor(counts), drawn.gather(1, padded), ends)
 
 
-def _deepest(tree: TokenTree, right: Tensor, tie: Tensor | None = None) -> Tensor:
-    """`[batch]`: the deepest node whose whole path is right; among equals the one with the largest `tie` in (0, 1]."""
-    kept = ~(tree.visible & ~right[:, None]).any(-1)
+def _deepest(tree: TokenTree, matches: Tensor, tie: Tensor | None = None) -> Tensor:
+    """Return `[batch]`: the deepest node whose whole path matches; ties go to the largest `tie` in (0, 1]."""
+    kept = ~(tree.visible & ~matches[:, None]).any(-1)
     if tie is None:
         return ((tree.depth + 1) * kept).argmax(1)
     return ((tree.depth + 1 + tie * 0.99) * kept).argmax(1)
 
 
-def _along(tree: TokenTree, last: Tensor, drawn: Tensor) -> Accepted:
-    """The path from the root to `last`, laid out by depth."""
+def _path_to(tree: TokenTree, last: Tensor, drawn: Tensor) -> Accepted:
+    """Return the path from the root to `last`, laid out by depth."""
     batch, nodes = tree.tokens.shape
     on_path = tree.visible.gather(1, last[:, None, None].expand(batch, 1, nodes))[:, 0]
     steps = tree.max_depth + 1

@@ -1,35 +1,33 @@
 """Sampling noise as a function of (seed, row, position) alone.
 
-A draw is `argmax(logits + gumbel)` (the Gumbel-max trick), and the Gumbel noise of a position comes from a
-counter-based generator: hash the counter, do not advance a state. So every node that stands for one position shares
-its noise, the text with a given seed does not depend on how it was guessed, and a proposer may look at the noise of
-the positions it proposes for (coupling without communication, Daliri et al. 2024).
+A draw is `argmax(logits + gumbel)` (the Gumbel-max trick). The Gumbel noise of a position comes from a counter-based
+generator: it hashes the counter and keeps no state. So all nodes at one position share their noise, the text with a given
+seed does not depend on the proposer, and a proposer may look at the noise of the positions it proposes for (coupling without
+communication, Daliri et al. 2024).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from copy import copy
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from medhead_kernels.availability import has_numba, loops
-
+_Array = np.ndarray[Any, np.dtype[Any]]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
-_CHEAP = 2**14  # numbers that are made in about the time that it takes to begin
+_CHUNK_NUMBERS = 2**14  # numbers that take a CPU about as long to make as to start making
 
 
 def _mix_(x: Any) -> Any:
     """Scramble 32-bit values in place: multiply and xor-shift with full avalanche ("lowbias32").
 
     Args:
-        x: a tensor that holds them in int64, because PyTorch has no arithmetic for uint32; or a uint32 array of numpy.
+        x: an int64 tensor of 32-bit values (PyTorch has no uint32 arithmetic), or a numpy array of uint32.
     """
-    wide = isinstance(x, Tensor)  # products of uint32 need no mask
+    wide = isinstance(x, Tensor)  # numpy's uint32 products need no mask
     x ^= x >> 16
     x *= 0x7FEB352D
     if wide:
@@ -42,115 +40,128 @@ def _mix_(x: Any) -> Any:
     return x
 
 
-def _bits(low: Any, high: Any, rows: Any, positions: Any, lanes: Any) -> Any:
-    """32 random bits for every row, position and lane, `[*positions.shape, V]`; see `_mix_` for what these may be."""
-    key = _mix_((rows * _GOLDEN + low) & _MASK)
-    key = _mix_((key ^ positions) + high & _MASK)
-    second = _mix_((key + _GOLDEN) & _MASK)
-    bits = _mix_(lanes ^ key[..., None])
-    return _mix_(bits ^ second[..., None])
+def _mix_into(x: _Array, scratch: _Array) -> None:
+    """`_mix_` of a numpy array, without allocating."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, None)):
+        np.right_shift(x, shift, out=scratch)
+        np.bitwise_xor(x, scratch, out=x)
+        if factor is not None:
+            np.multiply(x, np.uint32(factor), out=x)
 
 
-def halves(seed: int) -> tuple[int, int]:
-    """The lower and the upper 32 bits of a seed."""
+def _keys(low: Any, high: Any, rows: Any, positions: Any) -> tuple[Any, Any]:
+    """Return two 32-bit keys for every position, `[batch, n]`."""
+    with np.errstate(over="ignore"):
+        key = _mix_((rows * _GOLDEN + low) & _MASK)
+        key = _mix_((key ^ positions) + high & _MASK)
+        return key, _mix_((key + _GOLDEN) & _MASK)
+
+
+def _bits(low: Tensor, high: Tensor, rows: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
+    """Return 32 random bits for every position and token, `[batch, n, vocab]`."""
+    first, second = _keys(low, high, rows, positions)
+    bits: Tensor = _mix_(_mix_(tokens ^ first[..., None]) ^ second[..., None])
+    return bits
+
+
+def seed_halves(seed: int) -> tuple[int, int]:
+    """Return the lower and the upper 32 bits of a seed."""
     return seed & _MASK, (seed >> 32) & _MASK
 
 
 class GumbelNoise:
-    """Gumbel noise for the rows of one generation.
+    """Counter-based Gumbel noise.
 
     Args:
-        seed: any integer; 64 bits of it are used.
-        vocab_size: number of tokens, V.
-        device: where the noise is made. The same numbers come out on every device up to the last bit of `log`.
+        vocab_size: number of tokens.
+        device: where the noise is made; every device makes the same numbers up to the last bit of `log`.
     """
 
-    def __init__(self, seed: int, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        self.seed = seed
-        self._low: int | Tensor
-        self._high: int | Tensor
-        self._low, self._high = halves(seed)
+    def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
         index = torch.arange(vocab_size, dtype=torch.int64, device=device)
-        self._lanes = _mix_(index * _GOLDEN & _MASK)
-        self._here = _uint32(self._lanes) if self._lanes.device.type == "cpu" else None
+        self._tokens = _mix_(index * _GOLDEN & _MASK)
+        self._host_tokens = _uint32(self._tokens) if self._tokens.device.type == "cpu" else None
 
-    def seeded_by(self, seed: Tensor) -> GumbelNoise:
-        """The same generator with a seed that only the device knows: what `halves` makes of it, `[2]` int64."""
-        other = copy(self)
-        other._low, other._high = seed.unbind()
-        return other
+    def __len__(self) -> int:
+        return len(self._tokens)
 
-    def uniform(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Uniform numbers strictly between 0 and 1, `[*positions.shape, V]` float32.
+    def uniform(self, seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return uniform numbers strictly between 0 and 1, `[batch, n, vocab]` float32.
 
         Args:
-            rows: integer tensor that broadcasts with `positions`: which row of the batch, as the user numbered them.
-            positions: absolute position of the token to draw.
+            seeds: `[batch, 2]` int64, the `seed_halves` of every sequence.
+            rows: `[batch]` int64, row of the user's batch.
+            positions: `[batch, n]` int64, absolute position of the token to draw.
         """
-        low, high = self._low, self._high
-        if self._here is not None and isinstance(low, int) and isinstance(high, int) and type(positions) is Tensor:
-            return self._uniform_here(low, high, *torch.broadcast_tensors(rows, positions))
-        bits = _bits(low, high, rows, positions, self._lanes) >> 9
-        return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
+        low, high, rows = seeds[:, :1], seeds[:, 1:], rows[:, None]
+        if self._host_tokens is None or type(positions) is not Tensor:
+            bits = _bits(low, high, rows, positions, self._tokens) >> 9
+            return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
+        return torch.from_numpy(self._uniform_on_host(*map(_uint32, (low, high, rows, positions))))
 
-    def _uniform_here(self, low: int, high: int, rows: Tensor, positions: Tensor) -> Tensor:
-        """The same on a CPU, by a compiled loop if there is one, else by numpy, which has uint32."""
-        assert self._here is not None
-        halves, places = (np.uint32(low), np.uint32(high)), (_uint32(rows), _uint32(positions))
-        if has_numba():
-            out = np.empty((positions.numel(), len(self._here)), np.float32)
-            loops().uniform(*halves, *(place.ravel() for place in places), self._here, out)
-            return torch.from_numpy(out).view(*positions.shape, len(self._here))
-        with np.errstate(over="ignore"):
-            found = _bits(*halves, *places, self._here)
-        return torch.from_numpy((found >> np.uint32(9)).view(np.int32)).to(torch.float32).add_(0.5).mul_(2.0**-23)
+    def _uniform_on_host(self, low: _Array, high: _Array, rows: _Array, positions: _Array) -> _Array:
+        """Return the same numbers by numpy's uint32, a position at a time: its working memory stays in the processor's cache."""
+        assert self._host_tokens is not None
+        first, second = (np.broadcast_to(key, positions.shape) for key in _keys(low, high, rows, positions))
+        uniform = np.empty((*positions.shape, len(self._host_tokens)), np.float32)
+        bits, scratch = np.empty_like(self._host_tokens), np.empty_like(self._host_tokens)
+        for place in np.ndindex(positions.shape):
+            np.bitwise_xor(self._host_tokens, first[place], out=bits)
+            _mix_into(bits, scratch)
+            np.bitwise_xor(bits, second[place], out=bits)
+            _mix_into(bits, scratch)
+            np.right_shift(bits, 9, out=bits)
+            row = uniform[place]
+            row[...] = bits.view(np.int32)
+            row += np.float32(0.5)
+            row *= np.float32(2.0**-23)
+        return uniform
 
-    def gumbel(self, rows: Tensor, positions: Tensor) -> Tensor:
-        """Standard Gumbel noise, `[*positions.shape, V]` float32."""
-        return self.uniform(rows, positions).log_().neg_().log_().neg_()
+    def gumbel(self, seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
+        """Return standard Gumbel noise, `[batch, n, vocab]` float32; the arguments are those of `uniform`."""
+        return self.uniform(seeds, rows, positions).log_().neg_().log_().neg_()
 
 
-def _uint32(values: Tensor) -> np.ndarray[Any, np.dtype[np.uint32]]:
-    """A tensor of numbers below 2**32 for numpy."""
+def _uint32(values: Tensor) -> _Array:
     return values.numpy().astype(np.uint32)
 
 
 class LazyGumbel:
-    """Gumbel noise of the coming positions of every row, made as far as somebody looks, some depths at a time.
+    """Gumbel noise of the coming positions of every sequence, made only as far as it is read.
 
     Args:
-        make: noise `[batch, end - begin, vocab]` of the depths from `begin` to `end` (0: the token below the root).
-        most: how many depths may be asked for.
-        piece: how many are made at a time, see `chunk_size`.
+        make: return the noise `[batch, end - begin, vocab]` of the depths from `begin` to `end`; depth 0 is the token
+            below the root.
+        max_depths: how many depths may be read.
+        chunk: how many depths are made at a time, see `chunk_size`.
     """
 
-    def __init__(self, make: Callable[[int, int], Tensor], most: int, piece: int) -> None:
-        self._make, self._most, self._piece = make, most, min(piece, most)
-        self._made: list[Tensor] = []  # `[batch, piece, vocab]`, the last one may be shorter
+    def __init__(self, make: Callable[[int, int], Tensor], max_depths: int, chunk: int) -> None:
+        self._make, self._max_depths, self._chunk = make, max_depths, min(chunk, max_depths)
+        self._made: list[Tensor] = []  # `[batch, chunk, vocab]`; the last one may be shorter
 
     @classmethod
     def of(cls, noise: Tensor) -> LazyGumbel:
-        """That which is there: `[batch, depths, vocab]`."""
+        """Wrap noise that exists, `[batch, depths, vocab]`."""
         return cls(lambda begin, end: noise[:, begin:end], noise.shape[1], noise.shape[1])
 
     def prefix(self, depths: int) -> Tensor:
-        """`[batch, depths, vocab]`."""
-        self._look(depths)
-        pieces = self._made[: -(-depths // self._piece)]
-        return (pieces[0] if len(pieces) == 1 else torch.cat(pieces, 1))[:, :depths]
+        """Return the noise of the first depths, `[batch, depths, vocab]`."""
+        self._extend(depths)
+        chunks = self._made[: -(-depths // self._chunk)]
+        return (chunks[0] if len(chunks) == 1 else torch.cat(chunks, 1))[:, :depths]
 
     def at(self, depth: int) -> Tensor:
-        """`[batch, vocab]` of the tokens below nodes of this depth."""
-        self._look(depth + 1)
-        return self._made[depth // self._piece][:, depth % self._piece]
+        """Return the noise `[batch, vocab]` of the tokens below nodes of this depth."""
+        self._extend(depth + 1)
+        return self._made[depth // self._chunk][:, depth % self._chunk]
 
-    def _look(self, depths: int) -> None:
-        while len(self._made) * self._piece < depths:
-            begin = len(self._made) * self._piece
-            self._made.append(self._make(begin, min(begin + self._piece, self._most)))
+    def _extend(self, depths: int) -> None:
+        while len(self._made) * self._chunk < depths:
+            begin = len(self._made) * self._chunk
+            self._made.append(self._make(begin, min(begin + self._chunk, self._max_depths)))
 
 
 def chunk_size(rows: int, vocab_size: int, device: torch.device) -> int:
-    """Into what pieces to cut noise: on a CPU, where trees often end early, so much that starting the work does not count;
-    elsewhere all of it, because a launch costs more than the numbers."""
-    return max(1, _CHEAP // (rows * vocab_size)) if device.type == "cpu" else 2**31
+    """Return how many depths of noise to make at a time: on a CPU few, because trees often end early; on a GPU all."""
+    return max(1, _CHUNK_NUMBERS // (rows * vocab_size)) if device.type == "cpu" else 2**31

@@ -1,234 +1,315 @@
-"""The decode loop: propose, verify, accept, commit; for batches of ragged rows."""
+"""The decode loop: steps over a batch of ragged sequences that join and leave between them."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from medhead.core.acceptance import Accepted, accept, accept_typical, pick
-from medhead.core.gumbel import LazyGumbel, chunk_size
-from medhead.core.sampling import draw_nodes, is_local, process_nodes, temperature_of
-from medhead.core.sequence import Sequence, Settings
-from medhead.core.sequential_accept import walk
+from medhead.config import SamplingParams
+from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, verify_sampled, verify_typical
+from medhead.core.buffers import StepBuffers
+from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.sampling import SamplingBatch
+from medhead.core.sequence import Sequence
+from medhead.core.sequential_accept import sequential_accept
+from medhead.core.step import decode_step
 from medhead.core.tree import TokenTree
-from medhead.model.kv_cache import TreeCache, compact_order
+from medhead.model.kv_cache import compact_order
 from medhead.model.target import Target
-from medhead.proposers.base import DecodeState, Proposer, VerifyOutput
+from medhead.proposers.base import Proposer, VerifyOutput
+
+if TYPE_CHECKING:
+    from medhead.compile.captured import CapturedSteps
+    from medhead.compile.graph_cache import GraphCache
+
+_ROOM = 256  # new tokens of a sequence to make room for at first
 
 
 @dataclass
 class StepTimes:
-    """Seconds spent in each part of all steps; captured steps, which are not taken apart, count as `whole`."""
+    """Seconds spent in each part of all steps, with the device synchronised around every part; for profiles."""
 
     propose: float = 0.0
     forward: float = 0.0
     accept: float = 0.0
     commit: float = 0.0
     other: float = 0.0
-    whole: float = 0.0
 
     def total(self) -> float:
-        """All parts together."""
-        return self.propose + self.forward + self.accept + self.commit + self.other + self.whole
+        """Return the sum of all parts."""
+        return self.propose + self.forward + self.accept + self.commit + self.other
 
 
 class DecodeLoop:
-    """Decodes rows until all have ended.
+    """Decodes sequences until all have ended; others may join between two steps.
 
     Args:
         target: the target, active (see `Target.active`).
-        proposer: what fills the trees.
-        settings: sampling, stopping and recording, for rows that have none of their own.
+        proposer: fills the trees.
+        typical: lossy acceptance; None is exact.
+        graphs: captured steps, used where no sequence needs the host to see every token; None for none.
+        record_scores: keep the processed scores of every new token.
+        record_logits: keep the raw logits of every new token.
+        profile: time the parts of every step, see `StepTimes`.
 
     Attributes:
-        rows: the rows that still run.
-        verified: what the last step found, by place in `rows` as it was before that step.
+        sequences: the sequences that still run.
+        output: the result of the last step, by row of the batch before that step; None after captured steps.
+        times: of the parts of all steps; None without `profile`.
+        prefill_seconds: time to read prompts.
+        decode_seconds: time of all steps.
+        capture_seconds: time to make captured steps ready, not part of `decode_seconds`.
+        captured_steps: how many steps were captured ones.
+        cache_bytes: memory of the key/value cache.
     """
 
-    def __init__(self, target: Target, proposer: Proposer, settings: Settings) -> None:
-        self.target, self.proposer, self.settings = target, proposer, settings
-        self.local = is_local(settings.processors)
-        self.temperature: float | Tensor = temperature_of(settings.processors)
-        self.times = StepTimes()
-        self.prefill_seconds, self.capture_seconds = 0.0, 0.0
-        self.cache_bytes = 0
-        self.rows: list[Sequence] = []
-        self.verified: VerifyOutput | None = None
+    def __init__(
+        self,
+        target: Target,
+        proposer: Proposer,
+        typical: TypicalAcceptance | None = None,
+        graphs: GraphCache | None = None,
+        record_scores: bool = False,
+        record_logits: bool = False,
+        profile: bool = False,
+    ) -> None:
+        self.target, self.proposer, self.typical, self.graphs = target, proposer, typical, graphs
+        self.record_scores, self.record_logits = record_scores, record_logits
+        self.generator = GumbelNoise(target.vocab_size, target.device)
+        self.times = StepTimes() if profile else None
+        self.prefill_seconds = self.decode_seconds = self.capture_seconds = 0.0
+        self.captured_steps, self.cache_bytes = 0, 0
+        self.sequences: list[Sequence] = []
+        self.output: VerifyOutput | None = None
+        self._buffers: StepBuffers | None = None
+        self._captured: CapturedSteps | None = None
 
-    def run(self, rows: list[Sequence]) -> None:
-        """Decode all rows to their end; their `output` grows as they go."""
-        self.start(rows)
-        while self.rows:
+    def run(self, sequences: list[Sequence]) -> None:
+        """Decode all sequences to their end; their `output_ids` grow."""
+        self.join(sequences)
+        while self.sequences:
             self.step()
-        self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
 
-    def start(self, rows: list[Sequence]) -> None:
-        """Read the prompts of the first rows."""
-        began = self._now()
-        self.proposer.begin(self.target, [row.text for row in rows])
-        self.cache, self._features = self._prefill(rows, self.proposer)
-        self._roots = self._last_tokens(rows)
-        self.rows = rows
-        self.prefill_seconds += self._now() - began
+    def join(self, sequences: list[Sequence]) -> None:
+        """Read the prompts of more sequences; from the next step on they are decoded with the others."""
+        began = time.perf_counter()
+        self._leave_captured()
+        texts = [sequence.token_ids for sequence in sequences]
+        if self._buffers is None:
+            self.proposer.begin(self.target, texts)
+            self.sequences = list(sequences)
+            self._buffers = self._prefill(sequences, self.proposer)
+        else:
+            forked = self.proposer.fork()
+            forked.begin(self.target, texts)
+            joining = self._prefill(sequences, forked)
+            self.sequences = self.sequences + sequences
+            self._buffers.join(joining, self._sampling(self.sequences))
+            self.proposer.merge(forked)
+        self._note_memory()
+        self.prefill_seconds += time.perf_counter() - began
 
-    def join(self, rows: list[Sequence]) -> None:
-        """Read the prompts of more rows; from the next step on they are decoded with the others."""
-        if not self.rows:
-            return self.start(rows)
-        began = self._now()
-        newcomers = self.proposer.fork()
-        newcomers.begin(self.target, [row.text for row in rows])
-        cache, features = self._prefill(rows, newcomers)
-        self.cache.join(cache)
-        self.proposer.merge(newcomers)
-        self._features = torch.cat([self._features, features.to(self._features.dtype)])
-        self._roots = torch.cat([self._roots, self._last_tokens(rows)])
-        self.rows = self.rows + rows
-        self.prefill_seconds += self._now() - began
-        return None
-
-    def keep(self, places: list[int]) -> None:
-        """Only the rows at these places go on, in any order."""
-        if len(places) == len(self.rows):
+    def keep(self, rows: list[int]) -> None:
+        """Let only the sequences at these places go on, in any order."""
+        if len(rows) == len(self.sequences):
             return
-        self.cache_bytes = max(self.cache_bytes, self.cache.nbytes())
-        places = compact_order(places)
-        self.rows = [self.rows[place] for place in places]
-        if places:
-            self._roots, self._features = self._roots[places], self._features[places]
-            self.cache.keep_rows(places)
-            self.proposer.keep_rows(places)
+        if self._captured is not None:
+            self._captured.keep(rows)
+            self.sequences = self._captured.running
+            if self.sequences:
+                return
+        self._note_memory()
+        if not rows:
+            self.sequences, self._buffers, self._captured = [], None, None
+            return
+        assert self._buffers is not None
+        rows = compact_order(rows)
+        self.sequences = [self.sequences[row] for row in rows]
+        self._buffers.keep_rows(rows, self._sampling(self.sequences))
+        self.proposer.keep_rows(rows)
 
     def step(self) -> None:
-        """One pass: propose, verify, accept, commit; rows that end leave."""
-        times, started, rows = self.times, self._now(), self.rows
-        noise = self._noise(rows)
-        texts = [row.text for row in rows]
-        state = DecodeState(self.target, texts, self._roots, self._features, noise, self._temperature(rows))
-        began = self._now()
-        tree = self.proposer.propose(state, self._depth_limit(rows))
-        proposed = self._now()
-        logits, features = self.target.verify(self.cache, tree)
-        verified = self._now()
-        accepted, scores = self._accept(rows, tree, logits, self._drawn_with(noise, tree))
-        counts, emitted = accepted.counts.tolist(), accepted.emitted.tolist()  # the step's one read by the host
-        decided = self._now()
-        self.cache.commit(counts, accepted.path if tree.nodes > 1 else None)
-        committed = self._now()
-        self.verified = VerifyOutput(tree, logits, features, accepted, counts, emitted, decided - proposed)
-        self.proposer.update(self.verified)
-        raw = _along(accepted, logits) if self.settings.keep_logits else None
-        running = self._emit(rows, counts, emitted, scores, raw)
-        self._roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
-        self._features = pick(features, accepted.last)
-        self.keep(running)
-        ended = self._now()
-        times.propose += proposed - began
-        times.forward += verified - proposed
-        times.accept += began - started + decided - verified  # making noise and drawing with it
-        times.commit += committed - decided
-        times.other += ended - committed
+        """Decode all sequences by one pass; those that end leave. A captured step may be read one step later."""
+        began = time.perf_counter()
+        capture_seconds = self.capture_seconds
+        if self._may_capture():
+            with torch.inference_mode(False), torch.no_grad():
+                self._step_captured()
+        else:
+            self._leave_captured()
+            if self.sequences:
+                self._step_eager()
+        self.decode_seconds += time.perf_counter() - began - (self.capture_seconds - capture_seconds)
 
-    # ---------------------------------------------------------------- inside
+    # ---------------------------------------------------------------- the eager way
 
-    def _prefill(self, rows: list[Sequence], proposer: Proposer) -> tuple[TreeCache, Tensor]:
-        """A cache with the prompts but their last tokens, and the features above those."""
-        longest = max(len(row.text) for row in rows)
-        wanted = max(self._settings(row).stopper.limit for row in rows)
-        cache = self.target.new_cache(len(rows), longest + min(wanted, 256) + proposer.tree_size)
-        return cache, self.target.prefill(cache, [row.text[:-1] for row in rows], proposer.on_prefill)
+    def _step_eager(self) -> None:
+        assert self._buffers is not None
+        mark = _Clock(self.times, self.target.device) if self.times is not None else _no_mark
+        mark("other")
+        scores: list[list[Tensor]] | None = None
 
-    def _last_tokens(self, rows: list[Sequence]) -> Tensor:
-        return torch.tensor([row.text[-1] for row in rows], device=self.target.device)
+        def accept(tree: TokenTree, logits: Tensor, noise: LazyGumbel | None) -> Accepted:
+            nonlocal scores
+            accepted, scores = self._accept(tree, logits, noise)
+            return accepted
 
-    def _settings(self, row: Sequence) -> Settings:
-        return self.settings if row.own is None else row.own
-
-    def _temperature(self, rows: list[Sequence]) -> float | Tensor:
-        """What proposers divide logits by, a number or `[rows, 1, 1]`."""
-        return self.temperature
-
-    def _score(self, rows: list[Sequence], logits: Tensor) -> Tensor:
-        """`[rows, nodes, vocab]`: what the draws are made from. Without processors the logits will do."""
-        return process_nodes(self.settings.processors, logits) if self.settings.processors else logits
+        texts = [sequence.token_ids for sequence in self.sequences]
+        self.output = output = decode_step(
+            self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
+        )
+        self.proposer.update(output)
+        raw = _path_values(output.accepted, output.logits) if self.record_logits else None
+        self.keep(self._emit(self.sequences, output.counts, output.emitted, scores, raw))
+        mark("other")
 
     def _accept(
-        self, rows: list[Sequence], tree: TokenTree, logits: Tensor, noise: Tensor | None
+        self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
-        """Walk the trees; also the processed scores of every emitted token where somebody wants them."""
-        settings, rule = self.settings, self.settings.typical
-        if not self.local:
-            return walk(rows, tree, logits, noise, settings)
-        scores = self._score(rows, logits)
-        drawn = draw_nodes(tree, scores, noise)
-        accepted = accept(tree, drawn) if rule is None else accept_typical(tree, drawn, scores.float(), rule)
-        if not (settings.keep_scores or settings.stopper.asks_others):
-            return accepted, None
-        return accepted, _along(accepted, scores)
+        """Return the accepted paths, and the processed scores of every emitted token where they are needed."""
+        assert self._buffers is not None
+        if not all(sequence.local for sequence in self.sequences):
+            depths = 1 + int(tree.depth.max())
+            return sequential_accept(self.sequences, tree, logits, None if noise is None else noise.prefix(depths))
+        scores = self._buffers.sampling.process(logits)
+        if self.typical is not None:
+            accepted = verify_typical(tree, scores, noise, self.typical)
+        else:
+            accepted = verify_greedy(tree, scores) if noise is None else verify_sampled(tree, scores, noise)
+        needed = self.record_scores or any(sequence.stop_checker.has_criteria for sequence in self.sequences)
+        return accepted, _path_values(accepted, scores) if needed else None
 
     def _emit(
         self,
-        rows: list[Sequence],
+        sequences: list[Sequence],
         counts: list[int],
         emitted: list[list[int]],
         scores: list[list[Tensor]] | None = None,
         raw: list[list[Tensor]] | None = None,
     ) -> list[int]:
-        """Hand every row its new tokens, cut where it ends; returns the places of the rows that go on."""
+        """Hand every sequence its new tokens, cut where it ends; return the places of those that go on."""
         running = []
-        for place, row in enumerate(rows):
-            settings = self._settings(row)
+        for place, sequence in enumerate(sequences):
             of_tokens = scores[place] if scores is not None else None
-            new = emitted[place][: counts[place]]
-            new, ended = settings.stopper.take(row.padded + row.output, len(row.output), new, of_tokens)
-            if settings.keep_scores and of_tokens is not None:
-                row.scores += of_tokens[: len(new)]
-            if settings.keep_logits and raw is not None:
-                row.logits += raw[place][: len(new)]
-            row.passes += 1
-            row.output += new
-            row.text += new
-            if settings.on_tokens is not None:
-                settings.on_tokens(row, new, ended)
+            before = len(sequence.output_ids)
+            ended = sequence.append(emitted[place][: counts[place]], of_tokens)
+            taken = len(sequence.output_ids) - before
+            if self.record_scores and of_tokens is not None:
+                sequence.scores += of_tokens[:taken]
+            if raw is not None:
+                sequence.logits += raw[place][:taken]
             if not ended:
                 running.append(place)
         return running
 
-    def _depth_limit(self, rows: list[Sequence]) -> int:
-        """No tree is deeper than what rows may still emit, or than the context."""
-        wanted = max(self._settings(row).stopper.limit - len(row.output) for row in rows) - 1
-        room = self.target.context - max(len(row.text) for row in rows) - 1
+    def _max_depth(self) -> int:
+        """No tree is deeper than what sequences may still emit, or than the context."""
+        wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
+        room = self.target.context - max(len(sequence.token_ids) for sequence in self.sequences) - 1
         return max(0, min(self.proposer.next_depth, wanted, room))
 
-    def _noise(self, rows: list[Sequence]) -> LazyGumbel | None:
-        """GumbelNoise of the positions that this step may draw."""
-        generator, device = self.settings.noise, self.target.device
-        if generator is None:
-            return None
-        first = torch.tensor([len(row.text) for row in rows], device=device)[:, None]
-        index = torch.tensor([row.index for row in rows], device=device)[:, None]
+    def _prefill(self, sequences: list[Sequence], proposer: Proposer) -> StepBuffers:
+        """Return buffers with the prompts but their last tokens, and the features at those."""
+        texts = [sequence.token_ids for sequence in sequences]
+        wanted = max(sequence.stop_checker.limit for sequence in sequences)
+        capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size
+        cache = self.target.new_cache(len(texts), capacity)
+        draft_cache = proposer.new_draft_cache(cache.lengths, capacity)
 
-        def make(begin: int, end: int) -> Tensor:
-            return generator.gumbel(index, first + torch.arange(begin, end, device=device))
+        def on_chunk(features: Tensor, start: int) -> None:
+            proposer.on_prefill(draft_cache, texts, features, start)
 
-        return LazyGumbel(make, self._depth_limit(rows) + 1, chunk_size(len(rows), self.target.vocab_size, device))
+        features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
+        roots = torch.tensor([text[-1] for text in texts], device=self.target.device)
+        return StepBuffers(cache, draft_cache, roots, features, self._sampling(sequences))
 
-    @staticmethod
-    def _drawn_with(noise: LazyGumbel | None, tree: TokenTree) -> Tensor | None:
-        """`[rows, depths, vocab]`: the noise of the nodes of a tree."""
-        if noise is None:
-            return None
-        return noise.prefix(1 + (int(tree.depth.max()) if tree.depth.device.type == "cpu" else tree.max_depth))
+    def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
+        """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""
+        local = all(sequence.local for sequence in sequences)
+        params = [
+            one.params if local else SamplingParams(temperature=one.params.temperature, seed=one.params.seed)
+            for one in sequences
+        ]
+        processors = sequences[0].processors if local else type(sequences[0].processors)()
+        return SamplingBatch.of(params, [sequence.index for sequence in sequences], processors, self.target.device)
 
-    def _now(self) -> float:
-        if self.settings.synchronize is not None:
-            self.settings.synchronize()
-        return time.perf_counter()
+    def _note_memory(self) -> None:
+        if self._buffers is not None:
+            self.cache_bytes = max(self.cache_bytes, self._buffers.cache.nbytes())
+
+    # ---------------------------------------------------------------- captured steps
+
+    def _may_capture(self) -> bool:
+        """Return whether captured steps serve these sequences: the host need not see every token, the context has room."""
+        if self.graphs is None or self.typical is not None or self.record_scores or self.record_logits:
+            return False
+        if not self.sequences or not all(one.local and not one.stop_checker.has_criteria for one in self.sequences):
+            return False
+        longest = max(len(sequence.token_ids) for sequence in self.sequences)
+        return longest + self.graphs.room_ahead <= self.target.context
+
+    def _step_captured(self) -> None:
+        """Run a captured step and hand on what has arrived."""
+        from medhead.compile.captured import CapturedSteps
+
+        assert self.graphs is not None
+        if self._captured is not None and not self._captured.has_room():
+            self._leave_captured()
+            if not self.sequences:
+                return
+        if self._captured is None:
+            assert self._buffers is not None
+            began = time.perf_counter()
+            self._captured = CapturedSteps(self.graphs, self._buffers, self.sequences, self.generator)
+            self._buffers, self.output = None, None
+            self.cache_bytes = max(self.cache_bytes, self._captured.cache_bytes)
+            self.capture_seconds += time.perf_counter() - began
+        self._emit_captured(self._captured.step())
+        self.captured_steps += 1
+
+    def _emit_captured(self, arrived: tuple[list[int], list[list[int]]] | None) -> None:
+        captured = self._captured
+        assert captured is not None
+        if arrived is not None:
+            captured.keep(self._emit(captured.running, *arrived))
+        self.sequences = captured.running
+        if not self.sequences:
+            self._buffers, self._captured = None, None
+
+    def _leave_captured(self) -> None:
+        """Hand on what captured steps still have, and take the sequences back into the loop's own buffers."""
+        while self._captured is not None and (arrived := self._captured.drain()) is not None:
+            self._emit_captured(arrived)
+        if self._captured is None:
+            return
+        with torch.inference_mode(False), torch.no_grad():
+            self._buffers = self._captured.unload(self._sampling(self.sequences))
+        self._captured = None
 
 
-def _along(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:
-    """Float32 values of the nodes on every row's path, from `[batch, nodes, vocab]`."""
+class _Clock:
+    """Adds the time since the last mark to a part of the step."""
+
+    def __init__(self, times: StepTimes, device: torch.device) -> None:
+        self._times, self._device = times, device
+        self._last = time.perf_counter()
+
+    def __call__(self, part: str) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        setattr(self._times, part, getattr(self._times, part) + now - self._last)
+        self._last = now
+
+
+def _no_mark(part: str) -> None:
+    """Measure nothing."""
+
+
+def _path_values(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:
+    """Return the float32 values `[vocab]` of the nodes on every row's path, from `[batch, nodes, vocab]`."""
     return [list(values[place, path].float()) for place, path in enumerate(accepted.path)]

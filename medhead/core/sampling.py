@@ -1,6 +1,10 @@
-"""From logits to drawn tokens: logits processors, noise, and which processors look at the text so far."""
+"""From logits to drawn tokens, with the sampling parameters of every sequence of a batch."""
 
 from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,10 +12,12 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 from transformers.generation import logits_process as lp
 
+from medhead.config import MAX_TEMPERATURE, SamplingParams
+from medhead.core.gumbel import GumbelNoise, LazyGumbel, chunk_size, seed_halves
 from medhead.core.tree import TokenTree
 
-_MOST_NUMBERS = 2**21  # numbers; beyond, several threads win
-# Processors that look at one distribution alone. All others are given each node's own text, one node after the other.
+_MAX_NUMPY_NUMBERS = 2**21  # beyond, PyTorch's threads are faster than numpy
+# Processors that look at one distribution alone. All others are given each node's own text, node after node.
 _LOCAL = tuple(
     getattr(lp, name)
     for name in (
@@ -29,15 +35,50 @@ _LOCAL = tuple(
     )
     if hasattr(lp, name)
 )
+# transformers' class, the attribute that holds its number, and the field of SamplingParams; in transformers' order
+_WARPERS = (
+    (lp.TemperatureLogitsWarper, "temperature"),
+    (lp.TopKLogitsWarper, "top_k"),
+    (lp.TopPLogitsWarper, "top_p"),
+    (lp.MinPLogitsWarper, "min_p"),
+)
 
 
 def is_local(processors: LogitsProcessorList) -> bool:
-    """Whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
+    """Return whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
     return all(type(processor) in _LOCAL for processor in processors)
 
 
+def take_warpers(processors: LogitsProcessorList, params: SamplingParams) -> tuple[SamplingParams, LogitsProcessorList]:
+    """Move temperature, top-k, top-p and min-p at the beginning of a list of processors into sampling parameters.
+
+    Args:
+        processors: what transformers prepared.
+        params: of a sequence that samples; its own warpers are replaced.
+
+    Returns:
+        The parameters, and the processors that are left and follow them.
+    """
+    found: dict[str, Any] = {"temperature": 1.0, "top_k": None, "top_p": None, "min_p": None}
+    kinds = list(_WARPERS)
+    for taken, processor in enumerate(processors):
+        while kinds and type(processor) is not kinds[0][0]:
+            kinds.pop(0)
+        if not kinds or not _is_default(processor):
+            return replace(params, **found), LogitsProcessorList(processors[taken:])
+        name = kinds.pop(0)[1]
+        found[name] = getattr(processor, name)
+    return replace(params, **found), LogitsProcessorList()
+
+
+def _is_default(processor: Any) -> bool:
+    """Return whether a warper has no other options than its number, and one that `SamplingParams` allows."""
+    keep, filled = getattr(processor, "min_tokens_to_keep", 1), getattr(processor, "filter_value", -torch.inf)
+    return keep == 1 and filled == -torch.inf and getattr(processor, "temperature", 1) <= MAX_TEMPERATURE
+
+
 def temperature_of(processors: LogitsProcessorList) -> float:
-    """The temperature among the processors, 1 if there is none."""
+    """Return the product of the temperatures among the processors, 1 without any."""
     product = 1.0
     for processor in processors:
         if type(processor) is lp.TemperatureLogitsWarper:
@@ -45,23 +86,165 @@ def temperature_of(processors: LogitsProcessorList) -> float:
     return product
 
 
-def process_nodes(processors: LogitsProcessorList, logits: Tensor) -> Tensor:
-    """Apply local processors to all nodes at once, `[batch, nodes, vocab]` to float32 scores of that shape."""
-    logits = logits.float()
-    if not processors:
+@dataclass(eq=False)
+class SamplingBatch:
+    """Sampling parameters of the sequences of a batch as tensors, so that one step serves any mixture of them.
+
+    Attributes:
+        numbers: `[batch, 5]` int64: lower and upper half of the seed, row of the user's batch, top-k, and 1 for a sequence
+            that samples (0: greedy).
+        scales: `[batch, 3]` float32: temperature, top-p's tail mass `1 - top_p`, min-p.
+        max_top_k: largest top-k in use, 0 without.
+        uses_temperature: whether a temperature differs from 1.
+        uses_top_p: whether a sequence uses top-p.
+        uses_min_p: whether a sequence uses min-p.
+        sampled: how many sequences sample.
+        processors: further local processors of all sequences.
+        uniform_temperature: the temperature for proposers where all sequences have one, else None.
+    """
+
+    numbers: Tensor
+    scales: Tensor
+    max_top_k: int = 0
+    uses_temperature: bool = False
+    uses_top_p: bool = False
+    uses_min_p: bool = False
+    sampled: int = 0
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    uniform_temperature: float | None = 1.0
+
+    @classmethod
+    def of(
+        cls,
+        params: Sequence[SamplingParams],
+        rows: Sequence[int],
+        processors: LogitsProcessorList,
+        device: torch.device | str,
+    ) -> SamplingBatch:
+        """Return the parameters of sequences that are rows `rows` of the user's batch."""
+        numbers, scales = [], []
+        for one, row in zip(params, rows, strict=True):
+            low, high = seed_halves(one.seed or 0)
+            numbers.append([low, high, row, one.top_k or 0, 0 if one.greedy else 1])
+            scales.append([one.temperature or 1.0, 1 - (one.top_p or 1.0), one.min_p or 0.0])
+        warped = [one for one in params if not one.greedy]
+        extra = temperature_of(processors)
+        temperatures = {(one.temperature or 1.0) * extra for one in params}
+        return cls(
+            torch.tensor(numbers, device=device),
+            torch.tensor(scales, dtype=torch.float32, device=device),
+            max_top_k=max((one.top_k or 0 for one in warped), default=0),
+            uses_temperature=any(one.temperature != 1 for one in warped),
+            uses_top_p=any(one.top_p is not None and one.top_p < 1 for one in warped),
+            uses_min_p=any(one.min_p for one in warped),
+            sampled=len(warped),
+            processors=processors,
+            uniform_temperature=temperatures.pop() if len(temperatures) == 1 else None,
+        )
+
+    def key(self) -> Hashable:
+        """What a captured step depends on: which parameters are in use, not their values; and the further processors."""
+        return (
+            max(0, self.max_top_k - 1).bit_length() if self.max_top_k else -1,
+            self.uses_temperature,
+            self.uses_top_p,
+            self.uses_min_p,
+            self.sampled > 0,
+            _signature(self.processors),
+        )
+
+    def fixed(self, rows: int) -> SamplingBatch:
+        """Return parameters in their own storage for `rows` sequences of a captured step; see `load`."""
+        numbers, scales = self.numbers.new_zeros(rows, 5), self.scales.new_zeros(rows, 3)
+        scales[:, 0] = 1.0
+        top_k = 1 << max(0, self.max_top_k - 1).bit_length() if self.max_top_k else 0
+        sampled = rows if self.sampled else 0  # greedy sequences of a captured step get noise of zeros
+        return replace(self, numbers=numbers, scales=scales, max_top_k=top_k, sampled=sampled, uniform_temperature=None)
+
+    def over(self, numbers: Tensor, scales: Tensor) -> SamplingBatch:
+        """Return the same form of parameters over other tensors."""
+        return replace(self, numbers=numbers, scales=scales)
+
+    def load(self, other: SamplingBatch) -> None:
+        """Copy the parameters of as many sequences as `other` has."""
+        count = len(other.numbers)
+        self.numbers[:count].copy_(other.numbers)
+        self.scales[:count].copy_(other.scales)
+
+    @property
+    def temperature(self) -> float | Tensor:
+        """What proposers divide logits by: a number, or `[batch, 1, 1]`."""
+        if self.uniform_temperature is not None:
+            return self.uniform_temperature
+        return self.scales[:, :1, None] * temperature_of(self.processors)
+
+    def process(self, logits: Tensor) -> Tensor:
+        """Return the scores that tokens are drawn from, of the shape `[batch, nodes, vocab]` of the logits.
+
+        Temperature, top-k, top-p and min-p are those of transformers' warpers, with a number for every sequence. Without any
+        of them the logits are returned as they are.
+        """
+        if self.sampled:
+            logits = self._warp(logits)
+        if self.processors:
+            flat = logits.float().flatten(0, 1)
+            no_text = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=flat.device)
+            return self.processors(no_text, flat).view_as(logits)
         return logits
-    flat = logits.flatten(0, 1)
-    no_text = torch.zeros(flat.shape[0], 1, dtype=torch.long, device=flat.device)
-    return processors(no_text, flat).view_as(logits)
+
+    def _warp(self, logits: Tensor) -> Tensor:
+        scores = logits.float()
+        if self.uses_temperature:
+            scores = scores / self.scales[:, :1, None]
+        if self.max_top_k:
+            top_k = self.numbers[:, 3].clamp(max=scores.shape[-1])
+            best = scores.topk(min(self.max_top_k, scores.shape[-1]), dim=-1).values
+            place = (top_k - 1).clamp(min=0)[:, None, None].expand(-1, scores.shape[1], 1)
+            dropped = (scores < best.gather(-1, place)) & (top_k > 0)[:, None, None]
+            scores = scores.masked_fill(dropped, -torch.inf)
+        if self.uses_top_p:
+            tail = self.scales[:, 1, None, None]
+            ordered, index = scores.sort(dim=-1, descending=False)
+            dropped = (ordered.softmax(-1).cumsum(-1) <= tail) & (tail > 0)
+            dropped[..., -1:] = False
+            scores = scores.masked_fill(dropped.scatter(-1, index, dropped), -torch.inf)
+        if self.uses_min_p:
+            probs = scores.softmax(-1)
+            floor = self.scales[:, 2, None, None] * probs.amax(-1, keepdim=True)
+            scores = scores.masked_fill(probs < floor, -torch.inf)
+        return scores
+
+    def noise(self, generator: GumbelNoise, lengths: Tensor, depths: int, fixed: bool) -> LazyGumbel | None:
+        """Return the noise of the next `depths` tokens of every sequence, zeros for greedy ones; None if all are greedy.
+
+        Args:
+            generator: makes the noise.
+            lengths: `[batch]` committed tokens; the root stands behind them, the first drawn token behind the root.
+            depths: how many.
+            fixed: make all of it at once, in one shape.
+        """
+        if not self.sampled:
+            return None
+        numbers, samples = self.numbers, self.numbers[:, 4]
+        some_greedy = fixed or self.sampled < len(numbers)
+
+        def make(begin: int, end: int) -> Tensor:
+            positions = lengths[:, None] + 1 + torch.arange(begin, end, device=lengths.device)
+            made = generator.gumbel(numbers[:, :2], numbers[:, 2], positions)
+            return made.mul_(samples[:, None, None]) if some_greedy else made
+
+        if fixed:
+            return LazyGumbel.of(make(0, depths))
+        return LazyGumbel(make, depths, chunk_size(len(numbers), len(generator), lengths.device))
 
 
 def draw_nodes(tree: TokenTree, scores: Tensor, noise: Tensor | None) -> Tensor:
-    """The target's token at every node of a tree, `[batch, nodes]`.
+    """Return the target's token at every node of a tree, `[batch, nodes]`.
 
     Args:
         tree: the verified tree.
         scores: `[batch, nodes, vocab]` processed logits.
-        noise: `[batch, depths, vocab]`, of the tokens below every depth; None for greedy decoding.
+        noise: `[batch, depths, vocab]` of the tokens below every depth; None for greedy decoding.
     """
     if noise is None or tree.nodes == 1:
         return draw(scores, None if noise is None else noise[:, :1])
@@ -69,23 +252,29 @@ def draw_nodes(tree: TokenTree, scores: Tensor, noise: Tensor | None) -> Tensor:
 
 
 def draw(scores: Tensor, noise: Tensor | None) -> Tensor:
-    """The target's token for every distribution: argmax, after adding Gumbel noise when sampling.
-
-    Args:
-        scores: `[..., vocab]` processed logits.
-        noise: same shape or one that broadcasts; None for greedy decoding.
-    """
+    """Return the argmax of every distribution `[..., vocab]`, after adding Gumbel noise when sampling."""
     return first_largest(scores if noise is None else scores + noise)
 
 
 def first_largest(values: Tensor) -> Tensor:
-    """`argmax(-1)` of floating-point numbers. On a CPU numpy finds the same ten times as fast: PyTorch has no vectors for it."""
-    if not on_host(values) or values.numel() > _MOST_NUMBERS:
+    """Return `argmax(-1)`; on a CPU numpy finds the same index, the first of equals, ten times as fast."""
+    if not on_host(values) or values.numel() > _MAX_NUMPY_NUMBERS:
         return values.argmax(-1)
-    values = values.detach().float() if values.element_size() < 4 else values.detach()  # no tie is lost or made
+    values = values.detach().float() if values.element_size() < 4 else values.detach()  # exact: ties stay ties
     return torch.from_numpy(np.asarray(values.numpy().argmax(-1)))
 
 
 def on_host(tensor: Tensor) -> bool:
-    """Whether the numbers can be looked at now, without waiting: they are on a CPU, and no step is being written down."""
+    """Return whether the tensor can be read now without waiting: it is on a CPU and no step is being traced."""
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _signature(processors: LogitsProcessorList) -> Hashable:
+    """What processors do, so that those of another generation can be told to be the same."""
+    return tuple(
+        (type(one).__name__, tuple(sorted((k, _plain(v)) for k, v in vars(one).items()))) for one in processors
+    )
+
+
+def _plain(value: object) -> str:
+    return str(value.tolist() if isinstance(value, Tensor) else value)

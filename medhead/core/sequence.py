@@ -1,4 +1,4 @@
-"""What the decode loop works on: a row, and the settings that all rows share."""
+"""A sequence that is being decoded."""
 
 from __future__ import annotations
 
@@ -8,58 +8,59 @@ from dataclasses import dataclass, field
 from torch import Tensor
 from transformers import LogitsProcessorList
 
-from medhead.core.acceptance import TypicalAcceptance
-from medhead.core.gumbel import GumbelNoise
+from medhead.config import SamplingParams
 from medhead.core.stopping import StopChecker
 
 
-@dataclass
+@dataclass(eq=False)
 class Sequence:
-    """One sequence being decoded.
+    """One sequence of a batch.
 
     Attributes:
+        prompt_ids: token ids of the prompt as the user gave it, padding included; what processors and criteria see.
+        token_ids: the prompt without padding, then the output.
+        stop_checker: decides where the sequence ends.
+        params: sampling parameters.
         index: row of the user's batch.
-        padded: prompt as the user gave it, padding included; what processors and criteria see.
-        text: prompt without padding, then the output.
-        output: new tokens.
+        processors: the logits processors that are not part of `params`.
+        local: whether the processors look at one distribution alone; else every node is processed with its own text.
+        on_tokens: called with the sequence, its new tokens and whether they are its last, after every pass.
+        output_ids: new token ids.
         passes: verify passes so far.
-        scores: processed scores of every new token, if asked for.
-        logits: raw logits of every new token, if asked for.
-        processors: this row's own processors, where they must know which row they serve.
-        own: settings of this row alone, where rows of different requests are decoded together.
+        scores: processed scores `[vocab]` of every new token, if recorded.
+        logits: raw logits `[vocab]` of every new token, if recorded.
     """
 
-    index: int
-    padded: list[int]
-    text: list[int]
-    output: list[int] = field(default_factory=list)
+    prompt_ids: list[int]
+    token_ids: list[int]
+    stop_checker: StopChecker
+    params: SamplingParams = field(default_factory=SamplingParams)
+    index: int = 0
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    local: bool = True
+    on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
+    output_ids: list[int] = field(default_factory=list)
     passes: int = 0
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
-    processors: LogitsProcessorList | None = None
-    own: Settings | None = None
 
+    @property
+    def tokens_left(self) -> int:
+        """How many tokens may still be emitted."""
+        return self.stop_checker.limit - len(self.output_ids)
 
-@dataclass
-class Settings:
-    """How one generation samples and what it records.
+    def append(self, tokens: list[int], scores: list[Tensor] | None = None) -> bool:
+        """Take the tokens of one pass up to where the sequence ends; return whether it has ended.
 
-    Attributes:
-        processors: logits processors, in order.
-        stopper: decides where rows end.
-        noise: sampling noise, None for greedy decoding.
-        typical: lossy acceptance, None for exact decoding.
-        keep_scores: record processed scores.
-        keep_logits: record raw logits.
-        on_tokens: called with a row, its new tokens and whether they are its last, after every pass.
-        synchronize: called around the timed parts, so that a GPU's time is counted where it is spent; None costs nothing.
-    """
-
-    processors: LogitsProcessorList
-    stopper: StopChecker
-    noise: GumbelNoise | None = None
-    typical: TypicalAcceptance | None = None
-    keep_scores: bool = False
-    keep_logits: bool = False
-    on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
-    synchronize: Callable[[], None] | None = None
+        Args:
+            tokens: what the pass emitted.
+            scores: processed scores `[vocab]` of each token, for criteria that look at them.
+        """
+        text = self.prompt_ids + self.output_ids
+        taken, ended = self.stop_checker.take(text, len(self.output_ids), tokens, scores)
+        self.passes += 1
+        self.output_ids += taken
+        self.token_ids += taken
+        if self.on_tokens is not None:
+            self.on_tokens(self, taken, ended)
+        return ended

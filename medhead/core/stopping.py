@@ -1,8 +1,8 @@
-"""When a row ends: end tokens, the token limit, stop strings, time, and criteria of the user's own."""
+"""When a sequence ends: end tokens, the token limit, stop strings, time, and criteria of the user's own."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -16,64 +16,73 @@ class StopChecker:
     """Cuts what a pass emitted where plain decoding would have stopped.
 
     Args:
+        limit: largest number of new tokens.
+        end_tokens: tokens that end a sequence.
         criteria: transformers' list for this generation; end tokens and the length limit are read from it, all other
             criteria are asked after every single token, as plain decoding does.
-        limit: largest number of new tokens.
         device: where the criteria expect token ids.
+        stops_at: called with every token in turn; says whether the sequence ends there (stop strings of a request).
     """
 
-    def __init__(self, criteria: StoppingCriteriaList, limit: int, device: torch.device) -> None:
-        self.limit, self.device = limit, device
-        self.end_tokens: frozenset[int] = frozenset()
-        self._others = []
-        for criterion in criteria:
+    def __init__(
+        self,
+        limit: int,
+        end_tokens: Iterable[int] = (),
+        criteria: StoppingCriteriaList | None = None,
+        device: torch.device | str = "cpu",
+        stops_at: Callable[[int], bool] | None = None,
+    ) -> None:
+        self.limit, self.device, self.end_tokens, self._stops_at = limit, device, frozenset(end_tokens), stops_at
+        self._criteria = []
+        for criterion in criteria or ():
             if isinstance(criterion, EosTokenCriteria):
                 self.end_tokens |= frozenset(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
             elif not isinstance(criterion, MaxLengthCriteria):
-                self._others.append(criterion)
+                self._criteria.append(criterion)
+
+    @property
+    def has_criteria(self) -> bool:
+        """Whether criteria beyond end tokens and the limit must see every token."""
+        return bool(self._criteria)
 
     def ends_at(self, token: int, new_tokens: int) -> bool:
-        """Whether a row ends with this token, its `new_tokens`-th, by end token or limit."""
+        """Return whether a sequence ends with this token, its `new_tokens`-th, by end token or limit."""
         return token in self.end_tokens or new_tokens >= self.limit
 
     def take(
         self, text: list[int], done: int, tokens: Iterable[int], scores: list[Tensor] | None
     ) -> tuple[list[int], bool]:
-        """The tokens of one pass that count, and whether the row ends with the last of them.
+        """Return the tokens of one pass that count, and whether the sequence ends with the last of them.
 
         Args:
-            text: prompt (padded as the user gave it) and earlier output of the row.
+            text: prompt (padded as the user gave it) and earlier output.
             done: number of new tokens so far.
-            tokens: what the pass emitted for the row.
+            tokens: what the pass emitted.
             scores: processed scores `[vocab]` of each token, for criteria that look at them, or None.
         """
         taken: list[int] = []
         for index, token in enumerate(tokens):
             taken.append(token)
-            if self.ends_at(token, done + len(taken)) or self._asked(text, taken, scores[index] if scores else None):
+            stopped = self._stops_at is not None and self._stops_at(token)
+            if self.ends_at(token, done + len(taken)) or stopped:
+                return taken, True
+            if self._criteria and self._ask(text, taken, scores[index] if scores else None):
                 return taken, True
         return taken, False
 
-    @property
-    def asks_others(self) -> bool:
-        """Whether criteria beyond end tokens and the limit exist."""
-        return bool(self._others)
-
-    def _asked(self, text: list[int], taken: list[int], scores: Tensor | None) -> bool:
-        if not self._others:
-            return False
+    def _ask(self, text: list[int], taken: list[int], scores: Tensor | None) -> bool:
         ids = torch.tensor([[*text, *taken]], device=self.device)
         row = None if scores is None else scores[None]
         # every criterion is asked, as StoppingCriteriaList does: one that counts its calls must see each token
-        answers = [bool(torch.as_tensor(criterion(ids, row)).any()) for criterion in self._others]
+        answers = [bool(torch.as_tensor(criterion(ids, row)).any()) for criterion in self._criteria]
         return any(answers)
 
 
 def token_limit(max_new: int, longest_prompt: int, context: int) -> int:
-    """New tokens that fit: the limit asked for, or what is left of the context.
+    """Return how many new tokens fit: the limit asked for, or what is left of the context.
 
     Raises:
-        MedheadError: the prompt fills the context, or the limit makes no sense.
+        MedheadError: the prompt fills the context, or the limit is below 1.
     """
     if max_new < 1:
         raise MedheadError(f"the number of new tokens must be at least 1, got {max_new}")

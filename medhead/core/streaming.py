@@ -7,8 +7,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from medhead.core.sequence import Sequence
-
 _LONGEST = 32  # tokens of a window that is cut
 
 
@@ -27,10 +25,10 @@ class ColumnStream:
         self._ended = [False] * rows
         self._sent = 0
 
-    def add(self, row: Sequence, new: list[int], ended: bool) -> None:
+    def add(self, row: int, new: list[int], ended: bool) -> None:
         """Take new tokens of a row, and whether they are its last; hand on every column that is complete."""
-        self._outputs[row.index] += new
-        self._ended[row.index] = ended
+        self._outputs[row] += new
+        self._ended[row] = ended
         self._flush()
 
     def finish(self) -> None:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from medhead.core.lengths import Lengths
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
 from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache
@@ -89,9 +90,9 @@ class Heads(nn.Module):
         """
         return embedding
 
-    def new_draft_cache(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> DraftCache | None:
-        """Empty storage of what is kept of `batch` texts of about `capacity` tokens; None for kinds that do not look back."""
-        return TensorDraftCache(batch, self.memory_size, dtype, device, capacity) if self.memory_size else None
+    def new_draft_cache(self, dtype: torch.dtype, lengths: Lengths, capacity: int) -> DraftCache | None:
+        """Return empty storage for texts of about `capacity` tokens; None for kinds that do not look back."""
+        return TensorDraftCache(self.memory_size, dtype, lengths, capacity) if self.memory_size else None
 
     def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
         """What is kept of committed tokens, `[batch, tokens, memory_size]`.

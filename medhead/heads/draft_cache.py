@@ -1,7 +1,7 @@
-"""What heads keep of the text: one row for every committed token, as the target's cache keeps keys and values.
+"""What heads keep of the text: one entry for every committed token, beside the target's key/value cache.
 
-Attention heads need to look back. `DraftCacheView` is the view of it that one proposal (or one training step) reads;
-`TensorDraftCache` is the storage beside the target's cache that decoding appends to after every pass.
+Attention and block heads look back at the text. `DraftCacheView` is what one proposal or training step reads;
+`TensorDraftCache` is the storage that decoding appends to after every pass. Its lengths are those of the target's cache.
 """
 
 from __future__ import annotations
@@ -14,19 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from medhead.core.lengths import Lengths
+
 EncodeCacheEntry = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-PAGE = 64  # rows are allocated in multiples of this
+PAGE = 64  # entries are allocated in multiples of this
 
 
 @dataclass
 class DraftCacheView:
-    """Rows of a text that queries may look at.
+    """Entries of a text that queries may look at.
 
     Attributes:
         rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
-        end: `[batch, queries or 1]` int64: a query sees the rows before `end`. It is also the root's position.
-        begin: `[batch, queries or 1]` int64, first row that is seen (texts packed behind each other), or None for 0.
-        full: every query sees every row.
+        end: `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position.
+        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed behind each other), or None for 0.
+        full: every query sees every entry.
     """
 
     rows: Tensor
@@ -35,7 +37,7 @@ class DraftCacheView:
     full: bool = False
 
     def visible(self) -> Tensor | None:
-        """`[batch, queries or 1, length]` bool, or None when every row is seen."""
+        """Return `[batch, queries or 1, length]` bool, or None when every entry is seen."""
         if self.full:
             return None
         length = self.rows.shape[1]
@@ -45,113 +47,144 @@ class DraftCacheView:
 
 
 class DraftCache(Protocol):
-    """What decoding asks of the storage beside the target's cache; `TensorDraftCache` says what each method does."""
+    """What decoding asks of the storage; its lengths are advanced by the target's cache.
 
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of every text that are kept."""
+    Attributes:
+        lengths: committed tokens of every row, shared with the target's cache.
+    """
 
-    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
-        """Put new tokens behind every text."""
+    lengths: Lengths
 
-    def advance(self, counts: list[int]) -> None:
-        """This many of them are part of each text."""
+    def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
+        """Write entries behind the committed ones.
+
+        Args:
+            encode: `Heads.encode_cache_entry`, which makes the entries.
+            features: `[batch, n, size]` of the target.
+            token: `[batch, n, ...]` embeddings of the tokens behind them.
+            counts: `[batch]` int64, how many of the n are part of each text.
+        """
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all texts but these."""
+        """Drop all rows but these."""
 
     def join(self, other: Any) -> None:
-        """Put the texts of another storage of these heads behind these."""
+        """Append the rows of another cache of these heads."""
 
     def view(self) -> Any:
-        """What `Heads.start` is given."""
+        """Return what `Heads.start` reads."""
 
 
 class TensorDraftCache:
-    """Preallocated, ragged storage of `DraftCacheView` rows for a batch that is being decoded.
+    """Preallocated, ragged storage of entries in one tensor.
 
     Args:
-        batch: number of texts.
-        size: numbers in a row.
+        size: numbers in an entry.
         dtype: their type.
-        device: where they live.
-        capacity: rows expected; the storage doubles when that was too few.
+        lengths: see `DraftCache`.
+        capacity: entries of a row to expect; the storage doubles when that was too few.
     """
 
-    def __init__(
-        self, batch: int, size: int, dtype: torch.dtype, device: torch.device, capacity: int = 4 * PAGE
-    ) -> None:
-        self.lengths = [0] * batch  # on the host, like the target's cache
-        self._rows = torch.zeros(batch, -(-capacity // PAGE) * PAGE, size, dtype=dtype, device=device)
+    def __init__(self, size: int, dtype: torch.dtype, lengths: Lengths, capacity: int = 4 * PAGE) -> None:
+        batch, device = len(lengths.device), lengths.device.device
+        self.lengths = lengths
+        self.rows = torch.zeros(batch, -(-capacity // PAGE) * PAGE, size, dtype=dtype, device=device)
 
     @classmethod
-    def of(cls, rows: Tensor, lengths: list[int]) -> TensorDraftCache:
-        """Storage that is there already, `[batch, capacity, size]`, with so many rows of every text in it."""
-        store = cls(0, rows.shape[2], rows.dtype, rows.device, 0)
-        store._rows, store.lengths = rows, list(lengths)
-        return store
+    def from_buffer(cls, rows: Tensor, lengths: Lengths) -> TensorDraftCache:
+        """Return a cache over existing storage `[batch, capacity, size]`."""
+        cache = cls.__new__(cls)
+        cache.rows, cache.lengths = rows, lengths
+        return cache
 
-    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
-        """Put new rows behind every text; they are part of it once `advance` says so.
-
-        Args:
-            encode_cache_entry: `Heads.encode_cache_entry`, which makes the rows.
-            features: `[batch, count, size]`.
-            token: `[batch, count, ...]`.
-        """
-        count, longest = features.shape[1], max(self.lengths)
-        if longest + count > self._rows.shape[1]:
-            grown = max(2 * self._rows.shape[1], -(-(longest + count) // PAGE) * PAGE)
-            bigger = self._rows.new_zeros(len(self.lengths), grown, self._rows.shape[2])
-            bigger[:, : self._rows.shape[1]] = self._rows
-            self._rows = bigger
-        if min(self.lengths) == longest:
-            offsets = torch.arange(count, device=self._rows.device)
-            rows = encode_cache_entry(features, token, offsets[None] + longest, longest + count)
-            self._rows[:, longest : longest + count] = rows
-            return
-        append_entries(self._rows, self._end(), encode_cache_entry, features, token)
-
-    def advance(self, counts: list[int]) -> None:
-        """This many of the rows written last are part of each text now."""
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+    def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
+        """See `DraftCache.write`; where the host does not know the lengths there must be room."""
+        n, lengths = features.shape[1], self.lengths
+        offsets = torch.arange(n, device=self.rows.device)
+        if lengths.host is not None:
+            end = lengths.longest + n
+            if end > self.rows.shape[1]:
+                grown = max(2 * self.rows.shape[1], -(-end // PAGE) * PAGE)
+                self.rows = F.pad(self.rows, (0, 0, 0, grown - self.rows.shape[1]))
+            if lengths.uniform:
+                self.rows[:, lengths.longest : end] = encode(features, token, offsets[None] + lengths.longest, end)
+                return
+        positions = lengths.device[:, None] + offsets
+        made = encode(features, token, positions, self.rows.shape[1])
+        self.rows.scatter_(1, positions[..., None].expand_as(made), made.to(self.rows.dtype))
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all texts but these."""
-        self._rows = self._rows[torch.tensor(rows, device=self._rows.device)]
-        self.lengths = [self.lengths[row] for row in rows]
+        """See `DraftCache.keep_rows`."""
+        self.rows = self.rows[torch.tensor(rows, device=self.rows.device)]
 
     def join(self, other: TensorDraftCache) -> None:
-        """Put the texts of another storage behind these."""
-        length = max(self._rows.shape[1], other._rows.shape[1])
-        parts = [F.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in (self._rows, other._rows)]
-        self._rows, self.lengths = torch.cat(parts), self.lengths + other.lengths
+        """See `DraftCache.join`."""
+        length = max(self.rows.shape[1], other.rows.shape[1])
+        self.rows = torch.cat([F.pad(rows, (0, 0, 0, length - rows.shape[1])) for rows in (self.rows, other.rows)])
 
     def view(self) -> DraftCacheView:
-        """Everything that is part of the texts."""
-        longest = max(self.lengths)
-        return DraftCacheView(self._rows[:, :longest], self._end()[:, None], full=min(self.lengths) == longest)
-
-    @property
-    def rows(self) -> Tensor:
-        """`[batch, capacity, size]`, the storage itself."""
-        return self._rows
+        """Return everything that is part of the texts."""
+        lengths = self.lengths
+        if lengths.host is None:
+            return DraftCacheView(self.rows, lengths.device[:, None])
+        return DraftCacheView(self.rows[:, : lengths.longest], lengths.device[:, None], full=lengths.uniform)
 
     def nbytes(self) -> int:
-        """DraftCacheView of the storage."""
-        return self._rows.numel() * self._rows.element_size()
-
-    def _end(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self._rows.device)
+        """Return the memory of the storage."""
+        return self.rows.numel() * self.rows.element_size()
 
 
-def append_entries(
-    rows: Tensor, lengths: Tensor, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor
-) -> None:
-    """Put new rows into `rows` `[batch, capacity, size]` behind texts whose lengths `[batch]` the device knows.
+class LazyDraftCache:
+    """A draft cache whose entries of plain decoding wait until they are read, so that many are written at once.
 
-    There must be room: nobody looks.
+    Args:
+        cache: the storage.
+        encode: `Heads.encode_cache_entry`.
+        embed: token ids to the embeddings that `DraftCache.write` takes.
     """
-    where = lengths[:, None] + torch.arange(features.shape[1], device=rows.device)
-    made = encode_cache_entry(features, token, where, rows.shape[1])
-    rows.scatter_(1, where[..., None].expand_as(made), made.to(rows.dtype))
+
+    def __init__(self, cache: DraftCache, encode: EncodeCacheEntry, embed: Callable[[Tensor], Tensor]) -> None:
+        self.cache, self._encode, self._embed = cache, encode, embed
+        self._pending: list[tuple[Tensor, Tensor]] = []
+
+    def write(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
+        """Write entries of the tokens `[batch, n]` that stand behind the features `[batch, n, size]`."""
+        self.flush()
+        self.cache.write(self._encode, features, self._embed(tokens), counts)
+
+    def over(self, cache: DraftCache) -> LazyDraftCache:
+        """Return the same over another storage."""
+        return LazyDraftCache(cache, self._encode, self._embed)
+
+    def write_later(self, features: Tensor, tokens: Tensor) -> None:
+        """Take the entry of one token of every row, `[batch, 1]`; it is written before the cache is read."""
+        self._pending.append((features, tokens))
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """See `DraftCache.keep_rows`."""
+        self.flush()
+        self.cache.keep_rows(rows)
+
+    def join(self, other: LazyDraftCache) -> None:
+        """See `DraftCache.join`."""
+        self.flush()
+        other.flush()
+        self.cache.join(other.cache)
+
+    def view(self) -> Any:
+        """See `DraftCache.view`."""
+        self.flush()
+        return self.cache.view()
+
+    def flush(self) -> None:
+        """Write the entries that wait; they belong to the last tokens of every row."""
+        if not self._pending:
+            return
+        features, tokens = (torch.cat(parts, 1) for parts in zip(*self._pending, strict=True))
+        count, self._pending = len(self._pending), []
+        lengths = self.cache.lengths
+        self.cache.lengths = lengths.back(count)
+        try:
+            self.cache.write(self._encode, features, self._embed(tokens), torch.full_like(lengths.device, count))
+        finally:
+            self.cache.lengths = lengths

@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache, modeling_layers
 from transformers.utils import logging
 
+from medhead.core.lengths import Lengths
 from medhead.errors import MedheadError
 from medhead.heads.base import Draft, Heads, HeadsConfig
 from medhead.heads.draft_cache import EncodeCacheEntry
@@ -92,9 +93,9 @@ class MtpHeads(Heads):
         self.dtype = mtp.layers[0].eh_proj.weight.dtype
         self.layout = self._find_layout(target.device)
 
-    def new_draft_cache(self, batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> MtpMemory:
-        """The layers' cache."""
-        return MtpMemory(self, batch, device, capacity)
+    def new_draft_cache(self, dtype: torch.dtype, lengths: Lengths, capacity: int) -> MtpDraftCache:
+        """Return the layers' key/value cache."""
+        return MtpDraftCache(self, lengths, capacity)
 
     def start(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> Draft:
         """Nothing to compute: every layer has already run over the root."""
@@ -121,8 +122,8 @@ class MtpHeads(Heads):
             depth: `[1, nodes]`, columns between the node and the last committed one.
             visible: `[batch, nodes, nodes]`, node i sees node j; None for a chain.
         """
-        longest, nodes = max(cache.lengths), token.shape[1]
-        lengths = None if min(cache.lengths) == longest else torch.tensor(cache.lengths, device=token.device)
+        longest, nodes = cache.lengths.longest, token.shape[1]
+        lengths = None if cache.lengths.uniform else cache.lengths.device
         start = longest if lengths is None else lengths[:, None]
         cache.begin(nodes)
         with tree_pass(LayerPass(lengths, longest, depth, visible, nodes, hides=layer)):
@@ -143,57 +144,54 @@ class MtpHeads(Heads):
         return CacheLayout(found)
 
 
-class MtpMemory:
-    """The layers' keys and values of the text up to the root, and what they said at the root; see `memory.TensorDraftCache`.
+class MtpDraftCache:
+    """The layers' keys and values of the text up to the root, and their outputs at the root; see `DraftCache`.
 
     Attributes:
         cache: keys and values.
-        last: for every layer `[batch, size]`, what it said at the last token.
+        last: for every layer `[batch, size]`, its output at the last token.
     """
 
-    def __init__(self, heads: MtpHeads, batch: int, device: torch.device, capacity: int) -> None:
+    def __init__(self, heads: MtpHeads, lengths: Lengths, capacity: int) -> None:
+        batch, device = len(lengths.device), lengths.device.device
         self.heads = heads
         self.cache = TreeCache(heads.layout, batch, capacity)
+        self.cache.lengths = lengths
         self.last = [torch.zeros(batch, heads.config.hidden_size, dtype=heads.dtype, device=device)] * heads.layers
-        self._said: list[Tensor] = []
 
     @property
-    def lengths(self) -> list[int]:
+    def lengths(self) -> Lengths:
         """Tokens of every row, the first one not counted."""
         return self.cache.lengths
 
-    def write(self, encode_cache_entry: EncodeCacheEntry, features: Tensor, token: Tensor) -> None:
-        """Run all layers over the next tokens of every row (what they make is kept, not what `encode_cache_entry` would)."""
+    @lengths.setter
+    def lengths(self, lengths: Lengths) -> None:
+        self.cache.lengths = lengths
+
+    def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
+        """Run all layers over the next tokens of every row; their keys and values are kept, `encode` is not called."""
         hidden, token = features.to(self.heads.dtype), token.to(self.heads.dtype)
         depth = torch.arange(token.shape[1], device=token.device)[None]
-        self._said = []
+        rows, place = torch.arange(len(counts), device=token.device), (counts - 1).clamp(min=0)
+        last_outputs = []
         for layer, last in enumerate(self.last):
-            said = self.heads.run(layer, self.cache, token, hidden, depth)
-            self._said.append(said)
-            hidden = torch.cat([last[:, None], said[:, :-1]], 1)
-
-    def advance(self, counts: list[int]) -> None:
-        """This many of the tokens written last are part of each text now."""
-        self.cache.commit(counts)
-        count = torch.tensor(counts, device=self.last[0].device)
-        rows = torch.arange(len(counts), device=count.device)
-        self.last = [
-            torch.where(count[:, None] > 0, said[rows, (count - 1).clamp(min=0)], last)
-            for said, last in zip(self._said, self.last, strict=True)
-        ]
+            output = self.heads.run(layer, self.cache, token, hidden, depth)
+            last_outputs.append(torch.where(counts[:, None] > 0, output[rows, place], last))
+            hidden = torch.cat([last[:, None], output[:, :-1]], 1)
+        self.last = last_outputs
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all texts but these."""
+        """See `DraftCache.keep_rows`."""
         self.cache.keep_rows(rows)
         self.last = [last[rows] for last in self.last]
 
-    def join(self, other: MtpMemory) -> None:
-        """Put the texts of another memory behind these."""
+    def join(self, other: MtpDraftCache) -> None:
+        """See `DraftCache.join`."""
         self.cache.join(other.cache)
         self.last = [torch.cat(pair) for pair in zip(self.last, other.last, strict=True)]
 
-    def view(self) -> MtpMemory:
-        """Itself: a proposal writes behind the text and commits nothing."""
+    def view(self) -> MtpDraftCache:
+        """Return the cache itself: a proposal writes behind the text and commits nothing."""
         return self
 
 
@@ -205,7 +203,7 @@ class Growth:
         said: `[batch, 1 + nodes, size]`, what the layer that ran last said at the root and at the nodes.
     """
 
-    def __init__(self, memory: MtpMemory, batch: int) -> None:
+    def __init__(self, memory: MtpDraftCache, batch: int) -> None:
         self.memory, self.said = memory, memory.last[0][:, None]
         self._token = self._hidden = self.said[:, :0]  # input of the layer that ran last
         self._parents = torch.zeros(batch, 0, dtype=torch.long, device=self.said.device)  # 0 is the root

@@ -1,7 +1,7 @@
 """Key/value storage for trees: preallocated, ragged rows, and `commit`, which keeps the accepted path.
 
-A pass writes the rows of all nodes behind the committed prefix of their batch row, at `length + node`. `commit` moves the
-rows of the accepted nodes to `length + depth` and advances the lengths; everything behind is free again.
+A pass writes the keys and values of all nodes behind the committed prefix of their row, at `length + node`. `commit` moves
+those of the accepted nodes to `length + depth`; everything behind the new length is free again.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 from transformers import Cache
 
+from medhead.core.lengths import Lengths
+
 PAGE = 64  # rows are allocated in multiples of this
 
 
 @dataclass(frozen=True)
 class KVSpec:
-    """Shape of one layer's keys or values: heads, size of a head, type, and the device they live on."""
+    """Shape of one layer's keys or values: heads, size of a head, type, and device."""
 
     heads: int
     dim: int
@@ -29,60 +31,65 @@ class KVSpec:
     device: torch.device
 
 
-KVBuffers = dict[KVSpec, Any]  # `[slots, batch, heads, tokens, dim]` of every shape, or a list of its slots
+KVBuffers = dict[KVSpec, Any]  # `[layers, batch, heads, tokens, dim]` of every shape, or a list with an item per layer
 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a target caches: for every layer with a cache of its own, the slots of its keys and values."""
+    """What a target caches: the shapes of keys and values of every layer with a cache of its own."""
 
     layers: dict[int, tuple[KVSpec, KVSpec]]
 
-    def slots(self) -> dict[KVSpec, int]:
-        """Every shape, in the order of `TreeCache.stores`, and how many layers' keys or values have it."""
+    def specs(self) -> dict[KVSpec, int]:
+        """Return every shape, in the order of `TreeCache.buffers`, and how many layers' keys or values have it."""
         return _places_of(self)[1]
 
     def bytes_per_token(self) -> int:
-        """Memory of one token of one row."""
-        return sum(slot.heads * slot.dim * slot.dtype.itemsize for pair in self.layers.values() for slot in pair)
+        """Return the memory of one token of one row."""
+        return sum(spec.heads * spec.dim * spec.dtype.itemsize for pair in self.layers.values() for spec in pair)
 
 
 class TreeCache(Cache):
-    """Storage for `batch` rows. All slots of one shape share a tensor, so that `commit` is one copy for all layers.
+    """Storage for a batch of rows. All layers of one shape share a tensor, so that `commit` is one copy for all of them.
 
     Args:
         layout: what the target caches, as found by probing it.
         batch: number of rows.
         capacity: tokens a row is expected to hold; the storage doubles when that was too few.
+
+    Attributes:
+        lengths: committed tokens of every row.
+        columns: how many columns attention sees; None for the longest prefix and the nodes, or, where the host does not know
+            the lengths, for all of them.
     """
 
     def __init__(self, layout: CacheLayout, batch: int, capacity: int) -> None:
         capacity = -(-capacity // PAGE) * PAGE
-        stores = {
-            slot: torch.zeros(n, batch, slot.heads, capacity, slot.dim, dtype=slot.dtype, device=slot.device)
-            for slot, n in layout.slots().items()
+        buffers = {
+            spec: torch.zeros(n, batch, spec.heads, capacity, spec.dim, dtype=spec.dtype, device=spec.device)
+            for spec, n in layout.specs().items()
         }
-        self._hold(layout, stores)
-        self.lengths = [0] * batch  # committed tokens of every row, on the host
+        device = next(iter(buffers.values())).device
+        self._hold(layout, buffers, Lengths.of([0] * batch, device))
 
     @classmethod
-    def over(cls, layout: CacheLayout, stores: KVBuffers) -> TreeCache:
-        """A cache over storage that is there already, as `stores` of another gives it; only the device knows its lengths.
+    def from_buffers(cls, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> TreeCache:
+        """Return a cache over existing storage, as `buffers` of another cache gives it.
 
-        Storage may be taken apart (`store.unbind()`): a compiler that sees one tensor change in many places copies all of it.
+        A list of tensors per layer suits a compiler, which copies a whole tensor that changes in many places.
         """
         cache = cls.__new__(cls)
-        cache._hold(layout, stores)
-        cache.lengths = [0]
+        cache._hold(layout, buffers, lengths)
         return cache
 
-    def _hold(self, layout: CacheLayout, stores: KVBuffers) -> None:
+    def _hold(self, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> None:
         super().__init__(layers=[])
-        self.layout, self._stores = layout, stores
-        self.capacity: int = next(iter(stores.values()))[0].shape[2]
+        self.layout, self._buffers, self.lengths = layout, buffers, lengths
+        self.capacity: int = next(iter(buffers.values()))[0].shape[2]
+        self.columns: int | None = None
         self._places = _places_of(layout)[0]
         self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._parts: list[Tensor] = []  # see `parts`
+        self._per_layer: list[Tensor] = []  # see `per_layer`
         self._refresh_views()
         self._nodes = 0
         self._used = 0
@@ -92,60 +99,44 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- one pass
 
     def begin(self, nodes: int, spare: int = 0) -> None:
-        """Prepare a pass over `nodes` nodes behind the committed prefix of every row; grows the storage if needed.
+        """Prepare a pass over `nodes` nodes behind the committed prefix of every row.
+
+        The storage grows if needed where the host knows the lengths; elsewhere there must be room.
 
         Args:
             nodes: of every row.
-            spare: columns that are to be left behind the nodes of the longest row.
+            spare: columns to leave behind the nodes of the longest row.
         """
-        longest = max(self.lengths)
-        self._nodes, self._used = nodes, longest + nodes
-        self._start = longest if min(self.lengths) == longest else None
-        if self._used + spare > self.capacity:
-            self._grow(self._used + spare)
-        if self._start is None:
-            where = torch.tensor(self.lengths)[:, None] + torch.arange(nodes)  # [batch, nodes]
-            devices = {slot.device for slot in self._stores}
-            self._rows_index = {device: where.to(device)[:, None, :, None] for device in devices}
-
-    def begin_at(self, lengths: Tensor, nodes: int, columns: int | None = None) -> None:
-        """Prepare a pass behind prefixes whose lengths `[batch]` only the device knows.
-
-        Attention sees so many columns, all if None. There must be room for the nodes: nobody looks.
-        """
-        self._nodes, self._used, self._start = nodes, self.capacity if columns is None else columns, None
-        where = (lengths[:, None] + torch.arange(nodes, device=lengths.device))[:, None, :, None]
-        self._rows_index = {device: where.to(device) for device in {slot.device for slot in self._stores}}
-
-    def commit_at(self, lengths: Tensor, path: Tensor, counts: Tensor) -> None:
-        """`commit` after `begin_at`: lengths and counts `[batch]` stay on the device, and the caller adds one to the other."""
-        for slot, store in self._stores.items():
-            on_slot = path.to(slot.device), lengths.to(slot.device)
-            if isinstance(store, list):
-                for part in store:
-                    _move_rows(part[None], *on_slot)
-            elif use_triton_commit(slot.device):
-                from medhead_kernels import ops
-
-                ops.move(store, *on_slot, counts.to(slot.device))
-            else:
-                _move_rows(store, *on_slot)
+        self._nodes, self._start = nodes, None
+        if self.lengths.host is None:
+            self._used = self.capacity if self.columns is None else self.columns
+        else:
+            longest = self.lengths.longest
+            self._used = longest + nodes
+            if self._used + spare > self.capacity:
+                self._grow(self._used + spare)
+            if self.lengths.uniform:
+                self._start = longest
+                return
+        device = self.lengths.device.device
+        where = (self.lengths.device[:, None] + torch.arange(nodes, device=device))[:, None, :, None]
+        self._rows_index = {device: where.to(device) for device in {spec.device for spec in self._buffers}}
 
     @property
-    def stores(self) -> KVBuffers:
-        """`[slots, batch, heads, capacity, dim]` of every shape."""
-        return self._stores
+    def buffers(self) -> KVBuffers:
+        """`[layers, batch, heads, capacity, dim]` of every shape."""
+        return self._buffers
 
     @property
-    def parts(self) -> list[Tensor]:
-        """`[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `stores`."""
-        if not self._parts:
-            self._parts = [part for store in self._stores.values() for part in store]
-        return self._parts
+    def per_layer(self) -> list[Tensor]:
+        """`[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `buffers`."""
+        if not self._per_layer:
+            self._per_layer = [layer for buffer in self._buffers.values() for layer in buffer]
+        return self._per_layer
 
     @property
     def used(self) -> int:
-        """Columns of keys that attention sees in the pass that was begun: longest prefix plus nodes."""
+        """Columns of keys that attention sees in the pass that was begun."""
         return self._used
 
     def update(
@@ -171,66 +162,70 @@ class TreeCache(Cache):
             values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
         return keys[:, :, : self._used], values[:, :, : self._used]
 
-    def commit(self, counts: list[int], path: Tensor | None = None) -> None:
-        """Keep the accepted nodes of the last pass.
+    def commit(self, path: Tensor, counts: Tensor) -> None:
+        """Move the accepted nodes of the last pass into place; the caller advances `lengths` afterwards.
 
         Args:
-            counts: how many nodes of each row stay.
-            path: `[batch, steps]` int64, the node to keep at each depth, starting with the root, node 0 (what lies behind
-                `counts` does not matter), or None when the nodes to keep are the first ones in order, which moves nothing.
+            path: `[batch, steps]` int64, the node at each depth, starting with the root; arbitrary beyond `counts`.
+            counts: `[batch]` int64, how many nodes of each row stay.
         """
-        if path is not None and path.shape[1] > 1:
-            for slot, store in self._stores.items():
-                by_kernel, here = use_triton_commit(slot.device), path.to(slot.device)
-                if not by_kernel and self._start is not None and len(path) == 1:
-                    _move_few(store, here[0], self._start)
-                else:
-                    move = _move_by_kernel if by_kernel else _move_rows
-                    move(store, here, torch.tensor(self.lengths, device=slot.device))
-        self.lengths = [length + count for length, count in zip(self.lengths, counts, strict=True)]
+        if path.shape[1] == 1:
+            return
+        for spec, buffer in self._buffers.items():
+            here, lengths = path.to(spec.device), self.lengths.device.to(spec.device)
+            if isinstance(buffer, list):
+                for layer in buffer:
+                    _move_rows(layer[None], here, lengths)
+            elif use_triton_commit(spec.device):
+                from medhead_kernels import ops
+
+                ops.move(buffer, here, lengths, counts.to(spec.device))
+            elif self._start is not None and len(path) == 1:
+                _move_few(buffer, here[0], self._start)
+            else:
+                _move_rows(buffer, here, lengths)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all batch rows but these (rows that finished early), in this order.
+        """Drop all rows but these (of sequences that ended), in this order; the caller does the same to `lengths`.
 
         Where rows from behind close the gaps only they are moved, until half of the storage is unused.
         """
+        assert self.lengths.host is not None
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
         in_place = all(row >= len(rows) for _, row in moves)
-        for slot, store in self._stores.items():
-            if in_place and 2 * len(rows) > store.stride(0) // max(store.stride(1), 1):
+        for spec, buffer in self._buffers.items():
+            if in_place and 2 * len(rows) > buffer.stride(0) // max(buffer.stride(1), 1):
                 for place, row in moves:
-                    length = self.lengths[row]
-                    store[:, place, :, :length] = store[:, row, :, :length]
-                self._stores[slot] = store[:, : len(rows)]
+                    length = self.lengths.host[row]
+                    buffer[:, place, :, :length] = buffer[:, row, :, :length]
+                self._buffers[spec] = buffer[:, : len(rows)]
             else:
-                self._stores[slot] = store[:, torch.tensor(rows, device=store.device)]
-        self.lengths = [self.lengths[row] for row in rows]
+                self._buffers[spec] = buffer[:, torch.tensor(rows, device=buffer.device)]
         self._refresh_views()
 
     def join(self, other: TreeCache) -> None:
-        """Put the rows of another cache of this layout behind these; the other one is used up."""
-        here, there = max(self.lengths), max(other.lengths)
+        """Append the rows of another cache of this layout, which is used up; the caller does the same to `lengths`."""
+        here, there = self.lengths.longest, other.lengths.longest
         # what long rows that left had needed is given back
         capacity = max(other.capacity, -(-(here + PAGE) // PAGE) * PAGE)
-        rows = len(self.lengths)
-        for slot, store in self._stores.items():
-            joined = store.new_zeros(store.shape[0], rows + len(other.lengths), slot.heads, capacity, slot.dim)
-            joined[:, :rows, :, :here] = store[:, :, :, :here]
-            joined[:, rows:, :, :there] = other._stores.pop(slot)[:, :, :, :there]
-            self._stores[slot] = joined
+        rows, more = self.batch_size, other.batch_size
+        for spec, buffer in self._buffers.items():
+            joined = buffer.new_zeros(buffer.shape[0], rows + more, spec.heads, capacity, spec.dim)
+            joined[:, :rows, :, :here] = buffer[:, :, :, :here]
+            joined[:, rows:, :, :there] = other._buffers.pop(spec)[:, :, :, :there]
+            self._buffers[spec] = joined
         self.capacity = capacity
-        self.lengths = self.lengths + other.lengths
         self._refresh_views()
 
     def nbytes(self) -> int:
-        """Memory of the storage, rows that were dropped included until it is made anew."""
-        return sum(store.untyped_storage().nbytes() for store in self._stores.values())
+        """Return the memory of the storage, dropped rows included until it is made anew."""
+        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
 
     # ---------------------------------------------------------------- what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Committed tokens of the longest row."""
-        return max(self.lengths)
+        return self.lengths.longest
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of keys in this pass, and the offset of the first."""
@@ -253,7 +248,7 @@ class TreeCache(Cache):
     @property
     def batch_size(self) -> int:
         """Number of rows."""
-        return len(self.lengths)
+        return len(self.lengths.device)
 
     def __len__(self) -> int:
         return max(self.layout.layers) + 1
@@ -261,82 +256,78 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- storage
 
     def _refresh_views(self) -> None:
-        self._parts = []
-        for layer, ((key_slot, key_at), (value_slot, value_at)) in self._places.items():
-            self._views[layer] = (self._stores[key_slot][key_at], self._stores[value_slot][value_at])
+        self._per_layer = []
+        for layer, ((key_spec, key_at), (value_spec, value_at)) in self._places.items():
+            self._views[layer] = (self._buffers[key_spec][key_at], self._buffers[value_spec][value_at])
 
     def _grow(self, needed: int) -> None:
         grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)
-        for slot, store in self._stores.items():
-            bigger = store.new_zeros(*store.shape[:3], grown, slot.dim)
-            bigger[:, :, :, : self.capacity] = store
-            self._stores[slot] = bigger
+        for spec, buffer in self._buffers.items():
+            bigger = buffer.new_zeros(*buffer.shape[:3], grown, spec.dim)
+            bigger[:, :, :, : self.capacity] = buffer
+            self._buffers[spec] = bigger
         self.capacity = grown
         self._refresh_views()
 
 
 def compact_order(rows: list[int]) -> list[int]:
-    """The same rows in the order that `TreeCache.keep_rows` moves the fewest for: the last ones stand where others have left."""
-    kept, behind = set(rows), [row for row in rows if row >= len(rows)]
-    return [row if row in kept else behind.pop() for row in range(len(rows))]
+    """Return the rows in the order for which `TreeCache.keep_rows` moves the fewest: the last ones fill the gaps."""
+    kept, spare = set(rows), [row for row in rows if row >= len(rows)]
+    return [row if row in kept else spare.pop() for row in range(len(rows))]
 
 
 def _places_of(
     layout: CacheLayout,
 ) -> tuple[dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]], dict[KVSpec, int]]:
-    """Where every layer's keys and values lie: a shape and a place in its storage; and how many places each shape has."""
+    """Return where every layer's keys and values are (a shape and an index) and how many layers each shape has."""
     found: dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = {}
     counts: dict[KVSpec, int] = {}
     for layer, pair in layout.layers.items():
         places = []
-        for slot in pair:
-            places.append((slot, counts.get(slot, 0)))
-            counts[slot] = counts.get(slot, 0) + 1
+        for spec in pair:
+            places.append((spec, counts.get(spec, 0)))
+            counts[spec] = counts.get(spec, 0) + 1
         found[layer] = (places[0], places[1])
     return found, counts
 
 
-def _move_few(store: Tensor, path: Tensor, start: int) -> None:
-    """Copy the rows `start + path[d]` of a store `[slots, 1, heads, tokens, dim]` to `start + d`."""
-    store[:, :, :, start : start + len(path)] = store.index_select(3, path + start)
+def _move_few(buffer: Tensor, path: Tensor, start: int) -> None:
+    """Copy the rows `start + path[d]` of a buffer `[layers, 1, heads, tokens, dim]` to `start + d`."""
+    buffer[:, :, :, start : start + len(path)] = buffer.index_select(3, path + start)
 
 
-def _move_rows(store: Tensor, path: Tensor, lengths: Tensor) -> None:
-    """Copy the rows `length + path[d]` of a store `[slots, batch, heads, tokens, dim]` to `length + d`."""
+def _move_rows(buffer: Tensor, path: Tensor, lengths: Tensor) -> None:
+    """Copy the rows `length + path[d]` of a buffer `[layers, batch, heads, tokens, dim]` to `length + d`."""
     batch, steps = path.shape
-    shape = (store.shape[0], batch, store.shape[2], steps, store.shape[4])
+    shape = (buffer.shape[0], batch, buffer.shape[2], steps, buffer.shape[4])
     source = (lengths[:, None] + path)[None, :, None, :, None].expand(shape)
-    goal = (lengths[:, None] + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
-    store.scatter_(3, goal, store.gather(3, source))
-
-
-def _move_by_kernel(store: Tensor, path: Tensor, lengths: Tensor) -> None:
-    """The same in one launch and in place."""
-    from medhead_kernels.commit import move
-
-    move(store, path, lengths)
+    target = (lengths[:, None] + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
+    buffer.scatter_(3, target, buffer.gather(3, source))
 
 
 @lru_cache(maxsize=8)
 def use_triton_commit(device: torch.device) -> bool:
-    """Whether `commit` moves rows by the Triton kernel: on CUDA, where Triton is installed and does it rightly."""
+    """Return whether `commit` uses the Triton kernel: on CUDA, where Triton is installed and passes `selftest_commit`."""
     if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
         return False
     return selftest_commit(device)
 
 
 def selftest_commit(device: torch.device) -> bool:
-    """Try the kernel on four rows; a kernel that fails here (no compiler, say) gives way, out loud."""
+    """Try the kernel on four rows; warn and return False if it fails (without a compiler, for example)."""
     try:
-        store = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)
-        _move_by_kernel(store, torch.tensor([[0, 2]], device=device), torch.tensor([1], device=device))
-        found = store[0, 0, 0, :, 0].tolist()
+        from medhead_kernels.commit import move
+
+        buffer = torch.arange(4.0, device=device).repeat_interleave(16).view(1, 1, 1, 4, 16)
+        move(buffer, torch.tensor([[0, 2]], device=device), torch.tensor([1], device=device))
+        found = buffer[0, 0, 0, :, 0].tolist()
         if found == [0, 1, 3, 3]:
             return True
         reason = f"rows 0 to 3 became {found}"
     except Exception as error:  # whatever Triton throws, plain copies work
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
     warnings.warn(
-        f"the commit kernel does not work on {device} ({reason}); rows are moved by PyTorch, slower", stacklevel=2
+        f"the commit kernel does not work on {device} ({reason}); rows are moved by PyTorch, which is slower",
+        stacklevel=2,
     )
     return False

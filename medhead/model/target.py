@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.attention import NAME, TreePass, tree_pass
@@ -125,21 +126,42 @@ class Target:
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """An empty cache for `batch` rows of about `capacity` tokens."""
-        return TreeCache(self.layout, batch, capacity)
+        cache = TreeCache(self.layout, batch, capacity)
+        cache.lengths = Lengths.of([0] * batch, self.device)
+        return cache
 
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
-        """The target's one pass over all nodes.
+        """Run the target's one pass over all nodes of a tree.
+
+        Where the host does not know the cache's lengths (a captured step), all shapes depend on those of the arguments alone
+        and the host reads nothing.
 
         Returns:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
-            sees), or the outputs of the tapped layers behind each other.
+            reads), or the concatenated outputs of the feature layers.
         """
-        current = self._pass(cache, tree.depth, None if tree.nodes == 1 else tree.visible)
-        cache.begin(tree.nodes)
-        if self._takes_words(tree.nodes):
-            current.backend, current.words = self.backend, tree.ancestor_bitmask
-            current.host_lengths = tuple(cache.lengths)
-        return self._forward(cache, tree.tokens, tree.depth, current)
+        bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
+        visible = None if tree.nodes == 1 else tree.visible
+        return self.verify_nodes(cache, tree.tokens, tree.depth, visible, bitmask)
+
+    def verify_nodes(
+        self, cache: TreeCache, tokens: Tensor, depth: Tensor, visible: Tensor | None, bitmask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """`verify` for the parts of a tree.
+
+        Args:
+            cache: with room for the nodes.
+            tokens: `[batch, nodes]`.
+            depth: `[batch, nodes]`.
+            visible: `[batch, nodes, nodes]`; None for one node.
+            bitmask: the ancestor bitmask, where the backend wants it.
+        """
+        cache.begin(tokens.shape[1])
+        current = self._pass(cache, depth, visible, tokens.shape[1])
+        if bitmask is not None:
+            current.backend, current.words = self.backend, bitmask
+            current.host_lengths = tuple(cache.lengths.host or ())
+        return self._forward(cache, tokens, depth, current)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """A function of tensors of just these sizes, for proposers; compiled where passes are.
@@ -150,49 +172,6 @@ class Target:
             given: arguments that it is called with while it is compiled.
         """
         return run
-
-    def verify_at(self, cache: TreeCache, tree: TokenTree, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """The same pass behind prefixes whose lengths `[batch]` only the device knows.
-
-        All shapes depend on those of the arguments alone and the host reads nothing, so it can be part of a CUDA graph.
-
-        Args:
-            cache: with room for the nodes.
-            tree: what to verify.
-            lengths: committed tokens of every row.
-        """
-        words = tree.ancestor_bitmask if self._takes_words(tree.nodes) else None
-        return self.verify_nodes(cache, tree.tokens, tree.depth, tree.visible, words, lengths)
-
-    def verify_nodes(
-        self,
-        cache: TreeCache,
-        tokens: Tensor,
-        depth: Tensor,
-        visible: Tensor,
-        words: Tensor | None,
-        lengths: Tensor,
-        columns: int | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """`verify_at` for the parts of a tree.
-
-        Args:
-            cache: with room for the nodes.
-            tokens: `[batch, nodes]`.
-            depth: `[batch, nodes]`.
-            visible: `[batch, nodes, nodes]`.
-            words: ancestor words, where the backend wants them.
-            lengths: `[batch]`.
-            columns: columns of the cache that attention looks at, prefix and nodes among them; all of them if None.
-        """
-        nodes = tokens.shape[1]
-        longest = (cache.capacity if columns is None else columns) - nodes
-        plain = self.backend.name == "reference"
-        current = TreePass(lengths, longest, depth, None if nodes == 1 else visible, nodes, plain)
-        if words is not None:
-            current.backend, current.words = self.backend, words
-        cache.begin_at(lengths, nodes, columns)
-        return self._forward(cache, tokens, depth, current)
 
     def prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
@@ -217,7 +196,7 @@ class Target:
         for start in range(0, longest, PREFILL_CHUNK):
             tokens = padded[:, start : start + PREFILL_CHUNK]
             nodes = tokens.shape[1]
-            cache.lengths = [start] * len(rows)
+            cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
             last = (lengths - 1 - start).clamp(0, nodes - 1)
             self._select = last
@@ -229,7 +208,7 @@ class Target:
             inside = (lengths > start) & (lengths <= start + nodes)
             at_last = features[torch.arange(len(rows), device=self.device), last]
             found = torch.where(inside[:, None], at_last.to(found.dtype), found)
-        cache.lengths = [len(row) for row in rows]
+        cache.lengths.set([len(row) for row in rows])
         return found
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -276,13 +255,12 @@ class Target:
                 f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}", stacklevel=3
             )
 
-    def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int | None = None) -> TreePass:
-        longest, uniform = max(cache.lengths), min(cache.lengths) == max(cache.lengths)
-        lengths = None if uniform else torch.tensor(cache.lengths, device=self.device)
+    def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
+        lengths = None if cache.lengths.uniform else cache.lengths.device
         plain = self.backend.name == "reference"
-        return TreePass(lengths, longest, depth, visible, nodes or depth.shape[1], plain)
+        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, plain)
 
-    def _takes_words(self, nodes: int) -> bool:
+    def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
         return not self.backend.dense and nodes <= MOST_NODES
 
@@ -307,19 +285,19 @@ class Target:
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
 
     def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
-        """Hooks that encode_cache_entry the outputs of layers."""
+        """Register hooks that keep the outputs of layers."""
         if not feature_layers:
             return []
         layers = decoder_layers(self.model, self.layers)
         self._feature_layers = dict.fromkeys(feature_layers)
 
-        def encode_cache_entry(layer: int) -> Callable[..., None]:
+        def keep(layer: int) -> Callable[..., None]:
             def hook(module: nn.Module, args: Any, output: Any) -> None:
                 self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
 
             return hook
 
-        return [layers[layer].register_forward_hook(encode_cache_entry(layer)) for layer in feature_layers]
+        return [layers[layer].register_forward_hook(keep(layer)) for layer in feature_layers]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it goes on."""

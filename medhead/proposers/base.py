@@ -1,7 +1,7 @@
 """The protocol of proposers and their registry.
 
-A proposer never decides what is emitted, only how much of it is emitted at once. It sees the state of the rows, names a
-token tree, and may look at what the target made of it.
+A proposer never decides what is emitted, only how much of it is emitted at once. It sees the state of the sequences, fills a
+token tree, and learns from the target's pass over it.
 """
 
 from __future__ import annotations
@@ -13,28 +13,33 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
+from medhead.config import check_tree_size
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
     from medhead.core.acceptance import Accepted
     from medhead.core.gumbel import LazyGumbel
+    from medhead.core.lengths import Lengths
     from medhead.model.target import Target
     from medhead.proposers.candidates import Candidates
 
 
 @dataclass
 class DecodeState:
-    """What a proposer may know before a pass. Rows are the rows still running.
+    """What a proposer may know before a pass.
 
     Attributes:
         target: the target.
-        texts: prompt and emitted tokens of every row; the last one is the root.
+        texts: prompt and emitted tokens of every sequence, the root last; empty in a captured step.
         roots: `[batch]` root tokens on the target's device.
         features: `[batch, size]` of the target at the token before the root: its last hidden state, or the outputs of the
             proposer's `feature_layers`.
         noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
+        draft_cache: what `Proposer.new_draft_cache` returned, brought up to date.
+        lengths: `[batch]` committed tokens of every sequence on the device; None where nobody needs them.
+        fixed: whether shapes must not depend on values and the host must not read a tensor (a captured step).
     """
 
     target: Target
@@ -43,18 +48,21 @@ class DecodeState:
     features: Tensor
     noise: LazyGumbel | None = None
     temperature: float | Tensor = 1.0
+    draft_cache: Any = None
+    lengths: Tensor | None = None
+    fixed: bool = False
 
 
 @dataclass
 class VerifyOutput:
-    """What a pass found.
+    """The result of a verify pass.
 
     Attributes:
         tree: the tree that was verified.
         logits: `[batch, nodes, vocab]` of the target.
         features: `[batch, nodes, size]` of the target, see `DecodeState.features`.
-        accepted: what was kept.
-        counts: `accepted.counts` on the host.
+        accepted: the accepted paths.
+        counts: `accepted.counts` on the host; empty in a captured step.
         emitted: `accepted.emitted` on the host.
         seconds: from the tree to the accepted path, the target's pass included.
     """
@@ -63,7 +71,7 @@ class VerifyOutput:
     logits: Tensor
     features: Tensor
     accepted: Accepted
-    counts: list[int]
+    counts: list[int] = field(default_factory=list)
     emitted: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -73,98 +81,98 @@ class Proposer:
 
     Attributes:
         name: registered name.
-        max_depth: the deepest tree it names.
-        tree_size: number of nodes it names, root included.
+        max_depth: the deepest tree it fills.
         uses_noise: whether it ranks by the noise of the coming positions.
         feature_layers: layers of the target whose outputs it reads; none for the last hidden state.
         skippable: whether it learns from passes without needing every one.
-        is_expensive: whether naming candidates takes long enough to think about whether it pays.
-        capturable: whether its part of a step can be captured (`medhead.compile`): shapes that never change, nothing that
-            the host has to know. Then it has the methods that end in `_at`.
+        is_expensive: whether its candidates take long enough that a hybrid asks only where they pay.
+        capturable: whether its part of a step can be captured: fixed shapes, nothing that the host has to know.
+        packed_bytes: memory of packed copies of its weights.
     """
 
     name = "none"
     max_depth = 0
-    tree_size = 1
     uses_noise = False
     feature_layers: tuple[int, ...] = ()
     capturable = False
     skippable = False
     is_expensive = False
-    packed_bytes = 0  # memory of packed copies of its weights
+    packed_bytes = 0
+    _tree_size = 1
+
+    @property
+    def tree_size(self) -> int:
+        """Largest number of nodes of its trees, root included; setting another number than 1 to 256 is an error."""
+        return self._tree_size
+
+    @tree_size.setter
+    def tree_size(self, size: int) -> None:
+        self._tree_size = check_tree_size(size)
 
     @property
     def steps(self) -> int:
-        """Most tokens that a row can gain by one of its trees."""
+        """Most tokens that a sequence can gain by one of its trees."""
         return min(self.max_depth, self.tree_size - 1) + 1
 
     @property
     def next_depth(self) -> int:
-        """The deepest tree it may name now."""
+        """The deepest tree it may fill now."""
         return self.max_depth
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """A generation starts with these prompts; forget the last one."""
+        """Start a generation with these prompts and forget the last one."""
 
-    def on_prefill(self, features: Tensor, start: int) -> None:
-        """See the target's features `[batch, tokens, size]` of the prompts' tokens from position `start` on."""
+    def new_draft_cache(self, lengths: Lengths, capacity: int) -> Any:
+        """Return empty storage for what it keeps of every committed token, or None.
+
+        Args:
+            lengths: committed tokens of every sequence; advanced by the decode loop.
+            capacity: tokens of a sequence to expect.
+        """
+        return None
+
+    def on_prefill(self, draft_cache: Any, texts: list[list[int]], features: Tensor, start: int) -> None:
+        """Read the target's features `[batch, tokens, size]` of the prompts' tokens from position `start` on."""
+
+    def update_draft_cache(self, draft_cache: Any, features: Tensor, emitted: Tensor, counts: Tensor) -> None:
+        """Write what it keeps of the accepted nodes; part of the step, by tensor operations alone.
+
+        Args:
+            draft_cache: see `new_draft_cache`.
+            features: `[batch, steps, size]` of the nodes on the accepted path.
+            emitted: `[batch, steps]` the tokens behind them.
+            counts: `[batch]` how many of the steps are real.
+        """
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Name a tree for every row, no deeper than `max_depth`."""
+        """Return a tree for every sequence, no deeper than `max_depth`."""
         return TokenTree.root(state.roots)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """All that it can name, with estimates, for trees of several proposers; None if it knows nothing."""
+        """Return all candidates with their estimates, for trees of several proposers; None if it knows nothing."""
         return None
 
-    def update(self, verified: VerifyOutput) -> None:
-        """See what the target said."""
+    def update(self, output: VerifyOutput) -> None:
+        """Learn from a verify pass."""
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on."""
+        """Keep only these sequences."""
 
     def fork(self) -> Proposer:
-        """A proposer that shares all that was learnt, for rows that will join: it is begun with their prompts and reads them."""
+        """Return a proposer for sequences that will join; it shares what was learnt and begins with their prompts."""
         return copy(self)
 
-    def merge(self, newcomers: Any) -> None:
-        """The rows of `newcomers()` join, behind those that are there."""
+    def merge(self, forked: Any) -> None:
+        """Append the sequences of a `fork()` to those that are there."""
 
     def warmup(self, target: Target, rows: int) -> None:
-        """Do now what would else take time when up to so many rows are decoded."""
+        """Do now what would else take time while up to so many sequences are decoded."""
 
     def free(self) -> None:
         """Give back memory that is only kept for speed; it is taken again when it is needed."""
 
-    def memory(self) -> Tensor | None:
-        """`[batch, capacity, size]`: what it keeps of every committed token; None if nothing. For captured steps."""
-        return None
-
-    def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
-        """`propose` as part of a captured step, always as deep and as large as it can be.
-
-        Args:
-            state: without `texts`, which the host knows late.
-            memory: storage of the form of `memory()`, with room behind `lengths`.
-            lengths: `[batch]` committed tokens of every row.
-        """
-        return TokenTree.root(state.roots)
-
-    def observe_at(self, memory: Tensor, lengths: Tensor, features: Tensor, emitted: Tensor) -> None:
-        """Write what has to be kept of accepted nodes into `memory` behind `lengths`; only proposers with a memory are asked.
-
-        Args:
-            memory: as in `propose_at`.
-            lengths: `[batch]`.
-            features: `[batch, steps, size]` of the nodes on the accepted path.
-            emitted: `[batch, steps]` tokens behind them.
-        """
-
-    def resume(self, memory: Tensor | None, lengths: list[int]) -> None:
-        """Captured steps are over: the rows go on with this memory and these committed lengths."""
-
     def origins(self, tree: TokenTree, row: int) -> list[str]:
-        """Name of the proposer of every node of a row of the last tree; for people who look."""
+        """Return the name of the proposer of every node of a row of the last tree."""
         return ["root", *[self.name] * (tree.nodes - 1)]
 
 
@@ -173,7 +181,7 @@ P = TypeVar("P", bound=type[Proposer])
 
 
 def register_proposer(name: str) -> Callable[[P], P]:
-    """Class decorator: make a proposer known by name. Its constructor takes `target` and keyword options."""
+    """Return a class decorator that registers a proposer; its constructor takes `target` and keyword options."""
 
     def add(kind: P) -> P:
         kind.name = name
@@ -184,7 +192,7 @@ def register_proposer(name: str) -> Callable[[P], P]:
 
 
 def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
-    """Make a registered proposer.
+    """Return a new proposer of a registered name.
 
     Raises:
         MedheadError: no proposer has that name, or an option is wrong.
@@ -192,14 +200,3 @@ def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
     if name not in PROPOSERS:
         raise MedheadError(f"no proposer is called {name!r}; known proposers: {', '.join(sorted(PROPOSERS))}")
     return PROPOSERS[name](target, **{key: value for key, value in options.items() if value is not None})
-
-
-def check_tree_size(size: int) -> int:
-    """A number of nodes that makes sense.
-
-    Raises:
-        MedheadError: it does not.
-    """
-    if not isinstance(size, int) or not 1 <= size <= 256:
-        raise MedheadError(f"the tree size must be a whole number from 1 to 256, got {size!r}")
-    return size

@@ -13,15 +13,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medhead.core.sampling import on_host
 from medhead.core.tree import TokenTree
 from medhead.proposers.trie import DraftTrie
-from medhead_kernels.availability import candidate_loops, has_numba
 
 _TIE = 1e-4  # what a level costs, so that a child never ties with its parent
 _MIX, _PLACE = 6364136223846793005, 1442695040888963407  # of the hash of a path
@@ -47,12 +44,6 @@ class Candidates:
         """The same on a device."""
         return Candidates(self.tokens.to(device), self.parent_index.to(device), self.scores.to(device), self.levels)
 
-    @property
-    def is_single(self) -> bool:
-        """Whether there is one row and compiled loops can have it (`kernels.candidate_loops`)."""
-        plain = self.scores.dtype == torch.float32 and not self.scores.requires_grad
-        return len(self.scores) == 1 and plain and on_host(self.scores) and has_numba()
-
     def corrected(self, totals: Sequence[float], most: float) -> Candidates:
         """The same candidates with other scores; a child that would become likelier than its parent gets its parent's.
 
@@ -60,25 +51,13 @@ class Candidates:
             totals: what is added to the scores of every level.
             most: the largest score.
         """
-        if self.is_single:
-            scores = torch.empty_like(self.scores)
-            ends = np.cumsum(self.levels)
-            arrays = self.scores[0].numpy(), self.parent_index[0].numpy(), ends, np.array(totals, np.float32)
-            candidate_loops().corrected(*arrays, np.float32(most), scores[0].numpy())
-            return Candidates(self.tokens, self.parent_index, scores, self.levels)
         scores = (self.scores + self.of_levels(totals)).clamp(max=most)
         found = Candidates(self.tokens, self.parent_index, scores, self.levels)
         rises = any(deeper > parent_index for parent_index, deeper in pairwise(totals))
         return found.make_monotone() if rises else found
 
     def best(self, roots: Tensor, nodes: int) -> TokenTree:
-        """The tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`."""
-        if self.is_single and nodes > 1 and self.tokens.shape[1]:
-            return self._best_single(int(roots), min(nodes - 1, self.tokens.shape[1]))
-        return self.best_at(roots, nodes)
-
-    def best_at(self, roots: Tensor, nodes: int) -> TokenTree:
-        """The same where the tensors are, in shapes that never change."""
+        """Return the tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`; its shapes are always the same."""
         count = min(nodes - 1, self.tokens.shape[1])
         if count < 1:
             return TokenTree.root(roots)
@@ -92,13 +71,6 @@ class Candidates:
         parents = F.pad(torch.searchsorted(ids, self.parent_index.gather(1, chosen) + 1), (1, 0))
         tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
         return TokenTree(tokens, parents, depth[ids], len(self.levels))
-
-    def _best_single(self, root: int, count: int) -> TokenTree:
-        tree = np.empty((3, count + 1), np.int64)
-        arrays = (part[0].numpy() for part in (self.tokens, self.parent_index, self.scores))
-        nodes = candidate_loops().best(*arrays, np.array(self.levels), root, count, tree)
-        tokens, parents, depth = torch.from_numpy(tree[:, None, :nodes]).unbind()
-        return TokenTree(tokens, parents, depth, int(tree[2, nodes - 1]))
 
     def of_levels(self, values: Sequence[float]) -> Tensor:
         """`[n]`: the value of every candidate's level."""
@@ -168,8 +140,6 @@ def merge(members: list[Candidates]) -> Candidates:
     """
     if len(members) == 1:
         return members[0]
-    if all(member.is_single for member in members):
-        return _merge_single(members)
     whole = _side_by_side(members)
     key, order = whole.keys().sort(dim=1, stable=True)
     fresh = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
@@ -184,24 +154,6 @@ def merge(members: list[Candidates]) -> Candidates:
     return Candidates(whole.tokens, parent_index, scores, whole.levels)
 
 
-def _merge_single(members: list[Candidates]) -> Candidates:
-    """`merge` of one row."""
-    levels = np.zeros((max(len(member.levels) for member in members), len(members)), np.int64)
-    for place, member in enumerate(members):
-        levels[: len(member.levels), place] = member.levels
-    begins = np.cumsum([0, *levels.sum(0)[:-1]])  # of the members, one after the other
-    ends = levels.cumsum(0) + begins
-    tokens, parent_index, scores = (
-        np.concatenate([part[0].numpy() for part in parts])
-        for parts in zip(*((member.tokens, member.parent_index, member.scores) for member in members), strict=True)
-    )
-    found = np.empty_like(tokens), np.empty_like(parent_index), np.empty_like(scores)
-    sizes = np.empty(len(levels), np.int64)
-    count = candidate_loops().merged(tokens, parent_index, scores, begins, ends - levels, ends, *found, sizes)
-    of_tokens, of_above, of_scores = (torch.from_numpy(part[None, :count]) for part in found)
-    return Candidates(of_tokens, of_above, of_scores, tuple(sizes.tolist()))
-
-
 def _side_by_side(members: list[Candidates]) -> Candidates:
     """All members' candidates, still level by level, their parents' places renewed."""
     order, place, levels = _interleaved(tuple(member.levels for member in members), members[0].scores.device)
@@ -214,13 +166,6 @@ def _side_by_side(members: list[Candidates]) -> Candidates:
         parent_index.append(member.parent_index + slot)
         slot += member.parent_index.shape[1] + 1
     return Candidates(tokens, place[torch.cat(parent_index, 1).index_select(1, order)], scores, levels)
-
-
-def compile_loops() -> None:
-    """Have the loops for one row compiled now."""
-    some = Candidates(torch.zeros(1, 1, dtype=torch.long), torch.full((1, 1), -1), torch.zeros(1, 1), (1,))
-    if some.is_single:
-        merge([some.corrected([0.0], 0.0), some]).best(torch.zeros(1, dtype=torch.long), 2)
 
 
 @lru_cache(maxsize=1024)

@@ -36,13 +36,14 @@ class Expander(Protocol):
         """
 
 
-def grow_tree(roots: Tensor, expander: Expander, nodes: int, depth: int, width: int, looks: bool = True) -> TokenTree:
-    """The `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes.
+def grow_tree(
+    roots: Tensor, expander: Expander, nodes: int, depth: int, width: int, early_exit: bool = True
+) -> TokenTree:
+    """Return the `nodes` likeliest nodes below `roots` `[batch]`, no deeper than `depth`, with frontiers of `width` nodes.
 
-    With `looks`, growing on a CPU ends where nothing deeper can be in the tree; without, shapes never change.
+    With `early_exit`, growing on a CPU ends where nothing deeper can be in the tree; without, shapes never change.
     """
-    found = grow(roots, expander, depth, width, nodes if looks else None)
-    return found.best(roots, nodes) if looks else found.best_at(roots, nodes)
+    return grow(roots, expander, depth, width, nodes if early_exit else None).best(roots, nodes)
 
 
 def grow(

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from medhead.core.gumbel import LazyGumbel
+from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
-from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache, append_entries
+from medhead.heads.draft_cache import LazyDraftCache
 from medhead.heads.output_head import OutputHead, shared_output_head
 from medhead.model.packed_linear import fits
-from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
-from medhead.proposers.candidates import Candidates, compile_loops
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
+from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
-from medhead.proposers.native_growth import NativeGrowth, native_growth
 from medhead.proposers.static_tree import StaticShape
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ class HeadsProposer(Proposer):
         least: probability of the likeliest path, in the mean of the rows, below which heads look no further when they name
             candidates for trees of several proposers, on a CPU; None follows what a level of heads costs beside a token, and
             is 0 where `tree_size` is given.
-        native: guess with compiled loops (`native_growth`) when there is one row; None where they are there and faster.
 
     Raises:
         MedheadError: no heads, heads of another model, or a tree deeper than the heads.
@@ -71,7 +70,6 @@ class HeadsProposer(Proposer):
         rank_by_noise: bool = True,
         sharpness: float = 1.5,
         least: float | None = None,
-        native: bool | None = None,
     ) -> None:
         if heads is None:
             raise MedheadError("the proposer 'heads' needs heads: give the folder of a heads checkpoint (--heads)")
@@ -99,105 +97,67 @@ class HeadsProposer(Proposer):
         self.feature_layers = tuple(config.feature_layers)
         self.width, self.branching, self.uses_noise = width, branching, rank_by_noise
         size = config.tree_size if tree_size is None else tree_size
-        self.tree_size = self.shape.nodes if self.shape else check_tree_size(size)
+        self.tree_size = self.shape.nodes if self.shape else size
         self.output_head = shared_output_head(self.heads, target, dtype)
         self.heads = self.output_head.heads
         wanted_packed = fits(self.output_head.packable_bytes) if target.packed is None else target.packed
         if wanted_packed and target.device.type == "cpu":
             self.output_head.pack()
-        self._native: NativeGrowth | None = None
-        if self.shape is None:
-            self._native = native_growth(self.output_head, self.width, self.branching, wanted, native)
-        self._memory: DraftCache | None = None
-        self._texts: list[list[int]] = []
         self._compiled: dict[int, tuple[Any, tuple[int, ...]]] = {}  # by number of arguments: greedy, or with noise
-        self._waiting: list[tuple[Tensor, Tensor]] = []  # features and tokens of passes that memory has not seen
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """Forget the last text; heads that look back get storage for these."""
-        self._texts, self._waiting = texts, []
+        """Look again at how weights are multiplied: the number of threads may have changed."""
         self.output_head.recheck()
-        capacity = max(map(len, texts)) + 256
-        self._memory = self.heads.new_draft_cache(len(texts), self.output_head.dtype, target.device, capacity)
-        if self._native is not None:
-            self._native.refresh()  # other rows may leave
-        if len(texts) == 1:
-            self._choose(target)
 
-    def warmup(self, target: Target, rows: int) -> None:
-        """Choose the faster way of guessing for one row; the first time, loops are compiled."""
-        compile_loops()
-        self._choose(target)
+    def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:
+        """Return storage for heads that look back at the text."""
+        cache = self.heads.new_draft_cache(self.output_head.dtype, lengths, capacity)
+        return None if cache is None else LazyDraftCache(cache, self._encode_entries, self._embed_next)
 
-    def on_prefill(self, features: Tensor, start: int) -> None:
-        """EncodeCacheEntry a chunk of the prompts."""
-        if self._memory is None:
+    def _encode_entries(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
+        return self.heads.encode_cache_entry(features.to(self.output_head.dtype), token, positions, longest)
+
+    def _embed_next(self, tokens: Tensor) -> Tensor:
+        return self.output_head.token(tokens, 0)
+
+    def on_prefill(
+        self, draft_cache: LazyDraftCache | None, texts: list[list[int]], features: Tensor, start: int
+    ) -> None:
+        """Keep what the heads look back at of a chunk of the prompts."""
+        if draft_cache is None:
             return
         count = features.shape[1]
-        behind = torch.zeros(len(self._texts), count, dtype=torch.long)
-        for row, text in enumerate(self._texts):
+        following = torch.zeros(len(texts), count, dtype=torch.long)
+        for row, text in enumerate(texts):
             tokens = text[start + 1 : start + 1 + count]
-            behind[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
-        self._remember(features, behind.to(features.device))
-        ends = [min(len(text) - 1, start + count) for text in self._texts]
-        self._memory.advance([end - length for end, length in zip(ends, self._memory.lengths, strict=True)])
+            following[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.long)
+        counts = torch.tensor([min(count, max(0, len(text) - 1 - start)) for text in texts], device=features.device)
+        draft_cache.write(features, following.to(features.device), counts)
 
-    def update(self, verified: VerifyOutput) -> None:
-        """Keep what memory has to know of the accepted nodes; passes of plain decoding wait and are remembered at once."""
-        if verified.seconds:
-            token = verified.seconds * len(verified.counts) / sum(verified.counts)
+    def update_draft_cache(
+        self, draft_cache: LazyDraftCache, features: Tensor, emitted: Tensor, counts: Tensor
+    ) -> None:
+        """Keep what the heads look back at of the accepted nodes; those of plain decoding are written together, later."""
+        if emitted.shape[1] == 1 and draft_cache.cache.lengths.host is not None:
+            draft_cache.write_later(features, emitted)
+        else:
+            draft_cache.write(features, emitted, counts)
+
+    def update(self, output: VerifyOutput) -> None:
+        """Learn what a token of the target costs."""
+        if output.seconds:
+            token = output.seconds * len(output.counts) / sum(output.counts)
             self._token = token if self._token == 1.0 else self._token + _FOLLOW * (token - self._token)
-        if self._memory is None:
-            return
-        if verified.tree.nodes == 1:
-            self._waiting.append((verified.features, verified.accepted.emitted))
-            return
-        self._catch_up()
-        path = verified.accepted.path
-        features = verified.features.gather(1, path[..., None].expand(-1, -1, verified.features.shape[-1]))
-        self._remember(features, verified.accepted.emitted)
-        self._memory.advance(verified.counts)
-
-    def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on."""
-        if self._memory is not None:
-            self._catch_up()
-            self._memory.keep_rows(rows)
-
-    def merge(self, newcomers: HeadsProposer) -> None:
-        """What they encode_cache_entry joins."""
-        if self._memory is not None:
-            self._catch_up()
-            self._memory.join(newcomers._memory)
-
-    def _catch_up(self) -> None:
-        """EncodeCacheEntry the passes over one node that have not been."""
-        if self._memory is None or not self._waiting:
-            return
-        features, emitted = (torch.cat(parts, 1) for parts in zip(*self._waiting, strict=True))
-        count, self._waiting = len(self._waiting), []
-        self._remember(features, emitted)
-        self._memory.advance([count] * len(features))
-
-    def _remember(self, features: Tensor, behind: Tensor) -> None:
-        assert self._memory is not None
-        token = self.output_head.token(behind, 0)
-        self._memory.write(self.heads.encode_cache_entry, features.to(self.output_head.dtype), token)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """A tree for every row, ranked by the heads and, when sampling, by the noise of the coming positions."""
+        """Return a tree for every sequence, ranked by the heads and, when sampling, by the noise of the coming positions."""
         depth = min(max_depth, self.max_depth, self.tree_size - 1)
         if depth < 1:
             return TokenTree.root(state.roots)
-        return self._tree(state, self._view(), depth)
-
-    def _tree(self, state: DecodeState, memory: Any, depth: int, looks: bool = True) -> TokenTree:
         if self.shape is not None:
-            return self.shape.fill(state.roots, self._expander(state, memory, self.shape.widest, depth), depth)
-        if looks and self._natively(state):
-            return self._grown_natively(state, depth, self.tree_size, 0.0).best(state.roots, self.tree_size)
-        expander = self._expander(state, memory, min(self.branching, self.tree_size - 1), depth)
-        return grow_tree(state.roots, expander, self.tree_size, depth, self.width, looks)
+            return self.shape.fill(state.roots, self._expander(state, self.shape.widest, depth), depth)
+        expander = self._expander(state, min(self.branching, self.tree_size - 1), depth)
+        return grow_tree(state.roots, expander, self.tree_size, depth, self.width, not state.fixed)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """What the heads name at every node of the frontiers; with a given size, as deep as its nodes may reach."""
@@ -219,70 +179,19 @@ class HeadsProposer(Proposer):
         """DraftCacheView of packed copies of the heads' weights."""
         return self.output_head.nbytes
 
-    # ---------------------------------------------------------------- captured steps
-
     @property
     def capturable(self) -> bool:  # type: ignore[override]
-        """Heads whose memory is plain rows, or that have none."""
+        """Whether the heads keep plain entries of the text, or nothing."""
         return self.heads.plain_draft_cache
-
-    def memory(self) -> Tensor | None:
-        """The rows of the heads' memory."""
-        self._catch_up()
-        return self._memory.rows if isinstance(self._memory, TensorDraftCache) else None
-
-    def propose_at(self, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
-        """A tree of `tree_size` nodes, `max_depth` deep."""
-        depth = self.steps - 1
-        if depth < 1:
-            return TokenTree.root(state.roots)
-        view = None if memory is None else DraftCacheView(memory, lengths[:, None])
-        return self._tree(state, view, depth, looks=False)
-
-    def observe_at(self, memory: Tensor, lengths: Tensor, features: Tensor, emitted: Tensor) -> None:
-        """The heads encode_cache_entry."""
-        dtype, token = self.output_head.dtype, self.output_head.token(emitted, 0)
-        append_entries(memory, lengths, self.heads.encode_cache_entry, features.to(dtype), token)
-
-    def resume(self, memory: Tensor | None, lengths: list[int]) -> None:
-        """A store of these rows."""
-        if memory is not None:
-            self._memory = TensorDraftCache.of(memory, lengths)
 
     # ---------------------------------------------------------------- inside
 
     def _grown(self, state: DecodeState, depth: int) -> Candidates:
         nodes = self.tree_size if self._sized else None
-        if self._natively(state):
-            return self._grown_natively(state, depth, nodes, self.least)
-        if len(state.roots) == 1 and self._memory is None and depth == self.max_depth and state.target.compiles:
+        if len(state.roots) == 1 and state.draft_cache is None and depth == self.max_depth and state.target.compiles:
             return self._grown_compiled(state, depth)
-        expander = self._expander(state, self._view(), self.branching, depth)
+        expander = self._expander(state, self.branching, depth)
         return grow(state.roots, expander, depth, self.width, nodes, least=self.least)
-
-    def _natively(self, state: DecodeState) -> bool:
-        native = self._native
-        return native is not None and len(state.roots) == 1 and native.pays
-
-    def _grown_natively(self, state: DecodeState, depth: int, nodes: int | None, least: float) -> Candidates:
-        assert self._native is not None
-        noise, sharpness = self._ranking(state)
-        scale = sharpness if noise is None else 1 / float(state.temperature)
-        return self._native.grow(int(state.roots), state.features, depth, scale, noise, nodes, least)
-
-    def _choose(self, target: Target) -> None:
-        """Measure which way of growing is faster, where nobody has. Packed copies are given back if loops are."""
-        if self._native is None:
-            return
-        roots = torch.zeros(1, dtype=torch.long, device=target.device)
-        state = DecodeState(target, [[0]], roots, torch.zeros(1, self.heads.feature_size, device=target.device))
-        depth, expander = self.max_depth, self._expander(state, None, self.branching, self.max_depth)
-        measured = self._native.compare(
-            lambda: grow(roots, expander, depth, self.width, self.tree_size),
-            lambda: self._grown_natively(state, depth, self.tree_size, 0.0),
-        )
-        if measured and self._native.pays:
-            self.output_head.free()
 
     def _grown_compiled(self, state: DecodeState, depth: int) -> Candidates:
         """The same as one compiled function, which always looks as deep as it can."""
@@ -294,7 +203,7 @@ class HeadsProposer(Proposer):
         def run(roots: Tensor, features: Tensor, noise: Tensor | None = None, temperature: Tensor | None = None) -> Any:
             coming = None if noise is None else LazyGumbel.of(noise)
             over = DecodeState(state.target, [], roots, features, coming, 1.0 if temperature is None else temperature)
-            found = grow(roots, self._expander(over, None, self.branching, depth), depth, self.width)
+            found = grow(roots, self._expander(over, self.branching, depth), depth, self.width)
             return found.tokens, found.parent_index, found.scores, found.levels
 
         if len(given) not in self._compiled:
@@ -316,13 +225,9 @@ class HeadsProposer(Proposer):
             return LIKELY  # not measured yet
         return min(LIKELY, max(UNLIKELY, _WORTH * self._level / self._token))
 
-    def _view(self) -> Any:
-        """What the heads look back on."""
-        self._catch_up()
-        return None if self._memory is None else self._memory.view()
-
-    def _expander(self, state: DecodeState, memory: Any, branching: int, depth: int) -> HeadsExpander:
-        return HeadsExpander(self.output_head, state, memory, branching, depth, *self._ranking(state))
+    def _expander(self, state: DecodeState, branching: int, depth: int) -> HeadsExpander:
+        view = None if state.draft_cache is None else state.draft_cache.view()
+        return HeadsExpander(self.output_head, state, view, branching, depth, *self._ranking(state))
 
     def _ranking(self, state: DecodeState) -> tuple[LazyGumbel | None, float]:
         """GumbelNoise to rank by, and what log-probabilities are multiplied by without."""

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import time
 from copy import copy
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
 
+from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import (
@@ -20,11 +22,10 @@ from medhead.proposers.base import (
     Proposer,
     VerifyOutput,
     build_proposer,
-    check_tree_size,
     register_proposer,
 )
 from medhead.proposers.calibration import Calibration
-from medhead.proposers.candidates import Candidates, compile_loops, merge
+from medhead.proposers.candidates import Candidates, merge
 from medhead.scheduling.cost_model import CostModel, costs_batch, costs_of, known_costs
 from medhead.scheduling.tree_size import TreeSizeController
 
@@ -83,7 +84,7 @@ class HybridProposer(Proposer):
             raise MedheadError("a hybrid needs at least one member, got none")
         self.calibrations = [Calibration() for _ in self.members]
         self.adapts = tree_size is None
-        self.tree_size = MOST_NODES if tree_size is None else check_tree_size(tree_size)
+        self.tree_size = MOST_NODES if tree_size is None else tree_size
         self.max_depth = max(member.max_depth for member in self.members)
         self.uses_noise = any(member.uses_noise for member in self.members)
         feature_layers = {
@@ -158,10 +159,29 @@ class HybridProposer(Proposer):
             self._costs[batch] = self._given or known_costs(self._target, batch, self.tree_size)
         return self._costs[batch]
 
-    def on_prefill(self, features: Tensor, start: int) -> None:
-        """Members read the prompts."""
-        for member in self.members:
-            member.on_prefill(features, start)
+    def new_draft_cache(self, lengths: Lengths, capacity: int) -> MemberDraftCaches | None:
+        """Return the draft caches of all members, None if no member has one."""
+        caches = [member.new_draft_cache(lengths, capacity) for member in self.members]
+        return None if all(cache is None for cache in caches) else MemberDraftCaches(caches)
+
+    def on_prefill(
+        self, draft_cache: MemberDraftCaches | None, texts: list[list[int]], features: Tensor, start: int
+    ) -> None:
+        """Let all members read the prompts."""
+        for member, cache in self._with_caches(draft_cache):
+            member.on_prefill(cache, texts, features, start)
+
+    def update_draft_cache(
+        self, draft_cache: MemberDraftCaches, features: Tensor, emitted: Tensor, counts: Tensor
+    ) -> None:
+        """Update the draft caches of all members that have one."""
+        for member, cache in self._with_caches(draft_cache):
+            if cache is not None:
+                member.update_draft_cache(cache, features, emitted, counts)
+
+    def _with_caches(self, draft_cache: MemberDraftCaches | None) -> list[tuple[Proposer, Any]]:
+        caches = [None] * len(self.members) if draft_cache is None else draft_cache.caches
+        return list(zip(self.members, caches, strict=True))
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """The likeliest candidates of all members, as many as pay."""
@@ -184,10 +204,12 @@ class HybridProposer(Proposer):
         return found.best(state.roots, expected.nodes)
 
     def _ask(self, state: DecodeState, max_depth: int, is_expensive: bool) -> None:
-        for place, member in enumerate(self.members):
+        for place, (member, cache) in enumerate(self._with_caches(state.draft_cache)):
             if member.is_expensive != is_expensive:
                 continue
-            named = self._named[place] = member.candidates(state, max_depth)
+            named = self._named[place] = member.candidates(
+                state if cache is None else replace(state, draft_cache=cache), max_depth
+            )
             if named is not None:
                 self._corrected.append(self.calibrations[place].correct(named))
 
@@ -225,10 +247,11 @@ class HybridProposer(Proposer):
         for member in self.members:
             if not (asleep and member.skippable):
                 member.update(verified)
+        counts = verified.counts
         for calibration, named in zip(self.calibrations, self._named, strict=True):
             if named is not None:
-                calibration.learn(named, verified.emitted, verified.counts)
-        tokens = sum(verified.counts) / len(verified.counts)
+                calibration.learn(named, verified.emitted, counts)
+        tokens = sum(counts) / len(counts)
         if self._asked:
             self._brought = _followed(self._brought, tokens - 1)
         if self.budget is not None:
@@ -267,7 +290,6 @@ class HybridProposer(Proposer):
     def warmup(self, target: Target, rows: int) -> None:
         """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
         self._target = target
-        compile_loops()
         for member in self.members:
             member.warmup(target, rows)
         if self.adapts:
@@ -286,6 +308,25 @@ class HybridProposer(Proposer):
             names = [(paths[path], name) for name, paths in known if path in paths]
             found.append(max(names)[1] if names else self.name)
         return found
+
+
+@dataclass
+class MemberDraftCaches:
+    """The draft caches of a hybrid's members, None for a member without one."""
+
+    caches: list[Any]
+
+    def keep_rows(self, rows: list[int]) -> None:
+        """Drop all rows but these."""
+        for cache in self.caches:
+            if cache is not None:
+                cache.keep_rows(rows)
+
+    def join(self, other: MemberDraftCaches) -> None:
+        """Append the rows of other draft caches of these members."""
+        for cache, joining in zip(self.caches, other.caches, strict=True):
+            if cache is not None:
+                cache.join(joining)
 
 
 def _followed(known: float | None, new: float) -> float:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
 from medhead.proposers.candidates import Candidates, candidates_from_tries
 from medhead.proposers.lookahead_sizes import DEFAULTS, MOST_NODES, fit, nodes_needed, tuned_sizes
 from medhead.proposers.trie import DraftTrie, to_token_tree
@@ -54,7 +54,7 @@ class LookaheadProposer(Proposer):
         for name, value, least in (("W (window)", window, 1), ("N (ngram)", ngram, 2), ("G (guesses)", guesses, 1)):
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
                 raise MedheadError(f"lookahead needs a whole number {name} of at least {least}, got {value!r}")
-        limit = MOST_NODES if tree_size is None else check_tree_size(tree_size)
+        self.tree_size = limit = MOST_NODES if tree_size is None else tree_size
         if target is not None and tree_size is window is ngram is guesses is None:
             window, ngram, guesses = tuned_sizes(target) or DEFAULTS
         self.window, self.ngram, self.verified = fit((window, ngram, guesses), limit, tree_size is None)

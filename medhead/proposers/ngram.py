@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from medhead.core.tree import TokenTree
 from medhead.datastore.store import Datastore, check_fit
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, register_proposer
 from medhead.proposers.candidates import Candidates, candidates_from_tries
 from medhead.proposers.ppm import StoreMemory, TextMemory
 from medhead.proposers.trie import DraftTrie, to_token_tree
@@ -57,7 +57,7 @@ class NgramProposer(Proposer):
             raise MedheadError(
                 f"half_life must be at least 1 and least must be from 0 to 1, got {half_life!r} and {least!r}"
             )
-        self.tree_size, self.longest = check_tree_size(tree_size), longest
+        self.tree_size, self.longest = tree_size, longest
         self.max_depth = min(max_depth, max(1, self.tree_size - 1))
         self.half_life, self.least = half_life, least
         self._store: StoreMemory | None = None

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, check_tree_size, register_proposer
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.growth import grow, grow_tree
 from medhead.proposers.recycling_state import load_state, save_state
@@ -57,7 +57,7 @@ class RecyclingProposer(Proposer):
             raise MedheadError(
                 f"successors, depth and width must be at least 1, got {successors}, {max_depth} and {width}"
             )
-        self.tree_size, self.max_depth, self.width = check_tree_size(tree_size), max_depth, width
+        self.tree_size, self.max_depth, self.width = tree_size, max_depth, width
         shape = (target.vocab_size, min(successors, target.vocab_size))
         self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
         self.logp = torch.full(shape, _UNSEEN, device=target.device)

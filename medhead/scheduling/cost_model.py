@@ -91,7 +91,7 @@ def measure_costs(target: Target, batch: int, most: int = MOST) -> CostModel:
     """
     most = max(1, min(most, target.context - 1))
     cache = target.new_cache(batch, PREFIX + most)
-    cache.lengths = [min(PREFIX, max(1, target.context - most - 1))] * batch
+    cache.lengths.set([min(PREFIX, max(1, target.context - most - 1))] * batch)
     sizes = [nodes for nodes in GRID if nodes <= most]
     trees = {nodes: _tree(target, batch, nodes) for nodes in sizes}
     for nodes in sizes[:2] if target.compiles else []:

@@ -1,8 +1,7 @@
-"""The engine: one thread that decodes the requests of everybody together.
+"""The engine: one thread that decodes all requests together (continuous batching).
 
-Requests wait in order in a bounded queue. Between two steps those that ended or were given up leave, and those that wait
-join. Requests that ask for the same proposer share a lane, that is a decode loop with a batch; several lanes take turns, the
-one that has used the least time first.
+Requests wait in order in a bounded queue. Between two steps those that ended or were cancelled leave, and those that wait
+join. The scheduler says which batch goes next.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, OrderedDict, deque
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -18,32 +17,30 @@ from typing import Any
 
 import torch
 
+from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate_options import check_seed
-from medhead.proposers.base import Proposer, build_proposer
-from medhead.serving.decode_batch import DecodeBatch
+from medhead.generate_options import seed_or_draw
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState
+from medhead.serving.scheduler import DecodeBatch, Scheduler
 from medhead.serving.validation import check_request
 
 LOG = logging.getLogger(__name__)
-MOST_LANES = 8  # idle lanes beyond these are forgotten, with what their proposers learnt
-Key = tuple[str | None, int | None]
 
 
 @dataclass
 class EngineStatistics:
-    """Totals since the engine was started, and how things are now.
+    """Totals since the engine was started, and its present state.
 
     Attributes:
-        running: rows being decoded.
+        running: requests being decoded.
         waiting: requests in the queue.
         ended: requests that ended, by reason.
         prompt_tokens: of requests that ended.
         new_tokens: emitted so far.
-        passes: verify passes, summed over rows.
+        passes: verify passes, summed over requests.
         busy: seconds spent in prefill and passes.
     """
 
@@ -57,7 +54,7 @@ class EngineStatistics:
 
     @property
     def accepted_length(self) -> float:
-        """Tokens a pass and row."""
+        """Tokens emitted per verify pass, bonus token included."""
         return self.new_tokens / self.passes if self.passes else 0.0
 
 
@@ -66,9 +63,9 @@ class Engine:
 
     Args:
         decoder: what decodes; its proposer serves requests that name none. The engine's thread alone may use it.
-        tokenizer: for stop texts and for the pieces' text.
+        tokenizer: for stop strings and the text of outputs.
         heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder; the decoder's if None.
-        max_rows: most rows decoded at a time, all lanes together.
+        max_rows: most requests decoded at a time, all batches together.
         max_queue: most requests that wait.
         time_limit: seconds after which a request ends, if it does not say so itself.
 
@@ -101,14 +98,14 @@ class Engine:
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.end_tokens = _end_tokens(self.target.model, tokenizer)
         self._waiting: deque[RequestState] = deque()
-        self._seats: dict[int, RequestState] = {}  # by the id of their row
-        self._lanes: OrderedDict[Key, DecodeBatch] = OrderedDict()
+        self._states: dict[int, RequestState] = {}  # by the id of their sequence
+        self._scheduler = Scheduler(decoder, self.heads)
         self._awake = threading.Condition()
         self._totals, self._ended = EngineStatistics(), Counter[str]()
         self._running = False
         self._thread: threading.Thread | None = None
         self._failed: BaseException | None = None
-        self._active, self._feature_layers = ExitStack(), None  # type: tuple[ExitStack, tuple[int, ...] | None]
+        self._active, self._reading = ExitStack(), None  # type: tuple[ExitStack, Any]
 
     @property
     def has_heads(self) -> bool:
@@ -146,25 +143,25 @@ class Engine:
                 proposer, token ids outside of the vocabulary.
         """
         check_request(request, self.target, self.has_heads)
-        ticket = RequestHandle(request, self._notify)
-        ticket.result.seed = check_seed(request.seed) if request.temperature > 0 else 0
+        handle = RequestHandle(request, self._notify)
+        handle.result.seed = 0 if request.params.greedy else seed_or_draw(request.params.seed)
         deadline = time.perf_counter() + (self.time_limit if request.time_limit is None else request.time_limit)
-        seat = RequestState(ticket, self.target, self.tokenizer, self.end_tokens, deadline)
+        state = RequestState(handle, self.target, self.tokenizer, self.end_tokens, deadline)
         with self._awake:
             if not self._running:
                 raise Stopped("the engine is not running")
-            # rows that are free but not yet taken count as room: a queue of 0 still serves
-            if len(self._waiting) >= self.max_queue + max(0, self.max_rows - len(self._seats)):
+            # free places that are not taken yet count as room: a queue of 0 still serves
+            if len(self._waiting) >= self.max_queue + max(0, self.max_rows - len(self._states)):
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already, try again in a moment")
-            self._waiting.append(seat)
+            self._waiting.append(state)
             self._awake.notify()
-        return ticket
+        return handle
 
     def statistics(self) -> EngineStatistics:
         """A snapshot."""
         with self._awake:
             now = replace(self._totals)
-            now.running, now.waiting, now.ended = len(self._seats), len(self._waiting), dict(self._ended)
+            now.running, now.waiting, now.ended = len(self._states), len(self._waiting), dict(self._ended)
             return now
 
     def close(self) -> None:
@@ -196,187 +193,161 @@ class Engine:
             while self._turn():
                 pass
         finally:
-            self._shut()
+            self._shut_down()
 
     def _turn(self) -> bool:
-        """Leave, join, step once; False when the engine is closed."""
+        """Let requests leave and join, then run one step; return False when the engine is closed."""
         with self._awake:
-            if self._running and not self._waiting and not self._seats:
-                self._active.close()  # nobody is served: the model is left as it was
-                self._feature_layers = None
+            if self._running and not self._waiting and not self._states:
+                self._active.close()  # no request is served: the model is left as it was
+                self._reading = None
                 self._awake.wait()
             if not self._running:
                 return False
         self._leave()
         self._join()
-        lane = min((lane for lane in self._lanes.values() if lane.rows), key=lambda lane: lane.used, default=None)
-        if lane is not None:
-            self._guarded(lane, lambda: self._step(lane))
+        batch = self._scheduler.next_batch()
+        if batch is not None:
+            self._guarded(batch, lambda: self._step(batch))
         return True
 
     def _leave(self) -> None:
-        """Requests that were given up or took too long end, running or waiting."""
-        for lane in self._lanes.values():
-            kept = [place for place, row in enumerate(lane.rows) if self._goes_on(self._seats[id(row)])]
-            if len(kept) < len(lane.rows):
-                gone = [row for place, row in enumerate(lane.rows) if place not in set(kept)]
-                self._guarded(lane, lambda lane=lane, kept=kept: lane.keep(kept))  # type: ignore[misc]
-                for row in gone:
-                    if id(row) in self._seats:
-                        self._end(self._seats[id(row)], _why(self._seats[id(row)]))
+        """End requests that were cancelled or took too long, running or waiting."""
+        for batch in self._scheduler:
+            kept = [row for row, one in enumerate(batch.sequences) if self._goes_on(self._states[id(one)])]
+            if len(kept) < len(batch.sequences):
+                gone = [one for row, one in enumerate(batch.sequences) if row not in set(kept)]
+                self._guarded(batch, lambda batch=batch, kept=kept: batch.loop.keep(kept))  # type: ignore[misc]
+                for one in gone:
+                    if id(one) in self._states:
+                        self._end(self._states[id(one)], _why(self._states[id(one)]))
         with self._awake:
-            gone_seats = [seat for seat in self._waiting if not self._goes_on(seat)]
-            for seat in gone_seats:
-                self._waiting.remove(seat)
-        for seat in gone_seats:
-            self._end(seat, _why(seat))
+            expired = [state for state in self._waiting if not self._goes_on(state)]
+            for state in expired:
+                self._waiting.remove(state)
+        for state in expired:
+            self._end(state, _why(state))
 
     @staticmethod
-    def _goes_on(seat: RequestState) -> bool:
-        return not seat.ticket.cancelled and time.perf_counter() < seat.deadline
+    def _goes_on(state: RequestState) -> bool:
+        return not state.handle.cancelled and time.perf_counter() < state.deadline
 
     def _join(self) -> None:
-        """Those who wait take free rows, in order; those of one lane are read together."""
+        """Let waiting requests take free places, in order; those of one batch are read together."""
         with self._awake:
-            free = self.max_rows - len(self._seats)
-            seats = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-            self._seats.update({id(seat.row): seat for seat in seats})
-        groups: dict[Key, list[RequestState]] = {}
-        for seat in seats:
-            groups.setdefault(self._key(seat.ticket.request), []).append(seat)
-        for key, group in groups.items():
-            self._seat(key, group)
+            free = self.max_rows - len(self._states)
+            states = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+            self._states.update({id(state.sequence): state for state in states})
+        groups: dict[int, tuple[DecodeBatch, list[RequestState]]] = {}
+        for state in states:
+            try:
+                batch = self._scheduler.batch_for(state.handle.request)
+            except Exception as error:
+                if not isinstance(error, MedheadError):
+                    LOG.exception("no batch for %s", state.handle.request)
+                message = str(error) if isinstance(error, MedheadError) else "the proposer could not be made"
+                self._end(state, "error", message)
+                continue
+            groups.setdefault(id(batch), (batch, []))[1].append(state)
+        for batch, group in groups.values():
+            self._scheduler.admit(batch)
+            self._guarded(batch, lambda batch=batch, group=group: self._prefill(batch, group), group)  # type: ignore[misc]
 
-    def _seat(self, key: Key, seats: list[RequestState]) -> None:
-        try:
-            lane = self._lane(key)
-        except Exception as error:
-            if not isinstance(error, MedheadError):
-                LOG.exception("no lane for %s", key)
-            message = str(error) if isinstance(error, MedheadError) else "the proposer could not be made"
-            for seat in seats:
-                self._end(seat, "error", message)
-            return
-        others = [other.used for other in self._lanes.values() if other.rows and other is not lane]
-        if not lane.rows and others:
-            lane.used = max(lane.used, min(others))  # time it has not used is no credit
-        self._guarded(lane, lambda: self._read(lane, seats), seats)
-
-    def _read(self, lane: DecodeBatch, seats: list[RequestState]) -> None:
-        began = time.perf_counter()
-        for seat in seats:
-            seat.ticket.result.queued = began - seat.submitted
-            seat.ticket.result.proposer = lane.proposer.name
-        self._activate(lane)
-        lane.join([seat.row for seat in seats])
+    def _prefill(self, batch: DecodeBatch, states: list[RequestState]) -> None:
+        began, running = time.perf_counter(), list(batch.sequences)
+        for state in states:
+            state.handle.result.queued = began - state.submitted
+            state.handle.result.proposer = batch.loop.proposer.name
+        self._activate(batch)
+        batch.loop.join([state.sequence for state in states])
         spent = time.perf_counter() - began
-        for seat in seats:
-            seat.ticket.result.busy += spent
-        self._spent(lane, spent)
+        for state in states:
+            state.handle.result.busy += spent
+        self._charge(batch, spent)
+        self._deliver(batch, running, spent)
 
-    def _step(self, lane: DecodeBatch) -> None:
-        rows, began = lane.rows, time.perf_counter()
-        self._activate(lane)
-        lane.step()
+    def _step(self, batch: DecodeBatch) -> None:
+        began, running = time.perf_counter(), list(batch.sequences)
+        self._activate(batch)
+        batch.loop.step()
         spent = time.perf_counter() - began
-        self._spent(lane, spent)
-        for place, row in enumerate(rows):
-            seat = self._seats[id(row)]
+        self._charge(batch, spent)
+        self._deliver(batch, running, spent)
+
+    def _deliver(self, batch: DecodeBatch, sequences: list[Sequence], seconds: float) -> None:
+        """Hand on what the last pass emitted for sequences, which were the rows of the batch before it."""
+        for row, one in enumerate(sequences):
+            state = self._states[id(one)]
+            if not state.new_token_ids:
+                continue  # a captured step is read later
             with self._awake:
-                self._totals.new_tokens += len(seat.fresh)
+                self._totals.new_tokens += len(state.new_token_ids)
                 self._totals.passes += 1
-            seat.ticket.put(seat.piece(spent, lane, place))
-            if seat.ended:
-                self._end(seat, seat.reason)
-        if not lane.rows:
-            lane.verified = None  # an idle lane holds no logits
+            state.handle.put(state.take_output(seconds, batch.loop, row))
+            if state.ended:
+                self._end(state, state.reason)
+        if not batch.sequences:
+            batch.loop.output = None  # an idle batch holds no logits
 
-    def _spent(self, lane: DecodeBatch, seconds: float) -> None:
-        lane.used += seconds
+    def _charge(self, batch: DecodeBatch, seconds: float) -> None:
+        batch.service_time += seconds
         with self._awake:
             self._totals.busy += seconds
 
-    def _activate(self, lane: DecodeBatch) -> None:
-        """The model reads the layers that the lane's proposer wants."""
-        feature_layers = tuple(lane.proposer.feature_layers)
-        if feature_layers != self._feature_layers:
+    def _activate(self, batch: DecodeBatch) -> None:
+        """Let the model leave behind the features that the batch's proposer reads."""
+        reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
+        if reading != self._reading:
             self._active.close()
-            self._feature_layers = None
-            self._active.enter_context(self.target.active(feature_layers))
-            self._feature_layers = feature_layers
+            self._reading = None
+            self._active.enter_context(reading[0].active(reading[1]))
+            self._reading = reading
 
     def _guarded(
-        self, lane: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
+        self, batch: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
     ) -> None:
-        """What fails ends the requests of its lane, and no others."""
-        rows = {id(row) for row in lane.rows} | {id(seat.row) for seat in joining or []}
+        """Run an action; a failure ends the requests of its batch, and no others."""
+        affected = {id(one) for one in batch.sequences} | {id(state.sequence) for state in joining or []}
         try:
             action()
         except Exception:
-            LOG.exception("a lane failed (proposer %s)", lane.proposer.name)
-            lane.rows = []  # and it is dropped: whatever state it is in is nobody's
-            self._lanes = OrderedDict((key, other) for key, other in self._lanes.items() if other is not lane)
-            for seat in [seat for row, seat in self._seats.items() if row in rows]:
-                self._end(seat, "error", "something went wrong inside; the server's log says what")
-
-    # ---------------------------------------------------------------- lanes
-
-    def _key(self, request: Request) -> Key:
-        if request.proposer in (None, self.decoder.proposer.name):
-            return (None, request.tree_size)
-        return (request.proposer, request.tree_size)
-
-    def _lane(self, key: Key) -> DecodeBatch:
-        if key not in self._lanes:
-            self._lanes[key] = DecodeBatch(self.target, self._proposer(key), self.decoder.typical)
-        self._lanes.move_to_end(key)
-        for other in [k for k, lane in self._lanes.items() if not lane.rows and k != key]:
-            if len(self._lanes) > MOST_LANES:
-                del self._lanes[other]
-        return self._lanes[key]
-
-    def _proposer(self, key: Key) -> Proposer:
-        name, size = key
-        if name is None and size is None:
-            return self.decoder.proposer
-        name = name or self.decoder.proposer.name
-        options = {"heads": self.heads} if name in ("heads", "hybrid") and self.heads is not None else {}
-        if name == "none":
-            size = None
-        return build_proposer(name, self.target, tree_size=size, **options)
+            LOG.exception("a batch failed (proposer %s)", batch.loop.proposer.name)
+            self._scheduler.drop(batch)
+            for state in [state for one, state in self._states.items() if one in affected]:
+                self._end(state, "error", "the engine failed; the server's log has the details")
 
     # ---------------------------------------------------------------- ends
 
-    def _end(self, seat: RequestState, reason: Reason, error: str | None = None) -> None:
-        result = seat.ticket.result
-        result.reason, result.seconds = reason, time.perf_counter() - seat.submitted
+    def _end(self, state: RequestState, reason: Reason, error: str | None = None) -> None:
+        result = state.handle.result
+        result.reason, result.seconds = reason, time.perf_counter() - state.submitted
         with self._awake:
-            self._seats.pop(id(seat.row), None)
+            self._states.pop(id(state.sequence), None)
             self._ended[reason] += 1
             self._totals.prompt_tokens += result.prompt_tokens
         for listener in self.listeners:
             try:
-                listener(seat.ticket.request, result)
+                listener(state.handle.request, result)
             except Exception:
                 LOG.exception("a listener failed")
-        seat.ticket.end(error)
+        state.handle.end(error)
 
-    def _shut(self) -> None:
+    def _shut_down(self) -> None:
         self._active.close()
         with self._awake:
             self._running = False
-            seats = [*self._seats.values(), *self._waiting]
+            states = [*self._states.values(), *self._waiting]
             self._waiting.clear()
-        for seat in seats:
-            self._end(seat, "cancelled")
+        for state in states:
+            self._end(state, "cancelled")
 
     def _notify(self) -> None:
         with self._awake:
             self._awake.notify()
 
 
-def _why(seat: RequestState) -> Reason:
-    return "cancelled" if seat.ticket.cancelled else "timeout"
+def _why(state: RequestState) -> Reason:
+    return "cancelled" if state.handle.cancelled else "timeout"
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:

@@ -1,4 +1,4 @@
-"""What a caller holds of a request that was submitted."""
+"""The handle of a submitted request: its outputs as they come, and its result."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ _END = object()
 
 
 class RequestHandle:
-    """Pieces of the output as they come, and the result at the end.
+    """Outputs of a request as they come, and its result at the end.
 
-    Use one of `for piece in ticket`, `async for piece in ticket.stream()`, or `await ticket.finish()` /
-    `ticket.wait()` for everything at once; every piece is read once. The engine never waits for a slow reader.
+    Use one of `for output in handle`, `async for output in handle.stream()`, or `await handle.finish()` / `handle.wait()`
+    for the whole text; every output is read once. The engine never waits for a slow reader.
 
     Attributes:
         request: what was asked for.
@@ -35,7 +35,7 @@ class RequestHandle:
     # ---------------------------------------------------------------- the caller's side
 
     def __iter__(self) -> Iterator[StepOutput]:
-        """Pieces until the end.
+        """Yield outputs until the end.
 
         Raises:
             EngineError: the request failed.
@@ -45,7 +45,7 @@ class RequestHandle:
         self._over()
 
     async def stream(self) -> AsyncIterator[StepOutput]:
-        """Pieces until the end, for asyncio. Leaving the loop early does not cancel: call `cancel`.
+        """Yield outputs until the end, for asyncio. Leaving the loop early does not cancel: call `cancel`.
 
         Raises:
             EngineError: the request failed.
@@ -69,23 +69,23 @@ class RequestHandle:
         self._over()
 
     def wait(self) -> str:
-        """The whole text, once it is there.
+        """Wait for the end and return the whole text.
 
         Raises:
             EngineError: the request failed.
         """
-        return "".join(piece.text for piece in self)
+        return "".join(output.text for output in self)
 
     async def finish(self) -> str:
-        """The whole text, for asyncio.
+        """Return the whole text, for asyncio.
 
         Raises:
             EngineError: the request failed.
         """
-        return "".join([piece.text async for piece in self.stream()])
+        return "".join([output.text async for output in self.stream()])
 
     def cancel(self) -> None:
-        """Nobody waits for it any more; its row is free after the step that runs now. May be called at any time."""
+        """Give the request up; its place is free after the running step. May be called at any time from any thread."""
         self._cancelled.set()
         self._notify()
 
@@ -101,13 +101,13 @@ class RequestHandle:
 
     # ---------------------------------------------------------------- the engine's side
 
-    def put(self, piece: StepOutput) -> None:
-        """Hand on a piece."""
-        self._queue.put(piece)
+    def put(self, output: StepOutput) -> None:
+        """Hand on an output."""
+        self._queue.put(output)
         self._awake()
 
     def end(self, error: str | None = None) -> None:
-        """There will be no more pieces."""
+        """Tell the caller that there will be no more outputs."""
         self._error = error
         self._done.set()
         self._queue.put(_END)
@@ -117,11 +117,11 @@ class RequestHandle:
         if (wake := self._wake) is not None:
             try:
                 wake()
-            except RuntimeError:  # the caller's event loop is closed: nobody listens
+            except RuntimeError:  # the caller's event loop is closed
                 self._wake = None
 
     def _over(self) -> None:
-        """Somebody has read the end; whoever reads after him finds it too."""
+        """Leave the end in the queue for other readers, and raise the error if there was one."""
         self._queue.put(_END)
         if self._error is not None:
             raise EngineError(self._error)

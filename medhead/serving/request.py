@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from medhead.config import SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 
 Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
@@ -28,41 +29,40 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        max_new_tokens: most tokens that are produced; cut to what the model's context leaves.
-        temperature: 0 is greedy decoding.
-        top_p: keep the most probable tokens up to this mass; None or 1 for all.
-        top_k: keep so many most probable tokens; None for all.
-        min_p: keep tokens at least so probable, relative to the likeliest; None for all.
-        seed: same seed, same text, whoever else is served at that time; None draws one (see `Result.seed`).
-        stop: texts at which the output ends; the text that is streamed ends before them.
+        params: sampling parameters; with a seed the text is the same whoever else is served at that time, without one the
+            engine draws it (see `Result.seed`). `max_new_tokens` is cut to what the model's context leaves.
         proposer: name of a registered proposer; None for the engine's own. `none` is plain decoding.
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
-        trace: fill `StepOutput.sources` and `StepOutput.tree`, which costs a little.
+        trace: fill `StepOutput.sources` and `StepOutput.tree`, which takes a little time.
+
+    Raises:
+        MedheadError: a value is out of range.
     """
 
     prompt: list[int]
-    max_new_tokens: int = 256
-    temperature: float = 0.0
-    top_p: float | None = None
-    top_k: int | None = None
-    min_p: float | None = None
-    seed: int | None = None
-    stop: tuple[str, ...] = ()
+    params: SamplingParams = field(default_factory=SamplingParams)
     proposer: str | None = None
     tree_size: int | None = None
     time_limit: float | None = None
     trace: bool = False
 
+    def __post_init__(self) -> None:
+        limit = self.time_limit
+        if limit is not None and not (isinstance(limit, (int, float)) and not isinstance(limit, bool) and limit > 0):
+            raise MedheadError(f"time_limit must be a number of seconds above 0, got {limit!r}")
+        if self.tree_size is not None:
+            check_tree_size(self.tree_size)
+
 
 @dataclass(frozen=True)
 class TreeView:
-    """The tree of one pass, to be drawn.
+    """The token tree of one pass, for display.
 
     Attributes:
         tokens: token id of every node; node 0 is the root, the newest token before this pass.
         parents: index of every node's parent, smaller than its own; 0 for the root itself.
-        sources: who proposed a node: `heads`, `ngram`, `recycling`, `lookahead`; `root` for node 0.
+        sources: name of the proposer of every node: `heads`, `ngram`, `recycling`, `lookahead`; `root` for node 0.
         accepted: the accepted nodes in order, the root first.
     """
 
@@ -74,16 +74,16 @@ class TreeView:
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What one pass gave one request.
+    """The output of one pass for one request.
 
     Attributes:
         tokens: new token ids, at least one.
-        text: new text that is certain now; may be empty (half a character, the beginning of a stop text), and may belong to
-            tokens of earlier pieces. The texts of all pieces joined are the output.
-        texts: the text of every token of `tokens` on its own, for showing where tokens came from; joined they are only
-            nearly the output (a character of several tokens is shown at the last of them). Empty without `trace`.
-        sources: for every token who proposed it: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, or
-            `bonus` for the target's own. Empty without `trace`.
+        text: new text that is final now; may be empty (half a character, the beginning of a stop string), and may belong to
+            tokens of earlier outputs. The texts of all outputs joined are the text of the request.
+        texts: the text of every token of `tokens` on its own, for display; a character of several tokens is shown at the
+            last of them. Empty without `trace`.
+        sources: the proposer of every token: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, or
+            `bonus` for the target's own token. Empty without `trace`.
         tree: the tree of this pass, with `trace`.
         seconds: of this pass.
     """
@@ -98,10 +98,10 @@ class StepOutput:
 
 @dataclass
 class Result:
-    """How a request ended, and what it took.
+    """How a request ended, and its statistics.
 
     Attributes:
-        reason: `stop` (end token or stop text), `length` (limit or context), `cancelled`, `timeout`, or `error`.
+        reason: `stop` (end token or stop string), `length` (limit or context), `cancelled`, `timeout`, or `error`.
         prompt_tokens: of the prompt.
         new_tokens: that were produced.
         passes: verify passes it took part in; `new_tokens` for plain decoding.
@@ -111,8 +111,7 @@ class Result:
         queued: seconds it waited.
         first_token: seconds from submission to the first token; None if there was none.
         seconds: from submission to its end.
-        busy: seconds of prefill and passes it took part in, without the passes of other lanes between them; the time it
-            would have taken (nearly) had no other lane been served.
+        busy: seconds of prefill and passes it took part in, without those of other batches between them.
     """
 
     reason: Reason = "stop"
@@ -129,5 +128,5 @@ class Result:
 
     @property
     def accepted_length(self) -> float:
-        """Tokens a pass; 1.0 is plain decoding."""
+        """Tokens emitted per verify pass, bonus token included; 1.0 is plain decoding."""
         return self.new_tokens / self.passes if self.passes else 0.0

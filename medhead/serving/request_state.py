@@ -1,31 +1,26 @@
-"""A request that is being served: its row in a lane, and what it has been given so far."""
+"""A request that is being served: its sequence, its text so far, and the handle that its caller holds."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
-import torch
-from torch import Tensor
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import logits_process as lp
-
-from medhead.core.gumbel import GumbelNoise
-from medhead.core.sequence import Sequence, Settings
+from medhead.core.loop import DecodeLoop
+from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
 from medhead.model.target import Target
 from medhead.proposers.base import VerifyOutput
-from medhead.serving.decode_batch import DecodeBatch
-from medhead.serving.detokenizer import Output
+from medhead.serving.detokenizer import Detokenizer
 from medhead.serving.handle import RequestHandle
-from medhead.serving.request import Reason, Request, StepOutput, TreeView
+from medhead.serving.request import Reason, StepOutput, TreeView
 
 
 class RequestState:
-    """One row and its ticket.
+    """One request while it is served.
 
     Args:
-        ticket: of the request.
+        handle: of the request; its `result.seed` is the seed.
         target: the target.
         tokenizer: decodes the output.
         end_tokens: tokens that end a text.
@@ -33,95 +28,71 @@ class RequestState:
     """
 
     def __init__(
-        self, ticket: RequestHandle, target: Target, tokenizer: Any, end_tokens: frozenset[int], deadline: float
+        self, handle: RequestHandle, target: Target, tokenizer: Any, end_tokens: frozenset[int], deadline: float
     ) -> None:
-        request = ticket.request
-        self.ticket, self.deadline, self._end_tokens = ticket, deadline, end_tokens
+        request = handle.request
+        self.handle, self.deadline, self._end_tokens = handle, deadline, end_tokens
         self.submitted = time.perf_counter()
-        self.output = Output(tokenizer, request.stop)
-        limit = token_limit(request.max_new_tokens, len(request.prompt), target.context)
-        self.row = Sequence(0, list(request.prompt), list(request.prompt))
-        self.row.own = Settings(
-            processors_of(request),
-            RequestStopChecker(self, limit, end_tokens, target.device),
-            noise=GumbelNoise(ticket.result.seed, target.vocab_size, target.device)
-            if request.temperature > 0
-            else None,
-            on_tokens=self._emitted,
+        self.detokenizer = Detokenizer(tokenizer, request.params.stop)
+        limit = token_limit(request.params.max_new_tokens, len(request.prompt), target.context)
+        self.sequence = Sequence(
+            list(request.prompt),
+            list(request.prompt),
+            StopChecker(limit, end_tokens, stops_at=self._stops_at),
+            replace(request.params, seed=handle.result.seed),
+            on_tokens=self._on_tokens,
         )
-        self.texts: list[str] = []  # of the tokens of the last pass
-        self.fresh: list[int] = []
+        self.new_token_ids: list[int] = []
+        self._new_texts: list[str] = []
         self.ended = False
-
-    def _emitted(self, row: Sequence, new: list[int], ended: bool) -> None:
-        self.fresh, self.ended = new, ended
-
-    def piece(self, seconds: float, lane: DecodeBatch, place: int) -> StepOutput:
-        """What the last pass gave, and the result so far brought up to date."""
-        result, now = self.ticket.result, time.perf_counter()
-        if result.first_token is None:
-            result.first_token = now - self.submitted
-        result.new_tokens, result.passes = len(self.row.output), self.row.passes
-        result.lengths.append(len(self.fresh))
-        result.busy += seconds
-        result.seconds = now - self.submitted
-        texts, self.texts = self.texts, []
-        text = self.output.finish() if self.ended else self.output.take()
-        if not self.ticket.request.trace or lane.verified is None:
-            return StepOutput(self.fresh, text, seconds=seconds)
-        view = look_at_tree(lane.verified, lane.proposer.origins(lane.verified.tree, place), place)
-        sources = [_label(view, depth) for depth in range(1, len(self.fresh) + 1)]
-        return StepOutput(self.fresh, text, texts, sources, view, seconds)
 
     @property
     def reason(self) -> Reason:
         """Why it ended, after it has."""
-        return "stop" if self.output.stopped or self.row.output[-1] in self._end_tokens else "length"
+        return "stop" if self.detokenizer.stopped or self.sequence.output_ids[-1] in self._end_tokens else "length"
+
+    def take_output(self, seconds: float, loop: DecodeLoop, row: int) -> StepOutput:
+        """Return the output of the last pass, and bring the result up to date.
+
+        Args:
+            seconds: of the pass.
+            loop: what decoded it.
+            row: row of the batch in that pass.
+        """
+        result, now = self.handle.result, time.perf_counter()
+        if result.first_token is None:
+            result.first_token = now - self.submitted
+        tokens, self.new_token_ids = self.new_token_ids, []
+        texts, self._new_texts = self._new_texts, []
+        result.new_tokens, result.passes = len(self.sequence.output_ids), self.sequence.passes
+        result.lengths.append(len(tokens))
+        result.busy += seconds
+        result.seconds = now - self.submitted
+        text = self.detokenizer.finish() if self.ended else self.detokenizer.take()
+        if not self.handle.request.trace or loop.output is None:
+            return StepOutput(tokens, text, seconds=seconds)
+        view = tree_view(loop.output, loop.proposer.origins(loop.output.tree, row), row)
+        sources = [_source(view, depth) for depth in range(1, len(tokens) + 1)]
+        return StepOutput(tokens, text, texts, sources, view, seconds)
+
+    def _stops_at(self, token: int) -> bool:
+        self._new_texts.append(self.detokenizer.add(token))
+        return self.detokenizer.stopped
+
+    def _on_tokens(self, sequence: Sequence, new: list[int], ended: bool) -> None:
+        self.new_token_ids = self.new_token_ids + new
+        self.ended = ended
 
 
-class RequestStopChecker(StopChecker):
-    """Ends a seat's row at end tokens, its limit, and its stop texts."""
-
-    def __init__(self, seat: RequestState, limit: int, end_tokens: frozenset[int], device: torch.device) -> None:
-        super().__init__(StoppingCriteriaList(), limit, device)
-        self.seat, self.end_tokens = seat, end_tokens
-
-    def take(self, text: list[int], done: int, tokens: Any, scores: list[Tensor] | None) -> tuple[list[int], bool]:
-        """See `StopChecker.take`."""
-        taken: list[int] = []
-        for token in tokens:
-            taken.append(token)
-            self.seat.texts.append(self.seat.output.add(token))
-            if self.ends_at(token, done + len(taken)) or self.seat.output.stopped:
-                return taken, True
-        return taken, False
+def tree_view(output: VerifyOutput, sources: list[str], row: int) -> TreeView:
+    """Return the tree of one row for display."""
+    tree = output.tree
+    path = output.accepted.path[row].tolist()[: output.counts[row]]
+    return TreeView(tree.tokens[row].tolist(), tree.parents[row].tolist(), sources, path)
 
 
-def processors_of(request: Request) -> LogitsProcessorList:
-    """The request's reshaping of the distribution, in transformers' order."""
-    found = LogitsProcessorList()
-    if request.temperature == 0:
-        return found
-    if request.temperature != 1:
-        found.append(lp.TemperatureLogitsWarper(float(request.temperature)))
-    if request.top_k is not None:
-        found.append(lp.TopKLogitsWarper(request.top_k))
-    if request.top_p is not None and request.top_p < 1:
-        found.append(lp.TopPLogitsWarper(float(request.top_p)))
-    if request.min_p:
-        found.append(lp.MinPLogitsWarper(float(request.min_p)))
-    return found
-
-
-def look_at_tree(verified: VerifyOutput, sources: list[str], place: int) -> TreeView:
-    """The tree of one row for people who look."""
-    tree = verified.tree
-    path = verified.accepted.path[place].tolist()[: verified.counts[place]]
-    return TreeView(tree.tokens[place].tolist(), tree.parents[place].tolist(), sources, path)
-
-
-def _label(view: TreeView, depth: int) -> str:
-    """Who guessed the token at this depth of the accepted path; the last one is the target's own."""
+def _source(view: TreeView, depth: int) -> str:
+    """Return the proposer of the token at this depth of the accepted path; the last token is the target's own."""
     if depth >= len(view.accepted):
         return "bonus"
     source = view.sources[view.accepted[depth]]

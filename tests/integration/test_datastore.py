@@ -325,9 +325,9 @@ def test_the_command(
         *encode(tokenizer, "Once upon a time there was a dragon."),
         store.info.vocab_size,
     ]
-    is_single = tmp_path / "tokenizer"
-    tokenizer.save_pretrained(is_single)
-    again = ["--tokenizer", str(is_single), "--text", str(text), "--output", str(output), "--quiet"]
+    alone = tmp_path / "tokenizer"
+    tokenizer.save_pretrained(alone)
+    again = ["--tokenizer", str(alone), "--text", str(text), "--output", str(output), "--quiet"]
     assert run([*again, "--overwrite"], capsys) == (0, "", "")
     assert Datastore.open(output).info == store.info
     common_options = ["--model", str(folders["model"]), "--prompt", "Once upon a", "--max-new-tokens", "20", "--json"]

@@ -343,15 +343,15 @@ def test_a_given_size_leaves_nothing_of_the_heads_behind(target: Target, samplin
     """Before anything was learnt, the tree of heads in a hybrid is the tree of heads alone, however unlikely its nodes."""
     heads = noise_heads(target, "recurrent", depth=4)
     options: dict[str, Any] = {"heads": heads, "tree_size": 24, "width": 6, "branching": 3, "dtype": torch.float32}
-    is_single = build_proposer("heads", target, **options)
+    alone = build_proposer("heads", target, **options)
     hybrid = build_proposer("hybrid", target, members=["heads"], **options)
     torch.manual_seed(0)
     noise = LazyGumbel.of(-(-torch.rand(2, 8, target.vocab_size).log()).log()) if sampling else None
     features = torch.randn(2, target.hidden_size)
     state = DecodeState(target, [[5, 9], [13, 7]], torch.tensor([9, 7]), features, noise)
-    for proposer in (is_single, hybrid):
+    for proposer in (alone, hybrid):
         proposer.begin(target, state.texts)
-    one, other = is_single.propose(state, 8), hybrid.propose(state, 8)
+    one, other = alone.propose(state, 8), hybrid.propose(state, 8)
     assert one.nodes == other.nodes == 24
     for row in range(2):
         assert sorted(map(tuple, one.paths(row))) == sorted(map(tuple, other.paths(row)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,17 +13,6 @@ from medhead.core.tree import TokenTree
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, candidates_from_tries, merge
 from medhead.proposers.trie import DraftTrie
-from medhead_kernels.availability import has_numba
-
-
-@pytest.fixture(params=["loops", "tensors"], autouse=True)
-def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One row by compiled loops, and as if these were not installed."""
-    if request.param == "tensors":
-        monkeypatch.setattr("medhead.proposers.candidates.has_numba", lambda: False)
-    elif not has_numba():
-        pytest.skip("needs numba (the extra 'cpu')")
-
 
 Paths = list[tuple[list[int], list[float]]]
 

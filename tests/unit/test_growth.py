@@ -88,9 +88,9 @@ def test_growing_ends_when_nothing_deeper_can_matter(seed: int, nodes: int, widt
 def test_rows_share_what_a_level_costs() -> None:
     """How deep to look is a matter of all rows' chances together: one hopeful row does not make a batch look."""
     table = torch.tensor([[[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.4, 0.3, 0.3]]]).log().expand(6, 3, 3)
-    is_single, batch = Counting(table, 1), Counting(table, 4)
-    grow(torch.tensor([0]), is_single, 6, 1, least=0.4)
-    assert is_single.levels == 6  # 0.9 ** 6 is above 0.4
+    alone, batch = Counting(table, 1), Counting(table, 4)
+    grow(torch.tensor([0]), alone, 6, 1, least=0.4)
+    assert alone.levels == 6  # 0.9 ** 6 is above 0.4
     grow(torch.tensor([0, 1, 1, 1]), batch, 6, 1, least=0.4)
     assert batch.levels == 4  # (0.9 + 3 * 0.4) / 4 = 0.525; 0.9 ** 3 of it is the first below 0.4
 

@@ -210,12 +210,12 @@ def trie(paths: list[tuple[list[int], float]]) -> DraftTrie:
 @given(PATHS, PATHS, st.integers(1, 12))
 def test_merged_and_cut_candidates_are_trees(one: list, other: list, nodes: int) -> None:
     first, second = trie(one), trie(other)
-    is_single, added = dict(first.paths()), dict(second.paths())
+    alone, added = dict(first.paths()), dict(second.paths())
     first.merge(second)
     merged = dict(first.paths())
-    assert set(merged) == set(is_single) | set(added)
+    assert set(merged) == set(alone) | set(added)
     for path, prob in merged.items():
-        assert prob == pytest.approx(1 - (1 - is_single.get(path, 0)) * (1 - added.get(path, 0)))
+        assert prob == pytest.approx(1 - (1 - alone.get(path, 0)) * (1 - added.get(path, 0)))
         assert prob <= merged.get(path[:-1], 1.0)
     few = dict(first.likeliest(nodes).paths())
     assert len(few) == min(nodes - 1, len(merged))

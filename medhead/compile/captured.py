@@ -1,0 +1,79 @@
+"""A batch of sequences that is decoded by captured steps."""
+
+from __future__ import annotations
+
+from medhead.compile.async_output import async_output
+from medhead.compile.graph_cache import GraphCache
+from medhead.core.buffers import StepBuffers
+from medhead.core.gumbel import GumbelNoise
+from medhead.core.sampling import SamplingBatch
+from medhead.core.sequence import Sequence
+
+_ROOM = 1024  # new tokens to make room for at a time; a text that grows beyond gets a larger step
+
+
+class CapturedSteps:
+    """Runs captured steps for some sequences until they end or have no more room.
+
+    On CUDA the host reads what was emitted `graphs.lag` steps later, so that the GPU never waits. A sequence that has ended
+    runs on until the host has read it, and nothing of that is seen.
+
+    Args:
+        graphs: where captured steps are kept.
+        buffers: the decode loop's buffers with the sequences; copied.
+        sequences: the sequences, by row of the buffers.
+        generator: of the sampling noise.
+    """
+
+    def __init__(
+        self, graphs: GraphCache, buffers: StepBuffers, sequences: list[Sequence], generator: GumbelNoise
+    ) -> None:
+        self._graphs, self._sequences = graphs, sequences
+        self._rows = list(range(len(sequences)))  # of the sequences that run
+        wanted = max(sequence.tokens_left for sequence in sequences)
+        room = max(len(sequence.token_ids) for sequence in sequences) + min(wanted, _ROOM) + graphs.margin
+        self._step = graphs.get(buffers, room, generator)
+        self._step.buffers.load(buffers)
+        output = self._step.buffers.output
+        assert output is not None
+        self._output = async_output(output, graphs.lag + 1)
+
+    @property
+    def running(self) -> list[Sequence]:
+        """The sequences that run."""
+        return [self._sequences[row] for row in self._rows]
+
+    @property
+    def cache_bytes(self) -> int:
+        """Memory of the key/value cache."""
+        return self._step.buffers.cache.nbytes()
+
+    def has_room(self) -> bool:
+        """Return whether the buffers have room for another step."""
+        longest = max(len(sequence.token_ids) for sequence in self.running)
+        return longest + self._graphs.margin <= self._step.buffers.cache.capacity
+
+    def step(self) -> tuple[list[int], list[list[int]]] | None:
+        """Start a step; return the numbers and tokens that an earlier one emitted for `running`, if they are due."""
+        self._step.run()
+        self._output.post()
+        return self.drain() if len(self._output) > self._graphs.lag else None
+
+    def drain(self) -> tuple[list[int], list[list[int]]] | None:
+        """Return the oldest numbers and tokens that were not handed on yet; None if there are none."""
+        if not len(self._output):
+            return None
+        output = self._output.take()
+        return [output[row][0] for row in self._rows], [output[row][1:] for row in self._rows]
+
+    def keep(self, places: list[int]) -> None:
+        """Let only the sequences at these places of `running` go on."""
+        kept = [self._rows[place] for place in places]
+        for row in set(self._rows) - set(kept):
+            self._step.buffers.end(row)
+        self._rows = kept
+
+    def unload(self, sampling: SamplingBatch) -> StepBuffers:
+        """Return the running sequences as buffers of the decode loop; everything must be drained."""
+        lengths = [len(sequence.token_ids) - 1 for sequence in self.running]
+        return self._step.buffers.unload(self._rows, lengths, self._graphs.margin, sampling)

@@ -1,0 +1,75 @@
+"""The decode step: propose, verify, accept, commit. The decode loop and captured steps run this one function."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from torch import Tensor
+
+from medhead.core.acceptance import Accepted, gather_last, gather_path
+from medhead.core.buffers import StepBuffers
+from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.tree import TokenTree
+from medhead.model.target import Target
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput
+
+Accept = Callable[[TokenTree, Tensor, LazyGumbel | None], Accepted]
+
+
+def decode_step(
+    target: Target,
+    proposer: Proposer,
+    buffers: StepBuffers,
+    generator: GumbelNoise,
+    accept: Accept,
+    max_depth: int,
+    texts: list[list[int]],
+    mark: Callable[[str], None] = lambda part: None,
+) -> VerifyOutput:
+    """Decode every sequence of the batch by one verify pass; what it emitted is in the result and in `buffers.output`.
+
+    With fixed buffers all shapes depend on those of the buffers alone and the host reads nothing, so the step can be traced,
+    compiled, or captured as a CUDA graph. Otherwise trees may end early and the host reads what was emitted, once.
+
+    Args:
+        target: the target, active.
+        proposer: fills the trees.
+        buffers: the state of the batch; changed in place.
+        generator: of the sampling noise.
+        accept: returns the accepted path from the tree, the target's logits `[batch, nodes, vocab]` and the noise.
+        max_depth: no tree is deeper.
+        texts: prompt and output of every sequence; empty for fixed buffers.
+        mark: called with the name of each part as it ends, for profiles.
+    """
+    cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
+    noise = buffers.sampling.noise(generator, lengths.device, max_depth + 1, fixed)
+    temperature = buffers.sampling.temperature
+    state = DecodeState(
+        target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
+    )
+    tree = proposer.propose(state, max_depth)
+    mark("propose")
+    began = time.perf_counter()
+    logits, features = target.verify(cache, tree)
+    mark("forward")
+    accepted = accept(tree, logits, noise)
+    result = VerifyOutput(tree, logits, features, accepted)
+    counts = accepted.counts if buffers.alive is None else accepted.counts * buffers.alive
+    if not fixed:
+        result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
+        result.seconds = time.perf_counter() - began
+    mark("accept")
+    if tree.nodes > 1:
+        cache.commit(accepted.path, counts)
+    if buffers.draft_cache is not None:
+        path_features = features if tree.nodes == 1 else gather_path(features, accepted.path)
+        proposer.update_draft_cache(buffers.draft_cache, path_features, accepted.emitted, counts)
+    buffers.roots.copy_(accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0])
+    buffers.features.copy_(gather_last(features, accepted.last))
+    lengths.advance(counts, result.counts)
+    if buffers.output is not None:
+        buffers.output[:, 0] = counts
+        buffers.output[:, 1 : 1 + accepted.emitted.shape[1]] = accepted.emitted
+    mark("commit")
+    return result
