@@ -88,13 +88,13 @@ def results_block() -> str:
     found = json.loads(RESULTS.read_text(encoding="utf-8"))
     machine, rows = found["machine"], found["results"]
     lines = [
-        "| decoder | tokens/s | × transformers | × plain decoding | accepted length | same text |",
+        "| method | tokens/s | × transformers | × plain decoding | accepted length | identical texts |",
         "|---|--:|--:|--:|--:|--:|",
     ]
     for row in rows:
-        accepted = f"{row['tokens_per_pass']:.2f}" if row["tokens_per_pass"] else "-"
+        accepted = f"{row['accepted_length']:.2f}" if row["accepted_length"] else "-"
         lines.append(
-            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['x_transformers']:.2f} | {row['x_plain']:.2f} "
+            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['speedup_vs_transformers']:.2f} | {row['speedup_vs_plain']:.2f} "
             f"| {accepted} | {row['identical']}/{row['prompts']} |"
         )
     caption = (

@@ -209,15 +209,20 @@ def reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("bash") is None, reason="the shell examples need bash")
 @pytest.mark.parametrize("page", dict.fromkeys(block.page for block in SHELL if block.runs), ids=name_of)
-def test_shell_examples_run(page: Path, reader: Path) -> None:
-    command = f'medhead() {{ "{sys.executable}" -m medhead.cli.main "$@"; }}\n'
+def test_shell_examples_run(
+    page: Path, reader: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     for block in blocks_of(page):
-        if block.language == "sh" and block.runs:
-            code = "set -euo pipefail\n" + command + filled(block.code)
-            done = subprocess.run(["bash", "-c", code], cwd=reader, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr
+        if block.language != "sh" or not block.runs:
+            continue
+        for line in filled(block.code).splitlines():
+            told, pipe, command = line.rpartition(" | ")
+            words, command_words = shlex.split(told), shlex.split(command)
+            assert command_words[0] == "medhead", f"{line}: only medhead's commands are run"
+            assert not pipe or words[0] == "echo", f"{line}: only echo is piped"
+            monkeypatch.setattr(sys, "stdin", io.StringIO(" ".join(words[1:]) + "\n"))
+            assert cli.main(command_words[1:]) == 0, f"{line}: {capsys.readouterr().err}"
 
 
 # ---------------------------------------------------------------- Python
@@ -259,7 +264,7 @@ def test_python_examples_run(page: Path, reader: Path, request: pytest.FixtureRe
         assert cli.main(arguments) == 0
     names: dict[str, Any] = {"__name__": "example"}
     for block in blocks:
-        exec(compile(filled(block.code, address), str(page), "exec"), names)
+        exec(compile(filled(block.code, address), name_of(page), "exec"), names)
 
 
 @pytest.mark.slow
