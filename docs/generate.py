@@ -94,8 +94,8 @@ def results_block() -> str:
     for row in rows:
         accepted = f"{row['accepted_length']:.2f}" if row["accepted_length"] else "-"
         lines.append(
-            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['speedup_vs_transformers']:.2f} | {row['speedup_vs_plain']:.2f} "
-            f"| {accepted} | {row['identical']}/{row['prompts']} |"
+            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['speedup_vs_transformers']:.2f} "
+            f"| {row['speedup_vs_plain']:.2f} | {accepted} | {row['identical']}/{row['prompts']} |"
         )
     caption = (
         f"Demo model (5.5M parameters), {rows[0]['prompts']} held-out prompts, greedy, float32, {machine['threads']} threads "
