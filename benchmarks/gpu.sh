@@ -1,7 +1,7 @@
 #!/bin/bash
-# Everything that wants a GPU, within nine minutes: tests, kernels, whole steps, the demo model.
+# Run everything that needs a GPU within nine minutes: tests, kernels, whole steps, the demo model.
 #   bash benchmarks/gpu.sh [FOLDER FOR RESULTS]
-# Each part has its own time limit and does not stop the others; the exit code tells whether all went well.
+# Each part has a time limit of its own and does not stop the others; the exit code is 0 if all succeeded.
 set -u
 out=${1:-results-gpu}
 python=${PYTHON:-python}
@@ -20,7 +20,7 @@ nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv >"$out/gpu.
 part tests 130 "$python" -m pytest -q -m gpu
 part kernels 110 "$python" -m medhead_kernels.bench --output "$out/kernels"
 part flex 30 "$python" -m medhead_kernels.bench --flex --contexts 2048 32768 --nodes 64 --groups 4 --batches 1 --output "$out/flex"
-part step 130 "$python" -m medhead.bench.step --shapes 1b 8b --nodes 16 64 --output "$out/step"
-part compiled 60 "$python" -m medhead.bench.step --shapes 1b --nodes 64 --steps compiled --heads recurrent --output "$out/compiled"
-part demo 60 "$python" -m medhead.bench --count 4 --repeats 1 --steps graph --proposers hybrid --output "$out/demo"
+part step 130 "$python" -m medhead.cli.main bench step --shapes 1b 8b --nodes 16 64 --output "$out/step"
+part compiled 60 "$python" -m medhead.cli.main bench step --shapes 1b --nodes 64 --steps compiled --heads recurrent --output "$out/compiled"
+part demo 60 "$python" -m medhead.bench --num-prompts 4 --repeats 1 --steps graph --proposers hybrid --output "$out/demo"
 exit $bad

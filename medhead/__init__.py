@@ -1,13 +1,18 @@
-"""medhead: exact multi-token decoding for any Hugging Face causal language model."""
+"""Exact speculative decoding with token trees for any Hugging Face causal language model."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medhead.core.acceptance import TypicalAcceptance
+    from medhead.core.tree import TokenTree
+    from medhead.decoder import Decoder, Statistics
+    from medhead.errors import MedheadError, UnsupportedTargetError
+    from medhead.proposers import Proposer, register_proposer
 
 __version__ = "0.1.0"
-
-from medhead.core.acceptance import TypicalAcceptance
-from medhead.core.tree import TokenTree
-from medhead.decoder import Decoder, Statistics
-from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.proposers import Proposer, register_proposer
-
 __all__ = [
     "Decoder",
     "MedheadError",
@@ -18,3 +23,18 @@ __all__ = [
     "UnsupportedTargetError",
     "register_proposer",
 ]
+_NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
+          "errors": ["MedheadError", "UnsupportedTargetError"], "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name at its first use (PEP 562), so that `medhead --help` does not wait for torch."""
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,4 +1,4 @@
-"""Is the text the one that plain decoding gives? And where it is not: how close was the call?"""
+"""Comparison with plain decoding, token by token."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ class CheckReport:
     Attributes:
         identical: every token of every row is the same.
         row: row of the first difference, None if there is none.
-        position: which new token of that row differs first, from 0.
-        token: what the decoder emitted there (-1: nothing any more).
-        plain_token: what plain decoding emitted there.
-        logit_gap: how far plain decoding's processed score of its own token lay above that of the decoder's token. In
-            half precision a small gap is rounding: other batch shapes, other sums.
+        position: index of the first new token of that row that differs, from 0.
+        token: token of the decoder there; -1 if its text had ended.
+        plain_token: token of plain decoding there; -1 if its text had ended.
+        logit_gap: plain decoding's processed score of its own token minus that of the decoder's token. In half precision a
+            small gap is rounding: a pass over more nodes sums in another order.
     """
 
     identical: bool
@@ -43,13 +43,9 @@ class CheckReport:
 
 
 def check(decoder: Decoder, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
-    """Decode with the decoder's proposer and with plain decoding, and compare token by token.
+    """Decode `input_ids` with the decoder's proposer and with plain decoding, and compare token by token.
 
-    Args:
-        decoder: the decoder.
-        input_ids: `[batch, tokens]`.
-        seed: sampling seed of both.
-        arguments: whatever `model.generate` takes.
+    Both use the sampling seed `seed`; `arguments` are those of `model.generate`.
     """
     arguments |= {"seed": seed}
     width = input_ids.shape[1]
@@ -67,7 +63,7 @@ def check(decoder: Decoder, input_ids: Tensor, seed: int = 0, **arguments: Any) 
     row, position = differs[0].tolist()
     token, plain_token = int(ours[row, position]), int(theirs[row, position])
     gap = float("nan")
-    if position < len(plain.scores) and token >= 0 and plain_token >= 0:
+    if position < len(plain.scores) and min(token, plain_token) >= 0:
         scores = plain.scores[position][row]
         gap = float(scores[plain_token] - scores[token])
     return CheckReport(False, row, position, token, plain_token, gap)

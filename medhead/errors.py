@@ -1,9 +1,9 @@
-"""Errors that a user can act on: what was given, what was expected, what to do."""
+"""Errors that a user can act on: each names what was given, what is allowed and what to do."""
 
 
 class MedheadError(ValueError):
-    """Wrong input, said in one line. The command line prints it without a traceback and exits with 2."""
+    """Wrong input, described in one line. The command line prints it without a traceback and exits with code 2."""
 
 
 class UnsupportedTargetError(MedheadError):
-    """A model whose layers cannot verify a token tree, found by probing it."""
+    """The model cannot verify a token tree; found by probing it."""

@@ -1,6 +1,6 @@
-"""What was measured on this computer and is worth keeping: small JSON files in the user's cache folder.
+"""Measurements of this machine, kept as small JSON files in the user's cache folder.
 
-A file that cannot be read is measured again, and that is said; a folder that cannot be written costs a measurement each time.
+A file that cannot be read gives a warning and the measurement is repeated; without a writable folder nothing is kept.
 """
 
 from __future__ import annotations
@@ -25,57 +25,54 @@ T = TypeVar("T")
 
 
 def cache_folder() -> Path:
-    """Where it is kept: `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder, or nowhere for a user without a home."""
+    """Return `$MEDHEAD_CACHE`, or `medhead` in the user's cache folder, or an unwritable path without a home folder."""
     if given := os.environ.get("MEDHEAD_CACHE"):
         return Path(given)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "medhead"
-    except RuntimeError:  # no home
+    except RuntimeError:  # no home folder
         return Path(os.devnull) / "medhead"
 
 
 def fingerprint(target: Target, batch: int) -> str:
-    """Everything that decides what a pass over `batch` rows costs."""
-    computer = f"{platform.node()} {platform.machine()} {os.cpu_count()}"
-    device = torch.cuda.get_device_name(target.device) if target.device.type == "cuda" else computer
-    config = json.dumps(target.config.to_dict(), sort_keys=True, default=str)
+    """Return a hash of everything that determines the cost of a pass over `batch` rows."""
+    on_cuda = target.device.type == "cuda"
+    kind = ", compiled" if target.compiles else ", packed" if target.packed_weights.enabled else ""
     parts = [
-        config,
+        json.dumps(target.config.to_dict(), sort_keys=True, default=str),
         str(target.dtype),
-        str(target.device.type),
-        device,
-        target.backend.name + (", compiled" if target.compiles else ", packed" if target.packed_weights.on else ""),
+        target.device.type,
+        torch.cuda.get_device_name(target.device)
+        if on_cuda
+        else f"{platform.node()} {platform.machine()} {os.cpu_count()}",
+        target.backend.name + kind,
         batch,
         torch.get_num_threads(),
+        torch.__version__,
+        transformers.__version__,
     ]
-    versions = [torch.__version__, transformers.__version__]
-    return hashlib.sha256(json.dumps([*parts, *versions]).encode()).hexdigest()[:24]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def read(file: Path, parse: Callable[[Any], T], what: str) -> T | None:
-    """What a file holds; None if it is not there, or damaged.
+def read(file: Path, parse: Callable[[Any], T], consequence: str) -> T | None:
+    """Return the parsed content of a file, or None when it is missing or damaged.
 
     Args:
-        file: in the cache folder.
-        parse: turns JSON into what is wanted; raises ValueError, TypeError or AttributeError if that cannot be.
-        what: happens now that it is damaged, for people.
+        file: a file in the cache folder.
+        parse: converts JSON; raises ValueError, TypeError or AttributeError for unexpected content.
+        consequence: what happens without the file, for the warning.
     """
     try:
-        text = file.read_text(encoding="utf-8")
+        return parse(json.loads(file.read_text(encoding="utf-8")))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, UnicodeDecodeError) as error:
-        warnings.warn(f"{file} cannot be read ({error}); {what}", stacklevel=3)
-        return None
-    try:
-        return parse(json.loads(text))
-    except (ValueError, AttributeError, TypeError) as error:
-        warnings.warn(f"{file} is damaged ({error}); {what}", stacklevel=3)
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        warnings.warn(f"{file} cannot be read or is damaged ({error}); {consequence}", stacklevel=3)
         return None
 
 
 def write(file: Path, content: Any) -> bool:
-    """Keep something; returns whether that worked."""
+    """Write JSON to a file atomically; return whether that succeeded."""
     temporary = file.with_suffix(f".{os.getpid()}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)

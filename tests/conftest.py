@@ -24,6 +24,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrai
 from medhead.heads import Heads, HeadsConfig, build_heads, save_heads
 from medhead.model.target import Target
 from medhead_training.demo.tokenizer import train_tokenizer
+from medhead_training.objective.unroll import PackedBatch
 
 settings.register_profile(
     "medhead", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -53,12 +54,12 @@ def tiny_llama(seed: int = 3, vocab: int = 64, context: int = 160, **changes: ob
 
 # heads of every kind and correction, and of the forms that loaded checkpoints have: fields of `HeadsConfig`
 HEADS: dict[str, dict[str, Any]] = {
-    "medusa": {"kind": "medusa", "blocks": 2},
+    "medusa": {"kind": "medusa", "num_layers": 2},
     "medusa_parent": {"kind": "medusa", "correction": "parent"},
-    "medusa_own": {"kind": "medusa", "own_output": True, "tied": True},
+    "medusa_own": {"kind": "medusa", "own_output": True, "tie_weights": True},
     "recurrent": {"kind": "recurrent"},
     "sequential": {"kind": "sequential"},
-    "sequential_tied": {"kind": "sequential", "tied": True, "scale_input": True},
+    "sequential_tied": {"kind": "sequential", "tie_weights": True, "scale_input": True},
     "sequential_own": {"kind": "sequential", "own_embedding": True, "own_output": True},
     "attention": {"kind": "attention", "feature_layers": [0, 1]},
     "attention_last": {"kind": "attention", "norm_before_residual": True},
@@ -67,18 +68,18 @@ HEADS: dict[str, dict[str, Any]] = {
         "feature_layers": [1],
         "own_embedding": True,
         "own_output": True,
-        "layer_size": 24,
+        "draft_hidden_size": 24,
     },
     "block": {"kind": "block", "feature_layers": [0, 1]},
-    "block_parent": {"kind": "block", "correction": "parent", "blocks": 2, "feature_layers": [1]},
-    "block_recurrent": {"kind": "block", "correction": "recurrent", "blocks": 2, "feature_layers": [0, 1]},
-    "block_second": {"kind": "block", "anchor_predicts": False},
+    "block_parent": {"kind": "block", "correction": "parent", "num_layers": 2, "feature_layers": [1]},
+    "block_recurrent": {"kind": "block", "correction": "recurrent", "num_layers": 2, "feature_layers": [0, 1]},
+    "block_second": {"kind": "block", "root_slot_predicts": False},
     "block_full": {"kind": "block", "correction": "recurrent", "causal": False},
     "block_dflash": {
         "kind": "block",
         "causal": False,
-        "anchor_predicts": False,
-        "mask_token": 3,
+        "root_slot_predicts": False,
+        "mask_token_id": 3,
         "feature_layers": [0, 1],
     },
 }
@@ -89,13 +90,13 @@ def noise_heads(
 ) -> Heads:
     """Heads that know nothing, by a name of `HEADS`; with a draft vocabulary they name tokens in no order."""
     torch.manual_seed(seed)
-    sizes = {"inner_size": 24, "correction_size": 20, "num_heads": 4, "key_heads": 2, "head_dim": 8}
+    sizes = {"inner_size": 24, "correction_size": 20, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     config = HeadsConfig(
         depth=depth,
         hidden_size=target.hidden_size,
         vocab_size=target.vocab_size,
-        target_layers=target.layers,
-        draft_vocab=draft_vocab,
+        num_target_layers=target.layers,
+        draft_vocab_size=draft_vocab,
         **(sizes | HEADS[name] | changes),
     )
     heads: Any = build_heads(config)
@@ -103,14 +104,23 @@ def noise_heads(
         torch.nn.init.normal_(parameter, std=0.3)
     if draft_vocab:
         heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[:draft_vocab])
-    if config.mask_token >= 0 and config.kind == "block":
-        heads.set_mask(target.embedding.weight.detach()[config.mask_token])
+    if config.mask_token_id >= 0 and config.kind == "block":
+        heads.set_mask(target.embedding.weight.detach()[config.mask_token_id])
     return heads.eval()
 
 
 def read(target: Target, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Last hidden states and features of whole texts `[rows, length]`; inside `target.active(...)`."""
     return target.read_hidden(target.model, ids, torch.arange(ids.shape[1]).expand_as(ids))
+
+
+def packed_batch(documents: list[list[int]]) -> PackedBatch:
+    """Return a training batch with one document a row, all of whose tokens are to be predicted."""
+    longest = max(map(len, documents))
+    ids, document = torch.zeros(len(documents), longest, dtype=torch.long), torch.full((len(documents), longest), -1)
+    for row, text in enumerate(documents):
+        ids[row, : len(text)], document[row, : len(text)] = torch.tensor(text), 0
+    return PackedBatch(ids, document >= 0, document)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -127,6 +137,17 @@ def model() -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def target(model: PreTrainedModel) -> Target:
     return Target(model)
+
+
+@pytest.fixture(scope="session")
+def deep() -> PreTrainedModel:
+    """A model with enough layers for heads that read several of them."""
+    return tiny_llama(seed=11, num_hidden_layers=8, initializer_range=0.3)
+
+
+@pytest.fixture(scope="session")
+def deep_target(deep: PreTrainedModel) -> Target:
+    return Target(deep)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Marks for tests that run Triton's kernels, compiled on a GPU or interpreted on a CPU."""
+"""Marks for tests of Triton's kernels, compiled on a GPU or interpreted on a CPU."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 
 @cache
-def _why_not() -> str | None:
+def _skip_reason() -> str | None:
     if find_spec("triton") is None:
         return "triton is not installed (pip install triton)"
     if torch.cuda.is_available():
@@ -26,5 +26,5 @@ def _why_not() -> str | None:
     return None
 
 
-needs_triton = pytest.mark.skipif(_why_not() is not None, reason=str(_why_not()))
+needs_triton = pytest.mark.skipif(_skip_reason() is not None, reason=str(_skip_reason()))
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here, so Triton is not interpreted")

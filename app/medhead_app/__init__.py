@@ -1,1 +1,1 @@
-"""The chat page and the OpenAI-compatible API."""
+"""The chat page, the OpenAI-compatible API, and a load test for it."""

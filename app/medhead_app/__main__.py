@@ -1,4 +1,4 @@
-"""`python -m medhead_app`."""
+"""Run `python -m medhead_app`, the same as `medhead chat`."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""`python -m medhead_app` and `medhead chat`: the chat page, and the API beside it."""
+"""The commands `medhead chat` (also `python -m medhead_app`) and `medhead serve`."""
 
 from __future__ import annotations
 
@@ -9,81 +9,87 @@ import sys
 from importlib.util import find_spec
 from typing import Any
 
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead_app.startup import add_limit_options, add_model_options, check_numbers, load_service
 
-PROG = "medhead_app"
 LOCAL = ("127.0.0.1", "localhost", "::1")
-EXAMPLES = """\
+CHAT_EXAMPLES = """\
 examples:
-  python -m medhead_app                                        the demo model; open the address that it prints
-  python -m medhead_app --model Qwen/Qwen3-0.6B --proposer recycling --port 8000
-  python -m medhead_app --model my/model --heads my/heads --no-page       the API alone, without gradio
-  python -m medhead_app --host 0.0.0.0 --auth me:secret                   for other machines in the network
-
-It listens on this machine alone unless --host or --share say otherwise. Stop it with Ctrl-C.
+  medhead chat                                           the demo model; open the address that is printed
+  medhead chat --model Qwen/Qwen3-0.6B --proposer recycling --port 8000
+  medhead chat --host 0.0.0.0 --auth me:secret           for other machines in the network
+"""
+SERVE_EXAMPLES = """\
+examples:
+  medhead serve                                          the demo model at http://127.0.0.1:7860/v1
+  medhead serve --model my/model --heads my/heads --port 8000
+  medhead serve --host 0.0.0.0 --auth me:secret          for other machines; the API key is `secret`
+"""
+EPILOG = """
+The server listens on this machine only, unless --host names another address. Stop it with Ctrl-C.
 exit codes: 0 done, 2 wrong input, 1 failure, 130 stopped with Ctrl-C
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    options = Parser(
-        prog=PROG,
-        description="A chat page that shows what speculation does, and an OpenAI-compatible API beside it.",
-        epilog=EXAMPLES,
+def build_parser(page: bool) -> argparse.ArgumentParser:
+    """Return the parser of `medhead chat` (`page=True`) or `medhead serve`."""
+    parser = Parser(
+        prog="medhead chat" if page else "medhead serve",
+        description="Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
+        if page
+        else "Serve an OpenAI-compatible API.",
+        epilog=(CHAT_EXAMPLES if page else SERVE_EXAMPLES) + EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add_model_options(options)
-    where = options.add_argument_group("where")
-    where.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
-    where.add_argument("--port", type=int, default=7860, help="port (default: 7860; 0: a free one)")
-    where.add_argument("--share", action="store_true", help="a public address through Gradio's servers (needs network)")
-    where.add_argument("--auth", metavar="USER:PASSWORD", help="ask for these; the password is also the API key")
-    where.add_argument("--no-page", action="store_true", help="the API alone; gradio need not be installed")
-    add_limit_options(options)
-    return options
+    add_model_options(parser)
+    server = parser.add_argument_group("server")
+    server.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1, this machine)")
+    server.add_argument("--port", type=int, default=7860, help="port to listen on; 0 takes a free one (default: 7860)")
+    server.add_argument("--auth", metavar="USER:PASSWORD", help="require this user; the password is also the API key")
+    if page:
+        server.add_argument("--share", action="store_true", help="make the page public through Gradio's servers")
+        server.add_argument("--no-page", action="store_true", help="serve only the API, as `medhead serve` does")
+    else:
+        parser.set_defaults(share=False, no_page=True)
+    add_limit_options(parser)
+    return parser
 
 
-def read_auth(given: str | None) -> tuple[str, str] | None:
-    """User and password.
-
-    Raises:
-        MedheadError: not of the form USER:PASSWORD.
-    """
-    if given is None:
+def read_auth(value: str | None) -> tuple[str, str] | None:
+    """Split the value of `--auth` into user and password."""
+    if value is None:
         return None
-    user, _, password = given.partition(":")
+    user, _, password = value.partition(":")
     if not user or not password:
         raise MedheadError("--auth must be USER:PASSWORD, both with at least one character")
     return user, password
 
 
-def run(args: argparse.Namespace) -> None:
-    """The command after its options were read."""
+def run(args: argparse.Namespace, prog: str) -> None:
+    """Load the model and serve it until Ctrl-C."""
     check_numbers(args)
     if not 0 <= args.port < 2**16:
         raise MedheadError(f"--port must be from 0 to 65535, got {args.port}")
     if args.share and args.no_page:
-        raise MedheadError("--share opens a way to the page; leave out --no-page")
+        raise MedheadError("--share makes the page public; leave out --no-page")
     auth = read_auth(args.auth)
-    _check_installed(page=not args.no_page)
-    from medhead_app.guards import LOCAL_HOSTS
-    from medhead_app.listen import Server, address_of, bind
+    check_installed(page=not args.no_page)
+    from medhead_app.listen import Server, bind, url_of
+    from medhead_app.middleware import LOCAL_HOSTS
     from medhead_app.server import build_app
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
     bound = bind(args.host, args.port)
     try:
-        service = load_service(args, PROG)
+        service = load_service(args, prog)
         try:
-            page, look = (None, None) if args.no_page else _page(service)
+            page, options = (None, None) if args.no_page else _build_page(service)
             hosts = LOCAL_HOSTS if args.host in LOCAL and not args.share else None
-            server = Server(build_app(service, page, look, auth=auth, hosts=hosts), service)
-            address = address_of(bound, args.host if args.host in LOCAL else None)
-            _say(address, args, _shared(bound.getsockname()[1]) if args.share else None)
+            server = Server(build_app(service, page, options, auth=auth, hosts=hosts), service)
+            url = url_of(bound, args.host if args.host in LOCAL else None)
+            _print_urls(prog, args, url, _share(bound.getsockname()[1]) if args.share else None)
             server.run(sockets=[bound])
         finally:
             service.close()
@@ -91,21 +97,22 @@ def run(args: argparse.Namespace) -> None:
         bound.close()
 
 
-def _check_installed(page: bool) -> None:
+def check_installed(page: bool) -> None:
+    """Check that the packages of the server, and with `page` those of the page, are installed."""
     for name in ("fastapi", "uvicorn", "prometheus_client", *(["gradio"] if page else [])):
         if find_spec(name) is None:
-            alone = " (or --no-page: the API alone)" if name == "gradio" else ""
-            raise MedheadError(f"{name} is not installed: pip install 'medhead[app]'{alone}")
+            alternative = " (or serve only the API with --no-page)" if name == "gradio" else ""
+            raise MedheadError(f"{name} is not installed: pip install 'medhead[app]'{alternative}")
 
 
-def _page(service: Any) -> tuple[Any, dict[str, Any]]:
+def _build_page(service: Any) -> tuple[Any, dict[str, Any]]:
     from medhead_app.chat.build import build_page
-    from medhead_app.chat.theme import look
+    from medhead_app.chat.theme import page_options
 
-    return build_page(service), look()
+    return build_page(service), page_options()
 
 
-def _shared(port: int) -> str:
+def _share(port: int) -> str:
     import secrets
 
     from gradio.networking import setup_tunnel
@@ -114,20 +121,31 @@ def _shared(port: int) -> str:
         return setup_tunnel("127.0.0.1", port, secrets.token_urlsafe(32), None, None)
     except Exception as error:
         reason = " ".join(str(error).split())[:200]
-        raise MedheadError(f"--share: no public address to be had ({reason}); it needs the network") from None
+        raise MedheadError(f"--share could not get a public address: {reason}; it needs network access") from None
 
 
-def _say(address: str, args: argparse.Namespace, shared: str | None) -> None:
-    if not args.no_page:
-        print(f"{PROG}: open {address}", file=sys.stderr)
-    print(f"{PROG}: API at {address}/v1, numbers at {address}/metrics; Ctrl-C ends it", file=sys.stderr)
-    if shared is not None:
-        print(f"{PROG}: everybody can reach it at {shared}", file=sys.stderr)
-    if args.auth is None and (shared is not None or args.host not in LOCAL):
-        print(f"{PROG}: warning: others can reach it and no password is asked for; see --auth", file=sys.stderr)
+def _print_urls(prog: str, args: argparse.Namespace, url: str, public_url: str | None) -> None:
+    lines = [] if args.no_page else [f"open {url}"]
+    lines.append(f"API at {url}/v1, metrics at {url}/metrics; stop with Ctrl-C")
+    if public_url is not None:
+        lines.append(f"public address: {public_url}")
+    if args.auth is None and (public_url is not None or args.host not in LOCAL):
+        lines.append("warning: others can reach this server without a password; set one with --auth")
+    for line in lines:
+        print(f"{prog}: {line}", file=sys.stderr)
+
+
+def _main(argv: list[str] | None, page: bool) -> int:
+    parser = build_parser(page)
+    args = parser.parse_args(argv)
+    return guarded(parser.prog, lambda: run(args, parser.prog))
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded(PROG, lambda: run(args))
+    """Run `medhead chat`; return the exit code."""
+    return _main(argv, page=True)
+
+
+def serve(argv: list[str] | None = None) -> int:
+    """Run `medhead serve`, the API without the page; return the exit code."""
+    return _main(argv, page=False)

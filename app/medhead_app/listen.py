@@ -1,4 +1,4 @@
-"""Listening: the port, the server in the foreground or in a thread, and its end."""
+"""Bind a port and run the server, in the foreground or in a thread."""
 
 from __future__ import annotations
 
@@ -17,25 +17,21 @@ from fastapi import FastAPI
 from medhead.errors import MedheadError
 from medhead_app.service import Service
 
-GRACE = 1.0  # seconds that answers have to end properly; then their connections are cut
+CLOSE_AFTER = 1.0  # seconds between the end of all requests and the closing of open connections
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket of one's own on that address; port 0 takes a free one.
-
-    Raises:
-        MedheadError: the port is taken or not allowed, or the address is not this machine's.
-    """
+    """Return a listening socket; port 0 takes a free port."""
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, kind, protocol, _, address = found[0]
         bound = socket.socket(family, kind, protocol)
     except (OSError, OverflowError, UnicodeError) as error:
-        raise MedheadError(f"--host {host!r} with --port {port} is no address: {error}") from None
+        raise MedheadError(f"--host {host!r} with --port {port} is not an address: {error}") from None
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
-        bound.listen(2048)  # now, so that a second server learns at once that the port is taken
+        bound.listen(2048)  # before the model is loaded, so that a second server fails at once
     except OSError as error:
         bound.close()
         if error.errno == errno.EADDRINUSE:
@@ -44,44 +40,34 @@ def bind(host: str, port: int) -> socket.socket:
     return bound
 
 
-def address_of(bound: socket.socket, shown: str | None = None) -> str:
-    """The address for a browser."""
-    host, port = bound.getsockname()[:2]
-    name = shown or ("127.0.0.1" if host in ("0.0.0.0", "::") else host)
+def url_of(bound: socket.socket, host: str | None = None) -> str:
+    """Return the URL of a bound socket, with `host` in place of its address if given."""
+    address, port = bound.getsockname()[:2]
+    name = host or ("127.0.0.1" if address in ("0.0.0.0", "::") else address)
     return f"http://[{name}]:{port}" if ":" in name else f"http://{name}:{port}"
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server that ends what is being decoded before it waits for its connections to close.
-
-    Args:
-        app: the application.
-        service: closed at the end.
-    """
+    """A uvicorn server that closes the service, which ends all requests, before it waits for connections to close."""
 
     def __init__(self, app: FastAPI, service: Service) -> None:
         super().__init__(
             uvicorn.Config(
-                app,
-                log_level="warning",
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=10,
-                ws="none",
+                app, log_level="warning", access_log=False, server_header=False, timeout_graceful_shutdown=10, ws="none"
             )
         )
         self._service = service
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Called by uvicorn when it was told to stop."""
+        """Close the service, then the connections; uvicorn calls it."""
         await asyncio.to_thread(self._service.close)
-        hanging_up = asyncio.create_task(self._hang_up())
+        closing = asyncio.create_task(self._close_connections())
         await super().shutdown(sockets)
-        hanging_up.cancel()
+        closing.cancel()
 
-    async def _hang_up(self) -> None:
-        """Pages in browsers keep a connection open for as long as they are there."""
-        await asyncio.sleep(GRACE)
+    async def _close_connections(self) -> None:
+        """Close the connections that open pages keep for as long as they exist."""
+        await asyncio.sleep(CLOSE_AFTER)
         for connection in list(self.server_state.connections):
             transport = getattr(connection, "transport", None)
             if transport is not None:
@@ -89,12 +75,8 @@ class Server(uvicorn.Server):
 
 
 @contextlib.contextmanager
-def in_thread(app: FastAPI, service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
-    """The server in a thread, for tests and measurements; gives its address.
-
-    Raises:
-        MedheadError: the port is taken.
-    """
+def run_in_thread(app: FastAPI, service: Service, host: str = "127.0.0.1", port: int = 0) -> Iterator[str]:
+    """Run the server in a thread, for tests and measurements; yield its URL."""
     bound = bind(host, port)
     server: Any = Server(app, service)
     thread = threading.Thread(target=lambda: server.run(sockets=[bound]), name="medhead-http", daemon=True)
@@ -102,7 +84,7 @@ def in_thread(app: FastAPI, service: Service, host: str = "127.0.0.1", port: int
     while not server.started and thread.is_alive():
         time.sleep(0.01)
     try:
-        yield address_of(bound)
+        yield url_of(bound)
     finally:
         server.should_exit = True
         thread.join()

@@ -1,4 +1,4 @@
-"""Whether a model fits the memory, asked before it is loaded."""
+"""Check that a model fits the free memory before it is loaded."""
 
 from __future__ import annotations
 
@@ -11,45 +11,37 @@ import torch
 from medhead.errors import MedheadError
 
 GIB = 2**30
-ROOM = 1.1  # weights alone do not decode: cache, activations
+OVERHEAD = 1.1  # memory needed per byte of weights; the rest is cache and activations
 
 
-def check_fits(name: str | Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Refuse a model whose weights are larger than the free memory.
+def check_memory(name: str | Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise an error if the weights of a model (a folder or hub id) are larger than the free memory of a device.
 
-    Says nothing about a model whose files are not on this machine yet, or whose weights are quantised.
-
-    Args:
-        name: folder of the model, or its id on the hub.
-        device: where it goes.
-        dtype: its type there.
-
-    Raises:
-        MedheadError: how much is needed, and how much is free.
+    Models that are not on this machine yet, and quantised models, are not checked.
     """
-    weights, free = weights_in(name), free_bytes(device)
+    weights, free = count_weights(name), free_bytes(device)
     if weights is None or free is None:
         return
-    needed = weights * torch.finfo(dtype).bits // 8 * ROOM
+    needed = weights * torch.finfo(dtype).bits // 8 * OVERHEAD
     if needed > free:
-        place = "memory" if device.type == "cpu" else f"memory of {device}"
+        memory = "memory" if device.type == "cpu" else f"memory of {device}"
         smaller = "--dtype bfloat16, " if dtype == torch.float32 else ""
         raise MedheadError(
             f"the model {str(name)!r} needs about {needed / GIB:.1f} GiB as {str(dtype).removeprefix('torch.')}, but only "
-            f"{free / GIB:.1f} GiB of {place} are free; {smaller}another --device or a smaller model may do"
+            f"{free / GIB:.1f} GiB of {memory} are free; try {smaller}another --device or a smaller model"
         )
 
 
-def weights_in(name: str | Path) -> int | None:
-    """Numbers in the safetensors files of a model; None if they are not here, or not plain numbers."""
-    folder = _folder(name)
+def count_weights(name: str | Path) -> int | None:
+    """Return the number of weights in a model's safetensors files; None if they are absent or quantised."""
+    folder = _local_folder(name)
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
-    counts = [_count(file) for file in files]
+    counts = [_count_file(file) for file in files]
     return sum(count for count in counts if count) if counts and None not in counts else None
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that is free on a device; None if that cannot be found out."""
+    """Return a device's free memory in bytes; None if it is unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     if device.type != "cpu":
@@ -61,25 +53,25 @@ def free_bytes(device: torch.device) -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def _folder(name: str | Path) -> Path | None:
+def _local_folder(name: str | Path) -> Path | None:
     if Path(name).is_dir():
         return Path(name)
     from huggingface_hub import try_to_load_from_cache
 
     try:
         config = try_to_load_from_cache(str(name), "config.json")
-    except ValueError:  # no id of the hub
+    except ValueError:  # not a hub id
         return None
     return Path(config).parent if isinstance(config, str) else None
 
 
-def _count(file: Path) -> int | None:
+def _count_file(path: Path) -> int | None:
     try:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        with path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
         tensors = [entry for name, entry in header.items() if name != "__metadata__"]
         if any(not entry["dtype"].startswith(("F", "BF")) for entry in tensors):
             return None
         return sum(math.prod(entry["shape"]) for entry in tensors)
     except (OSError, ValueError, KeyError, AttributeError, MemoryError):
-        return None  # loading it will say what is wrong
+        return None  # loading the file reports the error

@@ -1,4 +1,4 @@
-"""Numbers for Prometheus."""
+"""Prometheus metrics of the engine and its requests."""
 
 from __future__ import annotations
 
@@ -13,106 +13,90 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request, Result
 
-WINDOW = 10.0  # seconds that tokens/s looks back
-SHORT = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
-LONG = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+RATE_WINDOW = 10.0  # seconds over which tokens per second are averaged
+TOKEN_BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)  # seconds
+REQUEST_BUCKETS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)  # seconds
 
 
 class Rate:
-    """Increase of a total over the last seconds.
+    """Increase per second of a growing total, averaged over a window of so many seconds."""
 
-    Args:
-        window: seconds to look back.
-    """
-
-    def __init__(self, window: float = WINDOW) -> None:
+    def __init__(self, window: float = RATE_WINDOW) -> None:
         self.window = window
-        self._seen: deque[tuple[float, float]] = deque()
+        self._samples: deque[tuple[float, float]] = deque()
 
     def add(self, total: float, now: float | None = None) -> None:
-        """The total as it is now."""
+        """Record the total at time `now`, by default `time.monotonic()`."""
         at = time.monotonic() if now is None else now
-        self._seen.append((at, total))
-        while len(self._seen) > 2 and self._seen[1][0] <= at - self.window:
-            self._seen.popleft()
+        self._samples.append((at, total))
+        while len(self._samples) > 2 and self._samples[1][0] <= at - self.window:
+            self._samples.popleft()
 
     @property
     def per_second(self) -> float:
-        """0 until two totals are known."""
-        if len(self._seen) < 2:
+        """Return the rate; 0 before the second sample."""
+        if len(self._samples) < 2:
             return 0.0
-        (began, first), (ended, last) = self._seen[0], self._seen[-1]
-        return (last - first) / (ended - began) if ended > began else 0.0
+        (start, first), (end, last) = self._samples[0], self._samples[-1]
+        return (last - first) / (end - start) if end > start else 0.0
 
 
 class Metrics:
-    """Counts requests as they end and reads the engine's totals when asked. May be used from any thread.
-
-    Args:
-        engine: whose requests are counted, from whichever side they came.
-
-    Attributes:
-        registry: of Prometheus; nothing is put into the global one.
-    """
+    """Count requests as they end, and read the engine's totals at every scrape. Thread-safe."""
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._rate = engine, Rate()
-        self._endpoints: dict[int, str] = {}
-        self.registry = CollectorRegistry()
-        given: Any = {"namespace": "medhead", "registry": self.registry}
-        self._requests = Counter(
-            "requests", "Requests by where they came from and how they ended", ["endpoint", "reason"], **given
+        self._endpoints: dict[int, str] = {}  # by the id of a submitted request
+        self.registry = CollectorRegistry()  # the global registry is not used
+        common: Any = {"namespace": "medhead", "registry": self.registry}
+        self._requests = Counter("requests", "Requests by endpoint and finish reason", ["endpoint", "reason"], **common)
+        self._time_to_first_token, self._queue_time, self._latency = (
+            Histogram(name, text, buckets=REQUEST_BUCKETS, **common)
+            for name, text in (
+                ("time_to_first_token_seconds", "Time from submission to the first token"),
+                ("request_queue_time_seconds", "Time from submission to the first pass"),
+                ("request_latency_seconds", "Time from submission to the end"),
+            )
         )
-        self._first = Histogram("time_to_first_token_seconds", "Submission to first token", buckets=LONG, **given)
-        self._token = Histogram("time_per_token_seconds", "Of every token after the first", buckets=SHORT, **given)
-        self._seconds = Histogram("request_seconds", "Submission to end", buckets=LONG, **given)
-        self._queued = Histogram("queue_seconds", "Waiting before the first pass", buckets=LONG, **given)
+        self._time_per_token = Histogram(
+            "time_per_output_token_seconds", "Mean time per token after the first", buckets=TOKEN_BUCKETS, **common
+        )
         self.registry.register(self)
-        engine.listeners.append(self._ended)
+        engine.listeners.append(self._on_end)
 
-    def expect(self, request: Request, endpoint: str) -> None:
-        """A request that is about to be submitted came from this endpoint; others count as the page's."""
+    def set_endpoint(self, request: Request, endpoint: str) -> None:
+        """Count a request under this endpoint; a request without one is counted under `page`."""
         self._endpoints[id(request)] = endpoint
 
-    def refused(self, endpoint: str, reason: str, request: Request | None = None) -> None:
-        """A request did not get into the engine."""
-        if request is not None:
-            self._endpoints.pop(id(request), None)
+    def count_rejected(self, request: Request, endpoint: str, reason: str) -> None:
+        """Count a request that the engine rejected."""
+        self._endpoints.pop(id(request), None)
         self._requests.labels(endpoint, reason).inc()
 
     def sample(self) -> None:
-        """Remember the total of tokens, for tokens/s; call it every second or so."""
+        """Record the number of new tokens for the tokens per second; call it about once a second."""
         self._rate.add(self._engine.statistics().new_tokens)
 
     def collect(self) -> Iterator[Metric]:
-        """The engine's totals; called by Prometheus."""
-        now = self._engine.statistics()
-        self._rate.add(now.new_tokens)
-        for name, text, total in (
-            ("medhead_prompt_tokens", "Prompt tokens of requests that ended", now.prompt_tokens),
-            ("medhead_new_tokens", "Tokens produced", now.new_tokens),
-            ("medhead_passes", "Verify passes, summed over rows", now.passes),
-            ("medhead_busy_seconds", "Seconds spent in prefill and passes", now.busy),
-        ):
-            yield CounterMetricFamily(name, text, total)
-        for name, text, value in (
-            ("medhead_running", "Requests being decoded", now.running),
-            ("medhead_waiting", "Requests in the queue", now.waiting),
-            (
-                "medhead_accepted_length",
-                "Tokens a verify pass since the start; 1 is plain decoding",
-                now.accepted_length,
-            ),
-            ("medhead_tokens_per_second", f"Over the last {WINDOW:.0f} seconds, all requests", self._rate.per_second),
-        ):
-            yield GaugeMetricFamily(name, text, value)
+        """Yield the engine's totals; Prometheus calls it at every scrape."""
+        totals = self._engine.statistics()
+        self._rate.add(totals.new_tokens)
+        yield CounterMetricFamily("medhead_prompt_tokens", "Prompt tokens of ended requests", totals.prompt_tokens)
+        yield CounterMetricFamily("medhead_new_tokens", "Tokens emitted", totals.new_tokens)
+        yield CounterMetricFamily("medhead_verify_passes", "Verify passes, summed over sequences", totals.passes)
+        yield CounterMetricFamily("medhead_service_time_seconds", "Time spent in prefill and passes", totals.busy)
+        yield GaugeMetricFamily("medhead_num_requests_running", "Requests being decoded", totals.running)
+        yield GaugeMetricFamily("medhead_num_requests_waiting", "Requests in the queue", totals.waiting)
+        yield GaugeMetricFamily("medhead_accepted_length", "Tokens emitted per verify pass", totals.accepted_length)
+        rate = f"Tokens per second of all requests, averaged over {RATE_WINDOW:.0f} seconds"
+        yield GaugeMetricFamily("medhead_tokens_per_second", rate, self._rate.per_second)
 
-    def _ended(self, request: Request, result: Result) -> None:
+    def _on_end(self, request: Request, result: Result) -> None:
         self._requests.labels(self._endpoints.pop(id(request), "page"), result.reason).inc()
-        self._seconds.observe(result.seconds)
-        self._queued.observe(result.queued)
+        self._latency.observe(result.seconds)
+        self._queue_time.observe(result.queued)
         if result.first_token is None:
             return
-        self._first.observe(result.first_token)
+        self._time_to_first_token.observe(result.first_token)
         if result.new_tokens > 1:
-            self._token.observe(max(0.0, result.seconds - result.first_token) / (result.new_tokens - 1))
+            self._time_per_token.observe(max(0.0, result.seconds - result.first_token) / (result.new_tokens - 1))

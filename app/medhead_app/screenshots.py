@@ -1,4 +1,4 @@
-"""Screenshots of the page with the demo model, for the README: `python -m medhead_app.screenshots --output docs`."""
+"""Take screenshots of the page with the demo model, for the documentation."""
 
 from __future__ import annotations
 
@@ -12,36 +12,31 @@ from typing import Any
 
 import torch
 
+from medhead.cli.common import Parser, guarded
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 from medhead.serving import Engine
 from medhead_app.service import Service
 
+PROG = "medhead_app.screenshots"
 PROMPT = "Tell me a story about a brave little dog."
 SEED = "7"
 DESKTOP, PHONE = (1280, 800), (390, 844)
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-]
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point; the exit code."""
-    parser = Parser(prog="python -m medhead_app.screenshots", description=__doc__)
-    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the pictures (default: docs)")
-    args = parser.parse_args(arguments)
-    return guarded("medhead_app.screenshots", lambda: shoot(args.output))
+def main(argv: list[str] | None = None) -> int:
+    """Run `python -m medhead_app.screenshots`; return the exit code."""
+    parser = Parser(prog=f"python -m {PROG}", description=__doc__)
+    parser.add_argument("--output", type=Path, default=Path("docs"), help="folder of the screenshots (default: docs)")
+    args = parser.parse_args(argv)
+    return guarded(PROG, lambda: take_all(args.output))
 
 
-def shoot(folder: Path) -> None:
-    """All pictures into a folder."""
-    with served() as url, opened_browser() as browser:
+def take_all(folder: Path) -> None:
+    """Take all screenshots."""
+    with demo_page() as url, chromium() as browser:
         folder.mkdir(parents=True, exist_ok=True)
         for suffix, size, scheme in (("", DESKTOP, "light"), ("-dark", DESKTOP, "dark"), ("-phone", PHONE, "light")):
             page = open_page(browser, url, size, scheme)
@@ -53,45 +48,40 @@ def shoot(folder: Path) -> None:
 
 
 @contextmanager
-def served() -> Iterator[str]:
-    """The demo model's page on a free port of this machine; its address."""
+def demo_page() -> Iterator[str]:
+    """Serve the demo model's page on a free port; yield its URL."""
     from medhead_app.chat.build import build_page
-    from medhead_app.chat.theme import look
-    from medhead_app.listen import in_thread
+    from medhead_app.chat.theme import page_options
+    from medhead_app.listen import run_in_thread
     from medhead_app.server import build_app
 
     model = load_model(DEMO_MODEL, torch.device("cpu"), torch.float32)
     tokenizer = load_tokenizer(DEMO_MODEL)
     with Engine(Decoder(model, heads=DEMO_HEADS), tokenizer, heads=DEMO_HEADS) as engine:
         service = Service(engine, tokenizer, "medhead demo model")
-        with in_thread(build_app(service, build_page(service), look()), service) as url:
+        with run_in_thread(build_app(service, build_page(service), page_options()), service) as url:
             yield url
 
 
 @contextmanager
-def opened_browser() -> Iterator[Any]:
-    """Chromium.
-
-    Raises:
-        MedheadError: it or playwright is not there.
-    """
+def chromium() -> Iterator[Any]:
+    """Start chromium with Playwright."""
     try:
         from playwright.sync_api import sync_playwright
     except ImportError:
         raise MedheadError("playwright is not installed: pip install playwright") from None
-    chromium = next(
-        (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
-    )
-    if chromium is None:
-        raise MedheadError("there is no chromium here: apt-get install chromium")
+    names = ("chromium", "chromium-browser", "google-chrome")
+    program = next((path for name in names if (path := shutil.which(name))), None)
+    if program is None:
+        raise MedheadError("chromium is not installed: apt-get install chromium")
     with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=chromium, args=FLAGS)
+        browser = play.chromium.launch(executable_path=program, args=[*FLAGS, "--no-first-run"])
         yield browser
         browser.close()
 
 
 def open_page(browser: Any, url: str, size: tuple[int, int], scheme: str) -> Any:
-    """A page at rest."""
+    """Open the page and wait until it is ready."""
     phone = size == PHONE
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme=scheme, is_mobile=phone, has_touch=phone
@@ -106,7 +96,7 @@ def open_page(browser: Any, url: str, size: tuple[int, int], scheme: str) -> Any
 
 
 def chat(page: Any) -> None:
-    """An answer, from the middle of a conversation."""
+    """Send a message and wait for the answer."""
     page.fill("#mh-message textarea", PROMPT)
     page.press("#mh-message textarea", "Enter")
     page.wait_for_selector(".mh-assistant .mh-token")
@@ -116,28 +106,28 @@ def chat(page: Any) -> None:
 
 
 def race(page: Any) -> None:
-    """A race, to its end; the second one, so that nothing is measured for the first time."""
+    """Run two races to their ends; the first one warms up."""
     page.get_by_role("tab", name="Race").click()
     for _ in range(2):
         page.click("#mh-race")
         page.wait_for_selector("#mh-race-stop:visible")
-        page.wait_for_selector(".mh-ratio", timeout=60_000)
+        page.wait_for_selector(".mh-speedup", timeout=60_000)
         page.wait_for_selector("#mh-race:visible")
     page.mouse.move(0, 0)
 
 
 def save(page: Any, path: Path) -> None:
-    """A small PNG."""
+    """Save a screenshot as a PNG with 256 colors."""
     from PIL import Image
 
     page.wait_for_timeout(400)
     with tempfile.TemporaryDirectory() as folder:
-        whole = Path(folder) / "page.png"
-        page.screenshot(path=whole)
-        with Image.open(whole) as picture:
-            # by coverage, so that small patches such as the legend's keep their colour
-            few = picture.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
-            few.save(path, optimize=True)
+        full = Path(folder) / "page.png"
+        page.screenshot(path=full)
+        with Image.open(full) as image:
+            # quantised by coverage, which keeps the colors of small areas such as the legend
+            small = image.convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=2, dither=Image.Dither.NONE)
+            small.save(path, optimize=True)
     print(f"{path}: {path.stat().st_size / 1024:.0f} kB", file=sys.stderr)
 
 

@@ -1,15 +1,19 @@
-"""What page and API share: the engine, the tokenizer, the model's name and the limits."""
+"""The model, tokenizer, name and limits that the chat page and the API share."""
 
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request
+
+ChatMessage = dict[str, str]
 
 
 class PromptTooLongError(MedheadError):
@@ -17,26 +21,21 @@ class PromptTooLongError(MedheadError):
 
 
 @dataclass(frozen=True)
-class Encoded:
-    """A conversation as the model reads it.
+class EncodedChat:
+    """A conversation as token ids, up to where the answer begins."""
 
-    Attributes:
-        ids: token ids, up to where the answer begins.
-        dropped: oldest messages that were left out because they did not fit.
-    """
-
-    ids: list[int]
-    dropped: int = 0
+    token_ids: list[int]
+    dropped: int = 0  # number of oldest messages that were left out because they did not fit
 
 
 class Service:
-    """One model that is served.
+    """One served model.
 
     Args:
-        engine: decodes; not started or stopped here, but `close` closes it.
-        tokenizer: of the model. Its chat template is used where it has one; else the messages are joined by blank lines.
-        name: what the model is called on the page and in the API.
-        max_prompt_tokens: longest prompt; None for what the context holds.
+        engine: a started engine; `close` closes it.
+        tokenizer: the model's tokenizer. Without a chat template, messages are joined by blank lines.
+        name: name of the model on the page and in the API.
+        max_prompt_tokens: longest prompt; None allows what the context holds.
         max_new_tokens: longest answer.
 
     Attributes:
@@ -59,113 +58,105 @@ class Service:
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self.max_new_tokens = min(max_new_tokens, self.context - 1)
         self.closed = False
-        self._lock = threading.Lock()  # tokenizers keep settings of a call in the object
+        self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text as it is."""
+        """Return the token ids of a text."""
         with self._lock:
             return list(self.tokenizer(text)["input_ids"])
 
-    def chat(self, messages: Sequence[dict[str, str]], room: int, cut: bool = True) -> Encoded:
-        """Token ids of a conversation, by the model's own chat template.
+    def encode_chat(self, messages: Sequence[ChatMessage], answer_tokens: int, truncate: bool = True) -> EncodedChat:
+        """Return the token ids of a conversation in the model's chat template.
 
-        The oldest exchanges (a message of the user's and the answers to it) are left out when there is no place for
-        them; the system prompt and the newest message never are.
+        The oldest exchanges (a user message and the answers to it) are left out when they do not fit. The system prompt
+        and the newest user message are always kept.
 
         Args:
-            messages: with `role` (`system`, `user`, `assistant`) and `content`, oldest first.
-            room: tokens that the answer should have; of this, at most half of the context is kept free.
-            cut: leave out what does not fit; else such a conversation is an error.
+            messages: dictionaries with `role` (`system`, `user`, `assistant`) and `content`, oldest first.
+            answer_tokens: tokens to keep free for the answer; at most half of the context is kept free.
+            truncate: leave out what does not fit; otherwise raise an error.
 
         Raises:
-            PromptTooLongError: the system prompt and the newest message alone do not fit, or with `cut=False` the whole
-                conversation does not.
-            MedheadError: no messages, or the template refuses them.
+            PromptTooLongError: the messages that must be kept do not fit.
+            MedheadError: there are no messages, or the chat template refuses them.
         """
         if not messages:
             raise MedheadError("there are no messages")
-        if not cut:
-            ids = self._template(list(messages))
-            self._check_length(ids)
-            return Encoded(ids)
-        fits = min(self.max_prompt_tokens, self.context - max(1, min(room, self.context // 2)))
+        if not truncate:
+            token_ids = self._apply_template(messages)
+            self._check_length(token_ids)
+            return EncodedChat(token_ids)
+        limit = min(self.max_prompt_tokens, self.context - max(1, min(answer_tokens, self.context // 2)))
         system, exchanges = split_exchanges(messages)
-        kept, ids = self._most_that_fit(system, exchanges, fits)
-        self._check_length(ids)
-        return Encoded(ids, sum(map(len, exchanges[: len(exchanges) - kept])))
 
-    def request(self, prompt: list[int], max_new_tokens: int | None = None, **fields: Any) -> Request:
-        """A request within the limits.
+        def encode_newest(count: int) -> list[int]:
+            return self._apply_template([*system, *(message for part in exchanges[-count:] for message in part)])
 
-        Args:
-            prompt: token ids.
-            max_new_tokens: longest answer; None for as much as is allowed.
-            fields: further fields of `Request`.
+        kept = len(exchanges)
+        token_ids = encode_newest(kept)
+        if len(token_ids) > limit:
+            kept = max(1, bisect_right(range(1, kept), limit, key=lambda count: len(encode_newest(count))))
+            token_ids = encode_newest(kept)
+        self._check_length(token_ids)
+        return EncodedChat(token_ids, sum(map(len, exchanges[: len(exchanges) - kept])))
+
+    def request(
+        self,
+        prompt: list[int],
+        max_new_tokens: int | None = None,
+        *,
+        proposer: str | None = None,
+        tree_size: int | None = None,
+        trace: bool = False,
+        **sampling: Any,
+    ) -> Request:
+        """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
+
+        Without `max_new_tokens` the answer may be as long as the limits allow.
 
         Raises:
-            PromptTooLongError: the prompt is longer than allowed.
-            MedheadError: the answer may not be so long.
+            PromptTooLongError: the prompt is longer than the server allows.
+            MedheadError: `max_new_tokens` is above the server's limit, or a sampling field is out of range.
         """
         self._check_length(prompt)
-        asked = self.max_new_tokens if max_new_tokens is None else max_new_tokens
-        if not 1 <= asked <= self.max_new_tokens:
-            raise MedheadError(f"the longest answer must be 1 to {self.max_new_tokens} tokens, got {asked}")
-        return Request(prompt=prompt, max_new_tokens=min(asked, self.context - len(prompt)), **fields)
+        tokens = self.max_new_tokens if max_new_tokens is None else max_new_tokens
+        if not 1 <= tokens <= self.max_new_tokens:
+            raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
+        params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
+        return Request(prompt, params, proposer=proposer, tree_size=tree_size, trace=trace)
 
     def close(self) -> None:
-        """End what is being decoded, and the engine."""
+        """End all requests and close the engine."""
         self.closed = True
         self.engine.close()
 
-    # ---------------------------------------------------------------- inside
-
-    def _check_length(self, ids: list[int]) -> None:
-        if len(ids) > self.max_prompt_tokens:
+    def _check_length(self, token_ids: list[int]) -> None:
+        if len(token_ids) > self.max_prompt_tokens:
             raise PromptTooLongError(
-                f"the prompt has {len(ids)} tokens, at most {self.max_prompt_tokens} fit (the context is {self.context})"
+                f"the prompt has {len(token_ids)} tokens, at most {self.max_prompt_tokens} fit "
+                f"(the context is {self.context})"
             )
 
-    def _most_that_fit(
-        self, system: list[dict[str, str]], exchanges: list[list[dict[str, str]]], fits: int
-    ) -> tuple[int, list[int]]:
-        """The most newest exchanges, at least one, of at most `fits` tokens; and their ids."""
-
-        def read(count: int) -> list[int]:
-            return self._template([*system, *(message for part in exchanges[-count:] for message in part)])
-
-        low, best, high = 1, read(len(exchanges)), len(exchanges)
-        if len(best) <= fits:
-            return high, best
-        best = read(1)
-        while low < high - 1:  # low is taken, high is too many
-            middle = (low + high) // 2
-            ids = read(middle)
-            if len(ids) <= fits:
-                low, best = middle, ids
-            else:
-                high = middle
-        return low, best
-
-    def _template(self, messages: list[dict[str, str]]) -> list[int]:
+    def _apply_template(self, messages: Sequence[ChatMessage]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             return self.encode("\n\n".join(message["content"] for message in messages))
         try:
             with self._lock:
-                read = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
-        except Exception as error:  # templates raise what they like
+                encoded = self.tokenizer.apply_chat_template(
+                    list(messages), add_generation_prompt=True, return_dict=True
+                )
+        except Exception as error:  # a template can raise anything
             reason = " ".join(str(error).split())[:200]
             raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None
-        return list(read["input_ids"])
+        return list(encoded["input_ids"])
 
 
-def split_exchanges(
-    messages: Sequence[dict[str, str]],
-) -> tuple[list[dict[str, str]], list[list[dict[str, str]]]]:
-    """The system prompt at the beginning, and the rest by exchanges: a message of the user's and what follows it."""
+def split_exchanges(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[list[ChatMessage]]]:
+    """Split messages into the leading system messages and exchanges: a user message and what follows it."""
     start = 0
     while start < len(messages) - 1 and messages[start]["role"] == "system":
         start += 1
-    exchanges: list[list[dict[str, str]]] = []
+    exchanges: list[list[ChatMessage]] = []
     for message in messages[start:]:
         if message["role"] == "user" or not exchanges:
             exchanges.append([])

@@ -1,4 +1,4 @@
-"""What the backends are told of a pass and of a layer, besides queries, keys and values."""
+"""Arguments of an attention backend besides queries, keys and values."""
 
 from __future__ import annotations
 
@@ -8,16 +8,14 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-WORD_BITS = 64
-
 
 @dataclass(frozen=True, eq=False)
-class Scoring:
-    """How scores are made of products of queries and keys, and which keys a layer hides besides.
+class AttnParams:
+    """Options of one layer's attention.
 
     Attributes:
         scale: factor of the scores.
-        window: a node at position p sees positions above `p - window`; None for all.
+        window: sliding window; a node at position p sees positions above `p - window`. None for no window.
         softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
         sinks: `[heads]`, one extra score per head that takes part in the softmax and carries no value (GPT-OSS).
     """
@@ -29,48 +27,66 @@ class Scoring:
 
 
 @dataclass(frozen=True, eq=False)
-class TreeColumns:
-    """A row's committed prefix fills its first `length` columns, its nodes the columns behind.
+class TreeMetadata:
+    """Layout of the key columns: the first `length` columns of a row are its prefix, the next ones its tree nodes.
 
     Attributes:
         lengths: `[batch]` int32, committed tokens of every row, on the device.
         host_lengths: the same numbers on the host; empty where only the device knows them, as in a captured step.
-        words: `[batch or 1, nodes, ceil(nodes / 64)]` int64: bit j % 64 of word j // 64 is set when j is the node or an
-            ancestor of it.
+        ancestor_bitmask: `[batch or 1, nodes, ceil(nodes / 64)]` int64; bit j % 64 of element j // 64 is set when j is the
+            node or one of its ancestors.
         depth: `[batch or 1, nodes]` int64, depth of every node; its position is `length + depth`.
     """
 
     lengths: Tensor
     host_lengths: tuple[int, ...]
-    words: Tensor
+    ancestor_bitmask: Tensor
     depth: Tensor
 
     @property
     def nodes(self) -> int:
-        """Nodes of every row."""
-        return self.words.shape[1]
+        """Number of nodes of every row."""
+        return self.ancestor_bitmask.shape[1]
 
     @property
     def uniform(self) -> bool:
-        """Whether all rows have one length."""
+        """Whether all rows have the same length."""
         return min(self.host_lengths) == max(self.host_lengths)
 
     @cached_property
     def visible(self) -> Tensor:
-        """`[batch or 1, nodes, nodes]` bool: the node sees the other node."""
-        shifts = torch.arange(WORD_BITS, device=self.words.device)
-        return ((self.words[..., None] >> shifts & 1) != 0).flatten(2)[..., : self.nodes]
+        """Return `[batch or 1, nodes, nodes]` bool: whether node i sees node j."""
+        shifts = torch.arange(64, device=self.ancestor_bitmask.device)
+        return ((self.ancestor_bitmask[..., None] >> shifts & 1) != 0).flatten(2)[..., : self.nodes]
 
     def bias(self, columns: int, window: int | None, dtype: torch.dtype) -> Tensor:
-        """The same as a dense additive mask, `[batch, 1, nodes, columns]`: 0 where seen, the lowest number elsewhere."""
-        batch, nodes, device = self.lengths.shape[0], self.nodes, self.words.device
-        lengths = self.lengths.long()[:, None]
-        place = torch.arange(columns, device=device)
-        seen = (place < lengths)[:, None].repeat(1, nodes, 1)
-        where = (lengths + torch.arange(nodes, device=device))[:, None]  # [batch, 1, nodes]
-        seen.scatter_(2, where.expand(batch, nodes, nodes), self.visible.expand(batch, nodes, nodes))
+        """Return the dense additive mask `[batch, 1, nodes, columns]`: 0 where visible, else the lowest number."""
+        visible = visible_keys(self.lengths.long(), self.visible, columns)
         if window is not None:
-            depth = self.depth.expand(batch, nodes)
-            position = place.repeat(batch, 1).scatter_(1, where[:, 0], lengths + depth)
-            seen &= position[:, None] > (lengths + depth)[..., None] - window
-        return torch.zeros(seen.shape, dtype=dtype, device=device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+            queries, keys = positions(self.lengths.long(), self.depth, columns)
+            visible &= keys[:, None] > queries[..., None] - window
+        return additive_mask(visible, dtype)[:, None]
+
+
+def visible_keys(lengths: Tensor, tree: Tensor, columns: int) -> Tensor:
+    """Return `[batch, nodes, columns]` bool: the column is in the row's prefix, or `tree` shows its node to the node.
+
+    `lengths` is `[batch]` int64, `tree` `[batch or 1, nodes, nodes]` bool.
+    """
+    batch, nodes = lengths.shape[0], tree.shape[1]  # `len` would fix the batch size of a traced pass
+    visible = (torch.arange(columns, device=tree.device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
+    node_columns = lengths[:, None, None] + torch.arange(nodes, device=tree.device)
+    return visible.scatter_(2, node_columns.expand(batch, nodes, nodes), tree.expand(batch, nodes, nodes))
+
+
+def positions(lengths: Tensor, depth: Tensor, columns: int) -> tuple[Tensor, Tensor]:
+    """Return the positions of the nodes `[batch, nodes]` and of all key columns `[batch, columns]`."""
+    queries = lengths[:, None] + depth
+    node_columns = lengths[:, None] + torch.arange(depth.shape[1], device=depth.device)
+    keys = torch.arange(columns, device=depth.device).repeat(queries.shape[0], 1)
+    return queries, keys.scatter_(1, node_columns.expand_as(queries), queries)
+
+
+def additive_mask(visible: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return 0 where `visible` is true and the lowest number of `dtype` elsewhere."""
+    return torch.zeros(visible.shape, dtype=dtype, device=visible.device).masked_fill_(~visible, torch.finfo(dtype).min)

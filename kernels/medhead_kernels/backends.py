@@ -1,243 +1,174 @@
-"""The attention backends by name, with one signature, and for each the reason why it cannot serve a case."""
+"""The attention backends by name, behind one signature; each one reports what it does not support."""
 
 from __future__ import annotations
 
 import importlib.util
 import warnings
-from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from medhead_kernels import reference, sdpa
-from medhead_kernels.attn_metadata import Scoring, TreeColumns
+from medhead_kernels import flash, reference, sdpa
+from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
-MOST_NODES = 256
-HALVES = (torch.bfloat16, torch.float16)
+MAX_NODES = 256  # of a tree, for triton and flash
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class BackendError(ValueError):
-    """A backend that was asked for by name cannot serve, said in one line."""
+    """A backend that was requested by name is unknown or does not support the model; the message is one line."""
 
 
 @dataclass(frozen=True)
-class Case:
-    """What a layer asks of a backend.
+class AttnSpec:
+    """What a layer requires of a backend."""
 
-    Attributes:
-        device: type of device, `cpu` or `cuda`.
-        dtype: of queries, keys and values.
-        dim: size of a head of queries and keys.
-        value_dim: size of a head of values.
-        nodes: of the tree.
-        window: whether a sliding window hides keys.
-        softcap: whether scores are soft-capped.
-        sinks: whether heads have sinks.
-    """
-
-    device: str
+    device: str  # type of device, `cpu` or `cuda`
     dtype: torch.dtype
-    dim: int
+    head_dim: int  # of queries and keys
     value_dim: int
     nodes: int = 1
-    window: bool = False
+    window: bool = False  # whether a sliding window hides keys
     softcap: bool = False
     sinks: bool = False
 
     @classmethod
-    def of(cls, query: Tensor, value: Tensor, scoring: Scoring) -> Case:
-        """The case of these tensors and options."""
-        options = (one is not None for one in (scoring.window, scoring.softcap, scoring.sinks))
+    def of(cls, query: Tensor, value: Tensor, params: AttnParams) -> AttnSpec:
+        """Return the requirements of these tensors and options."""
+        options = (option is not None for option in (params.window, params.softcap, params.sinks))
         return cls(query.device.type, query.dtype, query.shape[3], value.shape[3], query.shape[2], *options)
 
 
-class Backend(ABC):
-    """Attention of a token tree over a cache.
+@dataclass
+class Backend:
+    """Attention of tree nodes over a key/value cache.
 
     Attributes:
-        name: what users call it.
-        dense: whether it needs a mask of every node and key.
+        name: value of the option `attention` that selects it.
+        attention: maps queries `[batch, heads, nodes, head_dim]`, keys `[batch, kv_heads, columns, head_dim]` and values
+            `[batch, kv_heads, columns, value_dim]` (views into the cache) to `[batch, nodes, heads, value_dim]` of the
+            query's dtype; every node sees its row's prefix and its own ancestors.
+        unsupported_reason: returns why a spec is not supported, or None when it is.
+        needs_dense_mask: whether `attention` builds a mask of nodes by keys.
     """
 
     name: str
-    dense = False
-
-    @abstractmethod
-    def why_not(self, case: Case) -> str | None:
-        """Why it cannot serve, or None when it can."""
-
-    @abstractmethod
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
-        """Attention of every node over its row's prefix and its own ancestors.
-
-        Args:
-            query: `[batch, heads, nodes, dim]`.
-            key: `[batch, key_heads, columns, dim]`, a view into the cache.
-            value: `[batch, key_heads, columns, value_dim]`.
-            tree: what the columns are.
-            scoring: scale, window, soft-capping, sinks.
-
-        Returns:
-            `[batch, nodes, heads, value_dim]` of the query's type.
-        """
+    attention: Callable[[Tensor, Tensor, Tensor, TreeMetadata, AttnParams], Tensor]
+    unsupported_reason: Callable[[AttnSpec], str | None]
+    needs_dense_mask: bool = False
 
 
-class Reference(Backend):
-    """Plain PyTorch with a dense mask; has every option."""
-
-    name, dense = "reference", True
-
-    def why_not(self, case: Case) -> str | None:
-        """It serves everything."""
-        return None
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
-        """See `Backend.attention`."""
-        bias = tree.bias(key.shape[2], scoring.window, torch.float32)
-        return reference.attention(query, key, value, bias, scoring.scale, scoring.softcap, scoring.sinks)
+def _reference(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    bias = tree.bias(key.shape[2], params.window, torch.float32)
+    return reference.attention(query, key, value, bias, params.scale, params.softcap, params.sinks)
 
 
-class Sdpa(Backend):
-    """PyTorch's scaled_dot_product_attention with a dense mask."""
-
-    name, dense = "sdpa", True
-
-    def why_not(self, case: Case) -> str | None:
-        """PyTorch's kernels have neither soft-capping nor sinks."""
-        return _options(case, softcap=False, sinks=False, window=True)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
-        """See `Backend.attention`."""
-        bias = tree.bias(key.shape[2], scoring.window, query.dtype)
-        return sdpa.attention(query, key, value, bias, scoring.scale)
+def _sdpa(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    return sdpa.attention(query, key, value, tree.bias(key.shape[2], params.window, query.dtype), params.scale)
 
 
-class Triton(Backend):
-    """One split-KV kernel over prefix and tree."""
+def _triton(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
+    from medhead_kernels import ops, tree_attention
 
-    name = "triton"
-
-    def why_not(self, case: Case) -> str | None:
-        """It needs Triton and CUDA (or Triton's interpreter), heads of at most 256, and at most 256 nodes."""
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
-        if torch.version.hip is not None:
-            return "it is made for CUDA and not tried on ROCm"
-        if case.device != "cuda" and not _triton_interpreted():
-            return f"it needs a CUDA device, not {case.device} (TRITON_INTERPRET=1 runs it there, very slowly)"
-        if case.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
-            return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 or later)"
-        if case.dtype not in (*HALVES, torch.float32):
-            return f"it computes in bfloat16, float16 and float32, not {_name(case.dtype)}"
-        if max(case.dim, case.value_dim) > 256:
-            return f"its largest head size is 256, not {max(case.dim, case.value_dim)}"
-        return _too_many(case)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
-        """See `Backend.attention`."""
-        from medhead_kernels import ops, tree_attention
-
-        if not tree.host_lengths:  # a captured step
-            return ops.attention(query, key, value, tree, scoring)
-        with torch.cuda.device_of(query):
-            return tree_attention.attention(query, key, value, tree, scoring)
+    if not tree.host_lengths:  # a captured step
+        return ops.attention(query, key, value, tree, params)
+    with torch.cuda.device_of(query):
+        return tree_attention.attention(query, key, value, tree, params)
 
 
-class Flash(Backend):
-    """A flash kernel over the prefix (flash-attn's, or PyTorch's own), merged with the tree's own block."""
-
-    name = "flash"
-
-    def why_not(self, case: Case) -> str | None:
-        """On CUDA the kernels compute in halves only; windows are left to others."""
-        from medhead_kernels.flash import flash_attn_installed
-
-        own = case.device == "cuda" and flash_attn_installed()
-        if case.device not in ("cpu", "cuda"):
-            return f"PyTorch has a flash kernel for cpu and cuda, not for {case.device}"
-        if case.device == "cuda" and case.dtype not in HALVES:
-            return f"flash kernels compute in bfloat16 and float16, not {_name(case.dtype)}"
-        if case.dim != case.value_dim:
-            return f"keys and values must have one head size, not {case.dim} and {case.value_dim}"
-        if case.device == "cuda" and (case.dim > 256 or case.dim % 8):
-            return f"flash kernels serve head sizes up to 256 in steps of 8, not {case.dim}"
-        return _options(case, window=False, softcap=own, sinks=True) or _too_many(case)
-
-    def attention(self, query: Tensor, key: Tensor, value: Tensor, tree: TreeColumns, scoring: Scoring) -> Tensor:
-        """See `Backend.attention`."""
-        from medhead_kernels import flash
-
-        return flash.attention(query, key, value, tree, scoring)
+def _triton_unsupported(spec: AttnSpec) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (pip install triton)"
+    if torch.version.hip is not None:
+        return "it supports CUDA, not ROCm"
+    if spec.device != "cuda" and not triton_is_interpreted():
+        return f"it needs a CUDA device, not {spec.device} (TRITON_INTERPRET=1 runs it on a CPU, very slowly)"
+    if spec.device == "cuda" and torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer (A100, RTX 30 or later)"
+    if spec.dtype not in (*HALF_DTYPES, torch.float32):
+        return f"it supports bfloat16, float16 and float32, not {_dtype_name(spec.dtype)}"
+    if max(spec.head_dim, spec.value_dim) > 256:
+        return f"it supports head sizes up to 256, not {max(spec.head_dim, spec.value_dim)}"
+    return _too_many_nodes(spec)
 
 
-BACKENDS: dict[str, Backend] = {one.name: one for one in (Sdpa(), Reference(), Triton(), Flash())}
+def _flash_unsupported(spec: AttnSpec) -> str | None:
+    on_cuda = spec.device == "cuda"
+    if spec.device not in ("cpu", "cuda"):
+        return f"PyTorch has a flash kernel for cpu and cuda, not for {spec.device}"
+    if on_cuda and spec.dtype not in HALF_DTYPES:
+        return f"flash kernels support bfloat16 and float16, not {_dtype_name(spec.dtype)}"
+    if spec.head_dim != spec.value_dim:
+        return f"keys and values must have one head size, not {spec.head_dim} and {spec.value_dim}"
+    if on_cuda and (spec.head_dim > 256 or spec.head_dim % 8):
+        return f"flash kernels support head sizes up to 256 in steps of 8, not {spec.head_dim}"
+    softcap = on_cuda and flash.flash_attn_installed()
+    return _unsupported_option(spec, softcap=softcap, sinks=True) or _too_many_nodes(spec)
 
 
-def choose(name: str, cases: list[Case]) -> Backend:
-    """The backend of that name; `auto` is triton on CUDA where it serves all cases, else sdpa.
-
-    Args:
-        name: a name in `BACKENDS`, or `auto`.
-        cases: what the model's layers ask, as far as it is known when the model is loaded.
-
-    Raises:
-        BackendError: the name is unknown, or the backend of that name cannot serve.
-    """
-    if name == "auto":
-        return _best(cases)
-    if name not in BACKENDS:
-        raise BackendError(f"attention must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
-    backend = BACKENDS[name]
-    for case in cases:
-        reason = backend.why_not(case)
-        if reason is not None:
-            raise BackendError(f"attention {name!r} cannot serve this model: {reason}")
-    return backend
-
-
-def _best(cases: list[Case]) -> Backend:
-    """Triton on CUDA, else sdpa; on CUDA that is the slower path, so it is said."""
-    if not cases or any(case.device != "cuda" for case in cases):
-        return BACKENDS["sdpa"]
-    for case in cases:
-        reason = BACKENDS["triton"].why_not(case)
-        if reason is not None:
-            warnings.warn(
-                f"attention is 'sdpa', which is slower, because 'triton' cannot serve: {reason}", stacklevel=3
-            )
-            return BACKENDS["sdpa"]
-    return BACKENDS["triton"]
-
-
-@lru_cache(maxsize=256)
-def refusal(name: str, case: Case) -> str | None:
-    """`why_not` of a backend, remembered, for use in every layer of every pass; any number of nodes but too many is alike."""
-    return BACKENDS[name].why_not(replace(case, nodes=1)) if case.nodes <= MOST_NODES else BACKENDS[name].why_not(case)
-
-
-def _options(case: Case, window: bool, softcap: bool, sinks: bool) -> str | None:
-    """The first option that is asked for and not among those that can be had."""
-    for asked, can, what in (
-        (case.window, window, "a sliding window that hides keys"),
-        (case.softcap, softcap, "soft-capping"),
-        (case.sinks, sinks, "attention sinks"),
+def _unsupported_option(spec: AttnSpec, window: bool = False, softcap: bool = False, sinks: bool = False) -> str | None:
+    """Return a reason for the first option that `spec` requires and the backend lacks."""
+    for required, supported, option in (
+        (spec.window, window, "a sliding window"),
+        (spec.softcap, softcap, "soft-capping"),
+        (spec.sinks, sinks, "attention sinks"),
     ):
-        if asked and not can:
-            return f"it does not do {what}"
+        if required and not supported:
+            return f"it does not support {option}"
     return None
 
 
-def _too_many(case: Case) -> str | None:
-    return f"it serves up to {MOST_NODES} nodes, not {case.nodes}" if case.nodes > MOST_NODES else None
+def _too_many_nodes(spec: AttnSpec) -> str | None:
+    return f"it supports up to {MAX_NODES} nodes, not {spec.nodes}" if spec.nodes > MAX_NODES else None
 
 
-def _name(dtype: torch.dtype) -> str:
+def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _triton_interpreted() -> bool:
+def triton_is_interpreted() -> bool:
+    """Whether TRITON_INTERPRET=1 was set when Triton was imported."""
     from medhead_kernels import tree_attention
 
-    return tree_attention.interpreted()
+    return tree_attention.is_interpreted()
+
+
+BACKENDS = {
+    "sdpa": Backend("sdpa", _sdpa, lambda spec: _unsupported_option(spec, window=True), needs_dense_mask=True),
+    "reference": Backend("reference", _reference, lambda spec: None, needs_dense_mask=True),
+    "triton": Backend("triton", _triton, _triton_unsupported),
+    "flash": Backend("flash", flash.attention, _flash_unsupported),
+}
+
+
+def select_backend(name: str, specs: list[AttnSpec]) -> Backend:
+    """Return the backend called `name`; `auto` is triton on CUDA where it supports all layers, else sdpa.
+
+    Args:
+        name: a name in `BACKENDS`, or `auto`.
+        specs: requirements of the model's layers, as far as they are known when the model is loaded.
+
+    Raises:
+        BackendError: the name is unknown, or the backend does not support a layer.
+    """
+    if name != "auto" and name not in BACKENDS:
+        raise BackendError(f"attention must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
+    if name == "auto" and (not specs or any(spec.device != "cuda" for spec in specs)):
+        return BACKENDS["sdpa"]
+    backend = BACKENDS["triton" if name == "auto" else name]
+    reason = next((why for spec in specs if (why := backend.unsupported_reason(spec)) is not None), None)
+    if reason is None:
+        return backend
+    if name != "auto":
+        raise BackendError(f"attention {name!r} cannot serve this model: {reason}")
+    warnings.warn(f"attention is 'sdpa', which is slower, because 'triton' cannot serve: {reason}", stacklevel=2)
+    return BACKENDS["sdpa"]
+
+
+@lru_cache(maxsize=256)
+def cached_unsupported_reason(name: str, spec: AttnSpec) -> str | None:
+    """Return `unsupported_reason` of a backend from a cache, for every layer of every pass."""
+    return BACKENDS[name].unsupported_reason(replace(spec, nodes=1) if spec.nodes <= MAX_NODES else spec)

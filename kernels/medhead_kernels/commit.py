@@ -1,7 +1,7 @@
-"""Keeping the accepted path of every row: the rows of all layers move in one launch, in place, in Triton.
+"""Commit of the accepted path of every row: one Triton launch moves the cache rows of all layers in place.
 
-A path goes downwards (`path[d] >= d`), so a row is read before anything is written over it when the steps of one
-(layer, batch row, head) are done in increasing order. One program does all steps of one such slot; nothing is copied aside.
+A path increases (`path[d] >= d`), so one program that copies the rows of one (layer, batch row, head) in increasing order
+of d reads each row before it is overwritten, and no scratch buffer is needed.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 @triton.jit(do_not_specialize=["steps"])
-def move_kernel(store, path, lengths, counts, steps, batch, heads, s_slot, s_batch, s_head, s_row, p_batch,
+def move_kernel(buffer, path, lengths, counts, steps, batch, heads, s_slot, s_batch, s_head, s_row, p_batch,  # type: ignore[no-untyped-def]
                 DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_COUNTS: tl.constexpr):  # fmt: skip
-    """Grid (slots * batch * heads,): row `length + path[d]` goes to `length + d`, for d = 0, 1, ... in this order."""
+    """Grid (slots * batch * heads,): copy row `length + path[d]` to `length + d` for d = 0, 1, ... in this order."""
     program = tl.program_id(0)
     row, slot = (program // heads) % batch, (program // heads // batch).to(tl.int64)
-    base = store + slot * s_slot + row.to(tl.int64) * s_batch + (program % heads).to(tl.int64) * s_head
+    base = buffer + slot * s_slot + row.to(tl.int64) * s_batch + (program % heads).to(tl.int64) * s_head
     length = tl.load(lengths + row).to(tl.int64)
     last = steps
     if HAS_COUNTS:
@@ -28,32 +28,31 @@ def move_kernel(store, path, lengths, counts, steps, batch, heads, s_slot, s_bat
     d = tl.arange(0, BLOCK)
     for step in range(last):
         node = tl.load(path + row * p_batch + step)
-        if node != step:  # else it is in its place
+        if node != step:  # otherwise the row is in its place already
             kept = tl.load(base + (length + node) * s_row + d, mask=d < DIM, other=0.0)
             tl.store(base + (length + step) * s_row + d, kept, mask=d < DIM)
 
 
-def move(store: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = None) -> None:
-    """Copy the rows `length + path[d]` of a store to `length + d`, in place.
+def move(buffer: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = None) -> None:
+    """Copy the rows `length + path[d]` of a cache buffer to `length + d`, in place.
 
     Args:
-        store: `[slots, batch, heads, tokens, dim]`: keys or values of all layers of one shape.
-        path: `[batch, steps]` int64, the node that goes to each place, starting with node 0; along the part that counts
-            it increases, as a path from the root does.
+        buffer: `[slots, batch, heads, tokens, dim]`, keys or values of all layers of one shape.
+        path: `[batch, steps]` int64, the node to keep at each depth, starting with node 0; it increases up to `counts`.
         lengths: `[batch]` int, committed tokens of every row, on the device.
-        counts: `[batch]` int, how many steps of each row count; None moves all of them (what lies behind a row's accepted
-            nodes is free, so moving it does no harm).
+        counts: `[batch]` int, how many steps of each row are copied; None copies all (rows behind the accepted nodes are
+            free, so this is harmless).
     """
-    slots, batch, heads, _, dim = store.shape
-    assert store.stride(4) == 1, "a store must be contiguous along a head"
+    slots, batch, heads, _, dim = buffer.shape
+    assert buffer.stride(4) == 1, "a cache buffer must be contiguous along a head"
     path = path.contiguous()
-    with torch.cuda.device_of(store):
+    with torch.cuda.device_of(buffer):
         move_kernel[(slots * batch * heads,)](
-            store, path, lengths, counts, path.shape[1], batch, heads, *store.stride()[:4], path.stride(0),
+            buffer, path, lengths, counts, path.shape[1], batch, heads, *buffer.stride()[:4], path.stride(0),
             **move_constants(dim, counts is not None), num_warps=1 if dim <= 128 else 2, num_stages=1,
         )  # fmt: skip
 
 
 def move_constants(dim: int, has_counts: bool) -> dict[str, Any]:
-    """Compile-time values of `move_kernel`."""
+    """Return the compile-time values of `move_kernel`."""
     return {"DIM": dim, "BLOCK": triton.next_power_of_2(dim), "HAS_COUNTS": has_counts}

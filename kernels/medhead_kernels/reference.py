@@ -1,4 +1,4 @@
-"""Attention in plain PyTorch: the form that every other backend is tested against, and the only one with every option."""
+"""Attention in plain PyTorch with every option; all other backends are tested against it."""
 
 from __future__ import annotations
 
@@ -6,28 +6,11 @@ import torch
 from torch import Tensor
 
 
-def attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    scale: float,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> Tensor:
-    """Masked attention with a float32 softmax.
+def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float,
+              softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:  # fmt: skip
+    """Compute masked attention with a float32 softmax; shapes as in `Backend`, options as in `AttnParams`.
 
-    Args:
-        query: `[batch, heads, nodes, dim]`.
-        key: `[batch, key_heads, keys, dim]`; each key head serves `heads / key_heads` query heads.
-        value: `[batch, key_heads, keys, value_dim]`.
-        bias: added to the scores, `[batch, 1 or heads, nodes, keys]`; the lowest number of its type hides a key.
-        scale: factor of the scores.
-        softcap: scores become `softcap * tanh(scores / softcap)` before the bias (Gemma 2).
-        sinks: `[heads]`, one extra score per head that takes part in the softmax and carries no value (GPT-OSS).
-
-    Returns:
-        `[batch, nodes, heads, value_dim]`.
+    `bias` `[batch, 1 or heads, nodes, keys]` is added to the scores; the lowest number of its dtype hides a key.
     """
     group = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
@@ -37,8 +20,8 @@ def attention(
     if bias is not None:
         scores = scores + bias.float()
     if sinks is not None:
-        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
-        weights = torch.cat([scores, column], dim=-1).softmax(-1)[..., :-1]
+        extra = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat([scores, extra], dim=-1).softmax(-1)[..., :-1]
     else:
         weights = scores.softmax(-1)
     return (weights.to(value.dtype) @ value).transpose(1, 2)

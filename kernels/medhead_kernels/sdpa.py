@@ -1,4 +1,4 @@
-"""Tree attention through PyTorch's scaled_dot_product_attention with a dense bias: the default on a CPU."""
+"""Tree attention by PyTorch's scaled_dot_product_attention with a dense bias; the default on a CPU."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float) -> Tensor:
-    """Masked attention; shapes as in `reference.attention`. Without a bias, several queries are causal."""
+    """Compute masked attention; shapes as in `reference.attention`. Several queries without a bias are causal."""
     causal = bias is None and query.shape[2] > 1
     grouped = bool(query.shape[1] != key.shape[1])
     out = F.scaled_dot_product_attention(

@@ -1,7 +1,7 @@
-"""Entry point of `python -m medhead.bench`."""
+"""`python -m medhead.bench`: the speed benchmark."""
 
 import sys
 
-from medhead.bench import main
+from medhead.bench.speed import main
 
 sys.exit(main())

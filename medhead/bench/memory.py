@@ -1,4 +1,4 @@
-"""Peak memory of tensors made while something runs: counted at every operation, the same on every device."""
+"""Peak memory of the tensors that a piece of code makes, counted at every operation, on every device."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class PeakMemory(TorchDispatchMode):
-    """While active, follows every storage that an operation makes. `peak` is in bytes; memory that was there before
-    (the model), what a kernel uses inside and tensors without a storage (packed weights) are not counted. Slow: not for timing.
+    """Counts the bytes of storages that operations make while it is active; `peak` is the most at one time.
+
+    Earlier memory (the model), a kernel's internal buffers and tensors without a storage (packed weights) are not counted.
+    It slows every operation down.
     """
 
     def __init__(self) -> None:
@@ -21,7 +23,7 @@ class PeakMemory(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operation and count what it made."""
+        """Run the operation and count the storages that it made."""
         given = {t.untyped_storage()._cdata for t in tree_leaves((args, kwargs)) if _has_storage(t)}
         result = func(*args, **(kwargs or {}))
         self._alive = {key: entry for key, entry in self._alive.items() if not entry[0].expired()}

@@ -1,4 +1,4 @@
-"""Prompts to measure on: the built-in ones, or the user's own JSON lines."""
+"""Prompts of benchmarks: the built-in ones, or a file of JSON lines."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 
 
 def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str]]]:
-    """Chats that end with the user's turn, at most `count`.
+    """Return chats that end with the user's turn.
 
     Args:
         path: JSON lines with `messages`, `prompt`, `question`, `turns` or `text`; None for the built-in prompts.
-        count: how many to take from the beginning.
+        count: how many to take from the start of the file.
 
     Raises:
         MedheadError: the file cannot be read, a line is not JSON, or it has none of these fields.
@@ -41,11 +41,11 @@ def read_prompts(path: str | Path | None, count: int) -> list[list[dict[str, str
 
 
 def read_records(path: str | Path, count: int | None = None) -> list[tuple[dict[str, Any], list[dict[str, str]]]]:
-    """Records of a prompts file, each with its chat; at most `count`.
+    """Return the records of a prompts file, each with its chat.
 
     Args:
-        path: JSON lines, see `read_prompts`.
-        count: how many to take from the beginning; None for all.
+        path: JSON lines as for `read_prompts`.
+        count: how many to take from the start; None for all.
 
     Raises:
         MedheadError: as `read_prompts`.
@@ -84,7 +84,7 @@ def _chat(record: dict[str, Any]) -> list[dict[str, str]]:
 def encode_prompts(
     tokenizer: PreTrainedTokenizerBase, chats: list[list[dict[str, str]]], longest: int
 ) -> list[list[int]]:
-    """Token ids of every chat through the template, or of its last message where there is none; the newest `longest`."""
+    """Return the newest `longest` token ids of every chat; without a chat template, of its last message."""
     if getattr(tokenizer, "chat_template", None):
         rows = [
             tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True)["input_ids"] for c in chats
@@ -95,7 +95,7 @@ def encode_prompts(
 
 
 def padded(prompts: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Ids and mask `[batch, longest]`, padded on the left."""
+    """Return ids and attention mask `[batch, longest]`, padded on the left."""
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in prompts], device=device)
     mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in prompts], device=device)

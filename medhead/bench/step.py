@@ -1,20 +1,11 @@
-"""What one step costs at the sizes of real models: `python -m medhead.bench.step`.
-
-Models have random weights (nothing is downloaded) and the shapes of Llama-3.2-1B, Llama-3.1-8B or Qwen3-30B-A3B. A step of
-`transformers` generate (eager, and with a static cache, which it compiles on CUDA), our plain step, our verify step at
-several tree sizes, and captured steps (`medhead.compile`), with heads of noise as well, are set against the time it takes
-to read the weights once at the bandwidth of a copy measured here.
-"""
+"""`medhead bench step`: the time of one decode step at the sizes of real models, with random weights."""
 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
-import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen3MoeConfig
 
-from medhead.bench import captured_steps
-from medhead.bench.report import machine, write_results
-from medhead.bench.step_ratios import ratios
-from medhead.compile import WAYS
-from medhead.core.acceptance import accept
-from medhead.core.tree import TokenTree
-from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
+from medhead.bench import harness
+from medhead.bench.captured_steps import FORWARD_ONLY, captured_steps, eager_steps
+from medhead.bench.harness import Row
+from medhead.bench.measure import synchronize
+from medhead.cli.common import Parser, run_command
+from medhead.compile import BACKENDS
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
 from medhead.model.target import ATTENTIONS, Target
@@ -37,8 +26,13 @@ from medhead_kernels.timing import copy_bandwidth
 
 EXAMPLES = """\
 examples:
-  python -m medhead.bench.step --shapes 1b 8b --output results/step            # a GPU
-  python -m medhead.bench.step --shapes tiny --context 64 --nodes 8            # any laptop, to see it run
+  medhead bench step --shapes 1b 8b --output results/step            a GPU
+  medhead bench step --shapes tiny --context 64 --nodes 8            any laptop, to see it run
+
+shapes: 1b Llama-3.2-1B, 8b Llama-3.1-8B, 30b-a3b Qwen3-30B-A3B; demo and tiny are small Llamas.
+method: plain and verify steps of medhead, its captured steps with and without heads, and steps of transformers generate
+(eager; on CUDA also compiled with a static cache) are set against the time to read the weights once at the bandwidth of a
+copy that is measured here: no step at batch 1 can be faster than that.
 """
 LLAMA3 = {"vocab_size": 128256, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
@@ -64,219 +58,183 @@ SHAPES: dict[str, Callable[[], PreTrainedConfig]] = {
         max_position_embeddings=40960,
     ),
 }  # fmt: skip
-NEW_TOKENS = 32  # of a run of generate
-
-
-@dataclass
-class Case:
-    """One model, batch and context."""
-
-    shape: str
-    model: PreTrainedModel
-    target: Target
-    ids: Tensor
-    repeats: int
+NEW_TOKENS = 32  # tokens of a timed run of `generate`
+EAGER, PLAIN = "transformers, eager", "medhead, plain"
 
 
 def build(shape: str, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
-    """A model of this shape with small random weights, made on the device."""
-    config = copy.deepcopy(SHAPES[shape]())
+    """Return a model of this shape with random weights, made on the device."""
     with torch.device(device):
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(SHAPES[shape](), dtype=dtype)
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = 0
     return model.eval()
 
 
-def read_bytes(model: PreTrainedModel) -> float:
-    """Bytes of the weights that one token reads: all but the embedding's other rows and experts that are not asked."""
+def weight_bytes(model: PreTrainedModel) -> float:
+    """Return the bytes of weights that one token reads: one row of the embedding, and only the experts it is routed to."""
     config: Any = model.config
     share = getattr(config, "num_experts_per_tok", 1) / getattr(config, "num_experts", 1)
     output: Any = model.get_output_embeddings()
     embedding: Any = model.get_input_embeddings()
     total = 0.0
     for name, parameter in model.named_parameters():
-        size = parameter.numel() * parameter.element_size()
-        total += size * (share if ".experts." in name else 1.0)
-    own = embedding.weight is not output.weight
-    return total - own * embedding.weight.numel() * embedding.weight.element_size()
+        total += parameter.numel() * parameter.element_size() * (share if ".experts." in name else 1.0)
+    tied = embedding.weight is output.weight
+    return total - (0 if tied else embedding.weight.numel() * embedding.weight.element_size())
 
 
-def steps_of(case: Case, nodes: list[int]) -> dict[str, float]:
-    """Median seconds of every kind of step."""
-    found = {"transformers, eager": generate_step(case)}
-    if case.target.device.type == "cuda":
-        found["transformers, static cache, compiled"] = generate_step(case, cache_implementation="static")
-    with torch.inference_mode(), case.target.active():
-        cache = case.target.new_cache(len(case.ids), case.ids.shape[1] + max(nodes) + 1)
-        case.target.prefill(cache, case.ids.tolist())
-        for count in (1, *nodes):
-            name = "medhead, plain" if count == 1 else f"medhead, {count} nodes"
-            found[name] = median(lambda count=count: whole_step(case.target, cache, count), case)  # type: ignore[misc]
+def time_steps(args: argparse.Namespace, target: Target, batch: int, context: int) -> dict[str, float]:
+    """Return the median seconds of every kind of step."""
+    ids, nodes = torch.randint(target.vocab_size, (batch, context), device=target.device), args.nodes
+    found = {EAGER: generate_step(target, ids)}
+    if target.device.type == "cuda":
+        found["transformers, static cache, compiled"] = generate_step(target, ids, cache_implementation="static")
+    for name, step in eager_steps(target, ids, nodes):
+        found[f"medhead, {name}"] = median(step, target.device, args.repeats)
+    for backend in args.steps:
+        for name, step in captured_steps(target, batch, context, nodes, backend, args.heads):
+            found[f"medhead, {name}"] = median(step, target.device, args.repeats)
     return found
 
 
-def captured_steps_of(case: Case, nodes: list[int], ways: list[str], kinds: list[str]) -> dict[str, float]:
-    """The same for captured steps."""
-    rows, context = case.ids.shape
-    found = {}
-    for way in ways:
-        for name, step in captured_steps.steps_of(case.target, rows, context, nodes, way, kinds):
-            found[f"medhead, {name}"] = median(step, case)
-    return found
-
-
-def whole_step(target: Target, cache: Any, count: int) -> None:
-    """Verify a random binary tree, accept, read by the host, commit; the cache is then as before."""
-    batch, lengths = len(cache.lengths), list(cache.lengths)
-    tokens = torch.randint(target.vocab_size, (batch, count), device=target.device)
-    index = torch.arange(count, device=target.device)
-    tree = TokenTree.root(tokens[:, 0])
-    if count > 1:
-        tree = TokenTree.from_parents(tokens, ((index - 1) // 2).clamp(min=0))
-    logits, _ = target.verify(cache, tree)
-    accepted = accept(tree, logits.argmax(-1))
-    cache.commit(accepted.counts.tolist(), accepted.path if count > 1 else None)
-    cache.lengths = lengths
-
-
-def median(step: Callable[[], object], case: Case) -> float:
-    """Seconds of a step: median of the repeats after three to warm up."""
+def median(step: Callable[[], object], device: torch.device, repeats: int) -> float:
+    """Return the median seconds of a step over the repeats, after three runs to warm up."""
     times = []
-    for _ in range(case.repeats + 3):
+    for _ in range(repeats + 3):
         began = time.perf_counter()
         step()
-        if case.target.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         times.append(time.perf_counter() - began)
     return statistics.median(times[3:])
 
 
-def generate_step(case: Case, **options: Any) -> float:
-    """Seconds of a token of `transformers` generate, the prompt's pass taken out."""
+def generate_step(target: Target, ids: Tensor, **options: Any) -> float:
+    """Return the seconds per token of transformers `generate` without the prefill."""
+    model: Any = target.model
 
     def run(count: int) -> float:
         began = time.perf_counter()
-        case.model.generate(
-            case.ids, attention_mask=torch.ones_like(case.ids), min_new_tokens=count, max_new_tokens=count,
-            do_sample=False, **options,
-        )  # fmt: skip
-        if case.target.device.type == "cuda":
-            torch.cuda.synchronize()
+        limits = {"min_new_tokens": count, "max_new_tokens": count, "do_sample": False}
+        model.generate(ids, attention_mask=torch.ones_like(ids), **limits, **options)
+        synchronize(target.device)
         return time.perf_counter() - began
 
     run(NEW_TOKENS), run(1)
-    rates = [(run(NEW_TOKENS) - run(1)) / (NEW_TOKENS - 1) for _ in range(3)]
-    return statistics.median(rates)
+    return statistics.median((run(NEW_TOKENS) - run(1)) / (NEW_TOKENS - 1) for _ in range(3))
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One line a step."""
-    lines = ["| shape | batch | context | step | ms | × reading the weights |", "|---|--:|--:|---|--:|--:|"]
-    lines += [
-        f"| {r['shape']} | {r['batch']} | {r['context']} | {r['step']} | {r['ms']:.3f} | {r['of_reading']:.2f} |"
-        for r in rows
-    ]
-    return "\n".join(lines)
+# ---------------------------------------------------------------- report
 
 
-def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Bars of every step against reading the weights."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    names = [f"{r['shape']}, batch {r['batch']}, {r['context']}: {r['step']}" for r in rows]
-    figure, axis = plt.subplots(figsize=(9, 0.32 * len(rows) + 1.4))
-    colours = ["#0072B2" if r["step"].startswith("medhead") else "#999999" for r in rows]
-    axis.barh(names, [r["of_reading"] for r in rows], color=colours)
-    axis.axvline(1.0, color="#D55E00", linewidth=1)
-    axis.invert_yaxis()
-    axis.set_xlabel("time of a step / time to read the weights once")
-    axis.set_title(title, fontsize=9)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
-    plt.close(figure)
+def table(rows: list[Row]) -> str:
+    """Return a Markdown table with one line for each step."""
+    header = ["shape", "batch size", "context", "step", "ms", "× reading the weights"]
+    cells = [
+        [row["shape"], str(row["batch_size"]), str(row["context"]), row["step"], f"{row['ms']:.3f}",
+         f"{row['vs_weight_read']:.2f}"]
+        for row in rows
+    ]  # fmt: skip
+    return harness.markdown_table(header, cells, left=4)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    options = Parser(
-        prog="medhead.bench.step",
-        description="What does a step cost at the size of real models? Random weights, nothing is downloaded.",
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def ratios(rows: list[Row]) -> list[str]:
+    """Return one line of ratios for every shape, batch size, context and way to run steps."""
+    lines = []
+    for place in dict.fromkeys((row["shape"], row["batch_size"], row["context"]) for row in rows):
+        here = {row["step"]: row for row in rows if (row["shape"], row["batch_size"], row["context"]) == place}
+        ways = ["", *(name.removeprefix(f"{PLAIN}, ") for name in here if name.startswith(f"{PLAIN}, "))]
+        where = f"{place[0]}, batch {place[1]}, {place[2]} tokens"
+        lines += [f"{where}, {way or 'eager'}: {_ratios_of_way(here, way)}" for way in ways]
+    return lines
+
+
+def _ratios_of_way(here: dict[str, Row], way: str) -> str:
+    suffix = f", {way}" if way else ""
+    ms = {name: row["ms"] for name, row in here.items()}
+    plain, found = f"{PLAIN}{suffix}", []
+    trees = [name for name in ms if name.startswith("medhead, ") and name.endswith(f"nodes{suffix}")]
+    if plain in ms:
+        found.append(f"a plain step takes {here[plain]['vs_weight_read']:.2f}x the time to read the weights")
+        if EAGER in ms:
+            found.append(f"{ms[EAGER] / ms[plain]:.2f}x the speed of transformers generate")
+        if trees:
+            largest = max(trees, key=_nodes)
+            found.append(f"{_nodes(largest)} nodes take {ms[largest] / ms[plain]:.2f}x a plain step")
+    for name in ms:
+        forward = f"medhead, {_nodes(name)} nodes{suffix}, {FORWARD_ONLY}"
+        if name.endswith(f"heads{suffix}") and forward in ms:
+            kind = name.split(" with ")[1].split(" heads")[0]
+            share = 1 - ms[forward] / ms[name]
+            found.append(f"{kind} heads, {_nodes(name)} nodes: {share:.0%} of the step is outside the forward pass")
+    return "; ".join(found)
+
+
+def _nodes(name: str) -> int:
+    """Return the number in `medhead, 64 nodes ...`, 0 for other steps."""
+    digits = name.removeprefix("medhead, ").split(" ")[0]
+    return int(digits) if digits.isdigit() else 0
+
+
+def plot(rows: list[Row], title: str, path: Path) -> None:
+    """Draw the time of every step against the time to read the weights."""
+    names = [f"{row['shape']}, batch {row['batch_size']}, {row['context']}: {row['step']}" for row in rows]
+    with harness.figure(path, title, (9, 0.32 * len(rows) + 1.4)) as axes:
+        axis = axes[0][0]
+        colours = [harness.BLUE if row["step"].startswith("medhead") else harness.GREY for row in rows]
+        axis.barh(names, [row["vs_weight_read"] for row in rows], color=colours)
+        axis.axvline(1.0, color=harness.ORANGE, linewidth=1)
+        axis.invert_yaxis()
+        axis.set_xlabel("time of a step / time to read the weights once")
+
+
+# ---------------------------------------------------------------- command
+
+
+def parser() -> Parser:
+    """Return the parser of the command."""
+    options = harness.bench_parser("step", "Time one decode step at the sizes of real models.", EXAMPLES, repeats=20)
     options.add_argument("--shapes", nargs="+", choices=sorted(SHAPES), default=["1b", "8b"], help="(default: 1b 8b)")
-    options.add_argument("--batch", type=int, nargs="+", default=[1], help="rows (default: 1)")
-    options.add_argument("--context", type=int, nargs="+", default=[2048], help="committed tokens (default: 2048)")
-    options.add_argument("--nodes", type=int, nargs="+", default=[8, 16, 32, 64], help="trees (default: 8 16 32 64)")
-    options.add_argument("--steps", nargs="*", choices=sorted(WAYS), default=None, metavar="WAY",
+    options.add_argument("--batch-sizes", type=int, nargs="+", default=[1], help="sequences per step (default: 1)")
+    options.add_argument("--context", type=int, nargs="+", default=[2048], help="tokens in the cache (default: 2048)")
+    options.add_argument("--nodes", type=int, nargs="+", default=[8, 16, 32, 64],
+                         help="tree sizes, 2 to 256 (default: 8 16 32 64)")  # fmt: skip
+    options.add_argument("--steps", nargs="*", choices=sorted(BACKENDS), metavar="BACKEND",
                          help="captured steps: graph, compiled, ... (default: graph on CUDA, else none)")  # fmt: skip
-    options.add_argument("--heads", nargs="*", choices=sorted(KINDS), default=["block", "recurrent"],
-                         metavar="KIND", help="heads of noise in captured steps, 8 deep (default: block recurrent)")  # fmt: skip
-    options.add_argument("--repeats", type=int, default=20, help="of every step of ours (default: 20)")
-    options.add_argument("--attention", choices=ATTENTIONS, default="auto", help="backend (default: auto)")
-    options.add_argument("--dtype", default="auto", help="type (default: bfloat16 on CUDA, float32 on a CPU)")
-    options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-    options.add_argument("--output", type=Path, help="folder for results.json, table.md and step.png")
+    options.add_argument("--heads", nargs="*", choices=sorted(KINDS), default=["block", "recurrent"], metavar="KIND",
+                         help="random heads of depth 8 in captured steps (default: block recurrent)")  # fmt: skip
+    options.add_argument("--attention", choices=ATTENTIONS, default="auto", help="attention backend (default: auto)")
+    options.add_argument("--dtype", default="auto", help="data type (default: bfloat16 on CUDA, float32 on a CPU)")
     return options
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command after its options were read."""
-    for name, least in (("batch", 1), ("context", 2), ("nodes", 2)):
-        if min(getattr(args, name)) < least:
-            raise MedheadError(f"--{name} must be at least {least}, got {min(getattr(args, name))}")
-    if args.repeats < 1 or max(args.nodes) > 256:
-        raise MedheadError(
-            f"--repeats must be at least 1 and --nodes at most 256, got {args.repeats} and {max(args.nodes)}"
-        )
-    if args.output is not None and args.output.is_file():
-        raise MedheadError(f"--output {str(args.output)!r} is a file; give a folder")
+    """Measure and report."""
+    harness.check_options(args, batch_sizes=(1, 4096), context=(2, 10**7), nodes=(2, 256))
     device = pick_device(args.device)
     if args.steps is None:
         args.steps = ["graph"] if device.type == "cuda" else []
     dtype = pick_dtype("bfloat16" if args.dtype == "auto" and device.type == "cuda" else args.dtype, device)
-    bandwidth, rows = copy_bandwidth(device.type), list[dict[str, Any]]()
+    bandwidth, rows = copy_bandwidth(device.type), list[Row]()
     for shape in args.shapes:
-        _say(f"{shape}: building")
+        harness.say(f"{shape}: building")
         model = build(shape, device, dtype)
-        target, reading = Target(model, attention=args.attention), read_bytes(model) / bandwidth
-        for batch in args.batch:
+        target, reading = Target(model, attention=args.attention), weight_bytes(model) / bandwidth
+        for batch in args.batch_sizes:
             for context in args.context:
-                _say(f"{shape}: batch {batch}, context {context}")
-                ids = torch.randint(target.vocab_size, (batch, context), device=device)
-                case = Case(shape, model, target, ids, args.repeats)
-                steps = steps_of(case, args.nodes) | captured_steps_of(case, args.nodes, args.steps, args.heads)
-                for step, seconds in steps.items():
-                    rows.append(
-                        {"shape": shape, "batch": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
-                         "of_reading": round(seconds / reading, 3), "reading_ms": round(1000 * reading, 4)}
-                    )  # fmt: skip
+                harness.say(f"{shape}: batch {batch}, context {context}")
+                times = time_steps(args, target, batch, context)
+                rows += [
+                    {"shape": shape, "batch_size": batch, "context": context, "step": step, "ms": round(1000 * seconds, 4),
+                     "vs_weight_read": round(seconds / reading, 3), "weight_read_ms": round(1000 * reading, 4)}
+                    for step, seconds in times.items()
+                ]  # fmt: skip
         del model, target
-    where = machine()
-    place = where["gpu"] if device.type == "cuda" else f"{where['cpu']}, {where['threads']} threads"
-    heading = f"{str(dtype).removeprefix('torch.')}, {place}, copy {bandwidth / 1e9:.0f} GB/s, {where['date']}"
+    title = harness.heading(args, str(dtype).removeprefix("torch."), f"copy {bandwidth / 1e9:.0f} GB/s")
     text = "\n".join([table(rows), "", *(f"- {line}" for line in ratios(rows))])
-    print(f"{heading}\n\n{text}")
-    if args.output is None:
-        return
-    content = {"machine": where, "copy_bytes_per_second": bandwidth, "options": vars(args), "results": rows}
-    _say(write_results(args.output, heading, text, content, "step.png", lambda path: plot(rows, heading, path)))
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+    harness.report(args, "step", title, text, rows, plot, copy_bytes_per_second=bandwidth)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded("medhead.bench.step", lambda: run(args))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Run the command; return its exit code."""
+    return run_command(parser(), run, argv)

@@ -1,194 +1,183 @@
-"""What tasks gave: one row for each task, proposer, temperature and batch; totals, findings, table and picture."""
+"""Report of `medhead bench tasks`: rows by task, proposer, temperature and batch size; totals, notes, table and plot."""
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
-from medhead.bench.task_runs import PLAIN, Setting, Tally
+from medhead.bench import harness
+from medhead.bench.harness import Row
+from medhead.bench.measure import MethodResult
 
-TOTAL = "all"
-Row = dict[str, Any]
+PLAIN, TOTAL = "none", "all"
+SUMS = ("prompts", "new_tokens", "passes", "seconds", "steps", "decode_seconds", "profiled_steps", "propose_seconds",
+        "forward_seconds", "mismatches")  # fmt: skip
 
 
-def rows_of(task: str, tallies: list[Tally], setting: Setting) -> list[Row]:
-    """Numbers of one task, plain decoding first.
-
-    Args:
-        task: its name.
-        tallies: of all proposers, plain decoding first.
-        setting: how they were run.
-    """
-    return _rated(
+def rows_of(task: str, results: list[MethodResult], temperature: float, batch_size: int) -> list[Row]:
+    """Return the numbers of one task, plain decoding first as in `results`."""
+    return _with_rates(
         {
             "task": task,
-            "proposer": tally.proposer,
-            "members": list(tally.members),
-            "nodes": tally.nodes,
-            "temperature": setting.temperature,
-            "batch": setting.batch,
-            "prompts": len(tally.tokens),
-            "tokens": sum(tally.tokens),
-            "passes": sum(tally.passes),
-            "seconds": round(sum(tally.seconds), 4),
-            "repeats": setting.repeats,
-            "steps": tally.steps,
-            "decode_seconds": round(tally.decode, 4),
-            "propose_seconds": round(tally.propose, 4),
-            "forward_seconds": round(tally.forward, 4),
-            "different": tally.different,
-            "by_prompt": [round(tokens / passes, 2) for tokens, passes in zip(tally.tokens, tally.passes, strict=True)],
+            "proposer": result.name,
+            "members": list(result.members),
+            "tree_size": result.tree_size,
+            "temperature": temperature,
+            "batch_size": batch_size,
+            "prompts": len(result.new_tokens),
+            "new_tokens": sum(result.new_tokens),
+            "passes": sum(result.passes),
+            "seconds": round(sum(result.seconds), 4),
+            "repeats": result.repeats,
+            "steps": result.steps,
+            "decode_seconds": round(result.decode_seconds, 4),
+            "profiled_steps": result.profiled_steps,
+            "propose_seconds": round(result.parts.get("propose", 0.0), 5),
+            "forward_seconds": round(result.parts.get("forward", 0.0), 5),
+            "mismatches": result.mismatches,
+            "by_prompt": result.accepted_length_by_prompt,
         }
-        for tally in tallies
+        for result in results
     )
 
 
 def totals(rows: list[Row]) -> list[Row]:
-    """All tasks of one setting together, plain decoding first: all tokens by all passes, all tokens by all seconds."""
-    added = ("prompts", "tokens", "passes", "seconds", "steps", "decode_seconds", "propose_seconds", "forward_seconds")
+    """Return the sums over all tasks of one temperature and batch size, plain decoding first."""
     found: dict[str, Row] = {}
     for row in rows:
-        total = found.setdefault(row["proposer"], row | {"task": TOTAL, "different": 0} | dict.fromkeys(added, 0))
-        for name in (*added, "different"):
-            total[name] = round(total[name] + row[name], 4)
-    for total in found.values():
-        total["by_prompt"] = []
-    return _rated(found.values())
+        start = row | {"task": TOTAL, "by_prompt": []} | dict.fromkeys(SUMS, 0)
+        total = found.setdefault(row["proposer"], start)
+        for name in SUMS:
+            total[name] = round(total[name] + row[name], 5)
+    return _with_rates(found.values())
 
 
-def _rated(rows: Iterable[Row]) -> list[Row]:
-    """Rows of one task and setting with what follows from their sums; the first is plain decoding."""
+def _with_rates(rows: Iterable[Row]) -> list[Row]:
+    """Add the ratios that follow from the sums; the first row is plain decoding."""
     found: list[Row] = []
     for row in rows:
-        rate = row["tokens"] / row["repeats"] / row["seconds"]
+        rate = row["new_tokens"] / row["repeats"] / row["seconds"]
         plain = found[0]["tokens_per_second"] if found else rate
-        steps = 1000 / max(row["steps"], 1)
+        profiled = 1000 / max(row["profiled_steps"], 1)
         rates = {
-            "tokens_per_pass": round(row["tokens"] / row["passes"], 4),
+            "accepted_length": round(row["new_tokens"] / row["passes"], 4),
             "tokens_per_second": round(rate, 2),
-            "x_plain": round(rate / plain, 4),
-            "step_ms": round(steps * row["decode_seconds"], 3),
-            "propose_ms": round(steps * row["propose_seconds"], 3),
-            "forward_ms": round(steps * row["forward_seconds"], 3),
+            "speedup_vs_plain": round(rate / plain, 4),
+            "step_ms": round(1000 / max(row["steps"], 1) * row["decode_seconds"], 3),
+            "propose_ms": round(profiled * row["propose_seconds"], 3),
+            "forward_ms": round(profiled * row["forward_seconds"], 3),
         }
         found.append(row | rates)
     return found
 
 
-def settings_of(rows: list[Row]) -> list[tuple[float, int]]:
-    """Temperatures and batches, in the order in which they were run."""
-    return list(dict.fromkeys((row["temperature"], row["batch"]) for row in rows))
+def conditions(rows: list[Row]) -> list[tuple[float, int]]:
+    """Return the pairs of temperature and batch size, in the order in which they were run."""
+    return list(dict.fromkeys((row["temperature"], row["batch_size"]) for row in rows))
 
 
-def named(temperature: float, batch: int) -> str:
-    """How a setting is called."""
-    return f"{f'temperature {temperature:g}' if temperature else 'greedy'}, batch {batch}"
+def condition_name(temperature: float, batch_size: int) -> str:
+    """Return a condition's name in tables."""
+    return f"{f'temperature {temperature:g}' if temperature else 'greedy'}, batch {batch_size}"
 
 
-def table(rows: list[Row]) -> str:
-    """For every setting a table of tasks by proposers (tokens a pass, speed in brackets) and one of milliseconds a step."""
-    lines: list[str] = []
-    for temperature, batch in settings_of(rows):
-        here = _by_task(rows, temperature, batch)
-        names = [name for name in next(iter(here.values())) if name != PLAIN]
-        lines += [f"**{named(temperature, batch)}**: tokens a pass (times plain decoding's tokens a second)", ""]
-        lines += ["| task | prompts | " + " | ".join(names) + " | different texts |"]
-        lines += ["|---|--:|" + "--:|" * (len(names) + 1)]
-        whole = here[TOTAL]
-        if len(here) == 2:  # one task is all there is
-            del here[TOTAL]
-        for task, by_name in here.items():
-            cells = [f"{by_name[name]['tokens_per_pass']:.2f} ({by_name[name]['x_plain']:.2f}x)" for name in names]
-            different = sum(row["different"] for row in by_name.values())
-            prompts = by_name[PLAIN]["prompts"]
-            lines.append(f"| {task} | {prompts} | " + " | ".join(cells) + f" | {different}/{prompts * len(names)} |")
-        steps = ", ".join(f"{'plain' if name == PLAIN else name} {row['step_ms']:.1f}" for name, row in whole.items())
-        lines += ["", f"Milliseconds a step: {steps}.", ""]
-    return "\n".join(lines).rstrip()
-
-
-def findings(rows: list[Row]) -> list[str]:
-    """One line for each setting: on which tasks the hybrid accepts less than its best member alone, and in total."""
-    lines = []
-    for temperature, batch in settings_of(rows):
-        below, total, sizes = [], "", ""
-        for task, by_name in _by_task(rows, temperature, batch).items():
-            hybrid = by_name.get("hybrid")
-            members = [by_name[name] for name in hybrid["members"] if name in by_name] if hybrid else []
-            if hybrid is None or not members:
-                continue
-            best = max(members, key=lambda row: row["tokens_per_pass"])
-            mine, other = hybrid["tokens_per_pass"], best["tokens_per_pass"]
-            against = f"{mine:.2f} against {other:.2f} of {best['proposer']}"
-            if any(row["nodes"] != hybrid["nodes"] for row in members):
-                sizes = " (trees of different sizes)"
-            if task == TOTAL:
-                total = against
-            elif mine < other:
-                below.append(f"{task} ({against})")
-        if total:
-            where = (
-                f"less than its best member on {', '.join(below)}"
-                if below
-                else "at least as much as its best member everywhere"
-            )
-            lines.append(f"{named(temperature, batch)}: the hybrid{sizes} accepts {where}; in total {total}")
-    return lines
-
-
-def sameness(rows: list[Row]) -> str:
-    """One line about texts that were not plain decoding's."""
-    mine = [row for row in rows if row["proposer"] != PLAIN and row["task"] != TOTAL]
-    different, answers = sum(row["different"] for row in mine), sum(row["prompts"] for row in mine)
-    if not different:
-        return f"all {answers} texts are plain decoding's"
-    where = [
-        f"{row['proposer']} on {row['task']}, {named(row['temperature'], row['batch'])}: {row['different']}/{row['prompts']}"
-        for row in mine
-        if row["different"]
-    ]
-    return f"{different} of {answers} texts DIFFER from plain decoding's: " + "; ".join(where)
-
-
-def _by_task(rows: list[Row], temperature: float, batch: int) -> dict[str, dict[str, Row]]:
+def by_task(rows: list[Row], temperature: float, batch_size: int) -> dict[str, dict[str, Row]]:
+    """Return the rows of one condition by task and proposer."""
     found: dict[str, dict[str, Row]] = {}
     for row in rows:
-        if (row["temperature"], row["batch"]) == (temperature, batch):
+        if (row["temperature"], row["batch_size"]) == (temperature, batch_size):
             found.setdefault(row["task"], {})[row["proposer"]] = row
     return found
 
 
+def table(rows: list[Row]) -> str:
+    """Return one Markdown table for each condition, tasks by proposers, and a line of milliseconds per step."""
+    lines: list[str] = []
+    for condition in conditions(rows):
+        here = by_task(rows, *condition)
+        whole = here[TOTAL]
+        if len(here) == 2:  # the total of one task is that task
+            del here[TOTAL]
+        names = [name for name in whole if name != PLAIN]
+        cells = []
+        for task, found in here.items():
+            prompts, mismatches = found[PLAIN]["prompts"], sum(row["mismatches"] for row in found.values())
+            numbers = [f"{found[n]['accepted_length']:.2f} ({found[n]['speedup_vs_plain']:.2f}x)" for n in names]
+            cells.append([task, str(prompts), *numbers, f"{mismatches}/{prompts * len(names)}"])
+        steps = ", ".join(f"{'plain' if name == PLAIN else name} {row['step_ms']:.1f}" for name, row in whole.items())
+        lines += [f"**{condition_name(*condition)}**: accepted length (speedup over plain decoding)", ""]
+        lines += [harness.markdown_table(["task", "prompts", *names, "mismatched texts"], cells)]
+        lines += ["", f"Milliseconds per step: {steps}.", ""]
+    return "\n".join(lines).rstrip()
+
+
+def compare_hybrid(rows: list[Row]) -> list[str]:
+    """Return one line for each condition: the tasks on which the hybrid accepts less than its best member alone."""
+    lines = []
+    for condition in conditions(rows):
+        below, total, sizes = [], "", ""
+        for task, found in by_task(rows, *condition).items():
+            hybrid = found.get("hybrid")
+            members = [found[name] for name in hybrid["members"] if name in found] if hybrid else []
+            if hybrid is None or not members:
+                continue
+            best = max(members, key=lambda row: row["accepted_length"])
+            against = f"{hybrid['accepted_length']:.2f} against {best['accepted_length']:.2f} of {best['proposer']}"
+            if any(row["tree_size"] != hybrid["tree_size"] for row in members):
+                sizes = " (trees of different sizes)"
+            if task == TOTAL:
+                total = against
+            elif hybrid["accepted_length"] < best["accepted_length"]:
+                below.append(f"{task} ({against})")
+        if total:
+            where = (
+                f"below its best member's on {', '.join(below)}"
+                if below
+                else "at least its best member's on every task"
+            )
+            name = condition_name(*condition)
+            lines.append(f"{name}: the hybrid's accepted length{sizes} is {where}; over all tasks {total}")
+    return lines
+
+
+def compare_texts(rows: list[Row]) -> str:
+    """Return one line about texts that differ from plain decoding's."""
+    tried = [row for row in rows if row["proposer"] != PLAIN and row["task"] != TOTAL]
+    mismatches, answers = sum(row["mismatches"] for row in tried), sum(row["prompts"] for row in tried)
+    if not mismatches:
+        return f"all {answers} texts are identical to plain decoding's"
+    where = [
+        f"{row['proposer']} on {row['task']}, {condition_name(row['temperature'], row['batch_size'])}: "
+        f"{row['mismatches']}/{row['prompts']}"
+        for row in tried
+        if row["mismatches"]
+    ]
+    return f"{mismatches} of {answers} texts DIFFER from plain decoding's: " + "; ".join(where)
+
+
 def plot(rows: list[Row], title: str, path: Path) -> None:
-    """A line of panels for each setting: tokens a pass and speed, tasks side by side, a bar for each proposer."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    settings = settings_of(rows)
+    """Draw accepted length and speedup for each condition, with tasks side by side and a bar for each proposer."""
+    found = conditions(rows)
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    tasks = tasks[:1] if len(tasks) == 2 else tasks  # one task is all there is
+    tasks = tasks[:1] if len(tasks) == 2 else tasks  # the total of one task is that task
     names = [name for name in dict.fromkeys(row["proposer"] for row in rows) if name != PLAIN]
-    colours = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#999999")
-    size = (min(16.0, 4 + 1.2 * len(tasks)), 2.4 * len(settings) + 1)
-    figure, axes = plt.subplots(len(settings), 2, figsize=size, squeeze=False, sharex=True)
-    for line, (temperature, batch) in zip(axes, settings, strict=True):
-        here = _by_task(rows, temperature, batch)
-        for axis, key, label in zip(line, ("tokens_per_pass", "x_plain"), ("tokens a pass", "× plain"), strict=True):
-            for place, name in enumerate(names):
-                at = [index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index in range(len(tasks))]
-                heights = [here[task][name][key] for task in tasks]
-                axis.bar(at, heights, 0.8 / len(names), label=name, color=colours[place % len(colours)])
-            axis.axhline(1, color="#555555", linewidth=0.8)
-            axis.set_xticks(range(len(tasks)), tasks, rotation=25, ha="right", fontsize=7)
-            axis.set_title(named(temperature, batch), fontsize=9)
-            axis.set_ylabel(label)
-            axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, frameon=False, fontsize=8, ncols=len(names), loc="lower center")
-    figure.suptitle(textwrap.fill(title, int(15 * size[0])), fontsize=8)
-    figure.tight_layout(rect=(0, 0.25 / size[1], 1, 1))
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    size = (min(16.0, 5 + 1.2 * len(tasks)), 2.4 * len(found) + 1)
+    panels = (("accepted_length", "accepted length"), ("speedup_vs_plain", "× plain decoding"))
+    with harness.figure(path, title, size, len(found), 2, sharex=True) as axes:
+        for line, condition in zip(axes, found, strict=True):
+            here = by_task(rows, *condition)
+            for axis, (key, axis_label) in zip(line, panels, strict=True):
+                for place, name in enumerate(names):
+                    at = [index + 0.8 * ((place + 0.5) / len(names) - 0.5) for index in range(len(tasks))]
+                    heights = [here[task][name][key] for task in tasks]
+                    axis.bar(
+                        at, heights, 0.8 / len(names), label=name, color=harness.COLOURS[place % len(harness.COLOURS)]
+                    )
+                axis.axhline(1, color="#555555", linewidth=0.8)
+                axis.set_xticks(range(len(tasks)), tasks, rotation=25, ha="right", fontsize=7)
+                axis.set_title(condition_name(*condition), fontsize=9)
+                axis.set_ylabel(axis_label)
+        handles, labels = axes[0][0].get_legend_handles_labels()
+        axes[0][0].figure.legend(
+            handles, labels, frameon=False, fontsize=8, ncols=len(names), loc="outside lower center"
+        )

@@ -2,50 +2,25 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
-import torch
-from torch import Tensor
-
+from medhead.bench.measure import Method, measure
 from medhead.decoder import Decoder
 
 
-def compare(decoder: Decoder, input_ids: Tensor, sampling: dict[str, Any], seed: int, repeats: int = 5) -> None:
-    """Print tokens per second of each contestant (median of interleaved runs), ratios, and whether texts agree."""
-    arguments = {**sampling, "attention_mask": torch.ones_like(input_ids)}
-    plain = Decoder(decoder.target, "none")
-
-    def transformers_generate() -> Tensor:
-        torch.manual_seed(seed)
-        return decoder.model.generate(input_ids, **arguments)
-
-    contestants: dict[str, Callable[[], Tensor]] = {
-        f"medhead {decoder.proposer.name}": lambda: decoder.generate(input_ids, seed=seed, **arguments),
-        "medhead plain": lambda: plain.generate(input_ids, seed=seed, **arguments),
-        "transformers generate": transformers_generate,
-    }
-    rates: dict[str, list[float]] = {name: [] for name in contestants}
-    texts: dict[str, Tensor] = {}
-    for repeat in range(repeats + 1):  # the first one warms up
-        for name, work in contestants.items():
-            began = time.perf_counter()
-            texts[name] = work()
-            seconds = time.perf_counter() - began
-            if repeat:
-                rates[name].append((texts[name].shape[1] - input_ids.shape[1]) / seconds)
-    medians = {name: statistics.median(values) for name, values in rates.items()}
-    first, second, last = medians
+def compare(decoder: Decoder, token_ids: list[int], sampling: dict[str, Any], seed: int, repeats: int = 5) -> None:
+    """Print each method's tokens per second (median of the repeats), their ratios, and whether the texts agree."""
+    with Decoder(decoder.target, "none") as plain:
+        methods = [
+            Method(f"medhead {decoder.proposer.name}", sampling, decoder, seed=seed),
+            Method("medhead plain", sampling, plain, seed=seed),
+            Method("transformers generate", sampling, model=decoder.model, seed=seed),
+        ]
+        ours, ours_plain, theirs = results = measure(methods, [token_ids], repeats)
     print(f"{'':24s}{'tokens/s':>10s}{'ratio':>8s}")
-    for name, rate in medians.items():
-        print(f"{name:24s}{rate:10.1f}{rate / medians[last]:7.2f}x")
-    print(
-        f"accepted length {decoder.statistics.accepted_length:.2f}; {medians[first] / medians[second]:.2f}x plain decoding"
-    )
-    same = torch.equal(texts[first], texts[second])
-    print(f"identical to plain decoding: {'yes' if same else 'no'}")
+    for result in results:
+        print(f"{result.name:24s}{result.rate:10.1f}{result.rate / theirs.rate:7.2f}x")
+    print(f"accepted length {ours.accepted_length:.2f}; {ours.rate / ours_plain.rate:.2f}x plain decoding")
+    print(f"identical to plain decoding: {'no' if ours_plain.mismatches else 'yes'}")
     if not sampling["do_sample"]:
-        print(f"identical to transformers:   {'yes' if torch.equal(texts[first], texts[last]) else 'no'}")
-    plain.close()
+        print(f"identical to transformers:   {'no' if theirs.mismatches else 'yes'}")

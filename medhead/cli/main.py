@@ -1,53 +1,118 @@
-"""`medhead generate ...`, `medhead bench ...` and the training commands: the console script."""
+"""The console command `medhead`: tables of subcommands, each of which is imported when it is asked for."""
 
 from __future__ import annotations
 
 import importlib
 import sys
 
-COMMANDS = {  # name: module with a `main`, what it does
-    "generate": ("medhead.generate", "answer a prompt in the terminal"),
-    "chat": ("medhead_app.command", "open the chat page, and an OpenAI-compatible API beside it"),
-    "bench": ("medhead.bench", "measure against plain decoding and transformers"),
-    "bench-tasks": ("medhead.bench.tasks", "measure every proposer on every kind of task"),
-    "tune": ("medhead.tune", "find the fastest tree for some heads on this machine"),
-    "datastore": ("medhead.cli.datastore", "make text of your own searchable for the proposer ngram"),
-    "finetune": ("medhead_training.finetune", "train heads for a model of your own"),
-    "generate-data": ("medhead_training.generate_data", "let a model write the text its heads are trained on"),
-    "evaluate": ("medhead_training.evaluate", "accepted length of heads by tree size on real decoding"),
-    "export": ("medhead_training.export", "write heads in the layout of a serving engine"),
+from medhead import __version__
+from medhead.cli.common import missing
+
+Commands = dict[str, tuple[str, str]]  # name: module and function, what it does
+GROUPS: dict[str, Commands] = {
+    "decode": {
+        "generate": ("medhead.cli.generate:main", "answer a prompt in the terminal"),
+        "chat": ("medhead_app.command:main", "open the chat page, with an OpenAI-compatible API beside it"),
+        "serve": ("medhead_app.command:serve", "serve the OpenAI-compatible API alone"),
+    },
+    "train heads": {
+        "generate-data": ("medhead_training.generate_data:main", "let a model write the text its heads learn from"),
+        "finetune": ("medhead_training.finetune:main", "train heads for a model"),
+        "evaluate": ("medhead_training.evaluate:main", "measure the accepted length of heads by tree size"),
+        "export": ("medhead_training.export:main", "write heads in the checkpoint format of a serving engine"),
+    },
+    "make it faster": {
+        "tune": ("medhead.cli.tune:main", "find the fastest tree or lookahead sizes on this machine"),
+        "datastore": ("medhead.cli.datastore:main", "index text of your own for the proposer ngram"),
+    },
+    "measure": {
+        "bench": ("medhead.cli.main:bench", "run a benchmark: speed, step, tasks, budget or kernels"),
+        "load-test": ("medhead_app.load.command:main", "send requests of many clients to a server, check the answers"),
+    },
 }
+COMMANDS: Commands = {name: command for group in GROUPS.values() for name, command in group.items()}
+BENCHMARKS: Commands = {
+    "speed": ("medhead.bench.speed:main", "tokens/s against plain decoding and transformers (default)"),
+    "step": ("medhead.bench.step:main", "time of one step at the sizes of real models"),
+    "tasks": ("medhead.bench.tasks:main", "accepted length and speed by task"),
+    "budget": ("medhead.bench.budget:main", "the automatic tree size against fixed sizes"),
+    "kernels": ("medhead_kernels.bench:main", "bandwidth of the attention backends"),
+}
+USAGE = """\
+usage: medhead COMMAND [options]
+       medhead COMMAND --help
+       medhead --version
+
+Exact speculative decoding with token trees for Hugging Face models.
+{commands}
+examples:
+  medhead generate --prompt "Tell me a story about a dragon." --compare
+  medhead chat --model Qwen/Qwen3-0.6B --proposer recycling
+  medhead finetune --model Qwen/Qwen3-0.6B --data answers.jsonl --output my-heads
+  medhead bench speed --num-prompts 4
+
+exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
+"""
+BENCH_USAGE = """\
+usage: medhead bench [BENCHMARK] [options]
+       medhead bench BENCHMARK --help
+
+Run a benchmark; without a name it is speed. Each writes a table, JSON and a picture to its --output folder.
+{commands}
+examples:
+  medhead bench --num-prompts 4
+  medhead bench step --shapes tiny --context 64 --nodes 8
+  medhead bench kernels --contexts 2048 --nodes 1 64 --output results
+
+exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
+"""
 
 
-def usage() -> str:
-    """What the console script says of itself."""
-    lines = "\n".join(f"  {name:14s}{text}" for name, (_, text) in COMMANDS.items())
-    return f"usage: medhead COMMAND [options]\n\n{lines}\n\n`medhead generate --help` tells more.\n"
+def usage(text: str, groups: dict[str, Commands]) -> str:
+    """Return a help text with its commands filled in."""
+    lines = []
+    for title, commands in groups.items():
+        lines += ["", f"{title}:", *(f"  {name:15s}{does}" for name, (_, does) in commands.items())]
+    return text.format(commands="\n".join([*lines, ""]))
 
 
-def _extra(command: str) -> str:
-    return "app" if command == "chat" else "train"
+def run(commands: Commands, prog: str, arguments: list[str]) -> int:
+    """Import and run the command that is named first; return its exit code."""
+    name, rest = arguments[0], arguments[1:]
+    if name not in commands:
+        print(f"{prog}: error: unknown command {name!r}; choose from {', '.join(commands)}", file=sys.stderr)
+        return 2
+    module, _, function = commands[name][0].partition(":")
+    try:
+        command = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("medhead"):
+            raise
+        print(f"{prog} {name}: error: {missing(error)}", file=sys.stderr)
+        return 2
+    return int(command(rest))
+
+
+def bench(arguments: list[str]) -> int:
+    """Run the benchmark that is named first, or `speed`; return its exit code."""
+    if arguments[:1] in (["-h"], ["--help"]):
+        print(usage(BENCH_USAGE, {"benchmarks": BENCHMARKS}), end="")
+        return 0
+    named = arguments and not arguments[0].startswith("-")
+    return run(BENCHMARKS, "medhead bench", arguments if named else ["speed", *arguments])
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run a subcommand; returns its exit code."""
+    """Run a subcommand and return its exit code."""
     arguments = sys.argv[1:] if argv is None else argv
-    command, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
-    if command in COMMANDS:
-        try:
-            module = importlib.import_module(COMMANDS[command][0])
-        except ModuleNotFoundError as error:
-            if (error.name or "").startswith("medhead"):
-                raise
-            print(
-                f"medhead: error: {error.name} is not installed: pip install 'medhead[{_extra(command)}]'",
-                file=sys.stderr,
-            )
-            return 2
-        return int(module.main(rest))
-    if command in ("", "-h", "--help"):
-        print(usage(), end="")
-        return 0 if command else 2
-    known = ", ".join(COMMANDS)
-    print(f"medhead: error: no command is called {command!r}; commands: {known}", file=sys.stderr)
-    return 2
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage(USAGE, GROUPS), end="")
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        print(f"medhead {__version__}")
+        return 0
+    return run(COMMANDS, "medhead", arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,99 +1,77 @@
-"""Find what decodes fastest here: `python -m medhead.tune --heads FOLDER`, `python -m medhead.tune --proposer lookahead`.
-
-Measures what a pass costs by number of nodes; with heads also which size, width, branching and depth of the tree give most
-tokens a second on real prompts, and for lookahead decoding which W, N and G do. Costs and W, N, G are kept in the user's
-cache, where every later generation finds them; trees are kept with the heads.
-"""
+"""`medhead tune`: measure what a pass costs here, and find the fastest tree of some heads or sizes of lookahead decoding."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
 
-from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.bench.harness import add_decoding_options, load_prompts, load_target
+from medhead.cli.common import Parser, check_range, run_command
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead.heads import load_heads
 from medhead.heads.config import CONFIG_FILE
-from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import DEMO_HEADS
 from medhead.model.target import Target
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import CostModel, costs_batch, measure_costs, store_costs
 from medhead.tune import trees, windows
-from medhead.tune.search import measured, search
+from medhead.tune.search import Changes, T, coordinate_search, throughput
 from medhead.tune.trees import Tree
 
 EXAMPLES = """\
 examples:
-  python -m medhead.tune --model my/model --heads my/heads --prompts mine.jsonl
-  python -m medhead.tune --model my/model --proposer lookahead        # its W, N and G; later generations find them
-  python -m medhead.tune --model my/model --batch 1 4 16              # only the costs of a pass
-  python -m medhead.tune --dry-run                                    # demo model; nothing is written
+  medhead tune --model my/model --heads my/heads --prompts mine.jsonl   the fastest tree, written into the heads' folder
+  medhead tune --model my/model --proposer lookahead                    W, N and G, kept in the cache folder
+  medhead tune --model my/model --batch-sizes 1 4 16                    only the time of a pass, for three batch sizes
+  medhead tune --dry-run                                                the demo model; nothing is written
+
+Times and lookahead sizes are kept in ~/.cache/medhead (or $MEDHEAD_CACHE), where every later generation reads them.
+exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
 
 
-def cost_table(costs: CostModel) -> str:
-    """Milliseconds of a pass by number of nodes, and against one node."""
-    return ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
+def parser() -> Parser:
+    """Return the parser of the command."""
     options = Parser(
-        prog="medhead.tune",
-        description="Measure what passes cost on this machine, and find the tree that decodes fastest with some heads, "
-        "or the sizes of lookahead decoding.",
+        prog="medhead tune",
+        description="Measure the time of a pass by number of nodes on this machine. With heads, also find the tree that gives\n"
+        "most tokens per second; with --proposer lookahead, the sizes W, N and G that do.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    options.add_argument("--model", help="model folder or hub id (default: the demo model)")
-    options.add_argument("--heads", help="heads folder; the tree is written into its configuration")
+    add_decoding_options(options, max_new_tokens=128, num_prompts=4)
+    options.add_argument("--heads", help="heads folder; the fastest tree is written into its configuration")
     options.add_argument(
         "--proposer",
         choices=["heads", "lookahead"],
-        help="what to tune (default: heads where there are some, else costs alone)",
+        help="proposer to tune (default: heads if there are some, else only passes are timed)",
     )
-    options.add_argument("--prompts", help="JSON lines as for medhead.bench (default: built-in)")
-    options.add_argument("--count", type=int, default=4, help="prompts taken (default: 4)")
-    options.add_argument("--new-tokens", type=int, default=128, help="most tokens of an answer (default: 128)")
-    options.add_argument("--repeats", type=int, default=2, help="runs of each prompt (default: 2)")
-    options.add_argument(
-        "--batch",
-        type=int,
-        nargs="+",
-        default=[1],
-        help="rows to measure passes for, up to the next power of two (default: 1)",
-    )
-    options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-    options.add_argument("--dtype", default="auto", help="type of the model (default: as stored; float32 on a CPU)")
-    options.add_argument("--dry-run", action="store_true", help="measure and say, write nothing")
-    options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    how = options.add_argument_group("measurement")
+    how.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    how.add_argument("--dtype", default="auto", help="float32, bfloat16 or float16 (default: float32 on a CPU)")
+    how.add_argument("--repeats", type=int, default=2, help="runs of each prompt (default: 2)")
+    how.add_argument(
+        "--batch-sizes", type=int, nargs="+", default=[1], metavar="N",
+        help="batch sizes to time passes for, rounded up to a power of two (default: 1)",
+    )  # fmt: skip
+    how.add_argument("--dry-run", action="store_true", help="measure and print, write nothing")
     return options
 
 
 def run(args: argparse.Namespace) -> None:
-    """The command after its options were read."""
-    for option in ("count", "new_tokens", "repeats"):
-        if getattr(args, option) < 1:
-            raise MedheadError(f"--{option.replace('_', '-')} must be at least 1, got {getattr(args, option)}")
+    """Run the command."""
+    for option in ("num_prompts", "max_new_tokens", "repeats", "batch_sizes"):
+        check_range(args, option, 1)
     if args.proposer == "heads" and args.model and not args.heads:
         raise MedheadError("--proposer heads needs --heads FOLDER")
     if args.proposer == "lookahead" and args.heads:
         raise MedheadError("--heads goes with --proposer heads; lookahead has none")
-    if min(args.batch) < 1:
-        raise MedheadError(f"--batch must be at least 1, got {min(args.batch)}")
-    device = pick_device(args.device)
-    name: Any = args.model or DEMO_MODEL
-    tokenizer = load_tokenizer(name, args.trust_remote_code)
-    model = load_model(name, device, pick_dtype(args.dtype, device), args.trust_remote_code)
-    target = Target(model)
-    for batch in sorted({costs_batch(rows) for rows in args.batch}):
+    target = load_target(args, args.dtype)
+    for batch in sorted({costs_batch(size) for size in args.batch_sizes}):
         with torch.inference_mode(), target.active():
             costs = measure_costs(target, batch)
         print(f"a pass over {batch} row{'s' * (batch > 1)}, by nodes: {cost_table(costs)}")
@@ -101,56 +79,61 @@ def run(args: argparse.Namespace) -> None:
             store_costs(target, batch, costs)
     folder = args.heads or (None if args.model else DEMO_HEADS)
     if args.proposer == "lookahead":
-        tune_lookahead(target, _prompts(args, tokenizer, target), args)
+        tune_lookahead(target, args)
     elif folder is not None:
-        tune_heads(target, folder, _prompts(args, tokenizer, target), args)
+        tune_heads(target, Path(folder), args)
 
 
-def _prompts(args: argparse.Namespace, tokenizer: Any, target: Target) -> list[Tensor]:
-    chats = read_prompts(args.prompts, args.count)
-    rows = encode_prompts(tokenizer, chats, max(1, target.context - args.new_tokens))
-    return [torch.tensor([ids], device=target.device) for ids in rows]
+def cost_table(costs: CostModel) -> str:
+    """Return the milliseconds of a pass by number of nodes, and their ratio to one node."""
+    return ", ".join(f"{n}: {1000 * costs(n):.2f} ms ({costs(n) / costs(1):.2f}x)" for n in costs.nodes)
 
 
-def tune_heads(target: Target, folder: str | Path, prompts: list[Tensor], args: argparse.Namespace) -> None:
-    """Find the tree, and write it into the heads' configuration."""
+def fastest(
+    target: Target,
+    args: argparse.Namespace,
+    make: Callable[[T], Decoder],
+    start: T,
+    dimensions: Iterable[Changes[T]],
+) -> T:
+    """Search for the setting whose decoder, made by `make`, gives most tokens per second; print and return it."""
+    rate = throughput(make, load_prompts(args, target.context), args.max_new_tokens, args.repeats)
+    best = coordinate_search(start, dimensions, rate, print)
+    print(f"fastest: {best}")
+    return best
+
+
+def tune_heads(target: Target, folder: Path, args: argparse.Namespace) -> None:
+    """Find the fastest tree and write it into the heads' configuration."""
     heads = load_heads(folder, target)
-    config = heads.config
+    config, file = heads.config, folder / CONFIG_FILE
     start = Tree(config.tree_size, config.tree_width, config.tree_branching, config.tree_depth or config.depth)
 
     def make(tree: Tree) -> Decoder:
         return Decoder(target, "heads", heads=heads, **tree.options())
 
-    rate = measured(make, prompts, args.new_tokens, args.repeats)
-    best = search(start, trees.neighbours(config.depth), rate, print)
-    print(f"fastest: {best}")
+    best = fastest(target, args, make, start, trees.dimensions(config.depth))
     if args.dry_run:
         return
-    if not (Path(folder) / CONFIG_FILE).is_file():
-        print(
-            f"not written: {str(folder)!r} is in another project's layout and holds no {CONFIG_FILE}", file=sys.stderr
-        )
-        return
-    trees.keep(Path(folder), best)
-    print(f"written into {Path(folder) / CONFIG_FILE}")
+    if file.is_file():
+        trees.save_tree(folder, best)
+        print(f"written into {file}")
+    else:
+        print(f"not written: {str(folder)!r} has another project's format and no {CONFIG_FILE}", file=sys.stderr)
 
 
-def tune_lookahead(target: Target, prompts: list[Tensor], args: argparse.Namespace) -> None:
-    """Find W, N and G, and keep them in the user's cache."""
+def tune_lookahead(target: Target, args: argparse.Namespace) -> None:
+    """Find the fastest W, N and G and keep them in the user's cache."""
 
     def make(sizes: Sizes) -> Decoder:
         return Decoder(target, "lookahead", **sizes._asdict())
 
-    rate = measured(make, prompts, args.new_tokens, args.repeats)
-    best = search(tuned_sizes(target) or DEFAULTS, windows.neighbours(), rate, print)
-    print(f"fastest: {best}")
-    if args.dry_run:
-        return
-    file = store_sizes(target, best)
-    print(f"written into {file}" if file else "not written: the cache folder cannot be written")
+    best = fastest(target, args, make, tuned_sizes(target) or DEFAULTS, windows.dimensions())
+    if not args.dry_run:
+        file = store_sizes(target, best)
+        print(f"written into {file}" if file else "not written: the cache folder cannot be written")
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args = parser().parse_args(argv)
-    return guarded("medhead.tune", lambda: run(args))
+    """Run `medhead tune` and return its exit code."""
+    return run_command(parser(), run, argv)

@@ -122,22 +122,23 @@ class SamplingBatch:
         device: torch.device | str,
     ) -> SamplingBatch:
         """Return the parameters of sequences that are rows `rows` of the user's batch."""
+        greedy = SamplingParams()
+        params = [greedy if one.greedy else one for one in params]  # other parameters of greedy sequences do nothing
         numbers, scales = [], []
         for one, row in zip(params, rows, strict=True):
             low, high = seed_halves(one.seed or 0)
-            numbers.append([low, high, row, one.top_k or 0, 0 if one.greedy else 1])
+            numbers.append([low, high, row, one.top_k or 0, int(not one.greedy)])
             scales.append([one.temperature or 1.0, 1 - (one.top_p or 1.0), one.min_p or 0.0])
-        warped = [one for one in params if not one.greedy]
         extra = temperature_of(processors)
         temperatures = {(one.temperature or 1.0) * extra for one in params}
         return cls(
             torch.tensor(numbers, device=device),
             torch.tensor(scales, dtype=torch.float32, device=device),
-            max_top_k=max((one.top_k or 0 for one in warped), default=0),
-            uses_temperature=any(one.temperature != 1 for one in warped),
-            uses_top_p=any(one.top_p is not None and one.top_p < 1 for one in warped),
-            uses_min_p=any(one.min_p for one in warped),
-            sampled=len(warped),
+            max_top_k=max((one.top_k or 0 for one in params), default=0),
+            uses_temperature=any(one.temperature not in (0, 1) for one in params),
+            uses_top_p=any(one.top_p is not None and one.top_p < 1 for one in params),
+            uses_min_p=any(one.min_p for one in params),
+            sampled=sum(not one.greedy for one in params),
             processors=processors,
             uniform_temperature=temperatures.pop() if len(temperatures) == 1 else None,
         )

@@ -1,4 +1,4 @@
-"""Entry point of `python -m medhead.datastore`."""
+"""`python -m medhead.datastore`: the command `medhead datastore`."""
 
 import sys
 

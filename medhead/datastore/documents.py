@@ -1,4 +1,4 @@
-"""The user's own text: files and folders, read as documents."""
+"""Read the user's files and folders as documents."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import Any
 
 from medhead.errors import MedheadError
 
-PIECE = 1 << 16  # characters that are tokenized at a time; pieces end with a line where they can
+CHUNK_SIZE = 1 << 16  # characters that are tokenized at a time
 
 
 def text_files(sources: list[Path]) -> list[Path]:
-    """All files of the sources in order; folders are walked, what is hidden is left out.
+    """Return all files of the sources in order; folders are walked without their hidden files.
 
     Raises:
         MedheadError: a source does not exist, or there is no file at all.
@@ -26,14 +26,15 @@ def text_files(sources: list[Path]) -> list[Path]:
         elif source.is_file():
             found.append(source)
         else:
-            raise MedheadError(f"the text {str(source)!r} {_not_a_file(source)}")
+            problem = "is not a regular file" if source.exists() else "does not exist"
+            raise MedheadError(f"the text {str(source)!r} {problem}")
     if not found:
         raise MedheadError(f"there is no file in {', '.join(map(repr, map(str, sources)))}")
     return found
 
 
 def read_documents(path: Path) -> list[str] | None:
-    """The documents of a file: every text in the records of a *.jsonl file, else the whole file; None if it is no text.
+    """Return every string in the records of a *.jsonl file, or the whole of another file; None if it is not UTF-8 text.
 
     Raises:
         MedheadError: the file cannot be read, or a line of a *.jsonl file is not JSON.
@@ -52,46 +53,38 @@ def read_documents(path: Path) -> list[str] | None:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
-                found += _texts(json.loads(line))
+                found += _strings(json.loads(line))
             except (ValueError, RecursionError):
                 raise MedheadError(f"{path}, line {number} is not JSON") from None
     return found
 
 
-def pieces(text: str) -> list[str]:
-    """The text cut behind lines into pieces of about `PIECE` characters."""
+def chunks(text: str) -> list[str]:
+    """Split the text into chunks of at most `CHUNK_SIZE` characters, at line ends where possible."""
     found, start = [], 0
     while start < len(text):
-        end = start + PIECE
+        end = start + CHUNK_SIZE
         if end < len(text):
-            line = text.rfind("\n", start, end)
-            end = line + 1 if line >= start else end
+            line_end = text.rfind("\n", start, end)
+            end = line_end + 1 if line_end >= start else end
         found.append(text[start:end])
         start = end
     return found
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Token ids of a document, without special tokens."""
-    cut = pieces(text)
-    if not cut:
+    """Return the token ids of a document, without special tokens."""
+    if not text:
         return []
-    rows = tokenizer(cut, add_special_tokens=False, verbose=False)["input_ids"]
+    rows = tokenizer(chunks(text), add_special_tokens=False, verbose=False)["input_ids"]
     return [token for row in rows for token in row]
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings of a JSON value."""
+def _strings(value: Any) -> Iterator[str]:
+    """Yield all strings of a JSON value except roles."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, list):
-        for part in value:
-            yield from _texts(part)
-    elif isinstance(value, dict):
-        for name, part in value.items():
-            if name != "role":
-                yield from _texts(part)
-
-
-def _not_a_file(path: Path) -> str:
-    return "is not a regular file" if path.exists() else "does not exist"
+    elif isinstance(value, (list, dict)):
+        parts = value if isinstance(value, list) else [part for name, part in value.items() if name != "role"]
+        for part in parts:
+            yield from _strings(part)

@@ -1,8 +1,8 @@
-"""Heads as a PEFT adapter: hung on the target, trained, stored and loaded by PEFT, alone or together with LoRA on the target.
+"""Heads as a PEFT adapter: attached to the target, trained, stored and loaded by PEFT, alone or with LoRA on the target.
 
-The heads are the target's submodule `medhead`, which PEFT handles through `modules_to_save`. With a frozen target
-PEFT's list of modules to adapt is its dummy; with a real list the adapter changes the target too, and the text is the
-adapted model's.
+The heads are the target's submodule `medhead`, which PEFT handles through `modules_to_save`. With a frozen target, PEFT's
+`target_modules` is its dummy value; with a real list the adapter changes the target too, and the text is the adapted
+model's.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from transformers import PreTrainedModel
 
 from medhead.errors import MedheadError
 from medhead.heads.base import Heads, build_heads
-from medhead.heads.config import CONFIG_FILE, check_fit, read_config
+from medhead.heads.config import CONFIG_FILE, check_fit, read_config, read_json
+from medhead.model.target import Target
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 ADAPTER_FILE = "adapter_config.json"
@@ -30,23 +31,23 @@ SUBMODULE = "medhead"
 
 
 def attach(target: nn.Module, heads: Heads) -> None:
-    """Hang heads on a target as its submodule, which is what PEFT needs before it can load or train them."""
+    """Make heads a submodule of the target, which PEFT needs before it can load or train them."""
     target.add_module(SUBMODULE, heads)
 
 
 def detach(target: nn.Module) -> None:
-    """Take the heads off again."""
+    """Remove the heads from the target."""
     if SUBMODULE in target._modules:
         del target._modules[SUBMODULE]
 
 
 def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = None) -> tuple[Any, Heads]:
-    """A PEFT model around a target with heads, and its trainable copy of the heads.
+    """Return a PEFT model around a target with heads, and its trainable copy of the heads.
 
     Args:
-        target: the model; everything of it is frozen.
-        heads: what to train.
-        lora: fields of PEFT's `LoraConfig` to adapt the target with (`target_modules` among them), or None to leave it alone.
+        target: the model; all of it is frozen.
+        heads: the heads to train.
+        lora: fields of PEFT's `LoraConfig` to adapt the target with (`target_modules` among them), or None for a frozen target.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
@@ -60,14 +61,14 @@ def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = No
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """PEFT uses a name that transformers 5.24 is about to drop; users can do nothing about it."""
+    """Hide PEFT's warning about a name that transformers 5.24 deprecates: users cannot act on it."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".*is_gradient_checkpointing.*", FutureWarning)
         yield
 
 
 def unwrap(target: PreTrainedModel, wrapped: Any, trainable: dict[str, bool]) -> None:
-    """Undo `wrap`: no adapter, no heads, and the parameters that required gradients before do so again."""
+    """Undo `wrap`: remove adapter and heads, and restore which parameters require gradients."""
     wrapped.unload()
     detach(target)
     for name, parameter in target.named_parameters():
@@ -77,16 +78,16 @@ def unwrap(target: PreTrainedModel, wrapped: Any, trainable: dict[str, bool]) ->
 
 
 def heads_of(wrapped: Any) -> Heads:
-    """The heads that a PEFT model uses."""
-    held = wrapped.get_base_model()._modules[SUBMODULE]
-    return held.modules_to_save["default"] if hasattr(held, "modules_to_save") else held
+    """Return the heads that a PEFT model uses."""
+    module = wrapped.get_base_model()._modules[SUBMODULE]
+    return module.modules_to_save["default"] if hasattr(module, "modules_to_save") else module
 
 
 def save_adapter(wrapped: Any, heads: Heads, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write a PEFT model's adapter and the heads' configuration.
 
     Args:
-        wrapped: what `wrap` returned.
+        wrapped: the PEFT model that `wrap` returned.
         heads: its heads.
         folder: where to write; created if missing.
         dtype: type of the stored weights; their own if None.
@@ -108,32 +109,26 @@ def save_adapter(wrapped: Any, heads: Heads, folder: str | Path, dtype: torch.dt
 
 
 def adapts_target(folder: str | Path) -> bool:
-    """Whether a checkpoint holds LoRA weights for the target beside the heads."""
+    """Return whether a checkpoint holds LoRA weights for the target beside the heads."""
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     path = Path(folder) / ADAPTER_FILE
     if not path.is_file():
         return False
-    try:
-        modules = json.loads(path.read_text(encoding="utf-8")).get("target_modules")
-    except (json.JSONDecodeError, UnicodeDecodeError, AttributeError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
-    return modules not in (DUMMY_TARGET_MODULES, [DUMMY_TARGET_MODULES], None, [])
+    return read_json(path).get("target_modules") not in (DUMMY_TARGET_MODULES, [DUMMY_TARGET_MODULES], None, [])
 
 
 def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
-    """The model with a checkpoint's LoRA weights and heads on it, as a `PeftModel`: its text is the adapted model's.
+    """Return the model with a checkpoint's LoRA weights and heads, as a `PeftModel`: its text is the adapted model's.
 
-    Give the result and `heads_of(result)` to a `Decoder`; `with result.disable_adapter()` is the model as it was.
+    Give the result and `heads_of(result)` to a `Decoder`; inside `result.disable_adapter()` the model is the original one.
 
     Raises:
         MedheadError: the checkpoint is missing, damaged, or made for another model.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
-    from medhead.model.target import Target
-
-    config = read_config(folder)
+    config, path = read_config(folder), Path(folder) / WEIGHTS_FILE
     check_fit(config, Target(model, probe=False), folder)
     attach(model, build_heads(config))
     try:
@@ -142,14 +137,12 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     except Exception as error:
         detach(model)
         if isinstance(error, KeyError):  # PEFT looks for a tensor of the heads
-            raise MedheadError(f"{Path(folder) / WEIGHTS_FILE} is incomplete: {error.args[0]} is missing") from None
+            raise MedheadError(f"{path} is incomplete: {error.args[0]} is missing") from None
         reason = " ".join(str(error).split())[:160]
         raise MedheadError(f"the adapter in {str(folder)!r} cannot be loaded: {reason}") from None
-    with safe_open(Path(folder) / WEIGHTS_FILE, "pt") as file:  # PEFT leaves random what is not there
+    with safe_open(path, "pt") as file:  # PEFT leaves missing tensors random
         missing = sorted(get_peft_model_state_dict(wrapped).keys() - file.keys())
     if missing:
-        raise MedheadError(
-            f"{Path(folder) / WEIGHTS_FILE} is incomplete: {missing[0]} is missing ({len(missing)} tensors)"
-        )
+        raise MedheadError(f"{path} is incomplete: {missing[0]} is missing ({len(missing)} tensors)")
     heads_of(wrapped).to(device=model.device, dtype=model.dtype)
     return wrapped.eval()

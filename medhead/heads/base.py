@@ -1,14 +1,13 @@
-"""What a kind of heads is: a state at the root, advanced token by token along a path, read out as a feature.
+"""The interface of every kind of draft heads: a state at the root of the tree, advanced by one token per depth.
 
-The feature goes through the target's frozen output matrix and gives the distribution of the node's children. One
-interface serves training (many anchors of whole sequences at once) and proposing (a whole frontier of the tree at
-once): all tensors are `[batch, queries, ...]`, where queries are anchors or frontier nodes.
+Each step returns the hidden state that the target's frozen output matrix turns into the logits of a node's children.
+Training (many anchors of whole texts at once) and proposing (one frontier of the tree at once) call the same methods: all
+tensors are `[batch, queries, ...]`, where queries are anchors or frontier nodes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -17,117 +16,122 @@ from torch import Tensor, nn
 from medhead.core.lengths import Lengths
 from medhead.errors import MedheadError
 from medhead.heads.config import HeadsConfig
-from medhead.heads.draft_cache import DraftCache, DraftCacheView, TensorDraftCache
+from medhead.heads.draft_cache import DraftCache, TensorDraftCache
 
-__all__ = ["KINDS", "Draft", "Heads", "HeadsConfig", "build_heads", "register_kind"]
-
-
-@dataclass
-class Draft:
-    """The beginning of one proposal.
-
-    Attributes:
-        state: `[batch, 1 or anchors, state]`, the state above the root.
-        shared: what all nodes of the proposal share; its form is the kind's.
-    """
-
-    state: Tensor
-    shared: Any
+__all__ = ["KINDS", "Heads", "HeadsConfig", "build_heads", "register_kind"]
 
 
 class Heads(nn.Module):
-    """Base of all kinds.
+    """Base class of all kinds.
 
     Attributes:
-        per_path: whether what a node says depends on its path. If not, one distribution serves a whole depth.
-        corrections: values of `config.correction` that the kind knows.
-        fuses: whether the kind reads several layers of the target at once (`config.feature_layers`).
-        encodes_by_depth: whether `encode` depends on the depth.
-        memory_size: numbers kept for every committed token (`encode_cache_entry`); 0 if the heads do not look back.
-        plain_draft_cache: whether `new_draft_cache` is a `TensorDraftCache`, or None.
-        draft_tokens: `[draft_vocab]` int64, token ids that the heads may name; None for all.
+        path_dependent: whether a node's distribution depends on its path. If not, one distribution serves a whole depth.
+        corrections: values of `config.correction` that the kind implements.
+        fuses_layers: whether the kind reads several layers of the target at once (`config.feature_layers`).
+        encode_uses_depth: whether `encode` depends on the depth.
+        cache_entry_size: numbers stored for every committed token (`encode_cache_entry`); 0 without a draft cache.
+        has_tensor_cache: whether `new_draft_cache` returns a `TensorDraftCache` or None.
+        draft_tokens: `[draft_vocab_size]` int64, the token ids that the heads can propose; None for all.
+        embeddings: the heads' own embedding `[vocab, size]` of every depth, or one for all; empty if they use the target's.
+        output_matrices: the same for output matrices `[draft vocabulary or vocab, size]`.
     """
 
-    per_path = True
+    path_dependent = True
     corrections: tuple[str, ...] = ("none",)
-    fuses = False
-    encodes_by_depth = False
-    memory_size = 0
-    plain_draft_cache = True
+    fuses_layers = False
+    encode_uses_depth = False
+    cache_entry_size = 0
+    has_tensor_cache = True
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
         if config.correction not in self.corrections:
             raise MedheadError(
-                f"heads of kind {config.kind!r} know the corrections {', '.join(self.corrections)}; got {config.correction!r}"
+                f"correction of {config.kind!r} heads must be one of {', '.join(self.corrections)}, got {config.correction!r}"
             )
-        if len(config.feature_layers) > 1 and not self.fuses:
+        if len(config.feature_layers) > 1 and not self.fuses_layers:
             raise MedheadError(
-                f"heads of kind {config.kind!r} read one layer of the target, got feature_layers {config.feature_layers}"
+                f"{config.kind!r} heads read one layer of the target, got feature_layers {config.feature_layers}"
             )
         self.config = config
+        self.embeddings = self.output_matrices = nn.ParameterList()
         self.draft_tokens: Tensor | None
-        tokens = torch.arange(config.draft_vocab) if config.draft_vocab else None
-        self.register_buffer("draft_tokens", tokens)
+        self.register_buffer("draft_tokens", torch.arange(config.draft_vocab_size) if config.draft_vocab_size else None)
 
     @property
     def feature_size(self) -> int:
-        """Size of what the target hands over for a token: its last hidden state, or the outputs of the tapped layers."""
+        """Size of the target's feature of a token: its last hidden state, or the outputs of `feature_layers` concatenated."""
         return self.config.hidden_size * max(1, len(self.config.feature_layers))
 
+    def add_own_matrices(self, count: int, size: int) -> None:
+        """Create `count` random embeddings and output matrices of a width, as far as the configuration asks for them."""
+        config = self.config
+        rows = (
+            (config.own_embedding, config.vocab_size),
+            (config.own_output, config.draft_vocab_size or config.vocab_size),
+        )
+        self.embeddings, self.output_matrices = (
+            nn.ParameterList(nn.init.normal_(torch.empty(n, size), std=size**-0.5) for _ in range(count if own else 0))
+            for own, n in rows
+        )
+
     def own_embedding(self, depth: int) -> Tensor | None:
-        """`[vocab, size]` an embedding that the heads bring, or None for the target's."""
-        return None
+        """Return the heads' own embedding `[vocab, size]`, or None if they use the target's."""
+        return self.embeddings[min(depth, len(self.embeddings) - 1)] if len(self.embeddings) else None
 
     def own_output(self, depth: int) -> Tensor | None:
-        """`[draft vocabulary or vocab, size]` an output matrix that the heads bring, or None for the target's."""
-        return None
+        """Return the heads' own output matrix `[draft vocabulary or vocab, size]`, or None if they use the target's."""
+        return self.output_matrices[min(depth, len(self.output_matrices) - 1)] if len(self.output_matrices) else None
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
-        """What a node of this depth needs of its token, from the token's embedding; the embedding itself here.
+        """Return what `step` needs of a node's token; by default the token's embedding itself.
 
-        It depends on the token (and the depth) alone, so that decoding may compute it once for the whole vocabulary.
+        The result depends on the token and the depth alone, so decoding can compute it once for the whole vocabulary.
         """
         return embedding
 
     def new_draft_cache(self, dtype: torch.dtype, lengths: Lengths, capacity: int) -> DraftCache | None:
-        """Return empty storage for texts of about `capacity` tokens; None for kinds that do not look back."""
-        return TensorDraftCache(self.memory_size, dtype, lengths, capacity) if self.memory_size else None
+        """Return an empty cache for texts of about `capacity` tokens, or None if the kind keeps none."""
+        return TensorDraftCache(self.cache_entry_size, dtype, lengths, capacity) if self.cache_entry_size else None
 
-    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """What is kept of committed tokens, `[batch, tokens, memory_size]`.
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        """Return the cache entries of committed tokens, `[batch, tokens, cache_entry_size]`.
 
         Args:
             features: `[batch, tokens, feature_size]` of the target at these tokens.
-            token: `[batch, tokens, ...]`, what `encode` made of the token behind each of them.
+            token: `[batch, tokens, ...]`, the result of `encode` for the token after each of them.
             positions: `[batch or 1, tokens]` of these tokens.
-            longest: all positions are below it (known on the host).
+            max_len: a bound on the host that all positions are below.
         """
         raise NotImplementedError
 
-    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
         """Begin a proposal at every anchor.
 
         Args:
             features: `[batch, anchors, feature_size]` of the target at the token before the root.
-            root: `[batch, anchors, ...]`, what `encode` made of the root's token.
-            memory: of all tokens before the root; None for kinds that keep none.
-            depth: how many levels will be asked for; the heads' own depth if None.
+            root: `[batch, anchors, ...]`, the result of `encode` for the root's token.
+            cache: `DraftCache.view()`, the entries of all tokens before the root; None for kinds that keep none.
+            depth: number of depths that will be asked for; `config.depth` if None.
+
+        Returns:
+            The state above the root, `[batch, 1 or anchors, state]`, and a context that all nodes of the proposal share;
+            each kind defines its form.
         """
         raise NotImplementedError
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Any) -> tuple[Tensor, Tensor]:
-        """Take one token on the path.
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Any) -> tuple[Tensor, Tensor]:
+        """Advance by one token of the path.
 
         Args:
             state: `[batch, queries, state]`, the parents' states.
-            token: `[batch, queries, ...]`, what `encode` made of the nodes' tokens.
+            token: `[batch, queries, ...]`, the result of `encode` for the nodes' tokens.
             depth: the nodes' depth, 0 for the root.
-            shared: what `start` shared.
+            context: the context that `init_state` returned.
 
         Returns:
-            The nodes' states, and the features `[batch, queries, hidden]` that the output matrix turns into the logits of
-            their children.
+            The nodes' states, and the hidden states `[batch, queries, hidden]` that the output matrix turns into the logits
+            of their children.
         """
         raise NotImplementedError
 
@@ -137,7 +141,7 @@ H = TypeVar("H", bound=type[Heads])
 
 
 def register_kind(name: str) -> Callable[[H], H]:
-    """Class decorator: make a kind of heads known by its name."""
+    """Return a class decorator that registers a kind of heads under a name."""
 
     def add(kind: H) -> H:
         KINDS[name] = kind
@@ -147,11 +151,11 @@ def register_kind(name: str) -> Callable[[H], H]:
 
 
 def build_heads(config: HeadsConfig) -> Heads:
-    """New heads of the configured kind.
+    """Return new heads of the configured kind.
 
     Raises:
         MedheadError: no kind has that name.
     """
     if config.kind not in KINDS:
-        raise MedheadError(f"no kind of heads is called {config.kind!r}; known kinds: {', '.join(sorted(KINDS))}")
+        raise MedheadError(f"kind of the heads must be one of {', '.join(sorted(KINDS))}, got {config.kind!r}")
     return KINDS[config.kind](config)

@@ -1,13 +1,12 @@
-"""Heads as one PEFT checkpoint: `adapter_config.json`, `adapter_model.safetensors`, `medhead_config.json`.
+"""Save and load heads as one PEFT checkpoint: `adapter_config.json`, `adapter_model.safetensors`, `medhead_config.json`.
 
-The heads hang on the target as the submodule `medhead`; PEFT saves and loads it through `modules_to_save`. A target that
-is only decoded needs no PEFT wrapper: `load_heads` reads the same file directly.
+The heads are the target's submodule `medhead`; PEFT saves and loads it through `modules_to_save`. Decoding needs no PEFT
+wrapper: `load_heads` reads the same file directly.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -18,8 +17,9 @@ from medhead.errors import MedheadError
 from medhead.heads.adapter import SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
 from medhead.heads.base import Heads, build_heads
 from medhead.heads.config import CONFIG_FILE, check_fit, read_config
-from medhead.heads.formats import import_heads, is_foreign
+from medhead.heads.formats import import_heads, is_third_party
 from medhead.heads.mtp import MTP, load_mtp
+from medhead.model.target import Target
 
 _PREFIX = f"base_model.model.{SUBMODULE}."
 
@@ -29,7 +29,7 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
 
     Args:
         heads: the trained heads.
-        target: the model they were trained for; it is left as it was.
+        target: the model they were trained for; it is left unchanged.
         folder: where to write; created if missing.
         dtype: type of the stored weights; the heads' own if None.
     """
@@ -43,16 +43,19 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
         unwrap(target, wrapped, trainable)
 
 
-def load_heads(folder: str | Path, target: Any) -> Heads:
-    """Load heads for a target (`medhead.model.target.Target`), on its device and in its type; also from `heads.formats`.
+def load_heads(folder: str | Path, target: Target) -> Heads:
+    """Load heads for a `Target`, onto its device and in its type; the folder may be in another project's format.
 
     Raises:
         MedheadError: the checkpoint is missing, damaged, or made for another model.
     """
     if folder == MTP:  # a folder of that name is `./mtp`
         return load_mtp(target)
-    if is_foreign(folder):
-        return _ready(import_heads(folder, target), target)
+    heads = import_heads(folder, target) if is_third_party(folder) else _load(Path(folder), target)
+    return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+
+
+def _load(folder: Path, target: Target) -> Heads:
     config = read_config(folder)
     check_fit(config, target, folder)
     if adapts_target(folder) and not getattr(target.model, "peft_config", None):
@@ -60,15 +63,14 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
             f"the heads in {str(folder)!r} were trained together with an adapter of the model itself; load both with "
             "medhead.heads.load_adapted(model, folder)"
         )
-    path = Path(folder) / WEIGHTS_FILE
+    path = folder / WEIGHTS_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {WEIGHTS_FILE}; the heads checkpoint is incomplete")
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        raise MedheadError(
-            f"{path} is truncated or damaged ({' '.join(str(error).split())[:100]}); copy it again"
-        ) from None
+        reason = " ".join(str(error).split())[:100]
+        raise MedheadError(f"{path} is truncated or damaged ({reason}); copy it again") from None
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.startswith(_PREFIX)}
     heads = build_heads(config)
     expected = {name: tuple(t.shape) for name, t in heads.state_dict().items()}
@@ -81,8 +83,4 @@ def load_heads(folder: str | Path, target: Any) -> Heads:
             f"expected {expected.get(first, 'nothing')} ({len(wrong)} tensors differ)"
         )
     heads.load_state_dict(weights)
-    return _ready(heads, target)
-
-
-def _ready(heads: Heads, target: Any) -> Heads:
-    return heads.to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+    return heads

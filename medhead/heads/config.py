@@ -1,4 +1,4 @@
-"""Everything needed to build heads again and to tell whether they fit a target: one dataclass for all kinds."""
+"""The configuration of heads: everything needed to build them again and to tell whether they fit a target."""
 
 from __future__ import annotations
 
@@ -11,136 +11,97 @@ from medhead.errors import MedheadError
 
 CONFIG_FILE = "medhead_config.json"
 CORRECTIONS = ("none", "parent", "recurrent")
+_POSITIVE = ("depth", "hidden_size", "vocab_size", "inner_size", "num_layers", "tree_size", "tree_width", "tree_branching",
+             "correction_size", "num_heads", "num_kv_heads", "head_dim")  # fmt: skip
 
 
 @dataclass
 class HeadsConfig:
-    """Configuration of heads; what a kind does not use stays at its default.
+    """Configuration of heads, one class for all kinds; fields that a kind does not use keep their defaults."""
 
-    Attributes:
-        kind: registered name of the kind.
-        depth: how many tokens beyond the target's own next token the heads guess.
-        hidden_size: size of the target's last hidden state.
-        vocab_size: rows of the target's output matrix.
-        target_layers: number of layers of the target, to recognise heads of another model.
-        target_type: `model_type` of the target's configuration.
-        inner_size: width inside the heads: of the cell (`recurrent`), the state (`sequential`), the feed-forward
-            (`attention`, `block`), the correction (`medusa`).
-        blocks: residual blocks of each Medusa head, layers of a block head.
-        correction: what makes siblings' children differ in a parallel kind: `none`, `parent` or `recurrent`.
-        correction_size: width of a block head's correction.
-        feature_layers: layers of the target whose outputs are fused into the feature, in order; empty for the last hidden state.
-        num_heads: query heads of attention.
-        key_heads: key and value heads of attention.
-        head_dim: size of a head.
-        rope_theta: base of the rotary positions.
-        rope_scaling: a `rope_scaling` entry as in transformers' configurations, or None.
-        context: the context that `rope_scaling` speaks of, 0 without.
-        norm_eps: epsilon of the norms.
-        causal: whether a slot of a block sees only earlier slots.
-        anchor_predicts: whether the block's first slot speaks for the root's children (DSpark), or the second (DFlash).
-        mask_token: a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1.
-        layer_size: width of the layer of attention heads, where it is not the target's hidden size; 0 for the same.
-        norm_before_residual: the residual stream of attention heads is the normed feature.
-        tied: one set of weights for all depths (`sequential`), or one output matrix of their own (`medusa`).
-        scale_input: normalise the first state (`sequential`).
-        own_embedding: the heads bring an embedding of their own (loaded checkpoints).
-        own_output: the heads bring an output matrix of their own (loaded checkpoints).
-        accuracies: measured on held-out text: `accuracies[d][r]` is the share of positions at which the rank-r guess of
-            depth d+1 was right, given that the path to it was.
-        trees: best static trees on held-out text by number of nodes: paths of ranks.
-        tree_size: nodes of the tree that decodes fastest with these heads on the machine that measured it.
-        tree_depth: deepest tree worth growing with that size; `depth` if 0.
-        tree_width: nodes of a frontier while a tree grows.
-        tree_branching: candidates of every frontier node.
-        draft_vocab: the heads name only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et
-            al. 2025); 0 means all. The target still verifies with its whole vocabulary.
-    """
-
-    kind: str
-    depth: int
-    hidden_size: int
-    vocab_size: int
-    target_layers: int
-    target_type: str = ""
-    inner_size: int = 384
-    blocks: int = 1
-    correction: str = "none"
-    correction_size: int = 256
-    feature_layers: list[int] = field(default_factory=list)
-    num_heads: int = 4
-    key_heads: int = 2
-    head_dim: int = 64
-    rope_theta: float = 10000.0
-    rope_scaling: dict[str, Any] | None = None
-    context: int = 0
-    norm_eps: float = 1e-6
-    causal: bool = True
-    anchor_predicts: bool = True
-    mask_token: int = -1
-    layer_size: int = 0
-    norm_before_residual: bool = False
-    tied: bool = False
-    scale_input: bool = False
-    own_embedding: bool = False
-    own_output: bool = False
+    kind: str  # registered name of the kind
+    depth: int  # number of tokens that the heads predict after the target's own next token
+    hidden_size: int  # of the target
+    vocab_size: int  # rows of the target's output matrix
+    num_target_layers: int  # layers of the target, to recognise heads of another model
+    target_type: str = ""  # `model_type` of the target's configuration
+    inner_size: int = (
+        384  # width of cell (recurrent), state (sequential), feed-forward (attention, block), correction (medusa)
+    )
+    num_layers: int = 1  # residual blocks of each Medusa head, layers of a block head
+    correction: str = "none"  # what makes the children of siblings differ in a parallel kind: none, parent or recurrent
+    correction_size: int = 256  # width of a block head's correction
+    feature_layers: list[int] = field(
+        default_factory=list
+    )  # target layers whose outputs are fused; empty: last hidden state
+    num_heads: int = 4  # query heads of attention
+    num_kv_heads: int = 2  # key and value heads of attention
+    head_dim: int = 64  # size of an attention head
+    rope_theta: float = 10000.0  # base of the rotary positions
+    rope_scaling: dict[str, Any] | None = None  # an entry as in transformers' configurations
+    max_position_embeddings: int = 0  # the context length that `rope_scaling` refers to; 0 without scaling
+    rms_norm_eps: float = 1e-6
+    causal: bool = True  # whether a slot of a block sees only earlier slots
+    root_slot_predicts: bool = (
+        True  # whether a block's first slot predicts the root's children (DSpark), or the second (DFlash)
+    )
+    mask_token_id: int = -1  # a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1
+    draft_hidden_size: int = 0  # width of the layer of attention heads; 0 for the target's hidden size
+    norm_before_residual: bool = False  # the residual stream of attention heads is the normed feature
+    tie_weights: bool = (
+        False  # one set of weights (sequential) or one output matrix of their own (medusa) for all depths
+    )
+    scale_input: bool = False  # normalise the first state (sequential)
+    own_embedding: bool = False  # the heads bring an embedding of their own (loaded checkpoints)
+    own_output: bool = False  # the heads bring an output matrix of their own (loaded checkpoints)
+    # measured on held-out text: accuracies[d][r] is the share of positions at which the rank-r draft token of depth d+1 was
+    # right, given that the path to it was
     accuracies: list[list[float]] = field(default_factory=list)
-    trees: dict[str, list[list[int]]] = field(default_factory=dict)
-    tree_size: int = 16
-    tree_depth: int = 0
-    tree_width: int = 4
-    tree_branching: int = 4
-    draft_vocab: int = 0
+    trees: dict[str, list[list[int]]] = field(
+        default_factory=dict
+    )  # best static trees by number of nodes: paths of ranks
+    tree_size: int = 16  # nodes of the tree that decodes fastest with these heads on the machine that measured it
+    tree_depth: int = 0  # maximum depth of a tree of that size; `depth` if 0
+    tree_width: int = 4  # nodes of a frontier while a tree grows
+    tree_branching: int = 4  # candidates of every frontier node
+    # the heads propose only this many tokens, the most frequent ones of their training text (FR-Spec, Zhao et al. 2025); 0
+    # means all. The target still verifies with its whole vocabulary.
+    draft_vocab_size: int = 0
 
     def __post_init__(self) -> None:
-        counts: tuple[str, ...] = ("depth", "hidden_size", "vocab_size", "inner_size", "blocks", "tree_size")
-        counts += ("tree_width", "tree_branching", "correction_size", "num_heads", "key_heads", "head_dim")
-        for name in counts:
+        for name in _POSITIVE:
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
                 raise MedheadError(f"{name} of the heads must be a whole number of at least 1, got {value!r}")
-        if not 0 <= self.draft_vocab <= self.vocab_size:
+        if not 0 <= self.draft_vocab_size <= self.vocab_size:
             raise MedheadError(
-                f"draft_vocab must be from 0 to the vocabulary's {self.vocab_size}, got {self.draft_vocab!r}"
+                f"draft_vocab_size must be from 0 to vocab_size {self.vocab_size}, got {self.draft_vocab_size!r}"
             )
         if not 0 <= self.tree_depth <= self.depth:
             raise MedheadError(f"tree_depth must be from 0 to the heads' depth {self.depth}, got {self.tree_depth!r}")
         if self.correction not in CORRECTIONS:
             raise MedheadError(f"correction must be one of {', '.join(CORRECTIONS)}, got {self.correction!r}")
-        bad = [
-            layer for layer in self.feature_layers if not isinstance(layer, int) or not 0 <= layer < self.target_layers
-        ]
+        layers = self.feature_layers
+        bad = [layer for layer in layers if not isinstance(layer, int) or not 0 <= layer < self.num_target_layers]
         if bad:
             raise MedheadError(
-                f"feature_layers name layers of the target from 0 to {self.target_layers - 1}, got {self.feature_layers}: {bad[0]} is none"
+                f"feature_layers must be layers of the target from 0 to {self.num_target_layers - 1}, got {bad[0]!r} in {layers}"
             )
-        if len(set(self.feature_layers)) < len(self.feature_layers):
-            raise MedheadError(f"feature_layers name every layer once, got {self.feature_layers}")
+        if len(set(layers)) < len(layers):
+            raise MedheadError(f"feature_layers must be distinct, got {layers}")
 
     @property
     def label(self) -> str:
         """Kind and correction, for tables."""
         return self.kind if self.correction == "none" else f"{self.kind} + {self.correction}"
 
-    def check_attention(self) -> None:
-        """Refuse sizes of attention that cannot be.
-
-        Raises:
-            MedheadError: names them.
-        """
-        if self.num_heads % self.key_heads or self.head_dim % 2:
-            raise MedheadError(
-                f"num_heads must be a multiple of key_heads and head_dim even, got {self.num_heads}, {self.key_heads} "
-                f"and {self.head_dim}"
-            )
-
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for JSON."""
+        """Return the fields as plain data, for JSON."""
         return asdict(self)
 
 
 def read_config(folder: str | Path) -> HeadsConfig:
-    """The heads' configuration.
+    """Return the configuration of the heads in a folder.
 
     Raises:
         MedheadError: the folder, the file or one of its fields is missing or wrong.
@@ -151,27 +112,37 @@ def read_config(folder: str | Path) -> HeadsConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
+    fields = read_json(path)
     try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
         return HeadsConfig(**fields)
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except TypeError as error:
+        raise MedheadError(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the content of a JSON file that holds names and values; anything else is a `MedheadError`."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
         raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise MedheadError(f"{path} must hold names and values, got a {type(content).__name__}")
+    return content
 
 
 def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:
     """Refuse heads of another model.
 
     Raises:
-        MedheadError: hidden size, vocabulary or number of layers differ.
+        MedheadError: hidden size, vocabulary size or number of layers differ.
     """
-    pairs = (
+    for name, of_heads, of_target in (
         ("hidden size", config.hidden_size, target.hidden_size),
-        ("vocabulary", config.vocab_size, target.vocab_size),
-        ("layers", config.target_layers, target.layers),
-    )
-    for what, of_heads, of_target in pairs:
+        ("vocabulary size", config.vocab_size, target.vocab_size),
+        ("number of layers", config.num_target_layers, target.layers),
+    ):
         if of_heads != of_target:
             raise MedheadError(
-                f"the heads in {str(folder)!r} were trained for another model: their {what} is {of_heads}, "
+                f"the heads in {str(folder)!r} were trained for another model: their {name} is {of_heads}, "
                 f"{target.name} has {of_target}; train heads for this model or give the right folder"
             )

@@ -72,7 +72,7 @@ class DraftCache(Protocol):
         """Append the rows of another cache of these heads."""
 
     def view(self) -> Any:
-        """Return what `Heads.start` reads."""
+        """Return what `Heads.init_state` reads."""
 
 
 class TensorDraftCache:

@@ -1,4 +1,4 @@
-"""Parts that several kinds of heads share: rotary positions, a gated cell, corrections."""
+"""Layers that several kinds of heads share: linear and decoder layers, rotary positions, a gated cell, a correction."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from medhead.heads.config import HeadsConfig
 from medhead_kernels import skinny_gemm as skinny_gemm
 
 
 class Linear(nn.Linear):
-    """PyTorch's layer, fast for the few rows of a frontier too.
+    """PyTorch's linear layer, fast also for the few rows of a frontier.
 
     Attributes:
-        matrix: what it multiplies by while decoding (`OutputHead` sets it); None in training.
+        packed: the packed weight used while decoding (`OutputHead.pack` sets it); None in training.
     """
 
-    matrix: skinny_gemm.PackedLinear | None = None
+    packed: skinny_gemm.PackedLinear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in]` to `[..., out]`."""
-        if self.matrix is not None and self.matrix.weight.data_ptr() == self.weight.data_ptr():
-            return self.matrix(x)
-        return skinny_gemm.linear(x, self.weight, self.bias)  # in training, or it was given other weights since
+        """Map `[..., in]` to `[..., out]`."""
+        if self.packed is not None and self.packed.weight.data_ptr() == self.weight.data_ptr():
+            return self.packed(x)
+        return skinny_gemm.linear(x, self.weight, self.bias)  # in training, or with weights assigned since
 
 
 class Rotary(nn.Module):
-    """Rotary position embedding (Su et al. 2021); tables are made once and grow with the positions that are asked for.
+    """Rotary position embedding (Su et al. 2021), with tables that grow with the largest position.
 
     Args:
         dim: size of a head.
         theta: base of the frequencies.
         scaling: a `rope_scaling` entry of a transformers configuration (linear, llama3, yarn, ...), or None.
-        context: the context that `scaling` speaks of.
+        context: the `max_position_embeddings` that `scaling` refers to.
     """
 
     def __init__(self, dim: int, theta: float, scaling: dict[str, Any] | None = None, context: int = 0) -> None:
@@ -43,23 +44,22 @@ class Rotary(nn.Module):
         self.scaling, self.context = scaling, context
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
-    def forward(self, x: Tensor, positions: Tensor, longest: int) -> Tensor:
-        """Turn `[..., heads, dim]` by the angles of `positions` `[...]`, all of them below `longest`."""
-        cos, sin = self._table(x.device, x.dtype, longest)
+    def forward(self, x: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        """Rotate `[..., heads, dim]` by the angles of `positions` `[...]`, all of them below `max_len`."""
+        cos, sin = self._table(x.device, x.dtype, max_len)
         cos, sin = cos[positions].unsqueeze(-2), sin[positions].unsqueeze(-2)
         first, second = x.chunk(2, -1)
         return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
-    def _table(self, device: torch.device, dtype: torch.dtype, longest: int) -> tuple[Tensor, Tensor]:
+    def _table(self, device: torch.device, dtype: torch.dtype, max_len: int) -> tuple[Tensor, Tensor]:
         known = self._tables.get((device, dtype))
-        if known is None or known[0].shape[0] < longest:
+        if known is None or known[0].shape[0] < max_len:
             with torch.inference_mode(False), torch.no_grad():
-                rows = max(256, 1 << (longest - 1).bit_length())
+                rows = max(256, 1 << (max_len - 1).bit_length())
                 frequencies, factor = self._frequencies()
                 angles = torch.arange(rows, dtype=torch.float32)[:, None] * frequencies
-                known = tuple((f(angles) * factor).to(device, dtype) for f in (torch.cos, torch.sin))  # type: ignore[assignment]
-            self._tables[device, dtype] = known  # type: ignore[assignment]
-        assert known is not None
+                cos, sin = ((f(angles) * factor).to(device, dtype) for f in (torch.cos, torch.sin))
+            known = self._tables[device, dtype] = cos, sin
         return known
 
     def _frequencies(self) -> tuple[Tensor, float]:
@@ -79,7 +79,7 @@ class Rotary(nn.Module):
 
 
 def fuse_layers(features: int, size: int) -> Linear:
-    """The projection of several layers' outputs to one feature; it starts by handing on the last of them alone."""
+    """Return the projection of several layers' outputs to one feature; before training it copies the last layer's output."""
     projection = Linear(features, size, bias=False)
     with torch.no_grad():
         projection.weight.zero_()
@@ -88,7 +88,7 @@ def fuse_layers(features: int, size: int) -> Linear:
 
 
 class GatedMLP(nn.Module):
-    """SiLU(W_g x) * W_u x, projected back (Llama's feed-forward)."""
+    """Llama's feed-forward layer, W_d (SiLU(W_g x) * W_u x)."""
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
@@ -97,14 +97,44 @@ class GatedMLP(nn.Module):
         self.down_proj = Linear(inner, size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., size]` to the same shape."""
+        """Map `[..., size]` to the same shape."""
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class PathCell(nn.Module):
-    """One step along a path: state + W_o (SiLU(W_g z) * W_u z), z = [norm(state); norm(embedding)], a bias per depth.
+class Projections(nn.Module):
+    """The four projections of an attention layer whose input has `in_size` numbers and whose output `out_size`."""
 
-    The products with the state and with the embedding are kept apart, because the second depends on the token alone.
+    def __init__(self, config: HeadsConfig, in_size: int, out_size: int) -> None:
+        super().__init__()
+        self.dim = config.head_dim
+        self.q_proj = Linear(in_size, config.num_heads * self.dim, bias=False)
+        self.k_proj = Linear(in_size, config.num_kv_heads * self.dim, bias=False)
+        self.v_proj = Linear(in_size, config.num_kv_heads * self.dim, bias=False)
+        self.o_proj = Linear(config.num_heads * self.dim, out_size, bias=False)
+
+
+class DecoderLayer(nn.Module):
+    """Llama's decoder layer around a given attention; before training it adds nothing to the residual stream."""
+
+    def __init__(self, config: HeadsConfig, attention: Projections, size: int) -> None:
+        super().__init__()
+        self.input_layernorm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.self_attn = attention
+        self.post_attention_layernorm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.mlp = GatedMLP(size, config.inner_size)
+        nn.init.zeros_(attention.o_proj.weight)
+        nn.init.zeros_(self.mlp.down_proj.weight)
+
+    def forward(self, residual: Tensor, attended: Tensor) -> Tensor:
+        """Return the layer's output `[..., size]` from the residual stream and the attention's values `[..., heads * dim]`."""
+        x = residual + self.self_attn.o_proj(attended)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class GatedCell(nn.Module):
+    """A recurrent cell: state + W_o (SiLU(W_g z) * W_u z), z = [norm(state); norm(embedding)], with a bias per depth.
+
+    The products with state and embedding are computed apart, because the second depends on the token alone.
 
     Args:
         size: of the state.
@@ -123,20 +153,17 @@ class PathCell(nn.Module):
         nn.init.zeros_(self.outer.weight)
 
     def encode(self, embedding: Tensor) -> Tensor:
-        """The token's part of the gates, `[..., 2 * inner]`."""
+        """Return the token's part of the gates, `[..., 2 * inner]`."""
         return self.of_token(self.embedding_norm(embedding))
 
     def forward(self, state: Tensor, token: Tensor, depth: int) -> Tensor:
-        """The next state, from the last one and what `encode` made of the token."""
+        """Return the next state, from the last one and the result of `encode` for the token."""
         gate, up = (self.of_state(self.state_norm(state)) + (token + self.depth_bias[depth])).chunk(2, dim=-1)
         return state + self.outer(F.silu(gate) * up)
 
 
 class ParentCorrection(nn.Module):
-    """A feature that depends on the parent token alone (ALGORITHMS: a sibling's children must not be its own).
-
-    Added to what a parallel head says, before the shared output matrix: `s_d + M(e_u)`.
-    """
+    """A function of the parent token that is added to a parallel head's hidden state, so that siblings' children differ."""
 
     def __init__(self, size: int, inner: int) -> None:
         super().__init__()
@@ -146,11 +173,5 @@ class ParentCorrection(nn.Module):
         nn.init.zeros_(self.outer.weight)
 
     def forward(self, embedding: Tensor) -> Tensor:
-        """`[..., size]` of the embedding to the same shape."""
+        """Map the embedding `[..., size]` to the same shape."""
         return self.outer(F.silu(self.inner(self.norm(embedding))))
-
-
-def split_rows(rows: Tensor, layers: int, key_heads: int, dim: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values `[..., length, key_heads, dim]` of every layer from memory rows `[..., length, size]`."""
-    parts = rows.unflatten(-1, (layers, 2, key_heads, dim))
-    return [(parts[..., layer, 0, :, :], parts[..., layer, 1, :, :]) for layer in range(layers)]

@@ -1,21 +1,21 @@
 """Medusa heads (Cai et al. 2024): residual blocks on the last hidden state, one head for each depth.
 
-With `correction="parent"` a feature of the parent's token is added, so that the children of siblings differ.
+With `correction="parent"` a function of the parent token is added, so that the children of siblings differ.
 """
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import DraftCacheView
+from medhead.heads.base import Heads, HeadsConfig, register_kind
 from medhead.heads.layers import Linear, ParentCorrection
 
 
 class ResidualBlock(nn.Module):
-    """x + SiLU(Wx + b) with W and b zero at the start, so that an untrained head repeats the target's own guess."""
+    """x + SiLU(Wx + b), with W and b zero at the start: an untrained head repeats the target's own distribution."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -24,45 +24,35 @@ class ResidualBlock(nn.Module):
         nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., size]` to the same shape."""
+        """Map `[..., size]` to the same shape."""
         return x + F.silu(self.linear(x))
 
 
 @register_kind("medusa")
 class MedusaHeads(Heads):
-    """Nothing is carried along a path: the target's hidden state is shared by all nodes of a proposal."""
+    """The state is empty: all nodes of a proposal share the target's hidden state."""
 
     corrections = ("none", "parent")
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config)
         self.heads = nn.ModuleList(
-            nn.Sequential(*(ResidualBlock(config.hidden_size) for _ in range(config.blocks)))
+            nn.Sequential(*(ResidualBlock(config.hidden_size) for _ in range(config.num_layers)))
             for _ in range(config.depth)
         )
-        matrices = (1 if config.tied else config.depth) if config.own_output else 0
-        rows = config.draft_vocab or config.vocab_size
-        self.output_matrices = nn.ParameterList(torch.empty(rows, config.hidden_size) for _ in range(matrices))
-        for matrix in self.output_matrices:
-            nn.init.normal_(matrix, std=config.hidden_size**-0.5)
-        self.per_path = config.correction == "parent"
-        self.correction = ParentCorrection(config.hidden_size, config.inner_size) if self.per_path else None
+        self.add_own_matrices(1 if config.tie_weights else config.depth, config.hidden_size)
+        self.path_dependent = config.correction == "parent"
+        self.correction = ParentCorrection(config.hidden_size, config.inner_size) if self.path_dependent else None
 
-    def own_output(self, depth: int) -> Tensor | None:
-        """A loaded checkpoint's output matrix of this depth, or of all."""
-        if not self.config.own_output:
-            return None
-        return self.output_matrices[0 if self.config.tied else depth]
-
-    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
-        """The hidden state itself, shared."""
-        return Draft(features[..., :0], features)
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
+        """Share the hidden state."""
+        return features[..., :0], features
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
-        """The parent's correction."""
+        """Return the parent token's correction, if there is one."""
         return embedding if self.correction is None else self.correction(embedding)
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Tensor) -> tuple[Tensor, Tensor]:
-        """Head `depth` reads the shared state; of the path only the last token may matter."""
-        feature = self.heads[depth](shared)
-        return state, feature if self.correction is None else feature + token
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Run head `depth` on the shared hidden state and add the correction."""
+        hidden = self.heads[depth](context)
+        return state, hidden if self.correction is None else hidden + token

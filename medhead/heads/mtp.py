@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from medhead.core.lengths import Lengths
 from medhead.errors import MedheadError
-from medhead.heads.base import Draft, Heads, HeadsConfig
+from medhead.heads.base import Heads, HeadsConfig
 from medhead.heads.draft_cache import EncodeCacheEntry
 from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
@@ -72,7 +72,7 @@ class MtpHeads(Heads):
         target: the model whose layers they are.
     """
 
-    plain_draft_cache = False
+    has_tensor_cache = False
 
     def __init__(self, mtp: Any, target: Target) -> None:
         layers = len(mtp.layers)
@@ -82,7 +82,7 @@ class MtpHeads(Heads):
             tree_depth=max(TREE_DEPTH, layers),
             hidden_size=target.hidden_size,
             vocab_size=target.vocab_size,
-            target_layers=target.layers,
+            num_target_layers=target.layers,
             target_type=target.config.model_type,
         )
         super().__init__(config)
@@ -97,16 +97,18 @@ class MtpHeads(Heads):
         """Return the layers' key/value cache."""
         return MtpDraftCache(self, lengths, capacity)
 
-    def start(self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None) -> Draft:
+    def init_state(
+        self, features: Tensor, root: Tensor, memory: Any, depth: int | None = None
+    ) -> tuple[Tensor, Growth]:
         """Nothing to compute: every layer has already run over the root."""
         index = torch.zeros(*root.shape[:2], 1, dtype=torch.long, device=root.device)
-        return Draft(index, Growth(memory, index.shape[0]))
+        return index, Growth(memory, index.shape[0])
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Growth) -> tuple[Tensor, Tensor]:
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Growth) -> tuple[Tensor, Tensor]:
         """One pass of one layer over all nodes so far; none for the root."""
         if depth == 0:
-            return state, shared.said.to(token.dtype)
-        index, said = shared.extend(state[..., 0], token.to(self.dtype), depth)
+            return state, context.said.to(token.dtype)
+        index, said = context.extend(state[..., 0], token.to(self.dtype), depth)
         return index[..., None], said.to(token.dtype)
 
     def run(

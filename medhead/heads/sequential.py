@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from medhead.heads.base import Draft, Heads, HeadsConfig, register_kind
-from medhead.heads.draft_cache import DraftCacheView
+from medhead.heads.base import Heads, HeadsConfig, register_kind
 from medhead.heads.layers import Linear
 
 
@@ -30,68 +29,47 @@ class SpeculatorNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(size)) if affine else None
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., size]` to the same shape."""
+        """Map `[..., size]` to the same shape."""
         x = x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps).to(x.dtype)
         return x if self.weight is None or self.bias is None else x * self.weight + self.bias
 
 
 @register_kind("sequential")
 class SequentialHeads(Heads):
-    """The state has `inner_size` numbers; every depth has its own weights unless `tied`."""
+    """The state has `inner_size` numbers; every depth has its own weights unless `tie_weights`."""
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config)
         size, inner = config.hidden_size, config.inner_size
-        depths = 1 if config.tied else config.depth
+        depths, projections = (1, 1) if config.tie_weights else (config.depth, config.depth - 1)
         state_weight = 0.5 ** (0.5 / config.depth)
         self.token_scale = math.sqrt((1 - state_weight**2) * inner / 2) / state_weight
         self.first = Linear(size, inner, bias=False)
-        self.proj = nn.ModuleList(
-            Linear(inner, inner, bias=False) for _ in range(1 if config.tied else config.depth - 1)
-        )
+        self.proj = nn.ModuleList(Linear(inner, inner, bias=False) for _ in range(projections))
         self.norms = nn.ModuleList(SpeculatorNorm(inner) for _ in range(depths))
         self.input_norm = SpeculatorNorm(size, affine=False) if config.scale_input else None
-        own = config.own_embedding, config.own_output
-        self.encoders = None if own[0] else nn.ModuleList(Linear(size, inner, bias=False) for _ in range(depths))
-        self.outputs = None if own[1] else nn.ModuleList(Linear(inner, size, bias=False) for _ in range(depths))
-        self.embeddings = nn.ParameterList(
-            torch.empty(config.vocab_size, inner) for _ in range(depths if own[0] else 0)
-        )
-        rows = config.draft_vocab or config.vocab_size
-        self.output_matrices = nn.ParameterList(torch.empty(rows, inner) for _ in range(depths if own[1] else 0))
-        for matrix in (*self.embeddings, *self.output_matrices):
-            nn.init.normal_(matrix, std=inner**-0.5)
-        self.encodes_by_depth = depths > 1
+        encoders = (Linear(size, inner, bias=False) for _ in range(depths))
+        outputs = (Linear(inner, size, bias=False) for _ in range(depths))
+        self.encoders = None if config.own_embedding else nn.ModuleList(encoders)
+        self.outputs = None if config.own_output else nn.ModuleList(outputs)
+        self.add_own_matrices(depths, inner)
+        self.encode_uses_depth = depths > 1
 
-    def own_embedding(self, depth: int) -> Tensor | None:
-        """A loaded checkpoint's embedding of this depth."""
-        return self.embeddings[self._at(depth)] if self.config.own_embedding else None
-
-    def own_output(self, depth: int) -> Tensor | None:
-        """A loaded checkpoint's output matrix of this depth."""
-        return self.output_matrices[self._at(depth)] if self.config.own_output else None
-
-    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
-        """The hidden state itself, scaled if the configuration says so."""
-        return Draft(features if self.input_norm is None else self.input_norm(features) / math.sqrt(2), None)
+    def init_state(self, features: Tensor, root: Tensor, cache: Any, depth: int | None = None) -> tuple[Tensor, Any]:
+        """Return the hidden state, normalised and scaled if `scale_input`."""
+        return features if self.input_norm is None else self.input_norm(features) / math.sqrt(2), None
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
-        """The token's part, `[..., inner]`."""
-        part = embedding if self.encoders is None else self.encoders[self._at(depth)](embedding)
+        """Return the token's part, `[..., inner]`."""
+        part = embedding if self.encoders is None else self.encoders[self._index(depth)](embedding)
         return part * self.token_scale
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: None) -> tuple[Tensor, Tensor]:
-        """One depth."""
-        project, _, norm, output = self.level(depth)
-        state = F.gelu(norm(project(state) + token))
-        return state, state if output is None else output(state)
+    def step(self, state: Tensor, token: Tensor, depth: int, context: None) -> tuple[Tensor, Tensor]:
+        """Run the layers of one depth."""
+        index = self._index(depth)
+        project = self.first if depth == 0 else self.proj[0 if self.config.tie_weights else depth - 1]
+        state = F.gelu(self.norms[index](project(state) + token))
+        return state, state if self.outputs is None else self.outputs[index](state)
 
-    def level(self, depth: int) -> tuple[Any, Any, Any, Any]:
-        """Layers of a depth: of the state, of the token (None if it is used as it is), the norm, and of the output (or None)."""
-        at = self._at(depth)
-        project = self.first if depth == 0 else self.proj[0 if self.config.tied else depth - 1]
-        encode, output = (None if layers is None else layers[at] for layers in (self.encoders, self.outputs))
-        return project, encode, self.norms[at], output
-
-    def _at(self, depth: int) -> int:
-        return 0 if self.config.tied else depth
+    def _index(self, depth: int) -> int:
+        return 0 if self.config.tie_weights else depth

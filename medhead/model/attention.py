@@ -1,12 +1,12 @@
-"""The attention function and the mask that a target uses while it verifies trees.
+"""The attention function and the mask function that a target uses while it verifies trees.
 
-transformers lets a model's attention be replaced by name (`AttentionInterface`) and its mask as well
-(`AttentionMaskInterface`). The mask function is handed each layer's own rule (causal, sliding window, chunks) as a
-predicate on positions; here it is evaluated on the positions of tree nodes and combined with "is it an ancestor?". So
-every rule that transformers can say holds for trees, and no modeling file is copied or patched.
+transformers lets a model's attention (`AttentionInterface`) and its mask (`AttentionMaskInterface`) be replaced by name.
+The mask function receives each layer's own mask function (causal, sliding window, chunks), a predicate on positions. Here
+it is evaluated on the positions of tree nodes and combined with the ancestors of each node. So every mask that transformers
+can express holds for trees, and no modeling file is copied or patched.
 
-A kernel backend (`medhead_kernels.backends`) needs no dense mask. A layer whose rule it knows, causal or sliding window, is
-given an empty tensor as its mask, whose last size is the window; every other layer keeps its dense mask.
+A kernel backend (`medhead_kernels.backends`) needs no dense mask. For a causal or sliding-window layer the mask function
+returns an empty tensor whose last size is the window; every other layer gets its dense mask.
 """
 
 from __future__ import annotations
@@ -31,104 +31,93 @@ from transformers.masking_utils import (
 )
 
 from medhead_kernels import reference, sdpa
-from medhead_kernels.attn_metadata import Scoring, TreeColumns
-from medhead_kernels.backends import Backend, Case, refusal
+from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
+from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
 
 NAME = "medhead"
 
 
 @dataclass
 class TreePass:
-    """What attention needs to know of the pass that is running.
+    """Arguments of attention that belong to the running pass.
 
     Attributes:
-        lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `longest`.
-        longest: the largest of them, on the host; more where only the device knows them.
+        lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `max_length`.
+        max_length: the largest length, on the host; an upper bound where only the device knows the lengths.
         depth: `[batch or 1, nodes]`, depth of every node.
         visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
-        nodes: nodes in this pass.
-        plain: use the reference attention throughout, for comparison.
-        backend: a kernel backend for the layers that it can serve, or None.
+        nodes: number of nodes in this pass.
+        use_reference: use the reference attention in every layer, for comparison.
+        backend: a kernel backend for the layers that it supports, or None.
         host_lengths: committed tokens of every row, on the host; empty where only the device knows them.
-        words: ancestor words of the nodes; needed by a backend.
+        ancestor_bitmask: ancestors of the nodes, see `TokenTree.ancestor_bitmask`; required with a backend.
     """
 
     lengths: Tensor | None
-    longest: int
+    max_length: int
     depth: Tensor
     visible: Tensor | None
     nodes: int
-    plain: bool = False
+    use_reference: bool = False
     backend: Backend | None = None
     host_lengths: tuple[int, ...] = ()
-    words: Tensor | None = None
+    ancestor_bitmask: Tensor | None = None
     _biases: dict[Any, Tensor] = field(default_factory=dict)
-    _columns: dict[torch.device, TreeColumns] = field(default_factory=dict)
+    _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict)
 
     @property
-    def keys(self) -> int:
+    def num_keys(self) -> int:
         """Columns of keys: longest prefix plus nodes."""
-        return self.longest + self.nodes
+        return self.max_length + self.nodes
 
-    def columns(self, device: torch.device) -> TreeColumns:
-        """What the key columns are, for a backend, on a layer's device."""
-        if device not in self._columns:
-            assert self.words is not None, "a pass with a backend has ancestor words"
+    def metadata(self, device: torch.device) -> TreeMetadata:
+        """Return the arguments of a backend on a layer's device."""
+        if device not in self._metadata:
+            assert self.ancestor_bitmask is not None, "a pass with a backend needs ancestor_bitmask"
             if self.host_lengths:
                 lengths = torch.tensor(self.host_lengths, dtype=torch.int32, device=device)
             else:
-                assert self.lengths is not None, "somebody knows the lengths"
+                assert self.lengths is not None, "a pass needs lengths or host_lengths"
                 lengths = self.lengths.to(device, torch.int32)
-            self._columns[device] = TreeColumns(
-                lengths, self.host_lengths, self.words.to(device), self.depth.to(device)
-            )
-        return self._columns[device]
+            bitmask, depth = self.ancestor_bitmask.to(device), self.depth.to(device)
+            self._metadata[device] = TreeMetadata(lengths, self.host_lengths, bitmask, depth)
+        return self._metadata[device]
 
-    def bias(self, rule: Callable, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor | None:
-        """The additive mask `[batch or 1, 1, nodes, keys]` for one rule, or None where plain attention is the same.
+    def bias(
+        self, mask_function: Callable, window: int | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor | None:
+        """Return the additive mask `[batch or 1, 1, nodes, keys]` of one mask function.
 
-        None means: one node sees everything, several nodes are causal.
+        None stands for plain attention: one node that sees every key, or several causal nodes.
         """
-        plain = rule is causal_mask_function or (window is not None and self.keys <= window)
-        chain = self.visible is None
-        if plain and self.lengths is None and chain and (self.nodes == 1 or self.longest == 0):
+        causal = mask_function is causal_mask_function or (window is not None and self.num_keys <= window)
+        if causal and self.lengths is None and self.visible is None and (self.nodes == 1 or self.max_length == 0):
             return None
-        key = (None if plain else rule, dtype, device)
+        key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
-            seen = self._seen(device) if plain else self._seen(device) & self._allowed(rule, device)
-            bias = torch.zeros(seen.shape, dtype=dtype, device=device)
-            self._biases[key] = bias.masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
+            visible = self._visible_keys(device)
+            if not causal:
+                visible = visible & self._allowed_keys(mask_function, device)
+            self._biases[key] = additive_mask(visible, dtype)[:, None]
         return self._biases[key]
 
-    def _seen(self, device: torch.device) -> Tensor:
-        """`[batch or 1, nodes, keys]`: key is in the row's prefix, or is the node's ancestor or itself."""
-        nodes, keys = self.nodes, self.keys
+    def _visible_keys(self, device: torch.device) -> Tensor:
+        """Return `[batch or 1, nodes, keys]`: the key is in the row's prefix, or is the node or its ancestor."""
         tree = self.visible
         if tree is None:
-            tree = torch.ones(nodes, nodes, dtype=torch.bool, device=device).tril()[None]
-        tree = tree.to(device)
+            tree = torch.ones(self.nodes, self.nodes, dtype=torch.bool, device=device).tril()[None]
         if self.lengths is None:
-            return torch.nn.functional.pad(tree, (self.longest, 0), value=True)
-        lengths = self.lengths.to(device)
-        seen = (torch.arange(keys, device=device) < lengths[:, None])[:, None].repeat(1, nodes, 1)
-        where = lengths[:, None, None] + torch.arange(nodes, device=device)
-        tree = tree.expand(lengths.shape[0], nodes, nodes)  # `len` would fix the batch of a recorded pass
-        return seen.scatter_(2, where.expand_as(tree), tree)
+            return torch.nn.functional.pad(tree.to(device), (self.max_length, 0), value=True)
+        return visible_keys(self.lengths.to(device), tree.to(device), self.num_keys)
 
-    def _allowed(self, rule: Callable, device: torch.device) -> Tensor:
-        """The layer's own rule, evaluated on positions: `[batch or 1, nodes, keys]`."""
-        keys = self.keys
-        lengths = torch.tensor([self.longest]) if self.lengths is None else self.lengths
-        lengths = lengths.to(device)[:, None]
-        queries = lengths + self.depth.to(device)  # [batch, nodes]
-        batch = queries.shape[0]
-        positions = torch.arange(keys, device=device).repeat(batch, 1)
-        where = (lengths + torch.arange(self.nodes, device=device)).expand(batch, -1)
-        positions.scatter_(1, where, queries.expand(batch, -1))
-        rows = torch.arange(batch, device=device)[:, None, None, None]
+    def _allowed_keys(self, mask_function: Callable, device: torch.device) -> Tensor:
+        """Evaluate a layer's mask function on positions: `[batch or 1, nodes, keys]`."""
+        lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
+        queries, keys = positions(lengths.to(device), self.depth.to(device), self.num_keys)
+        rows = torch.arange(queries.shape[0], device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
-        allowed = rule(rows, head, queries[:, None, :, None], positions[:, None, None, :])
-        return allowed.expand(batch, 1, self.nodes, keys)[:, 0]
+        allowed = mask_function(rows, head, queries[:, None, :, None], keys[:, None, None, :])
+        return allowed.expand(queries.shape[0], 1, self.nodes, self.num_keys)[:, 0]
 
 
 _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)
@@ -136,7 +125,7 @@ _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)
 
 @contextmanager
 def tree_pass(current: TreePass) -> Iterator[None]:
-    """Make a pass the running one for this thread."""
+    """Make `current` the running pass of this thread."""
     token = _running.set(current)
     try:
         yield
@@ -145,77 +134,69 @@ def tree_pass(current: TreePass) -> Iterator[None]:
 
 
 def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """Mask function of transformers: an additive mask for the running tree pass."""
+    """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
     current = _running.get()
     if current is None:
         return sdpa_mask(*args, **kwargs)
     device = torch.device(kwargs.get("device") or current.depth.device)
-    rule, window = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
-    if current.backend is not None:
-        known = rule_window(rule)
-        if known is not None:
-            return _note(current, known, device)
-    return current.bias(rule, window, kwargs.get("dtype", torch.float32), device)
+    mask_function, local_size = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
+    if current.backend is not None and (window := mask_window(mask_function)) is not None:
+        hides_keys = current.num_keys > window
+        return torch.empty(0, 1, current.nodes, window if hides_keys else 0, device=device)  # see the module docstring
+    return current.bias(mask_function, local_size, kwargs.get("dtype", torch.float32), device)
 
 
-def rule_window(rule: Callable) -> int | None:
-    """What transformers' rule hides besides the future: 0 for nothing, the size of a sliding window, None for anything else."""
-    if rule is causal_mask_function:
+def mask_window(mask_function: Callable) -> int | None:
+    """Return the sliding window of a causal mask function of transformers, 0 without one, None for any other function."""
+    if mask_function is causal_mask_function:
         return 0
-    inside = _closure(rule)
-    parts = inside.get("mask_functions", ())
-    if not _made_alike(rule, _WINDOW_RULE) or len(parts) != 2 or parts[1] is not causal_mask_function:
+    parts = _closure(mask_function).get("mask_functions", ())
+    if not _same_code(mask_function, _WINDOW_MASK) or len(parts) != 2 or parts[1] is not causal_mask_function:
         return None
     window = _closure(parts[0]).get("sliding_window")
-    alike = _made_alike(parts[0], _closure(_WINDOW_RULE)["mask_functions"][0])
-    return window if alike and isinstance(window, int) and window > 0 else None
+    is_window = _same_code(parts[0], _closure(_WINDOW_MASK)["mask_functions"][0])
+    return window if is_window and isinstance(window, int) and window > 0 else None
 
 
-_WINDOW_RULE = sliding_window_causal_mask_function(1)
-window_rule = lru_cache(maxsize=8)(sliding_window_causal_mask_function)
+_WINDOW_MASK = sliding_window_causal_mask_function(1)
+_window_mask = lru_cache(maxsize=8)(sliding_window_causal_mask_function)
 
 
 def _closure(function: Callable) -> dict[str, Any]:
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    return (
-        {} if code is None else dict(zip(code.co_freevars, (cell.cell_contents for cell in cells or ()), strict=True))
-    )
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None) or ()
+    return {} if code is None else dict(zip(code.co_freevars, (cell.cell_contents for cell in cells), strict=True))
 
 
-def _made_alike(one: Callable, other: Callable) -> bool:
+def _same_code(one: Callable, other: Callable) -> bool:
     code = getattr(one, "__code__", None)
     return code is not None and code is getattr(other, "__code__", None)
 
 
-def _note(current: TreePass, window: int, device: torch.device) -> Tensor:
-    """A mask of no elements: "the backend knows"; its last size is the window, 0 where none hides a key."""
-    return torch.empty(0, 1, current.nodes, 0 if current.keys <= window else window, device=device)
-
-
 @lru_cache(maxsize=64)
-def _say_once(name: str, reason: str) -> None:
+def warn_dense_fallback(backend: str, reason: str) -> None:
+    """Warn once per process and reason that layers fall back to a dense mask."""
     warnings.warn(
-        f"attention {name!r} cannot serve some layers of this model ({reason}); "
-        "they go through the slower dense mask (sdpa, or reference for soft-capping and sinks)",
+        f"attention {backend!r} cannot serve some layers of this model ({reason}); "
+        "they fall back to a dense mask, which is slower (sdpa, or reference for soft-capping and sinks)",
         stacklevel=2,
     )
 
 
-def _by_backend(
-    current: TreePass, query: Tensor, key: Tensor, value: Tensor, scoring: Scoring
+def _backend_attention(
+    current: TreePass, query: Tensor, key: Tensor, value: Tensor, params: AttnParams
 ) -> tuple[Tensor | None, Tensor | None]:
-    """The backend's output, or None and the dense mask for a layer that it cannot serve."""
-    assert current.backend is not None, "only a pass with a backend writes notes"
-    reason = refusal(current.backend.name, Case.of(query, value, scoring))
-    if key.shape[2] != current.keys:
-        reason = "it reads keys that are not this pass's"
+    """Return the backend's output, or None and the dense mask for a layer that the backend does not support."""
+    assert current.backend is not None, "an empty mask means that the pass has a backend"
+    reason = cached_unsupported_reason(current.backend.name, AttnSpec.of(query, value, params))
+    if key.shape[2] != current.num_keys:
+        reason = "their keys are not those of this pass"
     elif not (key.dtype == value.dtype == query.dtype and key.stride(3) == value.stride(3) == 1):
-        reason = "its keys have another type or layout"
+        reason = "their keys have another dtype than the queries, or are not contiguous"
     if reason is None:
-        return current.backend.attention(query, key, value, current.columns(query.device), scoring), None
-    _say_once(current.backend.name, reason)
-    rule = causal_mask_function if scoring.window is None else window_rule(scoring.window)
-    return None, current.bias(rule, scoring.window, query.dtype, query.device)
+        return current.backend.attention(query, key, value, current.metadata(query.device), params), None
+    warn_dense_fallback(current.backend.name, reason)
+    mask_function = causal_mask_function if params.window is None else _window_mask(params.window)
+    return None, current.bias(mask_function, params.window, query.dtype, query.device)
 
 
 def _attention(
@@ -229,29 +210,25 @@ def _attention(
     s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function of transformers: query `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`."""
+    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`; the attention function of transformers."""
     current = _running.get()
-    special = softcap is not None or s_aux is not None  # what PyTorch's kernels cannot do
-    if current is None and not special:
+    needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
+    if current is None and not needs_reference:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current is not None and attention_mask is not None and attention_mask.shape[0] == 0:
-        scoring = Scoring(scale, attention_mask.shape[3] or None, softcap, s_aux)
-        out, attention_mask = _by_backend(current, query, key, value, scoring)
+        params = AttnParams(scale, attention_mask.shape[3] or None, softcap, s_aux)
+        out, attention_mask = _backend_attention(current, query, key, value, params)
         if out is not None:
             return out, None
-    if current is not None and not special and not current.plain:
+    if current is not None and not needs_reference and not current.use_reference:
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
-        hidden = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).triu(1 + keys - nodes)
-        attention_mask = torch.zeros(nodes, keys, device=query.device).masked_fill_(
-            hidden, torch.finfo(torch.float32).min
-        )
+        visible = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
+        attention_mask = additive_mask(visible, torch.float32)
     elif attention_mask is not None and attention_mask.dtype == torch.bool:
-        attention_mask = torch.zeros_like(attention_mask, dtype=torch.float32).masked_fill_(
-            ~attention_mask, torch.finfo(torch.float32).min
-        )
+        attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 
 

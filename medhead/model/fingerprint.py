@@ -1,4 +1,4 @@
-"""What tells a model as it is now from the model that was captured or compiled."""
+"""Identity of a model's current weights and adapters."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 def model_state(target: Target) -> Hashable:
-    """What changes when the model is moved, or when its adapters are switched; a captured step would not notice."""
+    """Return a key that changes when the model is moved or its adapters are switched, which invalidates captured steps."""
     adapters = tuple(
         (module.disable_adapters, str(module.active_adapters), str(getattr(module, "merged", False)))
         for module in target.model.modules()

@@ -1,8 +1,8 @@
-"""What `model.generate` drops on its way to a custom decoder, handed on.
+"""Patch of one model's `generate` that passes streamer and tokenizer on to a `Decoder`.
 
-`generate(custom_generate=f, streamer=..., tokenizer=...)` calls `f` without the streamer, and looks for the tokenizer
-that stop strings need where a custom decoder's arguments replaced it (transformers 5.17 to 5.23). While a decoder is
-open, its model's `_extract_generation_mode_kwargs` passes both on; `Decoder.close` takes that off again.
+`generate(custom_generate=f, streamer=..., tokenizer=...)` calls `f` without the streamer, and no longer finds the tokenizer
+that stop strings need (transformers 5.17 to 5.23). While a decoder is open, its model's `_extract_generation_mode_kwargs`
+returns both; `Decoder.close` removes the patch.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from typing import Any
 from torch import nn
 
 _NAME = "_extract_generation_mode_kwargs"
-_open: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_open_decoders: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
 
 
 def patch_generate(model: nn.Module) -> None:
-    """Let this model's `generate` hand streamer and tokenizer to decoders; counts how often it was asked."""
-    _open[model] = _open.get(model, 0) + 1
+    """Pass streamer and tokenizer of this model's `generate` to decoders; count the open decoders."""
+    _open_decoders[model] = _open_decoders.get(model, 0) + 1
     if _NAME in model.__dict__:
         return
     reference = weakref.ref(model)
@@ -29,18 +29,18 @@ def patch_generate(model: nn.Module) -> None:
         from medhead.decoder import Decoder
 
         self = reference()
-        tokenizer = kwargs.get("tokenizer")
+        given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
         found = getattr(type(self), _NAME)(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if isinstance(custom_generate, Decoder):
-            found |= {k: v for k, v in (("streamer", streamer), ("tokenizer", tokenizer)) if v is not None}
+            found |= {name: value for name, value in given.items() if value is not None}
         return found
 
     object.__setattr__(model, _NAME, extract)
 
 
 def unpatch_generate(model: nn.Module) -> None:
-    """Undo `patch_generate`; the last one to leave takes the change off."""
-    _open[model] = _open.get(model, 1) - 1
-    if _open[model] <= 0:
-        _open.pop(model, None)
+    """Remove the patch when the last open decoder of this model closes."""
+    _open_decoders[model] = _open_decoders.get(model, 1) - 1
+    if _open_decoders[model] <= 0:
+        _open_decoders.pop(model, None)
         model.__dict__.pop(_NAME, None)

@@ -224,8 +224,8 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- what transformers asks of a cache
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Committed tokens of the longest row."""
-        return self.lengths.longest
+        """Return the committed tokens of the longest row; 0 where the host does not know them (positions are given)."""
+        return 0 if self.lengths.host is None else self.lengths.longest
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
         """Columns of keys in this pass, and the offset of the first."""

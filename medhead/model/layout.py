@@ -1,4 +1,4 @@
-"""What a model of transformers is made of, as far as decoding has to know: its layers, what they cache, its context."""
+"""Inspection of a transformers model: its layers, the shapes in its key/value cache, its context length."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from medhead.model.kv_cache import CacheLayout, KVSpec
 
 @torch.inference_mode()
 def find_layout(model: Any) -> CacheLayout:
-    """Shapes of what every layer caches, from one ordinary pass over two tokens.
+    """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 
     Raises:
-        UnsupportedTargetError: it caches no keys and values, or not them alone.
+        UnsupportedTargetError: the model caches no keys and values, or also other states.
     """
     name, argument = type(model).__name__, cache_argument(model)
     cache: Any = DynamicCache()
@@ -32,10 +32,10 @@ def find_layout(model: Any) -> CacheLayout:
         raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {reason}") from error
     finally:
         model.train(training)
-    fills_it = getattr(used, argument, None) is cache
-    if not fills_it:
+    returned: Any = getattr(used, argument, None)
+    if returned is not cache:
         raise UnsupportedTargetError(
-            f"{name} keeps a state of its own instead of a key/value cache (a recurrent model); "
+            f"{name} is a recurrent model with a state of its own instead of a key/value cache; "
             "medhead cannot verify trees with it yet"
         )
     found = {}
@@ -54,7 +54,7 @@ def find_layout(model: Any) -> CacheLayout:
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """The list of the model's decoder layers.
+    """Return the list of the model's decoder layers.
 
     Raises:
         UnsupportedTargetError: no list of modules has as many entries as the configuration has layers.
@@ -63,27 +63,23 @@ def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedTargetError(
-        f"{type(model).__name__} holds no list of its {count} layers, so heads that read several layers cannot be attached"
+        f"{type(model).__name__} has no module list of its {count} layers; heads that read several layers need one"
     )
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's `forward` calls its cache: `cache` since transformers 5.24, `past_key_values` before."""
+    """Return the name of the cache argument of `forward`: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """The distinct configurations from which the model's modules read the name of their attention function."""
-    found = {}
-    for module in model.modules():
-        config = getattr(module, "config", None)
-        if config is not None and hasattr(config, "_attn_implementation"):
-            found[id(config)] = config
-    return list(found.values())
+    """Return the distinct configurations from which the model's modules read the name of their attention function."""
+    configs = (getattr(module, "config", None) for module in model.modules())
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
 
 
 def context_length(config: Any) -> int:
-    """Longest sequence the model was made for; a very large number when its configuration does not say."""
+    """Return the longest sequence that the configuration allows; 2^30 when it sets no limit."""
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -1,4 +1,4 @@
-"""Loading models and tokenizers with errors that a person can act on."""
+"""Loading of models and tokenizers, with errors of one line that say what to do."""
 
 from __future__ import annotations
 
@@ -14,16 +14,12 @@ from transformers.utils import logging
 from medhead.errors import MedheadError
 
 DEMO_MODEL = Path(__file__).parents[1] / "assets" / "model"
-DEMO_HEADS = Path(__file__).parents[1] / "assets" / "heads"
+DEMO_HEADS = DEMO_MODEL.with_name("heads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is CUDA where there is one, else the CPU.
-
-    Raises:
-        MedheadError: there is no such device here.
-    """
+    """Return the device of that name, or raise a MedheadError; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -31,20 +27,19 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except Exception as error:
         reason = " ".join(str(error).split())[:80]
-        raise MedheadError(f"device {name!r} is not there ({reason}); use --device cpu or auto") from None
+        raise MedheadError(f"device {name!r} is not available ({reason}); use --device cpu or auto") from None
     return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The type of that name; `auto` is float32 on a CPU and bfloat16 elsewhere.
+    """Return the type of that name; `auto` is float32 on a CPU and bfloat16 elsewhere.
 
-    Raises:
-        MedheadError: the name is unknown, or the device cannot compute in it.
+    An unknown name, and a type that the device cannot compute in, raise a MedheadError.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     if name not in DTYPES:
-        raise MedheadError(f"dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
+        raise MedheadError(f"--dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
     dtype = DTYPES[name]
     try:
         probe = torch.ones(1, 1, 8, 8, dtype=dtype, device=device)
@@ -58,11 +53,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 def load_model(
     name: str | Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """A causal language model from a folder or the hub, from safetensors alone.
-
-    Raises:
-        MedheadError: it does not exist, is no causal language model, or its files are damaged.
-    """
+    """Load a causal language model from a folder or the hub, from safetensors alone; a failure is a MedheadError of one line."""
     _check_folder(name)
     logging.disable_progress_bar()
     try:
@@ -83,11 +74,7 @@ def load_model(
 def load_tokenizer(
     name: str | Path, trust_remote_code: bool = False, needs_model: bool = True
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model, or alone in a folder if it does not need one.
-
-    Raises:
-        MedheadError: there is none, or it cannot be read.
-    """
+    """Load the tokenizer of a model, or with `needs_model` false from a folder that holds only a tokenizer."""
     if needs_model or not Path(name).is_dir():
         _check_folder(name)
     try:
@@ -97,35 +84,35 @@ def load_tokenizer(
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
-    """Token ids of a prompt, through the chat template when the tokenizer has one.
+    """Return the token ids of a prompt, through the chat template if the tokenizer has one and `raw` is false.
 
     Raises:
-        MedheadError: the prompt is empty, or a system prompt has no template to go into.
+        MedheadError: the prompt is empty, or there is a system prompt but no chat template.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: give some text with --prompt, --prompt-file or on standard input")
-    templated = not raw and getattr(tokenizer, "chat_template", None)
-    if system is not None and not templated:
-        raise MedheadError("--system needs a tokenizer with a chat template, and no --raw")
-    if not templated:
+    if raw or not getattr(tokenizer, "chat_template", None):
+        if system is not None:
+            raise MedheadError("--system needs a tokenizer with a chat template, and no --raw")
         return list(tokenizer(prompt)["input_ids"])
-    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system is not None else []
+    messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
     return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
 
 
 def _check_folder(name: str | Path) -> None:
-    hub_logging.set_verbosity_error()  # a hub that cannot be reached is one line here, not ten
+    """Refuse a folder that is missing or holds no model; a name of the form `owner/model` or `model` may be a hub id."""
+    hub_logging.set_verbosity_error()  # else an unreachable hub prints ten lines
     text = str(name)
-    looks_local = text.startswith((".", "/", "~")) or text.count("/") != 1 or "\\" in text
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise MedheadError(f"the folder {text!r} holds no config.json; it is not a model folder")
-    elif looks_local and not (text.count("/") == 0 and text.isidentifier()):
+        return
+    parts = text.split("/")
+    hub_id = not text.startswith((".", "/", "~")) and "\\" not in text and len(parts) == 2
+    if not hub_id and not (len(parts) == 1 and text.isidentifier()):
         raise MedheadError(f"model folder {text!r} does not exist")
 
 
 def _first_sentence(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    cut = text.find(". ")
-    return (text if cut < 0 else text[:cut])[:240] or type(error).__name__
+    return " ".join(str(error).split()).split(". ")[0][:240] or type(error).__name__

@@ -1,4 +1,4 @@
-"""The linear layers of a model, multiplied with packed copies of their weights while the model decodes on a CPU."""
+"""Packed copies of a model's linear layers, used while the model decodes on a CPU."""
 
 from __future__ import annotations
 
@@ -13,60 +13,60 @@ from torch import nn
 
 from medhead_kernels.skinny_gemm import PackedLinear, PackGroup, can_pack
 
-_SHARE = 0.25  # of the memory that is free: copies may take so much unless they are asked for
+_MAX_SHARE = 0.25  # of the free memory that copies may take by default
 
 
 class PackedWeights:
-    """What of a model can be packed.
+    """The packable linear layers of a model with their packed copies.
 
     Args:
-        model: its plain `nn.Linear` layers are packed; all others are left alone.
-        wanted: whether to pack; None packs where the copies take at most a quarter of the memory that is free.
+        model: its plain `nn.Linear` layers are packed; all others are unchanged.
+        enabled: whether to pack; None packs where the copies take at most a quarter of the free memory.
     """
 
-    def __init__(self, model: nn.Module, wanted: bool | None = None) -> None:
-        layers = [] if wanted is False else _packable(model.modules())
-        size = sum({id(layer.weight): layer.weight.numel() * layer.weight.element_size() for layer in layers}.values())
-        if wanted is None and not fits(size):
+    def __init__(self, model: nn.Module, enabled: bool | None = None) -> None:
+        layers = [] if enabled is False else _packable(model.modules())
+        size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
+        if enabled is None and not fits(size):
             layers = []
-        self._matrices = {layer: PackedLinear(layer.weight.detach(), layer.bias) for layer in layers}
-        self._together = PackGroup(list(self._matrices.values()))
+        self._packed = {layer: PackedLinear(layer.weight.detach(), layer.bias) for layer in layers}
+        self._group = PackGroup(list(self._packed.values()))
 
     @property
-    def on(self) -> bool:
-        """Whether there is anything to pack."""
-        return bool(self._matrices)
+    def enabled(self) -> bool:
+        """Whether any layer is packed."""
+        return bool(self._packed)
 
     @property
     def nbytes(self) -> int:
-        """Memory of the copies made so far."""
-        return sum(matrix.nbytes for matrix in self._matrices.values())
+        """Memory of the copies made so far, in bytes."""
+        return sum(packed.nbytes for packed in self._packed.values())
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """While active, the layers multiply by `PackedLinear`; afterwards they are as they were."""
-        taken = [] if torch.is_autocast_enabled("cpu") else _packable(self._matrices)
-        for layer in taken:
-            matrix = self._matrices[layer]
-            if matrix.weight.data_ptr() != layer.weight.data_ptr() or matrix.bias is not layer.bias:
-                matrix = self._matrices[layer] = PackedLinear(layer.weight.detach(), layer.bias)  # it was given others
-                matrix.together = self._together
-            matrix.recheck()
-            layer.forward = matrix
+        """Replace the layers' `forward` by `PackedLinear` inside the context."""
+        layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed)
+        for layer in layers:
+            packed = self._packed[layer]
+            if packed.weight.data_ptr() != layer.weight.data_ptr() or packed.bias is not layer.bias:  # new parameters
+                packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias)
+                packed.group = self._group
+            packed.recheck()
+            layer.forward = packed
         try:
             yield
         finally:
-            for layer in taken:
+            for layer in layers:
                 del layer.forward
 
     def clear(self) -> None:
-        """Give the copies back; they are made again when they are needed."""
-        for matrix in self._matrices.values():
-            matrix.clear()
+        """Free the copies; they are made again when they are needed."""
+        for packed in self._packed.values():
+            packed.clear()
 
 
 def _packable(modules: Iterable[nn.Module]) -> list[Any]:
-    """Those that are plain linear layers whose forward nobody else has changed."""
+    """Return the plain linear layers whose `forward` was not replaced by other code."""
     return [
         layer
         for layer in modules
@@ -75,36 +75,36 @@ def _packable(modules: Iterable[nn.Module]) -> list[Any]:
 
 
 def fits(size: int) -> bool:
-    """Whether copies of so many bytes take at most a quarter of the memory that is free."""
-    return size <= _SHARE * free_bytes()
+    """Whether copies of `size` bytes take at most a quarter of the free memory."""
+    return size <= _MAX_SHARE * free_bytes()
 
 
 def free_bytes() -> int:
-    """Memory that this process may still take; 0 where nobody can tell."""
-    return min(_free_of_computer(), _free_of_group())
+    """Return the memory in bytes that this process may still take; 0 where it is unknown."""
+    return min(_system_free_bytes(), cgroup_free_bytes())
 
 
-def _free_of_computer() -> int:
+def _system_free_bytes() -> int:
     try:
         with open("/proc/meminfo", encoding="ascii") as lines:
             known = dict(line.split(":", 1) for line in lines)
         return int(known["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
-    try:  # not Linux: half of what there is
+    try:  # not Linux: half of the physical memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     except (AttributeError, OSError, ValueError):
         return 0
 
 
-def _free_of_group(folder: Path = Path("/sys/fs/cgroup")) -> int:
-    """What a container's limit leaves (control groups, version 2 or 1); a very large number where there is none."""
+def cgroup_free_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
+    """Return the memory in bytes below a container's limit (cgroup version 2 or 1); 2^62 without a limit."""
     for limit, used in (
         ("memory.max", "memory.current"),
         ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
         try:
             return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # a missing file, or "max"
             continue
     return 1 << 62

@@ -18,7 +18,7 @@ from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
 from medhead.model.packed_linear import PackedWeights
-from medhead_kernels.backends import BACKENDS, MOST_NODES, Backend, BackendError, Case, choose
+from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
 ATTENTIONS = ("auto", *BACKENDS)
@@ -159,7 +159,7 @@ class Target:
         cache.begin(tokens.shape[1])
         current = self._pass(cache, depth, visible, tokens.shape[1])
         if bitmask is not None:
-            current.backend, current.words = self.backend, bitmask
+            current.backend, current.ancestor_bitmask = self.backend, bitmask
             current.host_lengths = tuple(cache.lengths.host or ())
         return self._forward(cache, tokens, depth, current)
 
@@ -232,9 +232,9 @@ class Target:
     # ---------------------------------------------------------------- inside
 
     def _choose(self, attention: str) -> Backend:
-        cases = [Case(k.device.type, k.dtype, k.dim, v.dim) for k, v in self.layout.layers.values()]
+        cases = [AttnSpec(k.device.type, k.dtype, k.dim, v.dim) for k, v in self.layout.layers.values()]
         try:
-            return choose(attention, cases)
+            return select_backend(attention, cases)
         except BackendError as error:
             raise MedheadError(str(error)) from None
 
@@ -245,7 +245,7 @@ class Target:
         try:
             check_target(self)
         except UnsupportedTargetError as error:
-            if self.backend.dense:
+            if self.backend.needs_dense_mask:
                 raise
             if attention != "auto":
                 raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
@@ -262,10 +262,10 @@ class Target:
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
-        return not self.backend.dense and nodes <= MOST_NODES
+        return not self.backend.needs_dense_mask and nodes <= MAX_NODES
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
-        start = current.longest if current.lengths is None else current.lengths[:, None]
+        start = current.max_length if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
         with tree_pass(current):
             output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})

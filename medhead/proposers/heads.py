@@ -182,7 +182,7 @@ class HeadsProposer(Proposer):
     @property
     def capturable(self) -> bool:  # type: ignore[override]
         """Whether the heads keep plain entries of the text, or nothing."""
-        return self.heads.plain_draft_cache
+        return self.heads.has_tensor_cache
 
     # ---------------------------------------------------------------- inside
 
@@ -255,20 +255,18 @@ class HeadsExpander:
         """`[batch, 1, state]`: the heads' state above the root."""
         output_head, state = self.output_head, self.state
         self._root = output_head.token(state.roots[:, None], 0)
-        draft = output_head.heads.start(
-            state.features.to(output_head.dtype)[:, None], self._root, self.memory, self.depth
-        )
-        self._shared = draft.shared
-        return draft.state
+        features = state.features.to(output_head.dtype)[:, None]
+        above, self._shared = output_head.heads.init_state(features, self._root, self.memory, self.depth)
+        return above
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
         """See `growth.Expander.expand`."""
         output_head, width = self.output_head, tokens.shape[1]
-        if output_head.heads.per_path:
+        if output_head.heads.path_dependent:
             token = self._root if depth == 0 else output_head.token(tokens, depth)
-            state, feature = output_head.heads.advance(state, token, depth, self._shared)
+            state, feature = output_head.heads.step(state, token, depth, self._shared)
         else:  # one distribution serves the whole depth
-            _, feature = output_head.heads.advance(state[:, :1], self._root, depth, self._shared)
+            _, feature = output_head.heads.step(state[:, :1], self._root, depth, self._shared)
         logits = output_head.logits(feature, depth)
         if self.noise is not None:
             noise = self.noise.at(depth)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medhead.core.tree import TokenTree
-from medhead.datastore.store import Datastore, check_fit
+from medhead.datastore.store import Datastore, check_vocabulary
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, register_proposer
 from medhead.proposers.candidates import Candidates, candidates_from_tries
@@ -63,7 +63,7 @@ class NgramProposer(Proposer):
         self._store: StoreMemory | None = None
         if datastore is not None:
             store = datastore if isinstance(datastore, Datastore) else Datastore.open(datastore)
-            check_fit(store, None if target is None else target.vocab_size, tokenizer)
+            check_vocabulary(store, None if target is None else target.vocab_size, tokenizer)
             self._store = StoreMemory(store, longest)
         self._texts: list[TextMemory] = []
 

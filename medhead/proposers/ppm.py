@@ -11,7 +11,7 @@ import heapq
 from collections.abc import Callable
 from typing import TypeVar
 
-from medhead.datastore.store import Datastore, Place
+from medhead.datastore.store import Datastore, Match
 from medhead.proposers.automaton import SuffixAutomaton
 from medhead.proposers.trie import DraftTrie
 
@@ -119,19 +119,19 @@ class StoreMemory:
 
     def guesses(self, text: list[int], nodes: int, depth: int, least: float) -> DraftTrie:
         """The likeliest `nodes` nodes below the text's end, best first; none less likely than `least`."""
-        places = self.store.places_like(text, self.longest, self.places)
+        places = self.store.find_matches(text, self.longest, self.places)
         if not places or depth < 1:
             return DraftTrie(text[-1])
         return best_first(text[-1], places, self._following, nodes, depth, least)
 
-    def _following(self, places: list[Place], floor: float) -> dict[int, tuple[float, list[Place]]]:
+    def _following(self, places: list[Match], floor: float) -> dict[int, tuple[float, list[Match]]]:
         """Tokens behind places, whose contexts grow shorter: chance, and the places behind them.
 
         A context of n tokens consists of all places that share n or more, so contexts are blended as in a text's memory.
         """
-        goes_on = [(*place, self.store.token_behind(place[0])) for place in places]
+        goes_on = [(*place, self.store.next_token(place[0])) for place in places]
         known = [(place, length, token) for place, length, token in goes_on if token is not None]
-        found: dict[int, tuple[float, list[Place]]] = {}
+        found: dict[int, tuple[float, list[Match]]] = {}
         counts: dict[int, int] = {}
         rest = 1.0
         for index, (place, length, token) in enumerate(known):

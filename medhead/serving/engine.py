@@ -290,7 +290,7 @@ class Engine:
             batch.loop.output = None  # an idle batch holds no logits
 
     def _charge(self, batch: DecodeBatch, seconds: float) -> None:
-        batch.service_time += seconds
+        self._scheduler.charge(batch, seconds)
         with self._awake:
             self._totals.busy += seconds
 

@@ -80,6 +80,10 @@ class Scheduler:
         """Return the batch whose turn it is, None if no sequence runs."""
         return min((batch for batch in self if batch.sequences), key=lambda batch: batch.service_time, default=None)
 
+    def charge(self, batch: DecodeBatch, seconds: float) -> None:
+        """Note that a turn of a batch took so many seconds."""
+        batch.service_time += seconds
+
     def drop(self, batch: DecodeBatch) -> None:
         """Forget a batch that failed; its state may be anything."""
         self._batches = OrderedDict((key, other) for key, other in self._batches.items() if other is not batch)

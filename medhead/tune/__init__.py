@@ -1,1 +1,1 @@
-"""Find what decodes fastest on this machine: `python -m medhead.tune`."""
+"""Search for the fastest settings on this machine; the command is `medhead tune`."""

@@ -1,8 +1,7 @@
-"""`python -m medhead.tune`."""
+"""`python -m medhead.tune`: the command `medhead tune`."""
 
 import sys
 
 from medhead.cli.tune import main
 
-if __name__ == "__main__":
-    sys.exit(main())
+sys.exit(main())

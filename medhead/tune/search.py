@@ -1,58 +1,37 @@
-"""The fastest of many settings, found by measuring: one dimension after the other, each from the best so far."""
+"""Coordinate search: the fastest of many settings, found by measuring one dimension after the other."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
-from medhead.bench.command import Progress
-from medhead.bench.contestants import Contestant
-from medhead.bench.measure import measure
+from medhead.bench.harness import progress_bar
+from medhead.bench.measure import Method, Prompts, measure, sampling_arguments
 from medhead.decoder import Decoder
 
 T = TypeVar("T")
-Changes = list[Callable[[T], T]]  # of one dimension
-Rate = Callable[[list[T]], list[float]]
+Changes = list[Callable[[T], T]]  # the steps along one dimension
+Rate = Callable[[list[T]], list[float]]  # tokens per second of several settings, measured side by side
 
 
-def search(start: T, dimensions: Iterable[Changes[T]], rate: Rate[T], say: Callable[[str], None]) -> T:
-    """The fastest setting by coordinates.
-
-    Args:
-        start: where to begin.
-        dimensions: for each one the changes to try.
-        rate: tokens a second of several settings, measured side by side.
-        say: told every result.
-    """
+def coordinate_search(start: T, dimensions: Iterable[Changes[T]], rate: Rate[T], say: Callable[[str], None]) -> T:
+    """Return the fastest setting; each dimension starts from the best so far, and `say` is told every result."""
     best = start
     for changes in dimensions:
         settings = list(dict.fromkeys([best, *(change(best) for change in changes)]))
         rates = rate(settings)
         for setting, value in zip(settings, rates, strict=True):
             say(f"  {setting}: {value:.1f} tokens/s")
-        best = settings[max(range(len(settings)), key=lambda place: rates[place])]
+        best = settings[max(range(len(settings)), key=rates.__getitem__)]
     return best
 
 
-def measured(make: Callable[[T], Decoder], prompts: list[Tensor], new_tokens: int, repeats: int) -> Rate[T]:
-    """A function that measures settings on prompts, interleaved, greedily; `make` makes the decoder of one."""
+def throughput(make: Callable[[T], Decoder], prompts: Prompts, new_tokens: int, repeats: int) -> Rate[T]:
+    """Return a function that measures greedy decoding of the prompts, interleaved; `make` makes a setting's decoder."""
 
     def rate(settings: list[T]) -> list[float]:
-        runners = []
-        for setting in settings:
-            decoder = make(setting)
-
-            def run(ids: Tensor, decoder: Decoder = decoder) -> Tensor:
-                return decoder.generate(
-                    ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False
-                )
-
-            statistics = lambda decoder=decoder: decoder.statistics  # noqa: E731
-            runners.append(Contestant(str(setting), "", run, statistics, decoder.proposer.tree_size))
-        progress = Progress(len(runners) * len(prompts) * repeats)
-        return [found.rate for found in measure(runners, {"": runners[0]}, prompts, repeats, progress)]
+        methods = [Method(str(setting), sampling_arguments(0.0, new_tokens), make(setting)) for setting in settings]
+        with progress_bar(len(methods) * len(prompts) * repeats) as bar:
+            return [result.rate for result in measure(methods, prompts, repeats, progress=bar.update)]
 
     return rate

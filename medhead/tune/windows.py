@@ -1,4 +1,4 @@
-"""Windows of lookahead decoding: what is tried."""
+"""Sizes of lookahead decoding: the settings that are tried."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ WINDOWS = (1, 2, 3, 5, 8, 12, 20)
 GUESSES = (1, 2, 3, 5, 8, 12, 20)
 
 
-def neighbours() -> Iterator[Changes[Sizes]]:
-    """What is tried, one dimension after the other; what is too large stays as it was."""
-    yield [lambda s, n=n: _within(s, s._replace(ngram=n)) for n in NGRAMS]  # type: ignore[misc]
-    yield [lambda s, w=w: _within(s, s._replace(window=w)) for w in WINDOWS]  # type: ignore[misc]
-    yield [lambda s, g=g: _within(s, s._replace(guesses=g)) for g in GUESSES]  # type: ignore[misc]
+def dimensions() -> Iterator[Changes[Sizes]]:
+    """Yield the changes to try, one dimension after the other; a change to too many nodes is none."""
+    for name, values in (("ngram", NGRAMS), ("window", WINDOWS), ("guesses", GUESSES)):
+        yield [lambda sizes, name=name, value=value: _changed(sizes, name, value) for value in values]  # type: ignore[misc]
 
 
-def _within(before: Sizes, after: Sizes) -> Sizes:
-    return after if nodes_needed(*after) <= MOST_NODES else before
+def _changed(sizes: Sizes, name: str, value: int) -> Sizes:
+    after = sizes._replace(**{name: value})
+    return after if nodes_needed(*after) <= MOST_NODES else sizes

@@ -1,4 +1,4 @@
-"""A stand-in for the engine: emits a text that was written before, with sources and trees, as slowly as one likes."""
+"""A stand-in for the engine that emits a given text, with sources and trees, at a given pace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STORY = "Once upon a time there was a little dog named Max. Max was brave, and h
 
 
 class WordTokenizer:
-    """Words with the space before them; ids are given as words are met."""
+    """A token is a word with the space before it; new words get new ids."""
 
     chat_template = "yes"
 
@@ -42,13 +42,14 @@ class WordTokenizer:
 
 
 class ScriptedEngine:
-    """Same methods as `Engine`. Each request has its own thread; `none` needs a pass per token, others one per three.
+    """The interface of `Engine`. Each request has a thread; `none` emits one token per pass, other proposers three.
 
     Args:
-        script: the text of every answer, or a function of the request that gives it.
-        delay: seconds of a pass.
-        max_rows: requests beyond these wait, `max_queue` of them.
-        fail: an error that every request ends with after its first piece.
+        script: text of every answer, or a function from the request to it.
+        delay: seconds per pass.
+        max_rows: largest batch.
+        max_queue: largest number of waiting requests.
+        fail: error that every request ends with after its first output.
     """
 
     def __init__(
@@ -86,37 +87,37 @@ class ScriptedEngine:
                 raise QueueFullError(f"{self.max_queue} requests are waiting already, try again in a moment")
             self.running += 1
         self.requests.append(request)
-        ticket = RequestHandle(request)
-        threading.Thread(target=self._serve, args=(ticket,), daemon=True).start()
-        return ticket
+        handle = RequestHandle(request)
+        threading.Thread(target=self._serve, args=(handle,), daemon=True).start()
+        return handle
 
     def statistics(self) -> EngineStatistics:
         return EngineStatistics(running=self.running, waiting=self.waiting)
 
-    def _serve(self, ticket: RequestHandle) -> None:
-        result, request = ticket.result, ticket.request
+    def _serve(self, handle: RequestHandle) -> None:
+        result, request = handle.result, handle.request
         script = self.script if isinstance(self.script, str) else self.script(request)
-        ids = self.tokenizer(script)["input_ids"][: request.max_new_tokens]
+        ids = self.tokenizer(script)["input_ids"][: request.params.max_new_tokens]
         result.proposer = request.proposer or "hybrid"
-        result.seed = request.seed or (7 if request.temperature else 0)
-        result.reason = "length" if len(ids) == request.max_new_tokens else "stop"
-        size, began = (1 if request.proposer == "none" else 3), time.perf_counter()
+        result.seed = request.params.seed or (7 if request.params.temperature else 0)
+        result.reason = "length" if len(ids) == request.params.max_new_tokens else "stop"
+        size, start_time = (1 if request.proposer == "none" else 3), time.perf_counter()
         for start in range(0, len(ids), size):
             time.sleep(self.delay)
-            if ticket.cancelled:
+            if handle.cancelled:
                 result.reason = "cancelled"
                 break
             if self.fail and start:
                 result.reason = "error"
                 break
-            self._emit(ticket, ids[start : start + size])
-            result.seconds = time.perf_counter() - began
+            self._emit(handle, ids[start : start + size])
+            result.seconds = time.perf_counter() - start_time
         with self._lock:
             self.running -= 1
-        ticket.end(self.fail if result.reason == "error" else None)
+        handle.end(self.fail if result.reason == "error" else None)
 
-    def _emit(self, ticket: RequestHandle, ids: list[int]) -> None:
-        result, source = ticket.result, ticket.request.proposer or "heads"
+    def _emit(self, handle: RequestHandle, ids: list[int]) -> None:
+        result, source = handle.result, handle.request.proposer or "heads"
         result.new_tokens += len(ids)
         result.passes += 1
         result.lengths.append(len(ids))
@@ -130,4 +131,4 @@ class ScriptedEngine:
             sources=["root", *[source] * (len(ids) + 1)],
             accepted=path,
         )
-        ticket.put(StepOutput(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))
+        handle.put(StepOutput(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))

@@ -1,4 +1,4 @@
-"""The API as programs see it: the official client, against a server that listens."""
+"""The API as programs see it: the official client against a running server."""
 
 from __future__ import annotations
 
@@ -10,18 +10,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx
 import openai
 import pytest
-from app_engine import FakeEngine
+from app_engine import CONTEXT, FakeEngine
 
 from medhead import Decoder
+from medhead.config import SamplingParams
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.serving import Engine
-from medhead_app.listen import in_thread
+from medhead_app.listen import run_in_thread
 from medhead_app.server import build_app
 from medhead_app.service import Service
 
@@ -31,26 +33,26 @@ Serve = Callable[..., str]
 
 @pytest.fixture
 def serve(tokenizer: Any) -> Iterator[Serve]:
-    """Starts a server around an engine, by default a fake one; gives its address."""
+    """Start a server for an engine, by default a fake one; return its URL."""
     with ExitStack() as stack:
 
         def start(engine: Any = None, **options: Any) -> str:
             service = Service((engine or FakeEngine()).start(), tokenizer, "tiny")
-            return stack.enter_context(in_thread(build_app(service, **options), service))
+            return stack.enter_context(run_in_thread(build_app(service, **options), service))
 
         yield start
 
 
 @pytest.fixture(scope="module")
 def real(folders: dict[str, Path]) -> Iterator[tuple[str, Service]]:
-    """A server with the real engine, around a tiny random model with heads of noise."""
+    """Serve a tiny random model with random heads by the real engine."""
     device = pick_device("cpu")
     model = load_model(folders["model"], device, pick_dtype("float32", device))
     decoder = Decoder(model, "hybrid", heads=str(folders["recurrent"]), tree_size=8)
     tokenizer = load_tokenizer(folders["model"])
     engine = Engine(decoder, tokenizer, heads=str(folders["recurrent"]), max_rows=4, max_queue=64).start()
     service = Service(engine, tokenizer, "tiny")
-    with in_thread(build_app(service), service) as address:
+    with run_in_thread(build_app(service), service) as address:
         yield address, service
 
 
@@ -63,7 +65,7 @@ def post(address: str, path: str = "chat/completions", **fields: Any) -> httpx.R
 
 
 def wait_for(what: Callable[[], bool], seconds: float) -> bool:
-    """Whether it comes true in time."""
+    """Return whether the condition becomes true in time."""
     deadline = time.perf_counter() + seconds
     while time.perf_counter() < deadline:
         if what():
@@ -87,7 +89,16 @@ def test_chat_with_the_official_client(serve: Serve) -> None:
     medhead = answer.model_extra["medhead"]  # type: ignore[index]
     assert medhead["passes"] == 3
     assert medhead["accepted_length"] == 2.0
-    assert set(medhead) >= {"proposer", "seconds", "busy", "queued", "tokens_per_second", "seed", "reason"}
+    assert set(medhead) >= {
+        "proposer",
+        "seconds",
+        "service_time",
+        "queue_time",
+        "time_to_first_token",
+        "tokens_per_second",
+        "seed",
+        "reason",
+    }
 
 
 def test_chat_streams_as_it_comes(serve: Serve) -> None:
@@ -131,14 +142,14 @@ def test_completions_whole_and_streamed(serve: Serve) -> None:
 def test_the_asynchronous_client(serve: Serve) -> None:
     address = serve(FakeEngine(pause=0.05))
 
-    async def talk() -> list[str]:
+    async def use() -> list[str]:
         async with openai.AsyncOpenAI(base_url=f"{address}/v1", api_key="none") as programs:
             whole = programs.chat.completions.create(model="tiny", messages=MESSAGES)
             stream = await programs.chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
             texts = [chunk.choices[0].delta.content or "" async for chunk in stream]
             return ["".join(texts), (await whole).choices[0].message.content or ""]
 
-    assert asyncio.run(talk()) == ["Hello you"] * 2
+    assert asyncio.run(use()) == ["Hello you"] * 2
 
 
 def test_models(serve: Serve) -> None:
@@ -149,7 +160,7 @@ def test_models(serve: Serve) -> None:
         programs.models.retrieve("somebody/else")
 
 
-def test_what_is_asked_for_reaches_the_engine(serve: Serve) -> None:
+def test_fields_reach_the_engine(serve: Serve) -> None:
     engine = FakeEngine()
     address = serve(engine)
     client(address).chat.completions.create(
@@ -168,23 +179,15 @@ def test_what_is_asked_for_reaches_the_engine(serve: Serve) -> None:
         response_format={"type": "text"},
         extra_body={"top_k": 20, "min_p": 0.1, "proposer": "ngram", "tree_size": 7},
     )
-    asked = engine.tickets[0].request
-    assert (asked.max_new_tokens, asked.temperature, asked.top_p, asked.top_k, asked.min_p) == (9, 0.5, 0.9, 20, 0.1)
-    assert (asked.seed, asked.stop, asked.proposer, asked.tree_size) == (2**64 - 1, ("a", "b"), "ngram", 7)
+    request = engine.handles[0].request
+    assert request.params == SamplingParams(9, 0.5, 0.9, 20, 0.1, 2**64 - 1, ("a", "b"))
+    assert (request.proposer, request.tree_size) == ("ngram", 7)
     post(address)
-    asked = engine.tickets[1].request
-    assert (asked.temperature, asked.top_p, asked.top_k, asked.min_p, asked.seed, asked.stop) == (
-        1,
-        None,
-        None,
-        None,
-        None,
-        (),
-    )
-    post(address, temperature=0, top_p=0.5)
-    assert engine.tickets[2].request.top_p is None  # greedy decoding has no use for it
+    assert engine.handles[1].request.params == SamplingParams(CONTEXT - len(engine.handles[1].request.prompt), 1.0)
+    post(address, temperature=0, top_p=0.5)  # greedy decoding ignores top_p
+    assert engine.handles[2].request.params == replace(engine.handles[1].request.params, temperature=0)
     post(address, "completions", messages=None, prompt="Once")
-    assert engine.tickets[3].request.max_new_tokens == 16  # OpenAI's default
+    assert engine.handles[3].request.params.max_new_tokens == 16  # OpenAI's default
 
 
 def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
@@ -194,7 +197,7 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
     said = answer.choices[0].message.model_dump()  # with all its empty fields
     parts = {"role": "user", "content": [{"type": "text", "text": "And"}, {"type": "text", "text": "then?"}]}
     programs.chat.completions.create(model="tiny", messages=[*MESSAGES, said, parts])  # type: ignore[list-item]
-    assert len(engine.tickets[1].request.prompt) > len(engine.tickets[0].request.prompt)
+    assert len(engine.handles[1].request.prompt) > len(engine.handles[0].request.prompt)
 
 
 # ---------------------------------------------------------------- refusals
@@ -247,10 +250,10 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
             "invalid_value",
         ),
         ({"messages": [{"role": "user", "content": "dragon " * 100}]}, None, "context_length_exceeded"),
-        ({"messages": MESSAGES * 30}, None, "context_length_exceeded"),  # nothing is left out unasked
+        ({"messages": MESSAGES * 30}, None, "context_length_exceeded"),  # the API truncates nothing
     ],
 )
-def test_what_cannot_be_is_refused_by_name(serve: Serve, fields: dict[str, Any], param: str | None, code: str) -> None:
+def test_wrong_fields_are_refused_by_name(serve: Serve, fields: dict[str, Any], param: str | None, code: str) -> None:
     engine = FakeEngine()
     body = json.dumps({"model": "tiny", "messages": MESSAGES} | fields)
     headers = {"Content-Type": "application/json"}
@@ -260,11 +263,11 @@ def test_what_cannot_be_is_refused_by_name(serve: Serve, fields: dict[str, Any],
     assert (error["param"], error["code"], error["type"]) == (param, code, "invalid_request_error"), error
     assert param is None or param in error["message"]
     assert "\n" not in error["message"]
-    assert engine.tickets == []
+    assert engine.handles == []
 
 
 @pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [[1], [2]], [1.5], [True], 7, ["a", 1]])
-def test_prompts_that_are_not_one_prompt(serve: Serve, prompt: Any) -> None:
+def test_wrong_prompts_are_refused(serve: Serve, prompt: Any) -> None:
     response = post(serve(), "completions", messages=None, prompt=prompt)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
 
@@ -272,7 +275,7 @@ def test_prompts_that_are_not_one_prompt(serve: Serve, prompt: Any) -> None:
 @pytest.mark.parametrize(
     "body", [b"", b"{", b"[]", b'"text"', b'{"temperature": NaN}', b"\xff", b'{"x": "\\ud800"}', b"[" * 100_000]
 )
-def test_bodies_that_are_no_json_object(serve: Serve, body: bytes) -> None:
+def test_bodies_that_are_not_json_objects_are_refused(serve: Serve, body: bytes) -> None:
     response = httpx.post(
         f"{serve()}/v1/chat/completions", content=body, headers={"Content-Type": "application/json; charset=utf-8"}
     )
@@ -303,13 +306,13 @@ def test_unknown_addresses(serve: Serve) -> None:
         assert path in response.json()["error"]["message"]
 
 
-def test_a_full_queue_says_when_to_come_back(serve: Serve) -> None:
+def test_a_full_queue_says_when_to_retry(serve: Serve) -> None:
     engine = FakeEngine(pause=5, room=1)
     address = serve(engine)
     with httpx.stream(
         "POST", f"{address}/v1/chat/completions", json={"model": "tiny", "messages": MESSAGES, "stream": True}
     ):
-        assert wait_for(lambda: len(engine.tickets) == 1, 5)
+        assert wait_for(lambda: len(engine.handles) == 1, 5)
         response = post(address)
         assert response.status_code == 429
         assert int(response.headers["Retry-After"]) >= 1
@@ -329,7 +332,7 @@ def test_a_stopped_engine(serve: Serve) -> None:
     assert httpx.get(f"{address}/health").status_code == 503
 
 
-def test_requests_that_the_stop_of_the_server_ends(serve: Serve) -> None:
+def test_a_stopping_server_ends_its_requests(serve: Serve) -> None:
     engine = FakeEngine(pause=10)
     address = serve(engine)
     threading.Timer(0.3, lambda: setattr(engine, "running", False)).start()
@@ -355,7 +358,7 @@ def test_failures_reach_the_client_without_a_trace(serve: Serve, caplog: pytest.
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_that_goes_away_frees_its_row(serve: Serve, stream: bool) -> None:
-    engine = FakeEngine(pieces=("x",) * 100, pause=0.2 if stream else 10)
+    engine = FakeEngine(outputs=("x",) * 100, pause=0.2 if stream else 10)
     address = serve(engine)
     host, port = address.removeprefix("http://").split(":")
     body = json.dumps({"model": "tiny", "messages": MESSAGES, "stream": stream}).encode()
@@ -364,19 +367,19 @@ def test_a_client_that_goes_away_frees_its_row(serve: Serve, stream: bool) -> No
             b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
             b"Content-Length: %d\r\n\r\n" % len(body) + body
         )
-        assert wait_for(lambda: len(engine.tickets) == 1, 5)
+        assert wait_for(lambda: len(engine.handles) == 1, 5)
         assert not stream or connection.recv(1000)
-        assert not engine.tickets[0].cancelled
-    assert wait_for(lambda: engine.tickets[0].done, 1.0)
-    assert engine.tickets[0].result.reason == "cancelled"
+        assert not engine.handles[0].cancelled
+    assert wait_for(lambda: engine.handles[0].done, 1.0)
+    assert engine.handles[0].result.reason == "cancelled"
 
 
 def test_a_client_that_leaves_its_stream_frees_its_row(serve: Serve) -> None:
-    engine = FakeEngine(pieces=("x",) * 100, pause=0.05)
+    engine = FakeEngine(outputs=("x",) * 100, pause=0.05)
     stream = client(serve(engine)).chat.completions.create(model="tiny", messages=MESSAGES, stream=True)
     next(iter(stream))
     stream.close()
-    assert wait_for(lambda: engine.tickets[0].done, 1.0)
+    assert wait_for(lambda: engine.handles[0].done, 1.0)
 
 
 # ---------------------------------------------------------------- who is let in
@@ -414,9 +417,9 @@ def test_large_bodies_are_refused(serve: Serve) -> None:
     address = serve(max_body=1000)
     content = [{"role": "user", "content": "x" * 2000}]
     assert post(address, messages=content).status_code == 413
-    pieces = iter([b"{" + b" " * 800, b" " * 800])  # no length is said in advance
+    parts = iter([b"{" + b" " * 800, b" " * 800])  # without Content-Length
     headers = {"Content-Type": "application/json"}
-    response = httpx.post(f"{address}/v1/chat/completions", content=pieces, headers=headers)
+    response = httpx.post(f"{address}/v1/chat/completions", content=parts, headers=headers)
     assert (response.status_code, response.json()["error"]["message"]) == (413, "the body is larger than 1,000 bytes")
     assert post(address).status_code == 200
 
@@ -434,14 +437,14 @@ def test_metrics_count_what_happened(serve: Serve) -> None:
         'medhead_requests_total{endpoint="chat",reason="stop"} 2.0',
         'medhead_requests_total{endpoint="completions",reason="stop"} 1.0',
         "medhead_new_tokens_total 18.0",
-        "medhead_passes_total 9.0",
+        "medhead_verify_passes_total 9.0",
         "medhead_accepted_length 2.0",
-        "medhead_running 0.0",
-        "medhead_waiting 0.0",
+        "medhead_num_requests_running 0.0",
+        "medhead_num_requests_waiting 0.0",
         "medhead_time_to_first_token_seconds_count 3.0",
-        "medhead_time_per_token_seconds_count 3.0",
-        "medhead_queue_seconds_count 3.0",
-        "medhead_request_seconds_count 3.0",
+        "medhead_time_per_output_token_seconds_count 3.0",
+        "medhead_request_queue_time_seconds_count 3.0",
+        "medhead_request_latency_seconds_count 3.0",
     ):
         assert line in text.splitlines(), line
     rate = next(line for line in text.splitlines() if line.startswith("medhead_tokens_per_second "))
@@ -498,7 +501,7 @@ def test_eight_clients_get_the_text_they_would_get_alone(real: tuple[str, Servic
     assert all(answer["usage"]["completion_tokens"] > 0 for answer in alone)
 
 
-def test_the_text_does_not_depend_on_who_guesses(real: tuple[str, Service]) -> None:
+def test_the_text_does_not_depend_on_the_proposer(real: tuple[str, Service]) -> None:
     address, _ = real
     fields = {"messages": None, "prompt": "Once upon a", "seed": 7, "max_tokens": 40}
     answers = [

@@ -44,7 +44,7 @@ ATTACK = (
 BOX, SEND, STOP = "#mh-message textarea", "#mh-send", "#mh-stop"
 LAST = ".mh-assistant:last-child"
 WORDS = len(ScriptedEngine().tokenizer(STORY)["input_ids"])
-PASSES = WORDS / math.ceil(WORDS / 3)  # tokens a pass of the scripted engine's guesses
+ACCEPTED_LENGTH = WORDS / math.ceil(WORDS / 3)  # accepted length of the scripted engine's proposers
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def browser() -> Iterator[Any]:
 
 @dataclass
 class Site:
-    """A served page over a scripted engine whose script and pace can be changed."""
+    """A served page and its scripted engine, whose script and pace can be changed."""
 
     engine: ScriptedEngine
     url: str
@@ -66,19 +66,19 @@ class Site:
 @pytest.fixture(scope="module")
 def site() -> Iterator[Site]:
     from medhead_app.chat.build import build_page
-    from medhead_app.chat.theme import look
-    from medhead_app.listen import in_thread
+    from medhead_app.chat.theme import page_options
+    from medhead_app.listen import run_in_thread
     from medhead_app.server import build_app
 
     engine = ScriptedEngine()
     service = Service(engine, engine.tokenizer, "scripted model")  # type: ignore[arg-type]
-    with in_thread(build_app(service, build_page(service), look()), service) as url:
+    with run_in_thread(build_app(service, build_page(service), page_options()), service) as url:
         yield Site(engine, url)
 
 
 @pytest.fixture
 def engine(site: Site) -> ScriptedEngine:
-    """As it is at first, nobody served."""
+    """Return the engine in its first state, without requests."""
     wait_for(lambda: site.engine.running == 0, 10)
     site.engine.script, site.engine.delay, site.engine.crash = STORY, 0.04, False
     site.engine.max_rows = site.engine.max_queue = 8
@@ -88,7 +88,7 @@ def engine(site: Site) -> ScriptedEngine:
 
 @pytest.fixture
 def opened(browser: Any, site: Site, engine: ScriptedEngine) -> Iterator[Callable[..., Any]]:
-    """Opens pages; afterwards nothing may have gone wrong or elsewhere in any of them."""
+    """Open pages; afterwards check that none had an error or a request to another site."""
     contexts, wrong = [], []
 
     def open_page(options: dict[str, Any] = DESKTOP) -> Any:
@@ -114,7 +114,7 @@ def is_local(url: str, site: Site) -> bool:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float) -> float:
-    """Seconds until the condition held."""
+    """Wait for a condition; return the seconds that took."""
     began = time.perf_counter()
     while not condition():
         assert time.perf_counter() - began < seconds, "it did not happen in time"
@@ -162,7 +162,7 @@ WATCH = """names => {
 
 
 def watch(page: Any) -> None:
-    """From now on the page notes, in every frame, how long the answer is and where the parts stand that must not move."""
+    """Record in every frame the length of the answer and the positions of the elements that must not move."""
     names = [".mh-strip", ".mh-composer", BOX, ".mh-scroll", ".mh-tabs .tab-wrapper", ".mh-legend", "#mh-clear"]
     if page.viewport_size["width"] > 1000:
         names += [".mh-tree-box", ".mh-lengths-box", ".mh-rows", "#mh-proposer"]
@@ -170,14 +170,14 @@ def watch(page: Any) -> None:
 
 
 def fits(page: Any) -> bool:
-    """Whether nothing stands out sideways."""
+    """Return whether the page has no horizontal scroll bar."""
     return page.evaluate("() => document.documentElement.scrollWidth <= window.innerWidth")
 
 
 @pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
 def test_tokens_arrive_one_by_one_and_nothing_moves(opened: Any, options: dict[str, Any]) -> None:
     page = opened(options)
-    page.wait_for_timeout(600)  # sides slide
+    page.wait_for_timeout(600)  # sidebars slide
     watch(page)
     say(page, "Tell me a story.")
     page.wait_for_timeout(200)
@@ -188,11 +188,11 @@ def test_tokens_arrive_one_by_one_and_nothing_moves(opened: Any, options: dict[s
     assert {tuple(each["places"]) for each in seen} == {tuple(seen[0]["places"])}
     assert last_text(page).strip() == STORY.strip()
     assert fits(page)
-    assert "tokens a pass" in page.inner_text(".mh-live")
-    assert page.inner_text(".mh-numbers b >> nth=1").strip() == f"{PASSES:.2f}"
+    assert "accepted length" in page.inner_text(".mh-live")
+    assert page.inner_text(".mh-numbers b >> nth=1").strip() == f"{ACCEPTED_LENGTH:.2f}"
 
 
-def test_where_tokens_came_from_and_the_panel(opened: Any) -> None:
+def test_token_sources_and_the_charts(opened: Any) -> None:
     page = opened()
     say(page, "Tell me a story.")
     token = page.locator(f"{LAST} .mh-token.mh-heads").first
@@ -202,7 +202,7 @@ def test_where_tokens_came_from_and_the_panel(opened: Any) -> None:
     assert page.locator(".mh-tree .mh-accepted").count() >= 2
     assert page.locator(".mh-tree .mh-rejected").count() == 2
     assert page.locator(".mh-lengths .mh-bar").count() == 2
-    page.uncheck("text=Show where tokens came from")
+    page.uncheck("text=Color tokens by source")
     page.wait_for_selector(f"{LAST} .mh-body p")
     assert page.locator(".mh-message .mh-token").count() == 0
 
@@ -216,7 +216,7 @@ def test_stop_frees_the_row_and_keeps_the_text(opened: Any, engine: ScriptedEngi
     wait_for(lambda: engine.running == 0, 1.0)
     page.wait_for_selector(f"{SEND}:visible")
     assert 0 < len(last_text(page)) < len(STORY) / 2
-    assert "stopped by you" in page.inner_text(f"{LAST} .mh-facts")
+    assert "stopped by you" in page.inner_text(f"{LAST} .mh-summary")
 
 
 def test_closing_the_page_frees_its_rows(opened: Any, engine: ScriptedEngine) -> None:
@@ -242,7 +242,7 @@ def test_regenerate_edit_undo_clear_copy(opened: Any, engine: ScriptedEngine) ->
     )
     done(page)
     assert engine.requests[-1].prompt == first.prompt
-    assert engine.requests[-1].seed != first.seed
+    assert engine.requests[-1].params.seed != first.params.seed
     assert page.locator(".mh-message").count() == 2
 
     page.click(f"{LAST} [data-tool=copy]")
@@ -281,7 +281,7 @@ def test_editing_can_be_left(opened: Any, engine: ScriptedEngine) -> None:
 
 
 @pytest.mark.parametrize("options", [DESKTOP, PHONE], ids=["desktop", "phone"])
-def test_a_race_ends_with_its_ratio(opened: Any, engine: ScriptedEngine, options: dict[str, Any]) -> None:
+def test_a_race_ends_with_its_speedup(opened: Any, engine: ScriptedEngine, options: dict[str, Any]) -> None:
     page = opened(options)
     engine.delay = 0.01
     page.get_by_role("tab", name="Race").click()
@@ -290,15 +290,15 @@ def test_a_race_ends_with_its_ratio(opened: Any, engine: ScriptedEngine, options
     page.click("#mh-race")
     page.wait_for_selector("#mh-race-plain .mh-token")
     assert page.locator(".mh-verdict").bounding_box() == verdict
-    page.wait_for_selector(".mh-ratio")
-    assert page.inner_text(".mh-ratio") == f"{PASSES:.2f}×"
+    page.wait_for_selector(".mh-speedup")
+    assert page.inner_text(".mh-speedup") == f"{ACCEPTED_LENGTH:.2f}×"
     assert page.inner_text(".mh-identical") == "yes"
     assert page.inner_text("#mh-race-plain .mh-card-text").strip() == STORY.strip()
-    assert page.inner_text("#mh-race-guessing .mh-card-text").strip() == STORY.strip()
+    assert page.inner_text("#mh-race-speculative .mh-card-text").strip() == STORY.strip()
     assert page.locator(".mh-verdict").bounding_box() == verdict
     assert page.is_visible("#mh-race")
     assert fits(page)
-    cards = [page.locator(f"#mh-race-{name} .mh-card").bounding_box() for name in ("plain", "guessing")]
+    cards = [page.locator(f"#mh-race-{name} .mh-card").bounding_box() for name in ("plain", "speculative")]
     for card in cards:
         assert card["y"] + card["height"] <= verdict["y"] + 1
 
@@ -316,13 +316,13 @@ def test_the_proposer_and_settings_act_on_the_next_message(opened: Any, engine: 
     say(page, "Two")
     first, second = engine.requests
     assert (first.proposer, second.proposer) == (None, "ngram")
-    assert (second.temperature, second.seed) == (0, 41)
+    assert (second.params.temperature, second.params.seed) == (0, 41)
     assert "Be kind." in engine.tokenizer.decode(second.prompt)
     page.wait_for_selector(f"{LAST} .mh-ngram")
     page.get_by_label("Seed").fill("no number")
     page.fill(BOX, "Three")
     page.press(BOX, "Enter")
-    page.wait_for_selector(".mh-state:has-text('not a number')")
+    page.wait_for_selector(".mh-status:has-text('not a number')")
     assert page.input_value(BOX) == "Three"
 
 
@@ -362,7 +362,7 @@ def test_leaving_a_conversation_stops_its_answer(opened: Any, engine: ScriptedEn
     say(page, "About dogs", until_done=False)
     page.wait_for_selector(f"{LAST} .mh-token >> nth=9")
     page.click(".mh-new")
-    wait_for(lambda: engine.running == 0, 5.0)  # the promise of a second is for closed pages
+    wait_for(lambda: engine.running == 0, 5.0)  # only closed pages must end within a second
     page.wait_for_selector(".mh-hello:visible")
     page.wait_for_timeout(500)
     assert page.locator(".mh-message").count() == 0
@@ -379,32 +379,32 @@ def test_html_is_shown_as_text(opened: Any, engine: ScriptedEngine) -> None:
     say(page, "<b>mine</b><script>window.pwned = 3</script>")
     assert page.inner_text(".mh-user .mh-body") == "<b>mine</b><script>window.pwned = 3</script>"
     assert "<b>bold</b> and <script>window.pwned = 1</script> & <img src=x" in last_text(page)
-    page.uncheck("text=Show where tokens came from")
+    page.uncheck("text=Color tokens by source")
     page.wait_for_selector(f"{LAST} .mh-body pre")
     assert "<b>bold</b> and <script>window.pwned = 1</script> & <img src=x" in last_text(page)
     assert page.inner_text(f"{LAST} pre code") == "<i>code</i>\n"
     assert page.locator(".mh-body b, .mh-body img, .mh-body script").count() == 0
     page.get_by_role("tab", name="Race").click()
     page.click("#mh-race")
-    page.wait_for_selector(".mh-ratio")
+    page.wait_for_selector(".mh-speedup")
     assert "<script>window.pwned = 1</script>" in page.inner_text("#mh-race-plain .mh-card-text")
     page.reload()
     page.wait_for_selector(LAST)
     assert page.evaluate("() => window.pwned") is None
 
 
-def test_what_goes_wrong_is_said_in_one_line(opened: Any, engine: ScriptedEngine) -> None:
+def test_errors_are_one_line(opened: Any, engine: ScriptedEngine) -> None:
     page = opened()
     engine.max_rows = engine.max_queue = 0
     page.fill(BOX, "Hello")
     page.press(BOX, "Enter")
-    page.wait_for_selector(".mh-state:has-text('waiting already')")
+    page.wait_for_selector(".mh-status:has-text('waiting already')")
     done(page)
     assert page.input_value(BOX) == "Hello"  # to be sent again
     assert page.locator(".mh-message").count() == 0
     engine.max_rows, engine.crash = 8, True
     page.press(BOX, "Enter")
-    page.wait_for_selector(".mh-state:has-text('Something went wrong inside')")
+    page.wait_for_selector(".mh-status:has-text('Internal error')")
     assert "a secret inside" not in page.inner_text("body")
     assert "Traceback" not in page.inner_text("body")
     engine.crash, engine.delay = False, 0.0
@@ -426,7 +426,7 @@ def test_two_people_get_their_own_text(opened: Any, engine: ScriptedEngine) -> N
         assert last_text(page).strip() == (f"The {animal} sleeps. " * 20).strip()
 
 
-def test_the_phone_opens_and_closes_its_sides(opened: Any) -> None:
+def test_the_phone_opens_and_closes_its_sidebars(opened: Any) -> None:
     page = opened(PHONE)
     page.wait_for_selector("body.mh-ready")
     for side, inside in (("left", ".mh-new"), ("right", "#mh-proposer")):
@@ -443,7 +443,7 @@ def test_the_phone_opens_and_closes_its_sides(opened: Any) -> None:
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_tinted_text_is_easy_to_read(opened: Any, scheme: str) -> None:
+def test_colored_text_is_easy_to_read(opened: Any, scheme: str) -> None:
     page = opened({**DESKTOP, "color_scheme": scheme})
     say(page, "Tell me a story.")
     contrasts = page.evaluate(
@@ -453,10 +453,10 @@ def test_tinted_text_is_easy_to_read(opened: Any, scheme: str) -> None:
     lines = page.evaluate(
         "() => [...document.querySelectorAll('.mh-legend-item i:last-of-type')].map(i => getComputedStyle(i).borderBottomStyle)"
     )
-    assert len(set(lines[:4])) == 4  # not told apart by colour alone
+    assert len(set(lines[:4])) == 4  # color is not the only difference
 
 
-# contrast (WCAG 2) of the text on each tint; colours are painted, because computed styles come in many notations
+# contrast (WCAG 2) of the text on each color; colors are painted, because computed styles come in many notations
 CONTRASTS = """kinds => {
   const context = document.createElement('canvas').getContext('2d', { willReadFrequently: true });
   const painted = (...layers) => {
@@ -483,17 +483,17 @@ CONTRASTS = """kinds => {
 
 
 def test_the_demo_model_races(browser: Any) -> None:
-    from medhead_app.screenshots import open_page, served
+    from medhead_app.screenshots import demo_page, open_page
 
-    with served() as url:
+    with demo_page() as url:
         page = open_page(browser, url, (1280, 800), "light")
-        page.fill("[aria-label='number input for Longest answer']", "40")
-        page.press("[aria-label='number input for Longest answer']", "Tab")
+        page.fill("[aria-label='number input for Max new tokens']", "40")
+        page.press("[aria-label='number input for Max new tokens']", "Tab")
         page.get_by_role("tab", name="Race").click()
         page.click("#mh-race")
-        page.wait_for_selector(".mh-ratio", timeout=60_000)
-        assert float(page.inner_text(".mh-ratio").rstrip("×")) > 0
+        page.wait_for_selector(".mh-speedup", timeout=60_000)
+        assert float(page.inner_text(".mh-speedup").rstrip("×")) > 0
         assert page.inner_text(".mh-identical") == "yes"
-        assert page.inner_text("#mh-race-plain .mh-card-text") == page.inner_text("#mh-race-guessing .mh-card-text")
-        assert page.locator("#mh-race-guessing .mh-heads").count() > 0
+        assert page.inner_text("#mh-race-plain .mh-card-text") == page.inner_text("#mh-race-speculative .mh-card-text")
+        assert page.locator("#mh-race-speculative .mh-heads").count() > 0
         page.context.close()

@@ -38,7 +38,7 @@ def test_a_graph_writes_plain_decodings_text(on_gpu: Target, name: str, sampling
     expected = Decoder(on_gpu, "none").generate(**given)
     for _ in range(2):  # the second one replays what the first has captured
         assert torch.equal(captured.generate(**given), expected)
-    assert captured.statistics.times.whole > 0
+    assert captured.statistics.captured_steps > 0
     assert captured.statistics.capture_seconds < 0.5
 
 
@@ -46,13 +46,13 @@ def test_a_graph_writes_plain_decodings_text(on_gpu: Target, name: str, sampling
 def test_no_step_waits_for_the_host(on_gpu: Target, way: str) -> None:
     captured = Decoder(on_gpu, "heads", heads=noise_heads(on_gpu, "block_recurrent"), tree_size=12, step=way)
     captured.generate(**there(max_new_tokens=20))
-    assert captured.plans is not None
-    plan = next(iter(captured.plans._plans.values()))
+    assert captured.graphs is not None
+    step = next(iter(captured.graphs))
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         with on_gpu.active(captured.proposer.feature_layers), torch.no_grad():
-            plan.run()
+            step.run()
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the compiled kernels, at real sizes, in a captured graph. `python -m pytest -m gpu`."""
+"""Compiled kernels on a GPU, at real sizes and in a captured graph: `python -m pytest -m gpu`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_backends import Problem, check
+from test_kernels import moved_rows
 from torch import Tensor
 
 from conftest import tiny_llama
 from medhead import Decoder
-from medhead.model.kv_cache import _move_rows
 from medhead.model.target import Target
-from medhead_kernels.attn_metadata import Scoring
-from medhead_kernels.backends import BACKENDS, Case
+from medhead_kernels.attn_metadata import AttnParams
+from medhead_kernels.backends import BACKENDS, AttnSpec
 
 pytestmark = [
     pytest.mark.gpu,
@@ -27,35 +27,34 @@ pytestmark = [
 @pytest.mark.parametrize(("dim", "group"), [(64, 1), (80, 4), (96, 8), (128, 4), (192, 2), (256, 8)])
 @pytest.mark.parametrize("name", ["triton", "flash", "sdpa"])
 def test_real_sizes(name: str, dim: int, group: int, dtype: torch.dtype) -> None:
-    check(name, Problem.random([700, 33, 0], 64, key_heads=2, group=group, dim=dim, dtype=dtype))
+    check(name, Problem.random([700, 33, 0], 64, kv_heads=2, group=group, dim=dim, dtype=dtype))
 
 
 def test_a_captured_launch_reads_lengths_on_the_device() -> None:
-    """One graph, replayed with other lengths, words and tensors: the same as fresh launches."""
+    """A graph that is replayed with other lengths, bitmasks and tensors gives the output of a fresh launch."""
     first, second = (Problem.random(lengths, 20, dim=64, seed=n) for n, lengths in enumerate(([300, 20], [7, 300])))
-    scoring, backend = Scoring(0.125), BACKENDS["triton"]
+    params, backend = AttnParams(0.125), BACKENDS["triton"]
 
     def run(problem: Problem) -> Tensor:
-        return backend.attention(problem.query, problem.key, problem.value, problem.tree, scoring)
+        return backend.attention(problem.query, problem.key, problem.value, problem.tree, params)
 
     expected = run(second)
     run(first)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         out = run(first)
-    for mine, other in (
-        (first.query, second.query), (first.key, second.key), (first.value, second.value),
-        (first.tree.lengths, second.tree.lengths), (first.tree.words, second.tree.words), (first.tree.depth, second.tree.depth),
-    ):  # fmt: skip
-        mine.copy_(other)
+    for name in ("query", "key", "value"):
+        getattr(first, name).copy_(getattr(second, name))
+    for name in ("lengths", "ancestor_bitmask", "depth"):
+        getattr(first.tree, name).copy_(getattr(second.tree, name))
     graph.replay()
     assert torch.equal(out, expected)
 
 
 def test_the_same_bits_every_time() -> None:
-    problem, scoring = Problem.random([3000], 64, group=4, dim=128, dtype=torch.bfloat16), Scoring(0.1)
+    problem, params = Problem.random([3000], 64, group=4, dim=128, dtype=torch.bfloat16), AttnParams(0.1)
     runs = [
-        BACKENDS["triton"].attention(problem.query, problem.key, problem.value, problem.tree, scoring) for _ in range(5)
+        BACKENDS["triton"].attention(problem.query, problem.key, problem.value, problem.tree, params) for _ in range(5)
     ]
     assert all(torch.equal(runs[0], other) for other in runs)
 
@@ -69,15 +68,14 @@ def test_commit_at_real_sizes(dim: int, dtype: torch.dtype) -> None:
     path = torch.stack([torch.randperm(63)[:9].sort().values + 1 for _ in range(3)]).cuda()
     path[:, 0] = 0
     lengths = torch.tensor([400, 3, 0], device="cuda")
-    expected = store.clone()
-    _move_rows(expected, path, lengths)
+    expected = moved_rows(store, path, lengths)
     move(store, path, lengths)
     assert torch.equal(store, expected)
 
 
 def test_auto_is_triton_and_gives_the_text_of_sdpa() -> None:
-    case = Case("cuda", torch.float32, 64, 64)
-    assert BACKENDS["triton"].why_not(case) is None
+    spec = AttnSpec("cuda", torch.float32, 64, 64)
+    assert BACKENDS["triton"].unsupported_reason(spec) is None
     ids = torch.tensor([[5, 9, 13, 5, 9], [7, 8, 7, 8, 7]], device="cuda")
     texts = []
     for attention in ("auto", "sdpa"):

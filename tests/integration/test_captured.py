@@ -17,10 +17,9 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from conftest import HEADS, noise_heads, tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, MedheadError, TypicalAcceptance
-from medhead.compile import graph_cache as plans_module
-from medhead.compile.async_output import PlainOutbox
-from medhead.compile.graph_cache import Plans, columns_for
-from medhead.compile.loop import CapturedLoop
+from medhead.compile import graph_cache
+from medhead.compile.async_output import CopiedOutput
+from medhead.compile.graph_cache import GraphCache, columns_for, rows_for
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
@@ -62,8 +61,8 @@ def test_every_kind_of_heads_writes_plain_decodings_text(target: Target, name: s
     captured, loop = decoders(target, name, "recorded", tree_size=12)
     given = {**prompts(), "max_new_tokens": 24, **sampling}
     assert torch.equal(captured.generate(**given), plain_text(target, **given))
-    assert captured.statistics.times.whole > 0
-    assert captured.statistics.times.propose == 0
+    assert captured.statistics.captured_steps > 0
+    assert captured.statistics.captured_steps == captured.statistics.steps
     loop.generate(**given)
     # trees of the ordinary loop shrink near the limit, and equal scores may be ranked the other way round
     assert abs(captured.statistics.passes - loop.statistics.passes) <= 3
@@ -75,7 +74,7 @@ def test_every_family(name: str) -> None:
     captured, _ = decoders(target, "recurrent", "eager" if name in MIXTURES else "recorded", tree_size=8)
     given = {**prompts(90, 2), "max_new_tokens": 20, "eos_token_id": None}
     assert torch.equal(captured.generate(**given), plain_text(target, **given))
-    assert captured.statistics.times.whole > 0
+    assert captured.statistics.captured_steps > 0
 
 
 def test_a_mixture_of_experts_is_recorded_in_bfloat16() -> None:
@@ -91,7 +90,7 @@ def test_plain_decoding_is_captured_too(target: Target) -> None:
     given = {**prompts(), "max_new_tokens": 30, **SAMPLED}
     decoder = Decoder(target, "none", step="recorded", probe=False)
     assert torch.equal(decoder.generate(**given), plain_text(target, **given))
-    assert decoder.statistics.times.whole > 0
+    assert decoder.statistics.captured_steps > 0
 
 
 def test_static_trees_are_captured_too(target: Target) -> None:
@@ -101,38 +100,37 @@ def test_static_trees_are_captured_too(target: Target) -> None:
     assert torch.equal(decoder.generate(**given), plain_text(target, **given))
 
 
-@pytest.mark.parametrize("behind", [0, 1, 2])
-def test_the_host_may_be_behind(target: Target, behind: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("lag", [0, 1, 2])
+def test_the_host_may_lag(target: Target, lag: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows that have ended run on until the host has read it, and nothing of that is seen."""
-    made = CapturedLoop.__init__
-    monkeypatch.setattr(CapturedLoop, "__init__", lambda self, plans, settings: made(self, plans, settings, behind))
-    most = 0
-    posted = PlainOutbox.post
+    queued = []
+    post = CopiedOutput.post
 
-    def post(self: PlainOutbox) -> None:
-        nonlocal most
-        posted(self)
-        most = max(most, len(self._waiting))
+    def count(self: CopiedOutput) -> None:
+        post(self)
+        queued.append(len(self))
 
-    monkeypatch.setattr(PlainOutbox, "post", post)
+    monkeypatch.setattr(CopiedOutput, "post", count)
     captured, loop = decoders(target, "block_recurrent", "recorded", tree_size=10)
+    assert captured.graphs is not None
+    captured.graphs.lag = lag
     given = {**prompts(), "max_new_tokens": 60, "eos_token_id": list(range(2, 12))}
     assert torch.equal(captured.generate(**given), loop.generate(**given))
-    assert most == behind + 1
+    assert max(queued) == lag + 1
     assert captured.statistics.passes == sum(map(bool, captured.statistics.lengths)) == len(captured.statistics.lengths)
 
 
 @pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention"])
 def test_a_text_outgrows_its_plan(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Room for few tokens at a time: the batch moves to a larger plan, what the heads encode_cache_entry with it."""
-    monkeypatch.setattr(plans_module, "LEAST_COLUMNS", 32)
-    monkeypatch.setattr("medhead.compile.loop._AHEAD", 8)
+    """Room for few tokens at a time: the batch moves to a larger plan, with what the heads keep of it."""
+    monkeypatch.setattr(graph_cache, "MIN_COLUMNS", 32)
+    monkeypatch.setattr("medhead.compile.captured._ROOM", 8)
     captured, loop = decoders(target, name, "recorded", tree_size=10)
     given = {**prompts(), "max_new_tokens": 100, "eos_token_id": None}
     assert torch.equal(captured.generate(**given), loop.generate(**given))
-    assert captured.plans is not None
-    assert len(captured.plans._plans) >= 2
-    assert captured.statistics.times.propose == 0
+    assert captured.graphs is not None
+    assert len(captured.graphs) >= 2
+    assert captured.statistics.captured_steps == captured.statistics.steps
 
 
 def test_the_end_of_the_context_belongs_to_the_ordinary_loop(target: Target) -> None:
@@ -140,8 +138,8 @@ def test_the_end_of_the_context_belongs_to_the_ordinary_loop(target: Target) -> 
     given = {**prompts(), "max_new_tokens": 500, "eos_token_id": None}
     out = captured.generate(**given)
     assert torch.equal(out, plain_text(target, **given))
-    assert captured.statistics.times.whole > 0
-    assert captured.statistics.times.propose > 0
+    assert captured.statistics.captured_steps > 0
+    assert captured.statistics.captured_steps < captured.statistics.steps
 
 
 class Never(StoppingCriteria):
@@ -168,8 +166,7 @@ def test_what_the_host_has_to_see_is_left_to_the_ordinary_loop(target: Target, c
     if "return_dict_in_generate" in changes:
         out, expected = out.sequences, expected.sequences
     assert torch.equal(out, expected)
-    assert captured.statistics.times.whole == 0
-    assert captured.statistics.times.forward > 0
+    assert captured.statistics.captured_steps == 0
 
 
 def test_typical_acceptance_is_left_to_the_ordinary_loop(target: Target) -> None:
@@ -178,25 +175,26 @@ def test_typical_acceptance_is_left_to_the_ordinary_loop(target: Target) -> None
     captured = Decoder(target, "heads", heads=heads, typical=rule, step="recorded", probe=False)
     loop = Decoder(target, "heads", heads=heads, typical=rule, probe=False)
     assert torch.equal(captured.generate(**given), loop.generate(**given))
-    assert captured.statistics.times.whole == 0
+    assert captured.statistics.captured_steps == 0
 
 
-def test_a_plan_serves_the_next_generation(target: Target) -> None:
-    """Another prompt and another seed need no new capture; another temperature, another batch do."""
+def test_a_captured_step_serves_the_next_generation(target: Target) -> None:
+    """Other prompts, seeds and values of parameters need no new capture; other parameters and another batch do."""
     captured, _ = decoders(target, "block_recurrent", "recorded", tree_size=8)
-    assert captured.plans is not None
-    for seed, rows, temperature, expected in ((1, 3, 0.7, 1), (2, 3, 0.7, 1), (2, 3, 0.9, 2), (2, 2, 0.9, 3)):
-        given = {
-            **prompts(rows=rows),
-            "max_new_tokens": 20,
-            "do_sample": True,
-            "seed": seed,
-            "temperature": temperature,
-        }
+    assert captured.graphs is not None
+    cases: list[tuple[int, dict[str, Any], int]] = [
+        (3, {"seed": 1, "temperature": 0.7, "top_k": 0}, 1),
+        (3, {"seed": 2, "temperature": 0.9, "top_k": 0}, 1),
+        (3, {"seed": 2, "temperature": 0.9, "top_k": 20}, 2),
+        (3, {"seed": 2, "temperature": 1.9, "top_k": 17}, 2),
+        (2, {"seed": 2, "temperature": 0.9, "top_k": 20}, 3),
+    ]
+    for rows, sampling, expected in cases:
+        given = {**prompts(rows=rows), "max_new_tokens": 20, "do_sample": True, **sampling}
         assert torch.equal(captured.generate(**given), plain_text(target, **given))
-        assert len(captured.plans._plans) == expected
+        assert len(captured.graphs) == expected
     captured.close()
-    assert not captured.plans._plans
+    assert len(captured.graphs) == 0
 
 
 def test_few_plans_are_kept(target: Target) -> None:
@@ -205,8 +203,8 @@ def test_few_plans_are_kept(target: Target) -> None:
         captured.generate(
             **prompts(rows=rows) if rows > 1 else {"input_ids": prompts()["input_ids"][:1]}, max_new_tokens=4
         )
-    assert captured.plans is not None
-    assert len(captured.plans._plans) == plans_module.MOST
+    assert captured.graphs is not None
+    assert len(captured.graphs) == graph_cache.MAX_STEPS
 
 
 def test_an_adapter_that_is_switched_off_is_noticed() -> None:
@@ -227,7 +225,7 @@ def test_other_proposers_for_a_while_use_the_ordinary_loop(target: Target) -> No
     captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
     with captured.using("ngram"):
         captured.generate(**prompts(), max_new_tokens=10)
-        assert captured.statistics.times.whole == 0
+        assert captured.statistics.captured_steps == 0
     assert captured.check(prompts()["input_ids"], max_new_tokens=10).identical
 
 
@@ -239,7 +237,7 @@ def test_compiled() -> None:
     captured = Decoder(target, "heads", heads=heads, tree_size=4, step="compiled", probe=False)
     given = {**prompts(rows=2), "max_new_tokens": 20}
     assert torch.equal(captured.generate(**given), plain_text(target, **given))
-    assert captured.statistics.times.whole > 0
+    assert captured.statistics.captured_steps > 0
     assert captured.statistics.capture_seconds > 0
 
 
@@ -260,14 +258,14 @@ def test_wrong_input_in_one_line(target: Target, proposer: str, options: dict[st
     assert "\n" not in str(caught.value)
 
 
-def test_a_step_that_asks_the_host_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    before = HeadsProposer.propose_at
+def test_a_step_that_reads_on_the_host_is_refused(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = HeadsProposer.propose
 
-    def asks(self: HeadsProposer, state: DecodeState, memory: Tensor | None, lengths: Tensor) -> TokenTree:
-        assert int(lengths.max()) >= 0
-        return before(self, state, memory, lengths)
+    def reads(self: HeadsProposer, state: DecodeState, max_depth: int) -> TokenTree:
+        assert int(state.lengths.max()) >= 0
+        return before(self, state, max_depth)
 
-    monkeypatch.setattr(HeadsProposer, "propose_at", asks)
+    monkeypatch.setattr(HeadsProposer, "propose", reads)
     captured, _ = decoders(target, "recurrent", "recorded")
     with pytest.raises(MedheadError, match=r"cannot be recorded .*decode with step='loop'"):
         captured.generate(**prompts(), max_new_tokens=4)
@@ -280,8 +278,13 @@ def test_columns(room: int, columns: int) -> None:
     assert columns_for(room) == columns
 
 
-def test_plans_need_one_device(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("sequences", "rows"), [(1, 1), (3, 3), (4, 4), (5, 8), (8, 8), (9, 12)])
+def test_rows(sequences: int, rows: int) -> None:
+    assert rows_for(sequences) == rows
+
+
+def test_captured_steps_need_one_device(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(target, "device", torch.device("meta"))
     proposer = Decoder(target, "none", probe=False).proposer
     with pytest.raises(MedheadError, match="the whole model on one device"):
-        Plans(target, proposer, "eager")
+        GraphCache(target, proposer, "eager")

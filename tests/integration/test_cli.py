@@ -17,17 +17,16 @@ import pytest
 import torch
 
 from conftest import hear_ctrl_c
-from medhead import generate
-from medhead.cli.main import main as cli
+from medhead.cli import generate
+from medhead.cli.main import BENCHMARKS, COMMANDS
+from medhead.cli.main import main as medhead
 from medhead.datastore import build_datastore
-
-ROOT = Path(__file__).parents[2]
 
 
 def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
     """Options for the tiny model, with a prompt."""
-    said = [] if prompt is None else ["--prompt", prompt]
-    return ["--model", str(folders["model"]), *said, "--max-new-tokens", "24", *more]
+    given = [] if prompt is None else ["--prompt", prompt]
+    return ["--model", str(folders["model"]), *given, "--max-new-tokens", "24", *more]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -101,7 +100,7 @@ def test_compiled_pieces_are_announced(
     plain = run(command(folders), capsys)[1]
     code, out, err = run(command(folders, "--proposer", "ngram", "--step", "compiled"), capsys)
     assert (code, out) == (0, plain)
-    assert "medhead.generate: compiling the pass over one node for one text" in err
+    assert "medhead: compiling the pass over one node for one text" in err
     assert ", compiled pass]" in err
 
 
@@ -172,7 +171,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "datastore of another tokenizer": (["--datastore", "{store}"], "built with another tokenizer"),
     "datastore for heads": (
         ["--datastore", "{store}", "--proposer", "heads"],
-        "--datastore belongs to the proposer 'ngram', but 'heads' guesses",
+        "--datastore belongs to the proposer 'ngram', not to 'heads'",
     ),
     "lookahead W": (["--lookahead", "0", "4", "5"], "W (window) of at least 1, got 0"),
     "lookahead size": (["--lookahead", "5", "4", "5", "--tree-size", "9"], "needs 30 nodes, the tree has at most 9"),
@@ -181,7 +180,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
         ["--lookahead", "5", "4", "5", "--proposer", "ngram"],
         "belongs to the proposer 'lookahead'",
     ),
-    "two proposers": (["--lookahead", "5", "4", "5", "--recycling-state", "x"], "but 'lookahead' guesses"),
+    "two proposers": (["--lookahead", "5", "4", "5", "--recycling-state", "x"], "not to 'lookahead'"),
     "recycling state": (["--recycling-state", "./nowhere"], "'nowhere' does not exist"),
     "recycling state that is none": (["--recycling-state", "{model}/config.json"], "no recycling state"),
     "recycling state to write": (
@@ -203,8 +202,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "seed": (["--seed", "-2"], "--seed must be"),
     "tree size": (["--tree-size", "1000"], "--tree-size must be from 1 to 256"),
     "no number": (["--tree-size", "many"], "invalid int value"),
-    "device": (["--device", "cuda:77"], "is not there"),
-    "no device": (["--device", "toaster"], "is not there"),
+    "device": (["--device", "cuda:77"], "is not available"),
+    "no device": (["--device", "toaster"], "is not available"),
     "dtype": (["--dtype", "float7"], "dtype must be"),
     "proposer": (["--proposer", "oracle"], "invalid choice"),
     "option": (["--colour"], "unrecognized"),
@@ -246,7 +245,7 @@ def test_wrong_input_gets_one_line(
     assert out == ""
     assert says.format(**wrong_folders) in err
     assert err.count("\n") == 1
-    assert err.startswith("medhead.generate: error: ")
+    assert err.startswith("medhead generate: error: ")
 
 
 def test_bytes_that_are_no_text_are_refused(
@@ -295,7 +294,7 @@ def test_a_failure_is_code_1(
     monkeypatch.setattr(generate, "make_decoder", fails)
     code, _, err = run(command(folders), capsys)
     assert code == 1
-    assert err == "medhead.generate: failed: RuntimeError: out of luck (set MEDHEAD_DEBUG=1 for the details)\n"
+    assert err == "medhead generate: failed: RuntimeError: out of luck (set MEDHEAD_DEBUG=1 for the traceback)\n"
 
 
 @pytest.mark.slow
@@ -305,7 +304,7 @@ def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
     slow = "import time, medhead.model.target as t; f = t.Target.verify\n"
     slow += "t.Target.verify = lambda *a: (time.sleep(0.2), f(*a))[1]\n"
     slow += f"import sys; from medhead.generate import main; sys.exit(main({arguments!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"}
+    environment = os.environ | {"PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-c", slow],
         stdout=subprocess.PIPE,
@@ -328,19 +327,126 @@ def test_ctrl_c_prints_what_there_is(folders: dict[str, Path]) -> None:
 
 
 def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[str, Path]) -> None:
-    assert cli.main(["--help"]) == 0
-    assert "generate" in capsys.readouterr().out
-    assert cli.main([]) == 2
-    assert cli.main(["fly"]) == 2
-    assert capsys.readouterr().err.count("\n") == 1
-    assert cli.main(["generate", *command(folders, "--quiet")]) == 0
+    assert medhead(["generate", *command(folders, "--quiet")]) == 0
     assert capsys.readouterr().err == ""
+    assert medhead(["--help"]) == medhead(["bench", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(f"\n  {name} " in out for name in (*COMMANDS, *BENCHMARKS))
+    assert out.count("examples:") == out.count("exit codes:") == 2
+    for wrong in (["fly"], ["bench", "fly"]):
+        assert medhead(wrong) == 2
+        out, err = capsys.readouterr()
+        assert (out, err.count("\n")) == ("", 1)
+        assert "unknown command 'fly'; choose from " in err
 
 
-def test_benchmarks_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, name in ((["bench"], "medhead.bench "), (["bench", "step"], "medhead.bench.step"),
-                        (["bench", "tasks"], "medhead.bench.tasks"), (["bench", "budget"], "medhead.bench.budget")):  # fmt: skip
-        with pytest.raises(SystemExit) as ended:
-            cli.main([*words, "--help"])
-        assert ended.value.code == 0
-        assert capsys.readouterr().out.startswith(f"usage: {name}")
+@pytest.mark.parametrize("line", ["", "--help", "--version", "fly", "bench --help", "bench fly"])
+def test_without_a_command_torch_is_not_imported(line: str) -> None:
+    code = "import sys; from medhead.cli.main import main; main(); print(*sorted({'torch', 'transformers'} & {*sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == ""
+
+
+def test_public_names_are_imported_at_their_first_use() -> None:
+    code = (
+        "import sys, medhead; assert 'torch' not in sys.modules; [getattr(medhead, name) for name in medhead.__all__]; "
+    )
+    code += "from medhead import Decoder; assert Decoder is medhead.Decoder is sys.modules['medhead.decoder'].Decoder; "
+    code += "assert {*medhead.__all__} <= {*dir(medhead)}; medhead.nothing"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1] == "AttributeError: module 'medhead' has no attribute 'nothing'"
+
+
+def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the command's import, and while it runs."""
+
+    def missing(*args: Any) -> None:
+        raise ModuleNotFoundError("No module named 'matplotlib'", name="matplotlib.pyplot")
+
+    monkeypatch.setattr("medhead.cli.generate.run", missing)
+    for name in ("generate", "chat"):
+        if name == "chat":
+            monkeypatch.setattr("importlib.import_module", missing)
+        assert medhead([name]) == 2
+        says = f"medhead {name}: error: matplotlib is not installed: pip install 'medhead[bench]'\n"
+        assert capsys.readouterr() == ("", says)
+
+
+WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
+    "generate": ["--colour", "--model", "--seed many", "--top-k 3", "--prompt-file ./nowhere"],
+    "chat": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
+    "serve": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
+    "generate-data": [
+        "",
+        "--prompts ./nowhere --output {new}",
+        "--prompts {file} --output {new} --batch-size 0",
+        "--prompts {file} --output {new} --temperatures hot",
+        "--prompts {file} --output {new} --colour",
+    ],
+    "finetune": [
+        "",
+        "--model m --data d --output {new} --epochs 0",
+        "--model m --data d --output {new} --kind oracle",
+        "--config ./nowhere.yaml",
+        "--batch-size many",
+    ],
+    "evaluate": ["--colour", "--num-prompts 0", "--tree-sizes 1", "--temperatures -1", "--model ./nowhere"],
+    "export": [
+        "",
+        "--heads x --model y --format eagle3 --output {file}",
+        "--heads x --model y --format oracle --output {new}",
+        "--heads x --model ./nowhere --format eagle3 --output {new}",
+        "--heads x --model y --format eagle3 --output {new} --dtype float7",
+    ],
+    "tune": ["--colour", "--num-prompts 0", "--batch-sizes many", "--proposer lookahead --heads x", "--model ./nowhere"],
+    "datastore": [
+        "",
+        "--text ./nowhere --output {new}",
+        "--text {file} --output {file}",
+        "--text {file} --output {new} --model x --tokenizer y",
+        "--text {file} --output {new} --model ./nowhere",
+    ],
+    "bench": ["--colour", "--num-prompts 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
+    "bench speed": ["--colour", "--num-prompts 0", "--temperature nan", "--output {file}", "--model ./nowhere"],
+    "bench step": ["--colour", "--shapes giant", "--nodes 1", "--repeats 0", "--output {file}"],
+    "bench tasks": ["", "--colour", "--prompts ./nowhere", "--prompts {file} --repeats 0", "--prompts {file} --output {file}"],
+    "bench budget": ["--colour", "--num-prompts many", "--repeats 0", "--output {file}", "--model ./nowhere"],
+    "bench kernels": ["--colour", "--nodes many", "--nodes 0", "--device toaster", "--backends oracle"],
+    "load-test": [
+        "--clients 0",
+        "--seconds many",
+        "--url localhost:1",
+        "--url http://127.0.0.1:1",
+        "--url http://127.0.0.1:1 --colour",
+    ],
+}  # fmt: skip
+
+
+def test_every_command_is_among_them() -> None:
+    assert {*WRONG_BY_COMMAND} == {*COMMANDS, *(f"bench {name}" for name in BENCHMARKS)}
+    assert all(len({*lines}) == 5 for lines in WRONG_BY_COMMAND.values())
+
+
+@pytest.mark.parametrize("name", sorted(WRONG_BY_COMMAND))
+def test_every_command_teaches_and_refuses(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--help` shows examples; each wrong input gets one line and exit code 2."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(words: list[str]) -> tuple[int, str, str]:
+        try:
+            code = medhead([*name.split(), *words])
+        except SystemExit as ended:
+            code = int(ended.code or 0)
+        return code, *capsys.readouterr()
+
+    code, out, err = run(["--help"])
+    assert (code, err) == (0, "")
+    assert out.startswith(f"usage: medhead {name} ")
+    assert f"examples:\n  medhead {name}" in out
+    prog = "medhead bench speed" if name == "bench" else f"medhead {name}"
+    for line in WRONG_BY_COMMAND[name]:
+        code, out, err = run(line.format(file=__file__, new=tmp_path / "new").split())
+        assert (code, out, err.count("\n")) == (2, "", 1), (line, err)
+        assert err.startswith(f"{prog}: error: "), line

@@ -48,7 +48,7 @@ def same_pass(compiled: CompiledTarget, lengths: list[int], trees: TokenTree, ag
 def test_one_pass_serves_all_sizes(compiled: CompiledTarget) -> None:
     """Trees of every size, texts of every length, caches that grow: logits of the ordinary pass, compiled once."""
     said: list[str] = []
-    compiled.say = said.append
+    compiled.on_progress = said.append
     for length, nodes in ((5, 4), (9, 1), (70, 9), (62, 2), (128, 33), (63, 1)):
         trees = TokenTree.from_parents(torch.arange(3, 3 + nodes), (torch.arange(nodes) - 1).clamp(min=0) // 2)
         same_pass(compiled, [length], trees, again=len(said) == 2)
@@ -60,7 +60,7 @@ def test_one_pass_serves_all_sizes(compiled: CompiledTarget) -> None:
 def test_one_pass_serves_all_batches(compiled: CompiledTarget) -> None:
     """Batches of two, three and five ragged texts, with trees that differ from row to row."""
     said: list[str] = []
-    compiled.say = said.append
+    compiled.on_progress = said.append
     for lengths, nodes in (([5, 9], 4), ([3, 70, 20], 6), ([1, 2, 3, 64, 5], 3)):
         parents = torch.stack([(torch.arange(nodes) - 1 - row % 2).clamp(min=0) for row in range(len(lengths))])
         trees = TokenTree.from_parents(torch.arange(3, 3 + nodes).expand(len(lengths), -1), parents)
@@ -75,7 +75,7 @@ def test_the_text_is_plain_decodings(compiled: CompiledTarget, sampling: dict[st
     heads = noise_heads(compiled, depth=2)
     decoder = Decoder(compiled.model, "hybrid", heads=heads, step="compiled", tree_size=9)
     decoder.compiled_target = compiled  # which has compiled some of it
-    assert decoder.plans is None
+    assert decoder.graphs is None
     given = {**prompts(rows=1), "max_new_tokens": 40, "eos_token_id": None, **sampling}
     assert torch.equal(decoder.generate(**given), plain_text(Target(compiled.model, probe=False), **given))
 
@@ -131,7 +131,7 @@ def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.Monkey
     monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, examples: run)
     model, ids = tiny_llama(), prompts(rows=1)["input_ids"]
     decoder = Decoder(model, "ngram", step="compiled")
-    assert decoder.plans is None
+    assert decoder.graphs is None
     assert decoder.compiled_target is not None
     with decoder.using("none"):
         decoder.generate(ids, max_new_tokens=4)
@@ -141,7 +141,7 @@ def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.Monkey
     decoder.close()
     assert not decoder.compiled_target._passes
     whole = Decoder(model, "none", step="compiled")
-    assert whole.plans is not None
+    assert whole.graphs is not None
     assert whole.compiled_target is None
 
 

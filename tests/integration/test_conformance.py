@@ -14,7 +14,7 @@ from medhead.model.target import Target
 
 
 def random_tree(batch: int, nodes: int, vocab: int, generator: torch.Generator) -> TokenTree:
-    """Random parents, random tokens."""
+    """Return trees with random parents and random tokens."""
     parents = torch.zeros(batch, nodes, dtype=torch.long)
     for node in range(1, nodes):
         parents[:, node] = torch.randint(0, node, (batch,), generator=generator)
@@ -22,7 +22,7 @@ def random_tree(batch: int, nodes: int, vocab: int, generator: torch.Generator) 
 
 
 def path_to(tree: TokenTree, row: int, node: int) -> list[int]:
-    """Nodes from the root to a node."""
+    """Return the nodes from the root to a node."""
     path = [node]
     while path[0]:
         path.insert(0, int(tree.parents[row, path[0]]))
@@ -31,7 +31,7 @@ def path_to(tree: TokenTree, row: int, node: int) -> list[int]:
 
 @torch.inference_mode()
 def one_by_one(model: PreTrainedModel, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
-    """Logits of every node by ordinary passes over its path."""
+    """Return the logits of every node, by ordinary passes over its path."""
     rows = []
     for row, prefix in enumerate(prefixes):
         paths = [prefix + tree.tokens[row, path_to(tree, row, node)].tolist() for node in range(tree.nodes)]
@@ -58,7 +58,9 @@ def test_family_verifies_trees_exactly(name: str) -> None:
         logits, _ = target.verify(cache, first)
         steps = max(map(len, paths))
         path = torch.tensor([p + [0] * (steps - len(p)) for p in paths])
-        cache.commit([len(p) for p in paths], path)
+        counts = torch.tensor([len(p) for p in paths])
+        cache.commit(path, counts)
+        cache.lengths.advance(counts)
         after, _ = target.verify(cache, second)
     scale = float(expected.abs().max())
     assert float((logits - expected).abs().max()) <= 2e-4 * scale

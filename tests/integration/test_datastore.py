@@ -1,4 +1,4 @@
-"""The datastore: what is in it, how it is found, who may use it, and its command."""
+"""The datastore: its content, its lookups, the tokenizer check, and its command."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from conftest import tiny_llama
 from medhead import Decoder, MedheadError
 from medhead.cli.datastore import main
 from medhead.datastore import Datastore, build_datastore
-from medhead.datastore.build import join, sorted_places
-from medhead.datastore.documents import encode, pieces, read_documents
-from medhead.datastore.store import CONTEXT, FORMAT, Info
+from medhead.datastore.build import concatenate, sort_positions
+from medhead.datastore.documents import chunks, encode, read_documents
+from medhead.datastore.store import FORMAT, MAX_CONTEXT, DatastoreInfo
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.proposers.ppm import StoreMemory, doubt
@@ -29,7 +29,7 @@ DOCUMENTS = st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_s
 
 
 class Words:
-    """A tokenizer of `size` words, as far as datastores look at it."""
+    """A tokenizer of `size` words with the one method that datastores call."""
 
     def __init__(self, size: int, prefix: str = "w") -> None:
         self.vocabulary = {f"{prefix}{index}": index for index in range(size)}
@@ -39,31 +39,31 @@ class Words:
 
 
 def in_memory(documents: list[list[int]], vocab: int = 4) -> Datastore:
-    tokens, count = join(documents, vocab)
-    order = sorted_places(tokens, vocab)
-    return Datastore(Info(FORMAT, len(tokens), len(order), count, vocab, ""), tokens, order)
+    tokens, count = concatenate(documents, vocab)
+    order = sort_positions(tokens, vocab)
+    return Datastore(DatastoreInfo(FORMAT, len(tokens), len(order), count, vocab, ""), tokens, order)
 
 
 def common(left: list[int], right: list[int]) -> int:
-    """How many tokens two texts have in common at their ends."""
+    """Return the number of tokens that two texts have in common at their ends."""
     n = 0
     while n < min(len(left), len(right)) and left[-1 - n] == right[-1 - n]:
         n += 1
     return n
 
 
-def all_places(documents: list[list[int]], text: list[int], longest: int) -> list[tuple[int, list[int]]]:
-    """Of every place with a token behind it: what it shares with the text's end, and all that follows it."""
+def all_positions(documents: list[list[int]], text: list[int], longest: int) -> list[tuple[int, list[int]]]:
+    """Return, for every position with a next token, the length it shares with the text's end and all tokens after it."""
     return [
         (min(common(ids[: at + 1], text), longest), ids[at + 1 :]) for ids in documents for at in range(len(ids) - 1)
     ]
 
 
 @given(DOCUMENTS)
-def test_places_are_sorted_by_what_precedes_them(documents: list[list[int]]) -> None:
+def test_positions_are_sorted_by_the_preceding_tokens(documents: list[list[int]]) -> None:
     store = in_memory(documents)
     tokens = store.tokens.tolist()
-    backwards = [tuple(tokens[: place + 1][::-1][:CONTEXT]) for place in store.order.tolist()]
+    backwards = [tuple(tokens[: position + 1][::-1][:MAX_CONTEXT]) for position in store.order.tolist()]
     assert backwards == sorted(backwards)
     assert sorted(store.order.tolist()) == [at for at in range(len(tokens)) if tokens[at] != 4 and tokens[at + 1] != 4]
 
@@ -71,28 +71,28 @@ def test_places_are_sorted_by_what_precedes_them(documents: list[list[int]]) -> 
 def test_long_repeats_are_sorted_as_far_as_contexts_go() -> None:
     store = in_memory([[1] * 100, [2] + [1] * 50, [0] + [1] * 70])
     tokens = store.tokens.tolist()
-    backwards = [tuple(tokens[: place + 1][::-1][:CONTEXT]) for place in store.order.tolist()]
+    backwards = [tuple(tokens[: position + 1][::-1][:MAX_CONTEXT]) for position in store.order.tolist()]
     assert backwards == sorted(backwards)
 
 
 @given(DOCUMENTS, st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 10), st.integers(1, 8))
-def test_the_places_most_like_a_text_are_found(
+def test_the_positions_most_like_a_text_are_found(
     documents: list[list[int]], text: list[int], longest: int, count: int
 ) -> None:
     store = in_memory(documents)
-    found = store.places_like(text, longest, count)
-    expected = sorted((shared for shared, _ in all_places(documents, text, longest) if shared), reverse=True)
+    found = store.find_matches(text, longest, count)
+    expected = sorted((shared for shared, _ in all_positions(documents, text, longest) if shared), reverse=True)
     assert [shared for _, shared in found] == expected[:count]
     tokens = store.tokens.tolist()
-    for place, shared in found:
-        assert tokens[place - shared + 1 : place + 1] == text[-shared:]
-        assert 4 not in (tokens[place], store.token_behind(place))
+    for position, shared in found:
+        assert tokens[position - shared + 1 : position + 1] == text[-shared:]
+        assert 4 not in (tokens[position], store.next_token(position))
 
 
 @given(DOCUMENTS, st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 3))
 def test_candidates_are_those_of_a_search(documents: list[list[int]], text: list[int], depth: int) -> None:
     found = dict(StoreMemory(in_memory(documents), 5, 10**6).guesses(text, 10**6, depth, 0.0).paths())
-    places = [place for place in all_places(documents, text, 5) if place[0]]
+    positions = [position for position in all_positions(documents, text, 5) if position[0]]
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     frontier: list[tuple[int, ...]] = [()]
     while frontier:
@@ -101,7 +101,7 @@ def test_candidates_are_those_of_a_search(documents: list[list[int]], text: list
             continue
         here = [
             (n + len(path), rest[len(path)])
-            for n, rest in places
+            for n, rest in positions
             if tuple(rest[: len(path)]) == path and len(rest) > len(path)
         ]
         rest = 1.0
@@ -126,18 +126,18 @@ def test_a_datastore_on_disk_is_the_one_that_was_built(tmp_path: Path) -> None:
     store = build_datastore(documents, Words(10), tmp_path / "deep" / "store", on_round=lambda *r: rounds.append(r))
     again = Datastore.open(tmp_path / "deep" / "store")
     assert again.info == store.info
-    assert (again.info.documents, again.info.vocab_size, again.info.tokens, again.info.places) == (3, 10, 13, 7)
+    assert (again.info.documents, again.info.vocab_size, again.info.tokens, again.info.positions) == (3, 10, 13, 7)
     assert again.tokens.tolist() == [1, 2, 3, 4, 10, 5, 10, 2, 3, 9, 1, 2, 10]
-    assert again.places_like([7, 2, 3], 8, 4) == [(2, 2), (8, 2)]
+    assert again.find_matches([7, 2, 3], 8, 4) == [(2, 2), (8, 2)]
     assert rounds[-1][0] <= rounds[-1][1]
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == ["store"]  # no scratch is left
 
 
 def test_large_vocabularies_have_wider_tokens() -> None:
-    tokens, _ = join([[0, 65535, 70000]], 100_000)
+    tokens, _ = concatenate([[0, 65535, 70000]], 100_000)
     assert tokens.dtype == np.uint32
-    assert in_memory([[0, 65535, 70000]], 100_000).places_like([65535], 4, 4) == [(1, 1)]
-    assert join([[1]], 65535)[0].tolist() == [1, 65535]
+    assert in_memory([[0, 65535, 70000]], 100_000).find_matches([65535], 4, 4) == [(1, 1)]
+    assert concatenate([[1]], 65535)[0].tolist() == [1, 65535]
 
 
 def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
@@ -176,8 +176,8 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def test_text_of_the_datastore_is_guessed(model: PreTrainedModel, store: Path) -> None:
-    """The stored document is what the model says here, so it is copied; and no datastore changes the text."""
+def test_draft_tokens_come_from_the_datastore(model: PreTrainedModel, store: Path) -> None:
+    """The stored document is the model's own output, so it is copied; no datastore changes the text."""
     ids = torch.tensor([[5, 9, 13]])
     options: dict[str, Any] = {"max_new_tokens": 40, "do_sample": False}
     plain = model.generate(ids, **options)
@@ -216,8 +216,8 @@ def test_another_tokenizer_is_refused(target: Target, store: Path) -> None:
         with pytest.raises(MedheadError, match=says) as refusal:
             build_proposer("ngram", chosen, datastore=store, tokenizer=tokenizer)
         assert "\n" not in str(refusal.value)
-    build_proposer("ngram", Target(tiny_llama(vocab=70)), datastore=store)  # rows that no token uses
-    build_proposer("ngram", big, datastore=store, tokenizer=Words(64))  # it is the right one
+    build_proposer("ngram", Target(tiny_llama(vocab=70)), datastore=store)  # rows without a token
+    build_proposer("ngram", big, datastore=store, tokenizer=Words(64))  # the right tokenizer
 
 
 def damage(store: Path, how: str) -> None:
@@ -278,17 +278,17 @@ def test_documents_of_files(tmp_path: Path) -> None:
 
 
 @given(st.text(alphabet="ab\n", max_size=60))
-def test_pieces_are_the_text(text: str) -> None:
+def test_chunks_are_the_text(text: str) -> None:
     from medhead.datastore import documents
 
-    before, documents.PIECE = documents.PIECE, 7
+    before, documents.CHUNK_SIZE = documents.CHUNK_SIZE, 7
     try:
-        cut = pieces(text)
+        cut = chunks(text)
         assert "".join(cut) == text
-        assert all(0 < len(piece) <= 7 for piece in cut)
-        assert all(piece.endswith("\n") or "\n" not in piece for piece in cut[:-1])
+        assert all(0 < len(chunk) <= 7 for chunk in cut)
+        assert all(chunk.endswith("\n") or "\n" not in chunk for chunk in cut[:-1])
     finally:
-        documents.PIECE = before
+        documents.CHUNK_SIZE = before
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
@@ -303,8 +303,8 @@ def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, 
 def test_the_command(
     folders: dict[str, Path], tokenizer: PreTrainedTokenizerBase, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """From a folder of text to tokens that are guessed from it."""
-    from medhead import generate
+    """Build a datastore from a folder of text and draft tokens from it."""
+    from medhead.cli import generate
 
     text = tmp_path / "text"
     (text / "deeper").mkdir(parents=True)
@@ -362,17 +362,17 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
 def test_wrong_input_gets_one_line(
     tmp_path: Path, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    places = {name: tmp_path / name for name in ("new", "empty", "binary", "broken", "blank", "good", "full")}
+    paths = {name: tmp_path / name for name in ("new", "empty", "binary", "broken", "blank", "good", "full")}
     for name in ("empty", "full"):
-        places[name].mkdir()
-    (places["full"] / "letter.txt").write_text("mine")
-    places["broken"] = tmp_path / "broken.jsonl"
-    places["broken"].write_text('{"text": "fine"}\n{"text":\n')
-    places["binary"].write_bytes(b"\xff\xfe\xff")
-    places["blank"].write_text("\n")
-    places["good"].write_text("Once upon a time.")
-    code, out, err = run([argument.format(**places) for argument in arguments], capsys)
+        paths[name].mkdir()
+    (paths["full"] / "letter.txt").write_text("mine")
+    paths["broken"] = tmp_path / "broken.jsonl"
+    paths["broken"].write_text('{"text": "fine"}\n{"text":\n')
+    paths["binary"].write_bytes(b"\xff\xfe\xff")
+    paths["blank"].write_text("\n")
+    paths["good"].write_text("Once upon a time.")
+    code, out, err = run([argument.format(**paths) for argument in arguments], capsys)
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert says in err
-    assert err.startswith("medhead.datastore: error: ")
-    assert not places["new"].exists()
+    assert err.startswith("medhead datastore: error: ")
+    assert not paths["new"].exists()

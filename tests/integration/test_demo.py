@@ -9,8 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from medhead import Decoder, generate
+from medhead import Decoder
 from medhead.bench.prompts import BUILT_IN, encode_prompts
+from medhead.cli import generate
 from medhead.heads.config import read_config
 from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer
 

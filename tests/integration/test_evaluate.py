@@ -13,13 +13,15 @@ from transformers import LlamaForCausalLM
 
 from conftest import noise_heads
 from medhead import Decoder
+from medhead.bench import harness
+from medhead.bench.prompts import read_prompts
 from medhead.heads import load_heads
 from medhead.model.loading import load_tokenizer
 from medhead.model.target import Target
 from medhead_training import evaluate
 from medhead_training.evaluate import main, static_shape
 
-QUICK = ["--count", "3", "--new-tokens", "12", "--dtype", "float32"]
+QUICK = ["--num-prompts", "3", "--max-new-tokens", "12", "--dtype", "float32"]
 
 
 def results(folder: Path) -> list[dict[str, Any]]:
@@ -34,35 +36,44 @@ def test_a_whole_run(folders: dict[str, Path], tmp_path: Path, capsys: pytest.Ca
         str(folders["model"]),
         "--heads",
         *heads,
-        "--nodes",
+        "--tree-sizes",
         "4",
         "9",
         "--output",
         str(tmp_path / "new"),
     ]
-    assert main([*options, *QUICK, "--batch", "2"]) == 0
+    assert main([*options, *QUICK, "--batch-size", "2"]) == 0
     out = capsys.readouterr().out
     rows = results(tmp_path / "new")
     per_temperature = 1 + 2 + 2 + 2 * 2  # none, ngram, recycling, and two heads at two sizes
     assert len(rows) == 2 * per_temperature
     assert [row["temperature"] for row in rows] == [0.0] * per_temperature + [1.0] * per_temperature
-    assert [row["nodes"] for row in rows[:per_temperature]] == [1, 4, 9, 4, 9, 4, 9, 4, 9]
+    assert [row["tree_size"] for row in rows[:per_temperature]] == [1, 4, 9, 4, 9, 4, 9, 4, 9]
     for row in rows:
         assert row["prompts"] == row["identical"] == 3
-        assert row["tokens_per_pass"] == pytest.approx(row["new_tokens"] / row["passes"], abs=1e-4)
-        assert row["mean_over_prompts"] == pytest.approx(sum(row["by_prompt"]) / 3, abs=1e-3)
+        assert row["accepted_length"] == pytest.approx(row["new_tokens"] / row["passes"], abs=1e-4)
+        assert row["mean_over_prompts"] == pytest.approx(sum(row["accepted_length_by_prompt"]) / 3, abs=1e-3)
         assert row["forward_ms"] > 0
         assert row["propose_ms"] > 0
         assert (row["parameters"] > 0) == bool(row["kind"])
-    assert rows[0]["tokens_per_pass"] == 1
+    assert rows[0]["accepted_length"] == 1
     assert out.count("3/3") == len(rows)
     assert "recurrent (recurrent)" in out
     assert (tmp_path / "new" / "table.md").read_text().strip() == out.strip()
-    assert (tmp_path / "new" / "accepted.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "new" / "accepted_length.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_the_numbers_are_those_of_a_decoder(folders: dict[str, Path], tmp_path: Path) -> None:
-    options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), "--nodes", "7", "--seed", "5"]
+    options = [
+        "--model",
+        str(folders["model"]),
+        "--heads",
+        str(folders["recurrent"]),
+        "--tree-sizes",
+        "7",
+        "--seed",
+        "5",
+    ]
     options += ["--max-depth", "2", "--width", "3", "--branching", "2"]
     options += ["--proposers", "--temperatures", "0.8", "--output", str(tmp_path)]
     assert main([*options, *QUICK]) == 0
@@ -71,7 +82,7 @@ def test_the_numbers_are_those_of_a_decoder(folders: dict[str, Path], tmp_path: 
     tree = {"tree_size": 7, "max_depth": 2, "width": 3, "branching": 2}
     decoder = Decoder(target, "heads", heads=load_heads(folders["recurrent"], target), **tree)
     tokenizer, lengths, passes = load_tokenizer(folders["model"]), [], 0
-    for prompt in evaluate.read_prompts(None, 3):
+    for prompt in read_prompts(None, 3):
         ids = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True, return_tensors="pt")
         sampling = {"do_sample": True, "temperature": 0.8, "top_k": 0, "top_p": 1.0, "seed": 5}
         decoder.generate(ids["input_ids"], attention_mask=ids["attention_mask"], max_new_tokens=12, **sampling)
@@ -84,7 +95,17 @@ def test_the_numbers_are_those_of_a_decoder(folders: dict[str, Path], tmp_path: 
 def test_static_trees(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     heads = shutil.copytree(folders["recurrent"], tmp_path / "heads")
     fields = json.loads((heads / "medhead_config.json").read_text())
-    options = ["--model", str(folders["model"]), "--heads", str(heads), "--nodes", "4", "6", "--static", "--proposers"]
+    options = [
+        "--model",
+        str(folders["model"]),
+        "--heads",
+        str(heads),
+        "--tree-sizes",
+        "4",
+        "6",
+        "--static",
+        "--proposers",
+    ]
     options += ["--temperatures", "0", "--output", str(tmp_path / "out"), *QUICK]
     assert main(options) == 0
     assert "no static tree of 4 nodes" in capsys.readouterr().err
@@ -93,7 +114,7 @@ def test_static_trees(folders: dict[str, Path], tmp_path: Path, capsys: pytest.C
     (heads / "medhead_config.json").write_text(json.dumps(fields))
     assert main(options) == 0
     rows = results(tmp_path / "out")
-    assert [(row["static"], row["nodes"]) for row in rows] == [(False, 4), (True, 5), (False, 6), (True, 6)]
+    assert [(row["static"], row["tree_size"]) for row in rows] == [(False, 4), (True, 5), (False, 6), (True, 6)]
     assert all(row["identical"] == 3 for row in rows)
     found = noise_heads(Target(LlamaForCausalLM.from_pretrained(folders["model"]).eval()))
     found.config.trees = fields["trees"]
@@ -111,7 +132,17 @@ def test_heads_that_adapt_the_target_have_a_text_of_their_own(folders: dict[str,
     wrapped, heads = wrap(model, noise_heads(Target(model, probe=False)), lora)
     save_adapter(wrapped, heads, tmp_path / "adapted")
     options = ["--model", str(folders["model"]), "--heads", str(folders["recurrent"]), str(tmp_path / "adapted")]
-    options += ["--nodes", "6", "8", "--proposers", "none", "--temperatures", "0", "--output", str(tmp_path / "out")]
+    options += [
+        "--tree-sizes",
+        "6",
+        "8",
+        "--proposers",
+        "none",
+        "--temperatures",
+        "0",
+        "--output",
+        str(tmp_path / "out"),
+    ]
     assert main([*options, *QUICK]) == 0
     rows = results(tmp_path / "out")
     assert [Path(row["name"]).name for row in rows] == ["none", "recurrent", "recurrent", "adapted", "adapted"]
@@ -124,9 +155,10 @@ def test_demo_heads_that_do_not_load_are_left_out(
 ) -> None:
     (tmp_path / "heads-empty").mkdir()
     shutil.copytree(folders["recurrent"], tmp_path / "heads")
-    monkeypatch.setattr(evaluate, "DEMO_MODEL", folders["model"])
+    for module in (evaluate, harness):
+        monkeypatch.setattr(module, "DEMO_MODEL", folders["model"])
     monkeypatch.setattr(evaluate, "DEMO_HEADS", tmp_path / "heads")
-    assert main(["--nodes", "4", "--proposers", "--temperatures", "0", *QUICK]) == 0
+    assert main(["--tree-sizes", "4", "--proposers", "--temperatures", "0", *QUICK]) == 0
     out, err = capsys.readouterr()
     assert "left out" in err
     assert "heads-empty" in err
@@ -136,16 +168,16 @@ def test_demo_heads_that_do_not_load_are_left_out(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--count", "0"], "--count must be at least 1"),
+        (["--num-prompts", "0"], "--num-prompts must be at least 1"),
         (["--max-depth", "0"], "--max-depth must be at least 1"),
         (["--width", "0"], "--width must be at least 1"),
         (["--branching", "-1"], "--branching must be at least 1"),
-        (["--nodes", "1"], "--nodes must be from 2 to 256"),
+        (["--tree-sizes", "1"], "--tree-sizes must be from 2 to 256"),
         (["--temperatures", "-1"], "--temperatures must be"),
         (["--seed", "-1"], "--seed must be"),
         (["--prompts", "nowhere.jsonl"], "cannot be read"),
         (["--heads", "nowhere"], "does not exist"),
-        (["--new-tokens", "160"], "leaves no room"),
+        (["--max-new-tokens", "160"], "leaves no room"),
         (["--proposers", "oracle"], "invalid choice"),
         (["--proposers"], "nothing to evaluate"),
         (["--max-depth", "9", "--heads", "RECURRENT"], "these heads guess 4 tokens ahead"),
@@ -158,7 +190,7 @@ def test_wrong_input(
 ) -> None:
     options = [str(folders["recurrent"]) if option == "RECURRENT" else option for option in options]
     try:
-        code = main(["--model", str(folders["model"]), "--new-tokens", "8", *options])
+        code = main(["--model", str(folders["model"]), "--max-new-tokens", "8", *options])
     except SystemExit as ended:
         code = int(ended.code or 0)
     err = capsys.readouterr().err

@@ -16,6 +16,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel, 
 from conftest import HEADS, noise_heads, tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, Proposer, TokenTree, TypicalAcceptance
+from medhead.core.lengths import Lengths
 from medhead.heads.draft_cache import TensorDraftCache
 from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
@@ -162,14 +163,14 @@ def test_memory_grows_with_the_text(model: PreTrainedModel, target: Target, name
     heads: Any = noise_heads(target, name)
     stores = []
 
-    def small(batch: int, dtype: torch.dtype, device: torch.device, capacity: int) -> TensorDraftCache:
-        stores.append(TensorDraftCache(batch, heads.memory_size, dtype, device, 1))
+    def small(dtype: torch.dtype, lengths: Lengths, capacity: int) -> TensorDraftCache:
+        stores.append(TensorDraftCache(heads.cache_entry_size, dtype, lengths, 1))
         return stores[-1]
 
     heads.new_draft_cache = small
     found = Decoder(model, build_proposer("heads", target, heads=heads)).generate(ids, attention_mask=mask, **options)
     assert torch.equal(found, model.generate(ids, attention_mask=mask, **options))
-    assert [store._rows.shape[1] for store in stores] == [256]
+    assert [store.rows.shape[1] for store in stores] == [256]
 
 
 def test_the_seed_is_the_text(model: PreTrainedModel) -> None:

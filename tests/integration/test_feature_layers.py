@@ -1,4 +1,4 @@
-"""Features from inside the target: the layers' outputs that transformers shows too, and nothing left behind."""
+"""Features of the target's layers equal transformers' hidden states, and no hook is left behind."""
 
 from __future__ import annotations
 
@@ -15,20 +15,20 @@ from medhead import Decoder, MedheadError, TokenTree
 from medhead.errors import UnsupportedTargetError
 from medhead.model.target import Target
 
-TAPPED = ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gemma2"]
+FAMILIES = ["llama", "gpt2", "gpt_neox", "qwen3_moe", "gemma2"]
 
 
 def hooks_of(model: nn.Module) -> int:
     return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.modules())
 
 
-@pytest.mark.parametrize("family", TAPPED)
+@pytest.mark.parametrize("family", FAMILIES)
 @torch.inference_mode()
-def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
+def test_features_are_the_hidden_states_of_transformers(family: str) -> None:
     if not exists(family):
         pytest.skip(f"this version of transformers has no {family}")
     model: Any = tiny(family, ACCEPTED[family])
-    model.set_attn_implementation("eager")  # the one that knows everything
+    model.set_attn_implementation("eager")  # supports every family
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11], [20, 3, 20, 4, 20, 5, 90]])
     states = model(ids, output_hidden_states=True).hidden_states
     target, before = Target(model, probe=False), hooks_of(model)  # transformers leaves hooks of its own
@@ -47,10 +47,10 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
             last = target.prefill(cache, [ids[0].tolist(), ids[1, :4].tolist()], see)
             chain = TokenTree.from_parents(torch.tensor([[8, 4], [20, 5]]), torch.tensor([0, 0]))
             _, verified = target.verify(cache, chain)
-        for tap, feature in zip(feature_layers, features.split(32, -1), strict=True):
-            if tap == 2:  # transformers shows the last layer's output behind the norm
+        for layer, feature in zip(feature_layers, features.split(32, -1), strict=True):
+            if layer == 2:  # transformers returns the last layer's output after the norm
                 feature = norm(feature)
-            torch.testing.assert_close(feature, states[tap + 1], rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(feature, states[layer + 1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(chunks[-1][0], features[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last[0], features[0, -1], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(last[1], features[1, 3], rtol=1e-4, atol=1e-4)
@@ -62,7 +62,7 @@ def test_taps_are_the_hidden_states_of_transformers(family: str) -> None:
     torch.testing.assert_close(hidden, states[-1], rtol=1e-4, atol=1e-4)
 
 
-def test_hooks_are_gone_whatever_happens(model: PreTrainedModel, target: Target) -> None:
+def test_hooks_are_removed_after_errors_too(model: PreTrainedModel, target: Target) -> None:
     before = hooks_of(model)
 
     def breaks() -> None:
@@ -87,7 +87,7 @@ def test_a_model_whose_layers_cannot_be_found() -> None:
     assert hooks_of(model) == before
 
 
-def test_one_set_of_taps_at_a_time(target: Target) -> None:
+def test_one_set_of_feature_layers_at_a_time(target: Target) -> None:
     with target.active([0]):
         with target.active([0]):
             pass

@@ -33,21 +33,32 @@ from medhead.heads.adapter import attach, heads_of
 from medhead.heads.config import read_config
 from medhead.model.target import Target
 from medhead_training import finetune
-from medhead_training.data import feature_store as store
-from medhead_training.objective import builders as parts
+from medhead_training.data import token_store as store
+from medhead_training.objective import builders
 from medhead_training.objective.module import HeadsModule
 from medhead_training.trainer import trainer
 from medhead_training.trainer.optim import MuonAdamW
 from medhead_training.trainer.options import read_options
 from medhead_training.trainer.report import UNCHANGED
-from medhead_training.trainer.run_folder import OPTIONS_FILE, claim, same_data
+from medhead_training.trainer.run_folder import OPTIONS_FILE, check_same_data, claim_folder
 from medhead_training.trainer.trainer import COMPLETE, HeadsTrainer, last_checkpoint
 
 ROOT = Path(__file__).parents[2]
-QUICK = ["--length", "48", "--batch-size", "4", "--depth", "3", "--inner-size", "24", "--correction-size", "20"]
-QUICK += ["--save-steps", "3", "--log-steps", "1", "--held-out", "0.1", "--save-dtype", "float32"]
-HEADS = ["--kind", "block", "--draft-vocab", "40", "--blocks", "1", "--feature_layers", "0", "1", "--max-steps", "8"]
-JOINT = ["--recipe", "joint", "--kind", "recurrent", "--lora-rank", "4", "--lora-lr", "0.02", "--lora-warmup", "0.2"]
+QUICK = ["--seq-len", "48", "--batch-size", "4", "--depth", "3", "--inner-size", "24", "--correction-size", "20"]
+QUICK += ["--save-steps", "3", "--logging-steps", "1", "--held-out", "0.1", "--save-dtype", "float32"]
+HEADS = ["--kind", "block", "--draft-vocab", "40", "--blocks", "1", "--feature-layers", "0", "1", "--max-steps", "8"]
+JOINT = [
+    "--recipe",
+    "joint",
+    "--kind",
+    "recurrent",
+    "--lora-rank",
+    "4",
+    "--lora-lr",
+    "0.02",
+    "--lora-start-ratio",
+    "0.2",
+]
 JOINT += ["--lora-dropout", "0.2", "--max-steps", "8"]
 RECIPES = {"heads": HEADS, "joint": JOINT}
 FILES = {"adapter_config.json", "adapter_model.safetensors", "medhead_config.json", "README.md", "training.json"}
@@ -62,8 +73,8 @@ class Killed(BaseException):
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Few sentences, often."""
     path = tmp_path_factory.mktemp("data") / "answers.jsonl"
-    said = ["She went home.", "The dragon said: small.", "Once upon a time there was a small dragon."]
-    records = [{"prompt": f"A {n % 4}?", "answer": said[n % 3]} for n in range(48)]
+    answers = ["She went home.", "The dragon said: small.", "Once upon a time there was a small dragon."]
+    records = [{"prompt": f"A {n % 4}?", "answer": answers[n % 3]} for n in range(48)]
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
     return path
 
@@ -83,7 +94,7 @@ def refusal(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     code, err = run(arguments, capsys)
     line = err.rstrip("\n").rpartition("\n")[2]
     assert code == 2, err
-    assert line.startswith("medhead_training.finetune: error: ")
+    assert line.startswith("medhead finetune: error: ")
     assert "Traceback" not in err
     return line
 
@@ -156,15 +167,15 @@ def test_from_text_to_heads(
     monkeypatch: pytest.MonkeyPatch, kind: str,
 ) -> None:  # fmt: skip
     targets: list[Any] = []
-    real = parts.load_model
-    monkeypatch.setattr(parts, "load_model", lambda *a, **k: targets.append(real(*a, **k)) or targets[-1])
+    real = builders.load_model
+    monkeypatch.setattr(builders, "load_model", lambda *a, **k: targets.append(real(*a, **k)) or targets[-1])
     output = tmp_path / "heads"
     code, err = run(command(folders, data, output, "--kind", kind, "--epochs", "3", "--eval-steps", "6"), capsys)
     assert code == 0, err
     assert names_in(output) == FILES | MEASURED | {"run"}
     assert list((output / "run" / "logs").glob("events.out.tfevents*"))
-    assert re.search(r"loss \d\.\d{3}, top-1( \d\.\d\d){3}, tokens/pass \d\.\d\d", err)
-    assert re.search(r"step 6: held-out text: top-1 [01]\.\d{3}, \d\.\d\d tokens a pass", err)
+    assert re.search(r"loss \d\.\d{3}, top-1( \d\.\d\d){3}, accepted length \d\.\d\d", err)
+    assert re.search(r"step 6: held-out text: top-1 [01]\.\d{3}, predicted accepted length \d\.\d\d with 32 nodes", err)
     assert "48 documents" in err
     assert "5 documents held out" in err
     losses = [entry["loss"] for entry in history(output) if "loss" in entry]
@@ -279,7 +290,7 @@ def test_heads_to_start_from(
     code, err = run(command(folders, data, tmp_path / "heads", *more), capsys)
     assert code == 0, err
     assert read_config(tmp_path / "heads").depth == 4  # the checkpoint's
-    assert f"| began with | `{folders['attention']}` |" in (tmp_path / "heads" / "README.md").read_text()
+    assert f"| initialised from | `{folders['attention']}` |" in (tmp_path / "heads" / "README.md").read_text()
     before, after = (
         load_file(folder / "adapter_model.safetensors") for folder in (folders["attention"], tmp_path / "heads")
     )
@@ -329,12 +340,12 @@ def _plain(value: Any) -> Any:
 
 MOMENTS: dict[str, tuple[Any, str, int]] = {
     "before the first checkpoint": (HeadsTrainer, "compute_loss", 2),
-    "behind a checkpoint": (HeadsTrainer, "compute_loss", 4),
+    "after a checkpoint": (HeadsTrainer, "compute_loss", 4),
     "between two": (HeadsTrainer, "compute_loss", 6),
     "in the first checkpoint": (HeadsTrainer, "_save_rng_state", 1),
     "in a later checkpoint": (HeadsTrainer, "_save_rng_state", 2),
     "in the last checkpoint": (HeadsTrainer, "_save_optimizer_and_scheduler", 3),
-    "while it measures at the end": (finetune, "finish", 1),
+    "while it measures at the end": (finetune, "write_results", 1),
     "while it writes the heads": (finetune, "write_card", 1),
 }
 
@@ -365,7 +376,7 @@ def test_a_finished_run_does_nothing(
 ) -> None:
     recipe, output = straight
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
-    with calls_of(parts, "load_model", raising(AssertionError(), 1)):
+    with calls_of(builders, "load_model", raising(AssertionError(), 1)):
         code, err = run(command(folders, data, output, *recipe), capsys)
     assert (code, err) == (0, f"finished already: {output}\n")
     after = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.name != OPTIONS_FILE}
@@ -378,7 +389,7 @@ def test_what_may_change_when_a_run_goes_on(
     output = tmp_path / "heads"
     with calls_of(HeadsTrainer, "compute_loss", raising(Killed(), 5)), pytest.raises(Killed):
         finetune.main(command(folders, data, output, *HEADS))
-    more = ["--save-steps", "2", "--log-steps", "2", "--lr", "0.001", "--adamw-lr", "0.002"]
+    more = ["--save-steps", "2", "--logging-steps", "2", "--lr", "0.001", "--adamw-lr", "0.002"]
     code, err = run(command(folders, data, output, *HEADS, *more), capsys)
     assert code == 0, err
     assert checkpoints(output) == [6, 8]
@@ -453,7 +464,7 @@ def test_a_loss_that_is_no_number(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    output, real = tmp_path / "heads", HeadsModule._heads_loss
+    output, real = tmp_path / "heads", HeadsModule.heads_loss
 
     def breaking(self: Any, *arguments: Any) -> Any:
         loss, hits, tried = real(self, *arguments)
@@ -462,10 +473,10 @@ def test_a_loss_that_is_no_number(
 
     made: list[int] = []
     with monkeypatch.context() as patch:
-        patch.setattr(HeadsModule, "_heads_loss", breaking)
+        patch.setattr(HeadsModule, "heads_loss", breaking)
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert (
-        "the loss is nan at step 5: start again with lower --lr and --adamw-lr; the run goes on from checkpoint-3"
+        "the loss is nan at step 5: start again with lower --lr and --adamw-lr; the run resumes from checkpoint-3"
         in line
     )
     assert checkpoints(output) == [3]
@@ -489,7 +500,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(MuonAdamW, "step", breaking)
         line = refusal(command(folders, data, output, *HEADS), capsys)
-    assert re.search(r"weight is not finite after step 6: .* goes on from checkpoint-3", line)
+    assert re.search(r"weight is not finite after step 6: .* resumes from checkpoint-3", line)
     assert names_in(output / "run") == {"checkpoint-3", "logs", "tokens", "options.json", "data.json"}
     assert run(command(folders, data, output, *HEADS), capsys)[0] == 0
 
@@ -510,7 +521,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
     with calls_of(owner, name, raising(error, at)):
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert "the checkpoint of step 6 cannot be written" in line
-    assert "free some space and start again: the run goes on from checkpoint-3" in line
+    assert "free some space and start again: the run resumes from checkpoint-3" in line
     assert names_in(output / "run") == {"checkpoint-3", "logs", "tokens", "options.json", "data.json"}
 
 
@@ -534,7 +545,7 @@ def test_a_disk_that_is_full_at_the_end(
 def test_a_disk_that_is_full_elsewhere(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with calls_of(store, "_write", raising(OSError(errno.ENOSPC, "No space left on device"), 1)):
+    with calls_of(store, "write_tokens", raising(OSError(errno.ENOSPC, "No space left on device"), 1)):
         line = refusal(command(folders, data, tmp_path / "heads", *HEADS), capsys)
     assert "no space is left ([Errno 28] No space left on device): free some and start again" in line
 
@@ -551,7 +562,7 @@ def test_a_file_that_the_system_does_not_let_grow(folders: dict[str, Path], data
     line = ended.stderr.replace("\r", "\n").rstrip("\n").rpartition("\n")[2]
     assert ended.returncode == 2, ended.stderr
     assert "the checkpoint of step 3 cannot be written" in line
-    assert "the run goes on from the beginning (there is none yet)" in line
+    assert "the run resumes from the beginning (there is none yet)" in line
     assert not list((output / "run").glob("checkpoint-*"))
 
 
@@ -559,10 +570,11 @@ def test_out_of_memory(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total capacity of")
-    for owner, name in ((HeadsModule, "forward"), (parts, "load_model")):
+    for owner, name in ((HeadsModule, "forward"), (builders, "load_model")):
         with calls_of(owner, name, raising(error, 1)):
             line = refusal(command(folders, data, tmp_path / "heads", *HEADS), capsys)
-        assert "out of memory: lower --batch-size (4), --length (48) or --share (0.5), raise --accumulation" in line
+        assert "out of memory: lower --batch-size (4), --seq-len (48) or --anchor-fraction (0.5)" in line
+        assert "raise --gradient-accumulation-steps instead" in line
         assert "Tried to allocate 2.00 GiB" in line
     code, err = run(command(folders, data, tmp_path / "heads", *HEADS, "--batch-size", "2", "--max-steps", "1"), capsys)
     assert code == 0, err  # it was told to change them, and nothing was trained yet
@@ -616,17 +628,17 @@ def test_an_incomplete_adapter_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("modules", "said"),
+    ("modules", "message"),
     [
         ("lm_head", "names the embedding or the output matrix"),
         ("c_attn", "cannot be adapted: No modules were targeted"),
     ],
 )
 def test_modules_that_cannot_be_adapted(
-    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modules: str, said: str
+    folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], modules: str, message: str
 ) -> None:
     line = refusal(command(folders, data, tmp_path / "heads", *JOINT, "--lora-targets", modules), capsys)
-    assert re.search(said, line)
+    assert re.search(message, line)
 
 
 def test_four_bits_need_bitsandbytes(
@@ -656,7 +668,7 @@ def test_a_target_in_four_bits(
     assert code == 0, err
     assert names_in(tmp_path / "heads") == FILES | MEASURED | {"run"}
     options = read_options(finetune.parser().parse_args(command(folders, data, tmp_path / "heads", *more)))
-    plain, model = (parts.load_target(options, torch.device("cpu")) for _ in range(2))
+    plain, model = (builders.load_target(options, torch.device("cpu")) for _ in range(2))
     assert isinstance(model.model.layers[0].mlp.up_proj, Linear4bit)
     prompt = torch.tensor([[5, 17, 40, 9]])
     logits = plain(prompt).logits
@@ -690,25 +702,25 @@ def _in_two_processes(arguments: list[str]) -> str:
 def test_one_process_writes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """Many processes start at once; those that are not the first only read."""
     options = read_options(finetune.parser().parse_args(command(folders, data, tmp_path / "o", *HEADS)))
-    folder = claim(options)
-    same_data(folder, [])
+    folder = claim_folder(options)
+    check_same_data(folder, [])
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")}
-    assert claim(options, main=False) == folder
-    same_data(folder, [], main=False)
+    assert claim_folder(options, main=False) == folder
+    check_same_data(folder, [], main=False)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "o").rglob("*")} == before
     options.seed = 7
     (folder / "checkpoint-1").mkdir()
     (folder / "checkpoint-1" / COMPLETE).touch()
     with pytest.raises(MedheadError, match="seed was 0, now 7"):
-        claim(options, main=False)
+        claim_folder(options, main=False)
 
 
 @pytest.mark.slow
 def test_two_processes(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     output = tmp_path / "heads"
-    said = _in_two_processes(command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2"))
+    output_lines = _in_two_processes(command(folders, data, output, *JOINT, "--max-steps", "4", "--batch-size", "2"))
     assert names_in(output) == FILES | MEASURED | {"run"}
-    assert said.count("heads are in") == said.count("parameters to train") == 1
+    assert output_lines.count("heads are in") == output_lines.count("parameters to train") == 1
     found = last_checkpoint(output / "run")
     assert found is not None
     assert found.name == "checkpoint-4"
@@ -722,7 +734,7 @@ def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, 
     more = [*HEADS, "--batch-size", "2", "--save-dtype", "float32"]
     whole, spread = tmp_path / "whole", tmp_path / "spread"
     _in_two_processes(command(folders, data, whole, *more))
-    said = _in_two_processes(command(folders, data, spread, *more, "--shard"))
+    output_lines = _in_two_processes(command(folders, data, spread, *more, "--shard"))
     first, second = (load_file(folder / "adapter_model.safetensors") for folder in (whole, spread))
     assert first.keys() == second.keys()
     for name, tensor in first.items():
@@ -730,19 +742,19 @@ def test_a_spread_target_teaches_the_same(folders: dict[str, Path], data: Path, 
     measured = [json.loads((folder / "accuracies.json").read_text()) for folder in (whole, spread)]
     assert measured[0]["accuracies"] == measured[1]["accuracies"]
     layers = sum(p.numel() for p in model_of(folders).model.layers.parameters())
-    assert re.search(r"layers of .* spread over 2 processes: ([\d,]+) of ([\d,]+) numbers", said).groups() == (  # type: ignore[union-attr]
-        f"{layers // 2:,}", f"{layers:,}",
-    )  # fmt: skip
+    found = re.search(r"sharded over 2 processes: this one holds ([\d,]+) of ([\d,]+) parameters", output_lines)
+    assert found is not None
+    assert found.groups() == (f"{layers // 2:,}", f"{layers:,}")
 
 
 def test_a_target_to_spread_waits_on_the_cpu(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """In the type that its device computes in: float32 would need twice the memory of a GPU."""
     asked: list[Any] = []
-    monkeypatch.setattr(parts, "pick_dtype", lambda name, device: torch.bfloat16 if device.type == "cuda" else None)
-    monkeypatch.setattr(parts, "load_model", lambda *given: asked.append(given[1:3]))
+    monkeypatch.setattr(builders, "pick_dtype", lambda name, device: torch.bfloat16 if device.type == "cuda" else None)
+    monkeypatch.setattr(builders, "load_model", lambda *given: asked.append(given[1:3]))
     arguments = ["--model", str(folders["model"]), "--data", "d", "--output", "o"]
     for more in ([], ["--shard"]):
-        parts.load_target(read_options(finetune.parser().parse_args([*arguments, *more])), torch.device("cuda"))
+        builders.load_target(read_options(finetune.parser().parse_args([*arguments, *more])), torch.device("cuda"))
     assert asked == [(torch.device("cuda"), torch.bfloat16), (torch.device("cpu"), torch.bfloat16)]
 
 
@@ -779,10 +791,10 @@ def test_an_output_with_another_run(
 ) -> None:
     recipe, output = straight
     before = {path: path.read_bytes() for path in output.rglob("*") if path.is_file()}
-    line = refusal(command(folders, data, output, *recipe, "--share", "0.25"), capsys)
+    line = refusal(command(folders, data, output, *recipe, "--anchor-fraction", "0.25"), capsys)
     assert line.endswith(
-        f"--output '{output}' holds a run with other options: share was 0.5, now 0.25; "
-        "give the same options to go on, or another folder"
+        f"--output '{output}' holds a run with other options: anchor_fraction was 0.5, now 0.25; "
+        "give the same options to resume it, or another folder"
     )
     assert {path: path.read_bytes() for path in output.rglob("*") if path.is_file()} == before
 
@@ -794,7 +806,7 @@ def test_a_run_that_was_killed_at_its_very_beginning(
     for killed_in in ("replace", "write_text"):
         with calls_of(Path, killed_in, raising(Killed(), 1)), pytest.raises(Killed):
             finetune.main(command(folders, data, tmp_path / killed_in, *HEADS))
-        line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--feature_layers", "7"), capsys)
+        line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--feature-layers", "7"), capsys)
         assert "feature_layers name layers of the target from 0 to 1" in line
         assert run(command(folders, data, tmp_path / killed_in, *HEADS, "--max-steps", "1"), capsys)[0] == 0
     (tmp_path / "replace" / "run" / OPTIONS_FILE).write_text("{")
@@ -812,7 +824,7 @@ def test_other_data_than_a_run_began_with(
     with own.open("a") as file:
         file.write('{"text": "Once upon a time."}\n')
     line = refusal(command(folders, own, tmp_path / "heads", *HEADS), capsys)
-    assert "the data is not what this run began with: documents, tokens and tokens to guess were [[48," in line
+    assert "the data is not what this run started with: documents, tokens and tokens to predict were [[48," in line
     assert checkpoints(tmp_path / "heads") == [3]
 
 
@@ -822,7 +834,7 @@ WRONG_DATA = {
         '{"messages": [{"role": "user", "content": "Hi"}]}\n',
         "no usable text of an assistant",
     ),
-    "nothing to guess": ('{"prompt_ids": [7], "answer_ids": [8]}\n', "no document holds a token to guess"),
+    "nothing to predict": ('{"prompt_ids": [7], "answer_ids": [8]}\n', "no document holds a token to predict"),
     "empty": ("", "holds no record"),
 }
 
@@ -831,29 +843,29 @@ WRONG_DATA = {
 def test_data_that_heads_cannot_learn_from(
     folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    text, said = WRONG_DATA[name]
+    text, message = WRONG_DATA[name]
     path = tmp_path / "data.jsonl"
     path.write_text(text)
-    assert said in refusal(command(folders, path, tmp_path / "heads", *HEADS), capsys)
+    assert message in refusal(command(folders, path, tmp_path / "heads", *HEADS), capsys)
 
 
 def test_what_does_not_fit_the_model(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def said(*more: str) -> str:
+    def message(*more: str) -> str:
         return refusal(command(folders, data, tmp_path / "heads", *more), capsys)
 
-    assert "--length 161 is more than the 160 tokens that LlamaForCausalLM can read" in said("--length", "161")
-    assert "know the corrections none, parent" in said("--kind", "medusa", "--correction", "recurrent")
-    assert "read one layer of the target" in said("--kind", "recurrent", "--feature_layers", "0", "1")
-    line = said("--kind", "block", "--init-from", str(folders["recurrent"]))
-    assert line.endswith("--init-from holds heads of kind 'recurrent', the run trains 'block'")
+    assert "--seq-len 161 is more than the 160 tokens that LlamaForCausalLM can read" in message("--seq-len", "161")
+    assert "know the corrections none, parent" in message("--kind", "medusa", "--correction", "recurrent")
+    assert "read one layer of the target" in message("--kind", "recurrent", "--feature-layers", "0", "1")
+    line = message("--kind", "block", "--init-from", str(folders["recurrent"]))
+    assert line.endswith("--init-from holds heads of kind 'recurrent', but --kind is 'block'; give the same kind")
     other = tiny_llama(seed=4)
     save_heads(noise_heads(Target(other)), other, tmp_path / "other")
-    line = said("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
+    line = message("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
     assert "were trained for another model: their vocabulary is 64" in line
     own = model_of(folders)
-    save_heads(noise_heads(Target(own), "attention_own", layer_size=0), own, tmp_path / "own")
-    assert "an output matrix of their own" in said("--kind", "attention", "--init-from", str(tmp_path / "own"))
+    save_heads(noise_heads(Target(own), "attention_own", draft_hidden_size=0), own, tmp_path / "own")
+    assert "an output matrix of their own" in message("--kind", "attention", "--init-from", str(tmp_path / "own"))
     line = refusal(["--model", str(tmp_path / "none"), *command(folders, data, tmp_path / "heads")[2:]], capsys)
     assert line.endswith(f"model folder '{tmp_path / 'none'}' does not exist")

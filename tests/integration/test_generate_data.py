@@ -19,7 +19,6 @@ from medhead_training import generate_data
 from medhead_training.data.encode import Encoder
 from medhead_training.data.records import read_records
 
-ROOT = Path(__file__).parents[2]
 PROMPTS: list[dict[str, Any]] = [
     {"prompt": "Once upon a time"},
     {"question": "She went home.", "answer": "not needed"},
@@ -45,7 +44,7 @@ def small_windows(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def options(folders: dict[str, Path], prompts: Path, output: Path, *more: str) -> list[str]:
     given = ["--model", str(folders["model"]), "--prompts", str(prompts), "--output", str(output)]
-    return [*given, "--batch", "2", "--max-new-tokens", "12", *more]
+    return [*given, "--batch-size", "2", "--max-new-tokens", "12", *more]
 
 
 def run(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
@@ -69,7 +68,7 @@ def test_what_is_written(
     code, err = run(options(folders, prompts, output, "--temperatures", "0", "--system", "Be brief."), capsys)
     assert code == 0, err
     assert "tokens/s" in err
-    assert "tokens a pass" in err
+    assert "accepted length" in err
     records = read(output)
     tokenizer = AutoTokenizer.from_pretrained(folders["model"])
     model = AutoModelForCausalLM.from_pretrained(folders["model"], dtype=torch.float32)
@@ -146,10 +145,10 @@ def test_counts_temperatures_and_seeds(
         assert code == 0, err
         return read(tmp_path / name)
 
-    few = records("few", "--count", "3", "--temperatures", "0.7", "1.1")
+    few = records("few", "--num-answers", "3", "--temperatures", "0.7", "1.1")
     assert [record["temperature"] for record in few] == [0.7, 0.7, 1.1]
     assert sorted(record["index"] for record in few) == [0, 1, 2]
-    many = records("many", "--count", "15", "--temperatures", "0.9")
+    many = records("many", "--num-answers", "15", "--temperatures", "0.9")
     assert sorted(record["index"] for record in many) == list(range(15))
     answers: dict[int, set[str]] = {}
     for record in many:
@@ -160,7 +159,7 @@ def test_counts_temperatures_and_seeds(
         assert sorted(record["index"] for record in window) == list(range(start, start + 4))
         sizes = [len(record["prompt_ids"]) for record in window]
         assert sizes == sorted(sizes, reverse=True)
-    assert records("other", "--count", "15", "--temperatures", "0.9", "--seed", "7") != many
+    assert records("other", "--num-answers", "15", "--temperatures", "0.9", "--seed", "7") != many
     short = records("short", "--max-prompt-tokens", "5")
     assert max(len(record["prompt_ids"]) for record in short) == 5
     full = {record["index"]: record["prompt_ids"] for record in many}
@@ -178,7 +177,7 @@ def test_without_a_chat_template(
     given = [*options(folders, prompts, tmp_path / "data.jsonl"), "--model", str(model)]
     assert run([*given, "--system", "Be kind."], capsys) == (
         2,
-        "medhead_training.generate_data: error: --system needs a tokenizer with a chat template",
+        "medhead generate-data: error: --system needs a tokenizer with a chat template",
     )
     assert run(given, capsys)[0] == 0
     record = next(record for record in read(tmp_path / "data.jsonl") if record["index"] == 0)
@@ -196,13 +195,13 @@ def test_a_killed_run_ends_in_the_same_bytes(
     folders: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A real process, a real SIGKILL; then half a line, as a full disk or a power cut leaves it."""
-    more = ["--count", "23", "--temperatures", "0.8", "1.0", "--seed", "5"]
+    more = ["--num-answers", "23", "--temperatures", "0.8", "1.0", "--seed", "5"]
     straight, killed = tmp_path / "straight.jsonl", tmp_path / "killed.jsonl"
     assert run(options(folders, prompts, straight, *more), capsys)[0] == 0
-    slow = "import sys, time; from medhead_training import generate_data as g; g.WINDOW = 2; answer = g.answer\n"
-    slow += "g.answer = lambda *a: (time.sleep(0.3), answer(*a))[1]\n"
+    slow = "import sys, time; from medhead_training import generate_data as g; g.WINDOW = 2; answer = g.answer_batch\n"
+    slow += "g.answer_batch = lambda *a: (time.sleep(0.3), answer(*a))[1]\n"
     slow += f"sys.exit(g.main({options(folders, prompts, killed, *more)!r}))"
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([sys.executable, "-c", slow], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and not (killed.exists() and killed.read_bytes().count(b"\n") >= 8):
@@ -225,7 +224,7 @@ def test_a_killed_run_ends_in_the_same_bytes(
 def test_it_goes_on_from_every_place(
     folders: dict[str, Path], prompts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    more = ["--count", "5", "--temperatures", "0.8"]
+    more = ["--num-answers", "5", "--temperatures", "0.8"]
     straight = tmp_path / "straight.jsonl"
     assert run(options(folders, prompts, straight, *more), capsys)[0] == 0
     whole = straight.read_bytes()
@@ -248,16 +247,16 @@ def test_ctrl_c_keeps_what_is_written(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    real = generate_data.answer
+    real = generate_data.answer_batch
 
     def interrupted(*arguments: Any) -> list[bytes]:
         if arguments[3] == 2:
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(generate_data, "answer", interrupted)
+    monkeypatch.setattr(generate_data, "answer_batch", interrupted)
     code, err = run(options(folders, prompts, tmp_path / "data.jsonl"), capsys)
-    assert (code, err) == (130, "medhead_training.generate_data: stopped")
+    assert (code, err) == (130, "medhead generate-data: stopped")
     assert len(read(tmp_path / "data.jsonl")) == 4
 
 
@@ -271,7 +270,7 @@ def test_nothing_else_is_overwritten(
         before = output.read_bytes() if output.is_file() else None
         code, err = run(options(folders, prompts, output, "--temperatures", "0.5", *more), capsys)
         assert code == 2
-        assert err.startswith("medhead_training.generate_data: error: ")
+        assert err.startswith("medhead generate-data: error: ")
         assert before is None or output.read_bytes() == before
         return err
 
@@ -289,9 +288,9 @@ def test_nothing_else_is_overwritten(
     own = tmp_path / "own.jsonl"
     assert run(options(folders, prompts, own, "--temperatures", "0.5"), capsys)[0] == 0
     for more, says in (
-        (["--seed", "3"], "was begun with --seed 0, now it is 3"),
-        (["--count", "5"], "was begun with --count 6, now it is 5"),
-        (["--batch", "3"], "--batch 2, now it is 3"),
+        (["--seed", "3"], "was started with --seed 0, now it is 3"),
+        (["--num-answers", "5"], "was started with --num-answers 6, now it is 5"),
+        (["--batch-size", "3"], "--batch-size 2, now it is 3"),
         (["--system", "Be kind."], "--system null"),
         (["--temperatures", "0.5", "0"], "--temperatures"),
         (["--max-new-tokens", "13"], "--max-new-tokens"),
@@ -310,7 +309,7 @@ def test_nothing_else_is_overwritten(
     model.lm_head.weight.data.mul_(2.0)
     model.save_pretrained(other)
     AutoTokenizer.from_pretrained(folders["model"]).save_pretrained(other)
-    assert "was begun with --model" in refused(own, "--model", str(other))
+    assert "was started with --model" in refused(own, "--model", str(other))
 
 
 def test_two_processes_do_not_write_to_one_file(
@@ -334,8 +333,8 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "a wrong prompt": (["--prompts", "{wrong}"], "line 2: expected `messages`, `prompt`"),
     "no JSON": (["--prompts", "{broken}"], "line 1 is not JSON"),
     "a refused role": (["--prompts", "{roles}"], "line 1: the chat template refuses it: roles are system"),
-    "count": (["--count", "0"], "--count must be at least 1"),
-    "batch": (["--batch", "0"], "--batch must be"),
+    "count": (["--num-answers", "0"], "--num-answers must be at least 1"),
+    "batch": (["--batch-size", "0"], "--batch-size must be"),
     "new tokens": (["--max-new-tokens", "0"], "--max-new-tokens must be"),
     "prompt tokens": (["--max-prompt-tokens", "0"], "--max-prompt-tokens must be"),
     "context": (["--max-new-tokens", "160"], "do not fit the model's context of 160"),
@@ -343,13 +342,16 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "temperature": (["--temperatures", "0.5", "nan"], "--temperatures must be"),
     "seed": (["--seed", "-1"], "--seed must be"),
     "tree size": (["--tree-size", "257"], "--tree-size must be"),
-    "greedy again": (["--count", "7", "--temperatures", "0.5", "0"], "greedy decoding (--temperatures 0) would repeat"),
+    "greedy again": (
+        ["--num-answers", "7", "--temperatures", "0.5", "0"],
+        "greedy decoding (--temperatures 0) would repeat",
+    ),
     "model": (["--model", "./nowhere"], "model folder './nowhere' does not exist"),
     "heads": (["--heads", "./nowhere"], "does not exist"),
     "proposer without heads": (["--proposer", "heads"], "needs heads"),
-    "device": (["--device", "toaster"], "is not there"),
+    "device": (["--device", "toaster"], "is not available"),
     "dtype": (["--dtype", "float7"], "dtype must be"),
-    "no number": (["--count", "many"], "invalid int value"),
+    "no number": (["--num-answers", "many"], "invalid int value"),
 }
 
 
@@ -398,7 +400,7 @@ def test_too_large_a_batch(
     def fails(*arguments: Any) -> list[bytes]:
         raise torch.OutOfMemoryError
 
-    monkeypatch.setattr(generate_data, "answer", fails)
+    monkeypatch.setattr(generate_data, "answer_batch", fails)
     code, err = run(options(folders, prompts, tmp_path / "data.jsonl"), capsys)
     assert code == 2
-    assert "2 prompts at a time are too many for this device; lower --batch" in err
+    assert "--batch-size 2 is too large for the memory of this device; lower it" in err

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from medhead_kernels import bench
-from medhead_kernels.attn_metadata import TreeColumns
+from medhead_kernels.attn_metadata import TreeMetadata
 
 SMALL = [
     "--device",
@@ -21,7 +21,7 @@ SMALL = [
     "2",
     "--batches",
     "2",
-    "--key-heads",
+    "--kv-heads",
     "1",
 ]
 QUICK = [*SMALL, "--dim", "16", "--seconds", "0.001", "--threads", "1"]
@@ -31,7 +31,7 @@ def test_it_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.Capture
     assert bench.main([*QUICK, "--backends", "sdpa", "flash", "reference", "--output", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "| 40 | 70 | 2 | 2 | flash |" in shown.out
-    assert "nothing here says how fast a GPU is" in shown.err
+    assert "the numbers say nothing about a GPU" in shown.err
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert {row["name"] for row in content["results"]} == {"sdpa", "flash", "reference"}
     assert all(
@@ -43,14 +43,14 @@ def test_it_writes_table_json_and_picture(tmp_path: Path, capsys: pytest.Capture
 
 
 def test_who_cannot_take_part_is_named(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("medhead_kernels.backends._triton_interpreted", lambda: False)
+    monkeypatch.setattr("medhead_kernels.backends.triton_is_interpreted", lambda: False)
     assert bench.main([*QUICK, "--backends", "sdpa", "triton"]) == 0
     assert "not run: triton (" in capsys.readouterr().out
 
 
-def test_every_contestant_computes_the_same() -> None:
-    tensors = bench.inputs(bench.Shape(37, 70, 2, 2, 1, 16, "float32"), "cpu")
-    calls = [call for _, call, _ in bench.contestants(["sdpa", "flash", "reference"], *tensors) if call is not None]
+def test_all_backends_compute_the_same() -> None:
+    tensors = bench.random_inputs(bench.AttnShape(37, 70, 2, 2, 1, 16, "float32"), "cpu")
+    calls = [call for _, call, _ in bench.timed_calls(["sdpa", "flash", "reference"], *tensors) if call is not None]
     first, *others = (call() for call in calls)
     for other in others:
         torch.testing.assert_close(first, other, atol=2e-5, rtol=2e-5)
@@ -61,19 +61,19 @@ def test_flex_attention_computes_the_same(group: int) -> None:
     """Ragged rows; plain, not compiled, which takes minutes on a CPU."""
     from medhead_kernels import flex, reference
 
-    query, key, value, tree = bench.inputs(bench.Shape(40, 7, group, 3, 2, 16, "float32"), "cpu")
+    query, key, value, tree = bench.random_inputs(bench.AttnShape(40, 7, group, 3, 2, 16, "float32"), "cpu")
     lengths = (40, 3, 17)
-    tree = TreeColumns(torch.tensor(lengths, dtype=torch.int32), lengths, tree.words, tree.depth)
+    tree = TreeMetadata(torch.tensor(lengths, dtype=torch.int32), lengths, tree.ancestor_bitmask, tree.depth)
     expected = reference.attention(query, key, value, tree.bias(key.shape[2], None, torch.float32), 0.25)
-    torch.testing.assert_close(flex.prepared(query, key, value, tree, 0.25, compiles=False)(), expected)
+    torch.testing.assert_close(flex.prepare(query, key, value, tree, 0.25, compiled=False)(), expected)
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         (["--contexts", "0"], "--contexts must be at least 1, got 0"),
-        (["--key-heads", "0"], "--key-heads must be above 0"),
-        (["--most-gib", "0.0000001"], "larger than --most-gib"),
+        (["--kv-heads", "0"], "--kv-heads must be at least 1"),
+        (["--max-gib", "0.0000001"], "larger than --max-gib"),
         (["--device", "tpu"], "--device must be auto, cuda or cpu"),
         (["--threads", "0"], "--threads must be at least 1"),
     ],

@@ -1,4 +1,4 @@
-"""What heads do on held-out text, against a count anchor by anchor; trees against enumeration and real decoding."""
+"""Head accuracy on held-out text against a count anchor by anchor; trees against enumeration and real decoding."""
 
 from __future__ import annotations
 
@@ -18,38 +18,37 @@ from medhead import Decoder, MedheadError
 from medhead.heads import Heads, HeadsConfig, build_heads
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
-from medhead_training import measure as module
-from medhead_training.measure import Measured, measure
-from medhead_training.objective.unroll import PackedBatch
+from medhead_training.objective import measure as module
+from medhead_training.objective.measure import measure_accuracy
+from medhead_training.objective.tree_eval import UNREACHED, DecodingSimulation, HeadAccuracy, summarize_ranks
 from medhead_training.trainer.report import plot_accuracy, write_card
-from medhead_training.tree_eval import UNREACHED, Walk, summarise
 
 RANKS = 20
 KINDS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa"},
-    "medusa parent": {"kind": "medusa", "correction": "parent", "draft_vocab": 40},
+    "medusa parent": {"kind": "medusa", "correction": "parent", "draft_vocab_size": 40},
     "recurrent": {"kind": "recurrent"},
     "sequential": {"kind": "sequential"},
-    "sequential own": {"kind": "sequential", "own_embedding": True, "own_output": True, "tied": True},
-    "attention": {"kind": "attention", "feature_layers": [0, 1], "draft_vocab": 48, "own_output": True},
-    "block": {"kind": "block", "correction": "recurrent", "blocks": 2, "feature_layers": [1]},
-    "block parent": {"kind": "block", "correction": "parent", "causal": False, "anchor_predicts": False},
+    "sequential own": {"kind": "sequential", "own_embedding": True, "own_output": True, "tie_weights": True},
+    "attention": {"kind": "attention", "feature_layers": [0, 1], "draft_vocab_size": 48, "own_output": True},
+    "block": {"kind": "block", "correction": "recurrent", "num_layers": 2, "feature_layers": [1]},
+    "block parent": {"kind": "block", "correction": "parent", "causal": False, "root_slot_predicts": False},
 }
 
 
 def tiny_heads(target: Target, depth: int = 3, seed: int = 5, **fields: Any) -> Heads:
-    """Heads of noise that say roughly what the target says next, so that some guesses are right."""
+    """Random heads that draft roughly what the target emits next, so that some draft tokens are right."""
     torch.manual_seed(seed)
-    sizes = {"inner_size": 20, "correction_size": 12, "num_heads": 4, "key_heads": 2, "head_dim": 8}
+    sizes = {"inner_size": 20, "correction_size": 12, "num_heads": 4, "num_kv_heads": 2, "head_dim": 8}
     config = HeadsConfig(
-        depth=depth, hidden_size=target.hidden_size, vocab_size=target.vocab_size, target_layers=target.layers,
+        depth=depth, hidden_size=target.hidden_size, vocab_size=target.vocab_size, num_target_layers=target.layers,
         **(sizes | fields),
     )  # fmt: skip
     heads = build_heads(config)
     for parameter in heads.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     if heads.draft_tokens is not None:
-        heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[: config.draft_vocab])  # in no order
+        heads.draft_tokens.copy_(torch.randperm(target.vocab_size)[: config.draft_vocab_size])  # in no order
     return heads.eval()
 
 
@@ -60,14 +59,6 @@ def some_texts(model: PreTrainedModel) -> list[tuple[torch.Tensor, torch.Tensor]
     mask = torch.zeros(23, dtype=torch.bool)
     mask[4:9] = mask[10:23] = True  # a gap shorter than a path
     return [(own, torch.arange(len(own)) >= 3), (turns, mask), (turns[:3], torch.ones(3, dtype=torch.bool))]
-
-
-def packed(texts: list[tuple[torch.Tensor, torch.Tensor]], row: int) -> PackedBatch:
-    """PackedBatch behind each other in one row, with padding."""
-    ids = torch.cat([*(ids for ids, _ in texts), torch.zeros(row, dtype=torch.long)])
-    mask = torch.cat([*(mask for _, mask in texts), torch.ones(row, dtype=torch.bool)])
-    document = [torch.full_like(text, number) for number, (text, _) in enumerate(texts)]
-    return PackedBatch(ids[None], mask[None], torch.cat([*document, torch.full((row,), -1)])[None])
 
 
 @torch.no_grad()
@@ -81,17 +72,17 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
         return heads.encode(target.embed(ids[None, where]) if own is None else own[ids[None, where]], level)
 
     memory = None
-    if heads.memory_size:
+    if heads.cache_entry_size:
         positions = torch.arange(at + 1)[None]
         rows = heads.encode_cache_entry(features[:, : at + 1], token(slice(1, at + 2), 0), positions, at + 1)
         memory = DraftCacheView(rows, torch.tensor([[at + 1]]), full=True)
-    draft = heads.start(features[:, at : at + 1], token(slice(at + 1, at + 2), 0), memory, heads.config.depth)
-    state, found = draft.state, []
+    root, found = token(slice(at + 1, at + 2), 0), []
+    state, context = heads.init_state(features[:, at : at + 1], root, memory, heads.config.depth)
     names = list(range(target.vocab_size)) if heads.draft_tokens is None else heads.draft_tokens.tolist()
     for level in range(depth):
-        state, said = heads.advance(state, token(slice(at + 1 + level, at + 2 + level), level), level, draft.shared)
+        state, drafted = heads.step(state, token(slice(at + 1 + level, at + 2 + level), level), level, context)
         output = heads.own_output(level)
-        logits = said[0, 0] @ (target.output.weight[names] if output is None else output).T
+        logits = drafted[0, 0] @ (target.output.weight[names] if output is None else output).T
         best = [names[column] for column in logits.argsort(descending=True).tolist()]
         truth = int(ids[at + 2 + level])
         found.append(best.index(truth) if truth in best[:RANKS] else -1)
@@ -102,7 +93,7 @@ def ranks_at(heads: Heads, target: Target, ids: torch.Tensor, at: int, depth: in
 def test_ranks_are_those_counted_one_by_one(
     model: PreTrainedModel, target: Target, name: str, monkeypatch: Any
 ) -> None:
-    monkeypatch.setattr(module, "ATTENDED", 20_000)  # anchors of heads that look back come in several parts
+    monkeypatch.setattr(module, "MAX_ATTENTION_SCORES", 20_000)  # anchors of heads that look back come in several parts
     heads, texts = tiny_heads(target, **KINDS[name]), some_texts(model)
     hits, reached = torch.zeros(3, RANKS), [0, 0, 0]
     paths: Counter[tuple[int, ...]] = Counter()
@@ -119,96 +110,99 @@ def test_ranks_are_those_counted_one_by_one(
             paths[tuple(itertools.takewhile(lambda rank: rank >= 0, ranks))] += 1
     assert sum(count for path, count in paths.items() if len(path) > 1) > 0  # the test sees more than misses
     heads.train()
-    found = measure(heads, target, [packed(texts[:2], 3), packed(texts[2:], 0)], RANKS)
+    found = measure_accuracy(heads, target, texts, RANKS)
     assert heads.training
     assert found.paths == paths
     assert found.reached == reached
     assert found.anchors == sum(paths.values()) == 40 + 18 + 1
     assert torch.allclose(torch.tensor(found.accuracies), hits / torch.tensor(reached)[:, None], atol=1e-5)
-    assert Measured.from_dict(json.loads(json.dumps(found.to_dict()))) == found
+    assert HeadAccuracy.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 
 
 @pytest.mark.parametrize("name", ["medusa", "recurrent", "attention", "block"])
-def test_walking_the_text_predicts_decoding_to_the_pass(model: PreTrainedModel, target: Target, name: str) -> None:
+def test_simulated_decoding_predicts_real_decoding_to_the_pass(
+    model: PreTrainedModel, target: Target, name: str
+) -> None:
     heads, limit = tiny_heads(target, depth=4, **KINDS[name]), 32
     prompts = [[5, 9, 13], [20, 21]]
-    batches = []
+    texts = []
     for prompt in prompts:
         given = torch.tensor([prompt])
-        text = model.generate(given, max_new_tokens=limit, do_sample=False)
-        mask = torch.arange(text.shape[1])[None] >= len(prompt)
-        batches.append(PackedBatch(text, mask, torch.zeros_like(text)))
-    found = measure(heads, target, batches)
+        text = model.generate(given, max_new_tokens=limit, do_sample=False)[0]
+        texts.append((text, torch.arange(len(text)) >= len(prompt)))
+    found = measure_accuracy(heads, target, texts)
     assert max(map(len, found.paths)) > 1
     for nodes in ("8", "32"):
         assert 1 < len(found.trees[nodes]) < int(nodes)
         decoder = Decoder(target, heads=heads, shape=found.trees[nodes], dtype=torch.float32)
         passes = 0
-        for prompt, batch in zip(prompts, batches, strict=True):
+        for prompt, (text, _) in zip(prompts, texts, strict=True):
             output = decoder.generate(torch.tensor([prompt]), max_new_tokens=limit, do_sample=False)
-            assert torch.equal(output, batch.ids)  # the text of transformers
+            assert torch.equal(output[0], text)  # the text of transformers
             passes += decoder.statistics.passes
-        assert found.walked[nodes] == found.anchors / passes > 1
+        assert found.accepted_lengths[nodes] == found.anchors / passes > 1
 
 
-def random_measured(seed: int, anchors: int = 300, depth: int = 3, ranks: int = 3) -> Measured:
+def random_accuracy(seed: int, anchors: int = 300, depth: int = 3, ranks: int = 3) -> HeadAccuracy:
     """Ranks in which depths depend on each other."""
     generator = torch.Generator().manual_seed(seed)
     found = torch.randint(-1, ranks, (anchors, depth), generator=generator)
     found[:, 1] = torch.where(found[:, 0] == 0, 0, found[:, 1])
     found[: anchors // 10, -1] = UNREACHED
-    return summarise(found, torch.arange(anchors) % 10 == 9, ranks)
+    return summarize_ranks(found, torch.arange(anchors) % 10 == 9, ranks)
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_best_tree_is_the_best_of_all(seed: int) -> None:
-    found = random_measured(seed, depth=2)
+    found = random_accuracy(seed, depth=2)
     every = [path for depth in (1, 2) for path in itertools.product(range(3), repeat=depth)]
     for path in every:
         count = sum(n for ranks, n in found.paths.items() if ranks[: len(path)] == path)
         assert found.value(path) == count / found.anchors
     for nodes in (2, 3, 5, 7):
         best = max(
-            found.length(tree)
+            found.mean_length(tree)
             for tree in itertools.combinations(every, nodes - 1)
             if all(path[:1] in tree for path in tree)
         )
         tree = found.best_tree(nodes)
         assert len(tree) == nodes - 1
         assert all(path[:-1] in [[], *tree] for path in tree)
-        assert found.length(tree) == pytest.approx(best)
-        assert found.length(tree) >= found.length(found.independent(nodes)[0]) - 1e-9
-    assert found.chain() == pytest.approx(1 + found.value([0]) + found.value([0, 0]))
+        assert found.mean_length(tree) == pytest.approx(best)
+        assert found.mean_length(tree) >= found.mean_length(found.independent(nodes)[0]) - 1e-9
+    assert found.chain_length() == pytest.approx(1 + found.value([0]) + found.value([0, 0]))
 
 
 def test_equal_paths_are_taken_in_a_fixed_order() -> None:
     paths = {(1, 0): 2, (0, 0): 2, (): 4}
     for order in itertools.permutations(paths.items()):
-        found = Measured(8, 2, [8, 8], [[0.25, 0.25], [0.5, 0.0]], dict(order))
+        found = HeadAccuracy(8, 2, [8, 8], [[0.25, 0.25], [0.5, 0.0]], dict(order))
         assert [found.best_tree(nodes) for nodes in (2, 3, 4, 9)] == [
             [[0]], [[0], [1]], [[0], [1], [0, 0]], [[0], [1], [0, 0], [1, 0]],
         ]  # fmt: skip
-    assert found.begun == {(): 8, (0,): 2, (0, 0): 2, (1,): 2, (1, 0): 2}
-    assert Measured(3, 2, [3, 3], [[0.0, 0.0]] * 2, {(): 3}).best_tree(16) == [[0]]
+    assert found.prefix_counts == {(): 8, (0,): 2, (0, 0): 2, (1,): 2, (1, 0): 2}
+    assert HeadAccuracy(3, 2, [3, 3], [[0.0, 0.0]] * 2, {(): 3}).best_tree(16) == [[0]]
     with pytest.raises(MedheadError, match="at least 2 nodes, got 1"):
         found.best_tree(1)
 
 
-def test_trees_are_made_for_where_decoding_stands() -> None:
-    """Ten anchors where the first guesses are right four deep, then five where the second or third guess is, over and over."""
+def test_trees_are_searched_where_decoding_has_its_passes() -> None:
+    """Ten anchors where the top-1 tokens are right four deep, then five where the second or third is, repeatedly."""
     ranks = torch.tensor(([[0, 0, 0, 0]] * 10 + [[1, -1, -1, -1], [2, -1, -1, -1]] * 2 + [[1, -1, -1, -1]]) * 20)
     chain = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
-    found = summarise(ranks, torch.arange(300) == 299, 3)
+    found = summarize_ranks(ranks, torch.arange(300) == 299, 3)
     assert found.best_tree(5) == chain
-    assert found.length(chain) == pytest.approx(1 + 4 * 10 / 15)
+    assert found.mean_length(chain) == pytest.approx(1 + 4 * 10 / 15)
     paths = [(0, 0, 0, 0), (1,), (2,)]
-    walk = Walk(paths, [paths.index(tuple(rank for rank in row if rank >= 0)) for row in ranks.tolist()], [300] * 300)
-    assert walk.visits(chain)[:8] == [0, 5, 10, 11, 12, 13, 14, 15]
-    assert walk.length(chain) == found.walked["chain"] == pytest.approx(15 / 7)
+    decoding = DecodingSimulation(
+        paths, [paths.index(tuple(rank for rank in row if rank >= 0)) for row in ranks.tolist()], [300] * 300
+    )
+    assert decoding.passes(chain)[:8] == [0, 5, 10, 11, 12, 13, 14, 15]
+    assert decoding.accepted_length(chain) == found.accepted_lengths["chain"] == pytest.approx(15 / 7)
     every = [*map(tuple, chain), (1,), (2,)]
     trees = [tree for tree in itertools.combinations(every, 4) if all(path[:-1] in ((), *tree) for path in tree)]
-    tree, length = walk.best_tree(chain, 5)
-    assert length == walk.length(tree) == max(map(walk.length, trees)) > 2.5
+    tree, length = decoding.search_tree(chain, 5)
+    assert length == decoding.accepted_length(tree) == max(map(decoding.accepted_length, trees)) > 2.5
     assert found.trees["8"] == [[0], [1], [2], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
 
 
@@ -216,30 +210,23 @@ def test_independence_is_right_where_depths_are_independent() -> None:
     """Every combination of ranks equally often; a tenth of the texts ends before the second depth."""
     ranks = torch.tensor(list(itertools.product((0, 0, 1, -1), repeat=2)) * 9)
     ends = torch.tensor([[rank, UNREACHED] for rank in (0, 0, 1, -1) * 4])
-    found = summarise(torch.cat([ranks, ends]), torch.ones(160, dtype=torch.bool), 2)
+    found = summarize_ranks(torch.cat([ranks, ends]), torch.ones(160, dtype=torch.bool), 2)
     assert found.reached == [160, 144]
     assert found.accuracies == [[0.5, 0.25], [0.5, 0.25]]
     for nodes in (2, 4, 7):
         tree, length = found.independent(nodes)
-        assert length == pytest.approx(found.length(tree))
-        assert length == pytest.approx(found.length(found.best_tree(nodes)))
-    assert found.chain() == pytest.approx(1 + 0.5 + 0.5 * 0.5 * 0.9)
+        assert length == pytest.approx(found.mean_length(tree))
+        assert length == pytest.approx(found.mean_length(found.best_tree(nodes)))
+    assert found.chain_length() == pytest.approx(1 + 0.5 + 0.5 * 0.5 * 0.9)
 
 
 def test_the_measurement_ends_and_refuses(model: PreTrainedModel, target: Target) -> None:
     heads, texts = tiny_heads(target, kind="recurrent"), some_texts(model)
-    seen: list[int] = []
-    found = measure(heads, target, (packed(texts[:1], 0) for _ in itertools.count()), 2, 50, seen.append)
-    assert found.anchors == 50
-    assert seen == [40, 40]
-    with pytest.raises(MedheadError, match="no token to guess"):
-        measure(
-            heads,
-            target,
-            [PackedBatch(torch.ones(1, 9, dtype=torch.long), torch.zeros(1, 9).bool(), torch.zeros(1, 9).long())],
-        )
+    assert measure_accuracy(heads, target, itertools.repeat(texts[0]), 2, 50).anchors == 50
+    with pytest.raises(MedheadError, match="no token to predict"):
+        measure_accuracy(heads, target, [(torch.ones(9, dtype=torch.long), torch.zeros(9, dtype=torch.bool))])
     with pytest.raises(MedheadError, match="at least 1, got 0"):
-        measure(heads, target, [], ranks=0)
+        measure_accuracy(heads, target, [], ranks=0)
 
 
 def test_heads_in_float32_on_a_target_in_bfloat16(model: PreTrainedModel) -> None:
@@ -247,38 +234,38 @@ def test_heads_in_float32_on_a_target_in_bfloat16(model: PreTrainedModel) -> Non
 
     target = Target(copy.deepcopy(model).to(torch.bfloat16))
     heads = tiny_heads(target, **KINDS["block"]).float()
-    found = measure(heads, target, [packed(some_texts(model), 2)])
+    found = measure_accuracy(heads, target, some_texts(model))
     assert found.anchors == 59
     assert next(heads.parameters()).dtype == torch.float32
 
 
 def facts(**more: Any) -> dict[str, Any]:
-    """What a training run says of itself."""
+    """The facts of a training run."""
     return {"model": "tiny/llama", "recipe": "heads", "loss": "soft", "steps": 1200, "minutes": 3.5, "documents": 70,
             "tokens": 12345, "parameters": 6789, **more}  # fmt: skip
 
 
-def test_the_card_tells_what_is_known(tmp_path: Path) -> None:
-    config = HeadsConfig("recurrent", 3, 32, 64, 2, draft_vocab=40)
-    found = random_measured(0, ranks=5)
+def test_the_card_holds_the_known_facts(tmp_path: Path) -> None:
+    config = HeadsConfig("recurrent", 3, 32, 64, 2, draft_vocab_size=40)
+    found = random_accuracy(0, ranks=5)
     text = write_card(tmp_path, config, facts(), found).read_text(encoding="utf-8")
     assert text.startswith('---\nlibrary_name: peft\nbase_model: "tiny/llama"\n')
-    for said in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not what", "top-1", "top-5",
-                 f"--heads {tmp_path}", f"{found.chain():.2f}", f"{found.walked['16']:.2f}"):  # fmt: skip
-        assert said in text
+    for part in ("6,789", "1,200", "12,345 tokens", "40 of 64", "`soft`", "3.5", "not its text", "top-1", "top-5",
+                 f"--heads {tmp_path}", f"{found.chain_length():.2f}", f"{found.accepted_lengths['16']:.2f}"):  # fmt: skip
+        assert part in text
     assert "\n\n\n" not in text
     for recipe in ("joint", "qlora"):
         text = write_card(tmp_path, config, facts(recipe=recipe, resumed=True), found).read_text(encoding="utf-8")
         assert "text of the *adapted* model" in text
-        assert "not what" not in text
+        assert "not its text" not in text
         assert "since the run was last started" in text
     assert "No text was held out" in write_card(tmp_path, config, {}, None).read_text(encoding="utf-8")
 
 
 def test_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    assert plot_accuracy(tmp_path / "accuracy.png", random_measured(0, ranks=5))
+    assert plot_accuracy(tmp_path / "accuracy.png", random_accuracy(0, ranks=5))
     assert (tmp_path / "accuracy.png").read_bytes().startswith(b"\x89PNG")
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    assert not plot_accuracy(tmp_path / "none.png", random_measured(0))
+    assert not plot_accuracy(tmp_path / "none.png", random_accuracy(0))
     assert capsys.readouterr().err.count("\n") == 1
     assert not (tmp_path / "none.png").exists()

@@ -18,7 +18,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_layers
 from conftest import tiny_llama
 from families import ACCEPTED, tiny
 from medhead import Decoder, MedheadError
-from medhead.generate import make_decoder, parser
+from medhead.cli.common import make_decoder
+from medhead.cli.generate import parser
 from medhead.model.target import Target
 from medhead.proposers.heads import HeadsExpander, HeadsProposer
 

@@ -53,7 +53,7 @@ def test_the_command_line_beats_the_file(tmp_path: Path) -> None:
 def test_every_option_is_on_the_command_line_and_in_the_file(tmp_path: Path) -> None:
     import yaml
 
-    given = read("--no-causal", "--feature_layers", "1", "2", "--lr", "0.5", "--correction", "parent", "--blocks", "3")
+    given = read("--no-causal", "--feature-layers", "1", "2", "--lr", "0.5", "--correction", "parent", "--blocks", "3")
     assert from_yaml(tmp_path / "all.yaml", yaml.safe_dump(given.to_dict())) == given
     text = " ".join(finetune.parser().format_help().split())
     assert all(f"--{entry.name.replace('_', '-')}" in text for entry in fields(TrainOptions))
@@ -67,7 +67,7 @@ WRONG_FILES = {
     "a fraction for a whole number": ("epochs: 1.5", "epochs must be int, got 1.5"),
     "a truth for a number": ("epochs: true", "epochs must be int, got True"),
     "a number for a truth": ("causal: 1", "causal must be bool, got 1"),
-    "nothing where something must be": ("decay: null", "decay must be float, got None"),
+    "nothing where something must be": ("depth_decay: null", "depth_decay must be float, got None"),
     "a list with a wrong part": ("feature_layers: [1, x]", r"feature_layers must be list\[int\], got \[1, 'x'\]"),
     "a list for one": ("model: [a, b]", r"model must be str, got \['a', 'b'\]"),
     "no mapping": ("- depth", "must hold option names and values, got a list"),
@@ -83,8 +83,8 @@ WRONG_FILES = {
 
 @pytest.mark.parametrize("name", WRONG_FILES)
 def test_wrong_files(tmp_path: Path, name: str) -> None:
-    text, said = WRONG_FILES[name]
-    with pytest.raises(MedheadError, match=said) as error:
+    text, message = WRONG_FILES[name]
+    with pytest.raises(MedheadError, match=message) as error:
         from_yaml(tmp_path / "run.yaml", text)
     assert "\n" not in str(error.value)
 
@@ -100,27 +100,27 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 WRONG_NUMBERS: list[tuple[list[str], str]] = [
     (["--depth", "0"], "--depth must be at least 1, got 0"),
     (["--batch-size", "-2"], "--batch-size must be at least 1"),
-    (["--accumulation", "0"], "--accumulation must be at least 1"),
+    (["--gradient-accumulation-steps", "0"], "--gradient-accumulation-steps must be at least 1"),
     (["--inner-size", "0"], "--inner-size must be at least 1"),
     (["--blocks", "0"], "--blocks must be at least 1"),
     (["--save-steps", "0"], "--save-steps must be at least 1"),
     (["--eval-steps", "-1"], "--eval-steps must be at least 0"),
     (["--max-steps", "-1"], "--max-steps must be at least 0"),
     (["--held-out", "1"], "--held-out must be from 0 to below 1"),
-    (["--warmup", "1.5"], "--warmup must be from 0 to below 1"),
-    (["--lora-warmup", "1"], "--lora-warmup must be from 0 to below 1"),
+    (["--warmup-ratio", "1.5"], "--warmup-ratio must be from 0 to below 1"),
+    (["--lora-start-ratio", "1"], "--lora-start-ratio must be from 0 to below 1"),
     (["--lora-rank", "0"], "--lora-rank must be at least 1"),
-    (["--preserve", "-1"], "--preserve must be at least 0"),
-    (["--decay", "nan"], "--decay must be above 0 and at most 1, got nan"),
-    (["--share", "0"], "--share must be above 0 and at most 1"),
+    (["--preservation-weight", "-1"], "--preservation-weight must be at least 0"),
+    (["--depth-decay", "nan"], "--depth-decay must be above 0 and at most 1, got nan"),
+    (["--anchor-fraction", "0"], "--anchor-fraction must be above 0 and at most 1"),
     (["--lr", "0"], "--lr must be above 0"),
     (["--lr", "nan"], "--lr must be above 0"),
     (["--adamw-lr", "inf"], "--adamw-lr must be above 0"),
-    (["--clip", "0"], "--clip must be above 0"),
+    (["--max-grad-norm", "0"], "--max-grad-norm must be above 0"),
     (["--seed", "-1"], "--seed must be from 0"),
     (["--seed", str(2**31)], "--seed must be from 0"),
     (["--draft-vocab", "-2"], "--draft-vocab must be -1, 0 or a number of tokens"),
-    (["--depth", "8", "--length", "9"], "--length must be at least 10, 2 more than --depth, got 9"),
+    (["--depth", "8", "--seq-len", "9"], "--seq-len must be at least 10, 2 more than --depth, got 9"),
     (["--kind", "medussa"], "--kind must be one of attention, block, medusa, recurrent, sequential, got 'medussa'"),
     (["--loss", "mse"], "--loss must be one of hard, soft, kl, .*, got 'mse'"),
     (["--output", ""], "--output is missing"),
@@ -128,10 +128,10 @@ WRONG_NUMBERS: list[tuple[list[str], str]] = [
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), WRONG_NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
+    ("arguments", "message"), WRONG_NUMBERS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
 )
-def test_wrong_numbers(arguments: list[str], said: str) -> None:
-    with pytest.raises(MedheadError, match=said):
+def test_wrong_numbers(arguments: list[str], message: str) -> None:
+    with pytest.raises(MedheadError, match=message):
         read(*arguments)
 
 
@@ -141,7 +141,7 @@ def test_what_must_be_given(missing: str, capsys: pytest.CaptureFixture[str]) ->
     arguments = [part for name, value in given.items() if name != missing for part in (f"--{name}", value)]
     assert finetune.main(arguments) == 2
     assert capsys.readouterr().err == (
-        f"medhead_training.finetune: error: --{missing} is missing: give it on the command line or in the --config file\n"
+        f"medhead finetune: error: --{missing} is missing: give it on the command line or in the --config file\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""Wrong input to the library: one line that says what was given, what was expected, and what to do."""
+"""Wrong input to the library gives one line: what was given, what is allowed, and what to do."""
 
 from __future__ import annotations
 

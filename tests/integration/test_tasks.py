@@ -1,4 +1,4 @@
-"""The benchmark by task: what belongs together, what is added up, what it notices, what it refuses."""
+"""The benchmark by task: tasks of a file, truncation, sums, notes, and what it refuses."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from medhead import Decoder
-from medhead.bench.task_prompts import Cut, encode_task, read_tasks
-from medhead.bench.task_report import findings, rows_of, sameness, table, totals
-from medhead.bench.task_runs import Field, Setting, Tally
-from medhead.bench.tasks import main
+from medhead.bench.measure import MethodResult, measure
+from medhead.bench.task_prompts import Truncation, encode_task, read_tasks
+from medhead.bench.task_report import compare_hybrid, compare_texts, rows_of, table, totals
+from medhead.bench.tasks import main, methods_of
 from medhead.errors import MedheadError
 from medhead.model.loading import load_tokenizer
 from medhead.model.target import Target
@@ -28,7 +28,7 @@ QUESTIONS = [
     {"question_id": 5, "category": "rag", "turns": ["the dragon said"]},
     {"question_id": 6, "category": "rag", "turns": ["She said"]},
 ]
-QUICK = ["--batches", "1", "--new-tokens", "12", "--per-task", "2"]
+QUICK = ["--batch-sizes", "1", "--max-new-tokens", "12", "--prompts-per-task", "2"]
 
 
 @pytest.fixture
@@ -49,12 +49,12 @@ def test_a_whole_run(
     folders: dict[str, Path], questions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Every task, proposer, temperature and batch once, and totals; nothing is hidden in the table."""
-    heads = ["--heads", str(folders["recurrent"]), "--tree-size", "8", "--batches", "1", "2", "--title", "a try"]
+    heads = ["--heads", str(folders["recurrent"]), "--tree-size", "8", "--batch-sizes", "1", "2", "--title", "a try"]
     content = run(folders, questions, tmp_path / "new", *heads)
     out = capsys.readouterr().out
     rows = content["results"]
     names = ["none", "heads", "ngram", "recycling", "lookahead", "hybrid"]
-    assert [(row["temperature"], row["batch"], row["task"], row["proposer"]) for row in rows] == [
+    assert [(row["temperature"], row["batch_size"], row["task"], row["proposer"]) for row in rows] == [
         (temperature, batch, task, name)
         for temperature in (0, 1)
         for batch in (1, 2)
@@ -63,24 +63,25 @@ def test_a_whole_run(
     ]
     for row in rows:
         assert row["prompts"] == (4 if row["task"] == "all" else 2)
-        assert row["different"] == 0
-        assert row["nodes"] == {"none": 1, "lookahead": row["nodes"]}.get(row["proposer"], 8)
-        assert row["nodes"] <= 8
-        assert row["step_ms"] > row["forward_ms"] > 0
+        assert row["mismatches"] == 0
+        assert row["tree_size"] == {"none": 1, "lookahead": row["tree_size"]}.get(row["proposer"], 8)
+        assert row["tree_size"] <= 8
+        assert row["step_ms"] > 0
+        assert row["forward_ms"] > 0
         assert row["tokens_per_second"] > 0
         assert row["members"] == (["heads", "ngram"] if row["proposer"] == "hybrid" else [])
         if row["proposer"] == "none":
-            assert row["tokens_per_pass"] == row["x_plain"] == 1
-    whole = [row for row in rows if row["task"] == "all" and row["proposer"] == "ngram" and row["batch"] == 1]
-    parts = [row for row in rows if row["task"] != "all" and row["proposer"] == "ngram" and row["batch"] == 1]
+            assert row["accepted_length"] == row["speedup_vs_plain"] == 1
+    whole = [row for row in rows if row["task"] == "all" and row["proposer"] == "ngram" and row["batch_size"] == 1]
+    parts = [row for row in rows if row["task"] != "all" and row["proposer"] == "ngram" and row["batch_size"] == 1]
     for total, two in zip(whole, (parts[:2], parts[2:]), strict=True):
-        assert total["tokens"] == sum(row["tokens"] for row in two)
+        assert total["new_tokens"] == sum(row["new_tokens"] for row in two)
         assert total["passes"] == sum(row["passes"] for row in two)
-        assert total["tokens_per_pass"] == pytest.approx(total["tokens"] / total["passes"], abs=1e-4)
-    assert "all 80 texts are plain decoding's" in out
-    assert "rag 2, 1 longer ones left out" in out
+        assert total["accepted_length"] == pytest.approx(total["new_tokens"] / total["passes"], abs=1e-4)
+    assert "all 80 texts are identical to plain decoding's" in out
+    assert "rag 2, 1 too long and left out" in out
     assert "a try" in out
-    assert "every tree 8 nodes" in out
+    assert "trees of 8 nodes" in out
     assert (tmp_path / "new" / "tasks.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "new" / "table.md").read_text().strip() == out.strip()
 
@@ -105,18 +106,20 @@ def test_the_numbers_are_those_of_a_decoder(folders: dict[str, Path], questions:
             tokens += decoder.statistics.new_tokens
             passes += decoder.statistics.passes
         row = next(row for row in rows if row["task"] == task and row["proposer"] == "recycling")
-        assert (row["tokens"], row["passes"]) == (tokens, passes)
+        assert (row["new_tokens"], row["passes"]) == (tokens, passes)
 
 
 def test_repeats_know_nothing_of_each_other(target: Target) -> None:
     """What recycling learnt from an answer would make its repeat easy; the second run takes as many passes as the first."""
-    field, done = Field(target, ["recycling"], tree_size=8), []
+    methods, done = methods_of(target, ["recycling"], {"max_new_tokens": 30}, tree_size=8), []
     prompts = [[5, 9, 13], [20, 21], [7, 8]]
-    once = field.run(prompts, Setting(new_tokens=30), done.append)[1]
-    twice = field.run(prompts, Setting(new_tokens=30, repeats=2, batch=2), done.append)[1]
-    batch = field.run(prompts, Setting(new_tokens=30, batch=2), done.append)[1]
+
+    def run(repeats: int, batch_size: int) -> MethodResult:
+        return measure(methods, prompts, repeats, batch_size=batch_size, warm=False, progress=done.append)[1]
+
+    once, twice, batch = run(1, 1), run(2, 2), run(1, 2)
     assert twice.passes == [2 * passes for passes in batch.passes]
-    assert twice.tokens == [2 * tokens for tokens in once.tokens]
+    assert twice.new_tokens == [2 * tokens for tokens in once.new_tokens]
     assert len(twice.seconds) == 2
     assert done == [1] * 6 + [2, 2, 1, 1] * 2 + [2, 2, 1, 1]
 
@@ -141,9 +144,9 @@ def test_a_broken_proposer_is_caught(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setitem(PROPOSERS, "broken", Broken)
-    options = ["--proposers", "broken", "ngram", "--temperatures", "0", "--tasks", "rag", "--ignore-end"]
+    options = ["--proposers", "broken", "ngram", "--temperatures", "0", "--tasks", "rag", "--ignore-eos"]
     rows = run(folders, questions, tmp_path / "new", *options)["results"]
-    assert {row["proposer"]: row["different"] for row in rows if row["task"] == "all"} == {
+    assert {row["proposer"]: row["mismatches"] for row in rows if row["task"] == "all"} == {
         "none": 0,
         "broken": 1,
         "ngram": 0,
@@ -169,57 +172,64 @@ def test_tasks_of_a_file(tmp_path: Path, questions: Path) -> None:
     path.write_text('{"prompt": "a"}\n{"text": "b"}\n{"question": "c", "category": "math_reasoning"}\n')
     assert list(read_tasks(path)) == ["chat", "text", "math_reasoning"]
     path.write_text('{"prompt": "a", "category": 3}')
-    with pytest.raises(MedheadError, match="category must be a text"):
+    with pytest.raises(MedheadError, match="category must be a string"):
         read_tasks(path)
 
 
-def test_cutting(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_truncation(tokenizer: PreTrainedTokenizerBase) -> None:
     """The first, the last or both ends stay, whole characters of them; what still does not fit is left out and counted."""
     text = "Once upon a time there was a dragon. She went home."
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     chat = [{"role": "user", "content": "before"}, {"role": "user", "content": text}]
     kept = {"first": ids[:7], "last": ids[-7:], "ends": ids[:3] + ids[-4:]}
     for keep, expected in kept.items():
-        short, cut = Cut(7, keep)(tokenizer, chat)
+        short, cut = Truncation(7, keep)(tokenizer, chat)
         assert cut
         assert short == [chat[0], {"role": "user", "content": tokenizer.decode(expected)}]
-    assert Cut(len(ids))(tokenizer, chat) == (chat, False)
-    assert Cut()(tokenizer, chat) == (chat, False)
-    broken, _ = Cut(1, "first")(tokenizer, [{"role": "user", "content": "日本語日本語"}])
+    assert Truncation(len(ids))(tokenizer, chat) == (chat, False)
+    assert Truncation()(tokenizer, chat) == (chat, False)
+    broken, _ = Truncation(1, "first")(tokenizer, [{"role": "user", "content": "日本語日本語"}])
     assert "\ufffd" not in broken[0]["content"]
     chats = [chat[1:], [{"role": "user", "content": "She"}], chat[1:], [{"role": "user", "content": "home"}]]
-    whole = encode_task(tokenizer, "t", chats, 3, 12, Cut())
-    assert (len(whole.prompts), whole.left_out, whole.cut) == (2, 2, 0)
-    short_ones = encode_task(tokenizer, "t", chats, 3, 12, Cut(5))
-    assert (len(short_ones.prompts), short_ones.left_out, short_ones.cut) == (3, 0, 2)
+    whole = encode_task(tokenizer, "t", chats, 3, 12, Truncation())
+    assert (len(whole.prompts), whole.left_out, whole.truncated) == (2, 2, 0)
+    short_ones = encode_task(tokenizer, "t", chats, 3, 12, Truncation(5))
+    assert (len(short_ones.prompts), short_ones.left_out, short_ones.truncated) == (3, 0, 2)
 
 
-def tally(name: str, tokens: list[int], passes: list[int], seconds: float, **more: Any) -> Tally:
-    return Tally(name, 8, tokens=tokens, passes=passes, seconds=[seconds], steps=sum(passes), decode=0.5, **more)
+def result(name: str, tokens: list[int], passes: list[int], seconds: float, **more: Any) -> MethodResult:
+    numbers = {
+        "new_tokens": tokens,
+        "passes": passes,
+        "seconds": [seconds],
+        "steps": sum(passes),
+        "decode_seconds": 0.5,
+    }
+    return MethodResult(name, "float32", 8, **numbers, **more)
 
 
 def synthetic() -> list[dict[str, Any]]:
     """Two tasks, the second ten times as long."""
-    setting, rows = Setting(), []
+    rows = []
     for task, scale, hybrid in (("short", 1, 4), ("long", 10, 60)):
-        tallies = [
-            tally("none", [20 * scale], [20 * scale], 2.0 * scale),
-            tally("heads", [20 * scale], [5 * scale], 1.0 * scale),
-            tally("ngram", [20 * scale], [10 * scale], 0.5 * scale, different=scale > 1),
-            tally("hybrid", [20 * scale], [hybrid], 2.0 * scale, members=("heads", "ngram")),
+        results = [
+            result("none", [20 * scale], [20 * scale], 2.0 * scale),
+            result("heads", [20 * scale], [5 * scale], 1.0 * scale),
+            result("ngram", [20 * scale], [10 * scale], 0.5 * scale, mismatches=scale > 1),
+            result("hybrid", [20 * scale], [hybrid], 2.0 * scale, members=("heads", "ngram")),
         ]
-        rows += rows_of(task, tallies, setting)
+        rows += rows_of(task, results, 0.0, 1)
     return rows + totals(rows)
 
 
 def test_totals_are_of_all_tokens_and_all_passes() -> None:
     rows = synthetic()
     whole = {row["proposer"]: row for row in rows if row["task"] == "all"}
-    assert whole["hybrid"]["tokens_per_pass"] == pytest.approx(220 / 64, abs=1e-4)
-    assert whole["ngram"]["x_plain"] == pytest.approx(4)
+    assert whole["hybrid"]["accepted_length"] == pytest.approx(220 / 64, abs=1e-4)
+    assert whole["ngram"]["speedup_vs_plain"] == pytest.approx(4)
     assert whole["heads"]["tokens_per_second"] == pytest.approx(20)
     assert whole["heads"]["step_ms"] == pytest.approx(1000 / 55, abs=1e-3)
-    assert whole["ngram"]["different"] == 1
+    assert whole["ngram"]["mismatches"] == 1
     assert "| all | 2 | 4.00 (2.00x) | 2.00 (4.00x) | 3.44 (1.00x) | 1/6 |" in table(rows)
     short = [row for row in rows if row["task"] == "short"]
     assert "| all |" not in table(short + totals(short))  # one task is all there is
@@ -227,30 +237,30 @@ def test_totals_are_of_all_tokens_and_all_passes() -> None:
 
 def test_it_says_where_the_hybrid_loses() -> None:
     rows = synthetic()
-    (line,) = findings(rows)
+    (line,) = compare_hybrid(rows)
     assert line == (
-        "greedy, batch 1: the hybrid accepts less than its best member on long (3.33 against 4.00 of heads); "
-        "in total 3.44 against 4.00 of heads"
+        "greedy, batch 1: the hybrid's accepted length is below its best member's on long (3.33 against 4.00 of heads); "
+        "over all tasks 3.44 against 4.00 of heads"
     )
-    (line,) = findings(
+    (line,) = compare_hybrid(
         [row for row in rows if row["task"] == "short"] + totals([r for r in rows if r["task"] == "short"])
     )
-    assert "at least as much as its best member everywhere" in line
-    assert findings([row for row in rows if row["proposer"] != "hybrid"]) == []
-    (line,) = findings([row | {"nodes": 64} if row["proposer"] == "hybrid" else row for row in rows])
-    assert "the hybrid (trees of different sizes) accepts less" in line
-    assert sameness(rows).startswith("1 of 6 texts DIFFER")
+    assert "at least its best member's on every task" in line
+    assert compare_hybrid([row for row in rows if row["proposer"] != "hybrid"]) == []
+    (line,) = compare_hybrid([row | {"tree_size": 64} if row["proposer"] == "hybrid" else row for row in rows])
+    assert "accepted length (trees of different sizes) is below its best member's" in line
+    assert compare_texts(rows).startswith("1 of 6 texts DIFFER")
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--per-task", "0"], "--per-task must be at least 1"),
-        (["--cut", "0"], "--cut must be at least 1"),
+        (["--prompts-per-task", "0"], "--prompts-per-task must be at least 1"),
+        (["--truncate", "0"], "--truncate must be at least 1"),
         (["--tree-size", "1"], "--tree-size must be from 2 to 256"),
         (["--temperatures", "0", "-1"], "--temperatures must be"),
         (["--temperatures", "nan"], "--temperatures must be"),
-        (["--batches", "1", "9"], "--batches must be from 1 to --per-task 2"),
+        (["--batch-sizes", "1", "9"], "--batch-sizes must be from 1 to --prompts-per-task 2"),
         (["--seed", "-1"], "--seed must be"),
         (["--tasks", "qa"], "no prompt of qa"),
         (["--prompts", "nowhere.jsonl"], "cannot be read"),
@@ -258,8 +268,8 @@ def test_it_says_where_the_hybrid_loses() -> None:
         (["--heads", "nowhere"], "does not exist"),
         (["--proposers", "heads"], "needs heads"),
         (["--proposers", "oracle"], "invalid choice"),
-        (["--new-tokens", "160"], "leaves no room"),
-        (["--new-tokens", "158"], "no prompt fits into 2 tokens"),
+        (["--max-new-tokens", "160"], "leaves no room"),
+        (["--max-new-tokens", "158"], "no prompt fits into 2 tokens"),
         (["--output", __file__], "is a file"),
         (["--dtype", "float7"], "dtype must be"),
         (["--keep", "middle"], "invalid choice"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import random
+import socket
 import sys
 import types
 from collections.abc import Callable
@@ -17,12 +18,13 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_token
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from medhead.errors import MedheadError
-from medhead_training.data import feature_store as store
 from medhead_training.data import packing
-from medhead_training.data.encode import Encoder, encode_prompt
-from medhead_training.data.feature_store import TokenStore, prepare
+from medhead_training.data import token_store as store
+from medhead_training.data.encode import Encoder
 from medhead_training.data.packing import PackedDataset, best_fit
-from medhead_training.data.records import Record, parse_prompt, parse_record, read_records
+from medhead_training.data.prompts import encode_prompt, parse_prompt
+from medhead_training.data.records import Record, parse_record, read_records
+from medhead_training.data.token_store import TokenStore, prepare_tokens
 
 Chat = list[tuple[str, str]]
 
@@ -136,7 +138,7 @@ def test_a_data_set_of_the_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) 
     assert asked == [("some-one/chats_v1.2", {"split": "train", "streaming": True})]
     with pytest.raises(MedheadError, match=r"some-one/chats_v1.2, row 2: expected"):
         next(reader)
-    with pytest.raises(MedheadError, match="no data set of the hub that can be read: no such data set"):
+    with pytest.raises(MedheadError, match="no Hugging Face dataset that can be read: no such data set"):
         list(read_records("nobody/nothing"))
 
 
@@ -304,7 +306,7 @@ def same(found: list[str], expected: list[str]) -> bool:
     return len(found) == len(expected) and all(a == b or (a[0] in " \n" and a[1:] == b) for a, b in pairs)
 
 
-def said(name: str, chat: Chat, turn_end: str) -> list[str]:
+def assistant_text(name: str, chat: Chat, turn_end: str) -> list[str]:
     """What the assistant writes in this template, ends of turns included."""
     found = []
     for index, (role, content) in enumerate(chat):
@@ -344,7 +346,7 @@ def test_the_mask_marks_what_the_assistant_said(name: str, trim: bool) -> None:
         assert encoded.skipped is None, (title, encoded.skipped)
         assert encoded.ids == tokenizer.apply_chat_template(messages(chat))["input_ids"], title
         found = answers(encoded.ids, encoded.mask, tokenizer)
-        expected = said(name, chat, turn_end)
+        expected = assistant_text(name, chat, turn_end)
         assert same(found, expected), (title, found, expected)
         if title not in ("spaces", "same words") and name != "words":
             assert found == expected
@@ -364,7 +366,7 @@ def test_random_chats(name: str) -> None:
                 rng.choice(["world", " fox", "\n", "é", "日本", "🙂", "<", "user", ":", "1", " "]) for _ in range(8)
             )
             chat.append(("assistant" if turn % 2 else "user", text))
-        expected = [text for text in said(name, chat, turn_end) if text]
+        expected = [text for text in assistant_text(name, chat, turn_end) if text]
         encoded = encoder.encode(Record("x", messages=messages(chat)))
         found = answers(encoded.ids, encoded.mask, tokenizer)
         assert same(found, expected), (found, expected)
@@ -372,7 +374,7 @@ def test_random_chats(name: str) -> None:
 
 
 def test_the_mask_of_a_turn_begins_where_the_prompt_ends() -> None:
-    """What heads are asked to guess begins with the first token after the prompt that the model is given."""
+    """The mask begins with the first token after the prompt that the model is given."""
     for name in ("chatml", "llama 3", "phi", "qwen 3", "glm"):
         template, special, roles = TEMPLATES[name]
         tokenizer = make_tokenizer(template, special, **roles)
@@ -509,7 +511,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def test_the_store_holds_every_token(data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    made = prepare(data, tokenizer, tmp_path / "cache", progress=False)
+    made = prepare_tokens(data, tokenizer, tmp_path / "cache", progress=False)
     encoder = Encoder(tokenizer)
     encoded = [encoder.encode(record) for record in read_records(data)][:-1]
     assert (made.documents, made.records, made.skipped) == (50, 51, {"no turn of the assistant": 1})
@@ -530,11 +532,11 @@ def test_a_store_is_read_again_only_if_something_changed(
     data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, passes = tmp_path / "cache", []
-    real = store._write
-    monkeypatch.setattr(store, "_write", lambda *arguments: (passes.append(1), real(*arguments)))
+    real = store.write_tokens
+    monkeypatch.setattr(store, "write_tokens", lambda *arguments: (passes.append(1), real(*arguments)))
 
     def prepared(**options: Any) -> Path:
-        return prepare(data, tokenizer, cache, progress=False, **options).folder
+        return prepare_tokens(data, tokenizer, cache, progress=False, **options).folder
 
     first = prepared()
     assert prepared() == first
@@ -569,15 +571,14 @@ def test_a_killed_pass_leaves_no_store(
         Encoder, "encode", lambda self, record: real(self, record) if "line 9" not in record.where else 1 / 0
     )
     with pytest.raises(ZeroDivisionError):
-        prepare(data, tokenizer, cache, progress=False)
+        prepare_tokens(data, tokenizer, cache, progress=False)
     assert not list(cache.iterdir())
     monkeypatch.undo()
-    left = cache / f".abc.{store.socket.gethostname()}.{2**22 + 5}"  # no such process: what a SIGKILL leaves
+    left = cache / f".abc.{socket.gethostname()}.{2**22 + 5}"  # no such process: what a SIGKILL leaves
     left.mkdir()
     other = cache / ".abc.elsewhere.1"
     other.mkdir()
-    monkeypatch.setattr(store, "_alive", lambda pid: False)
-    prepare(data, tokenizer, cache, progress=False)
+    prepare_tokens(data, tokenizer, cache, progress=False)
     assert not left.exists()
     assert other.exists()
 
@@ -589,12 +590,12 @@ def test_data_without_an_assistant(tmp_path: Path, tokenizer: PreTrainedTokenize
         MedheadError,
         match=r"among the 3 records .* \(2 times: no turn of the assistant; 1 times: the assistant says nothing in",
     ):
-        prepare(data, tokenizer, tmp_path / "cache", max_length=20, progress=False)
+        prepare_tokens(data, tokenizer, tmp_path / "cache", max_length=20, progress=False)
     assert not list((tmp_path / "cache").iterdir())
 
 
 def test_held_out_documents(data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    made = prepare(data, tokenizer, tmp_path / "cache", progress=False)
+    made = prepare_tokens(data, tokenizer, tmp_path / "cache", progress=False)
     for held_out, count in ((0.1, 5), (7, 7), (0, 0), (0.0, 0), (0.001, 1)):
         train, held = made.split(held_out, seed=3)
         assert len(held) == count
@@ -707,7 +708,7 @@ def test_best_fit() -> None:
 
 
 def test_a_row_of_a_real_store(data: Path, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    made = prepare(data, tokenizer, tmp_path / "cache", progress=False)
+    made = prepare_tokens(data, tokenizer, tmp_path / "cache", progress=False)
     train, held = made.split(0.1, 0)
     dataset = PackedDataset(made, train, 64, seed=1)
     row = dataset[0]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -13,12 +12,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
-from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.heads.config import read_config
 from medhead_training.demo import __main__ as recipe
 from medhead_training.demo import answers as sorting
-from medhead_training.demo import corpus, familiar, pretrain, repeats, variety
+from medhead_training.demo import corpus, pretrain, repeats
 
 
 @pytest.fixture(scope="module")
@@ -138,13 +136,13 @@ def test_wrong_input(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize("turn", [1, 2, 3, 10, 16])
 def test_a_loop_is_an_end_that_repeats_itself(turn: int) -> None:
     begin, words = list(range(1000, 1030)), list(range(turn))
-    assert sorting.period(begin + words * (sorting.WINDOW // turn + 1)) == turn
-    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW]) == turn
-    assert sorting.period((words * sorting.WINDOW)[: sorting.WINDOW - 1]) == 0  # too short to tell
-    broken = begin + words * (sorting.WINDOW // turn + 1)
+    assert sorting.loop_period(begin + words * (sorting.LOOP_WINDOW // turn + 1)) == turn
+    assert sorting.loop_period((words * sorting.LOOP_WINDOW)[: sorting.LOOP_WINDOW]) == turn
+    assert sorting.loop_period((words * sorting.LOOP_WINDOW)[: sorting.LOOP_WINDOW - 1]) == 0  # too short to tell
+    broken = begin + words * (sorting.LOOP_WINDOW // turn + 1)
     broken[-2] = 5000
-    assert sorting.period(broken) == 0
-    assert sorting.period(list(range(sorting.LONGEST + 1)) * 5) == 0  # too long a turn
+    assert sorting.loop_period(broken) == 0
+    assert sorting.loop_period(list(range(sorting.MAX_PERIOD + 1)) * 5) == 0  # too long a turn
 
 
 def test_heads_see_loops_several_times_and_are_measured_with_what_they_have_not_seen(tmp_path: Path) -> None:
@@ -162,108 +160,17 @@ def test_heads_see_loops_several_times_and_are_measured_with_what_they_have_not_
     def read(name: str) -> list[list[int]]:
         return [json.loads(line)["answer_ids"] for line in files[name].read_text().splitlines()]
 
-    found = sorting.with_loops(files["answers"], files["chats"], files["learnt"], seed=0)
+    found = sorting.write_training_answers(files["answers"], files["chats"], files["learnt"], seed=0)
     learnt = read("learnt")
     assert found == (len(learnt), 2)
-    assert learnt.count(loop) == learnt.count([9, *loop]) == sorting.TIMES
+    assert learnt.count(loop) == learnt.count([9, *loop]) == sorting.LOOP_COPIES
     assert all([*plain, number] in learnt for number in range(5))
-    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // sorting.SHARE
-    assert len(learnt) == 5 + 2 + 2 * sorting.TIMES
-    assert sorting.unseen(files["asked"], files["learnt"], files["fresh"], seed=0) == 2
+    assert sum([*plain, 100 + number] in learnt for number in range(6)) == 6 // sorting.CHAT_FRACTION
+    assert len(learnt) == 5 + 2 + 2 * sorting.LOOP_COPIES
+    assert sorting.write_held_out_answers(files["asked"], files["learnt"], files["fresh"], seed=0) == 2
     assert sorted(read("fresh")) == [[*plain, 200], [1, 2]]
-    with pytest.raises(MedheadError, match="nothing is left to measure heads with"):
-        sorting.unseen(files["answers"], files["learnt"], files["fresh"], seed=0)
-
-
-def test_variety_counts_what_was_not_said_before(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    same = [{"prompt_ids": [n], "answer_ids": [1, 2, 3, 4, 5], "temperature": 0.0} for n in (0, 0, 1, 2, 3)]
-    other = [{"prompt_ids": [n], "answer_ids": list(range(5 * n, 5 * n + 5)), "temperature": 1.0} for n in range(4)]
-    answers, output = tmp_path / "answers.jsonl", tmp_path / "variety.json"
-    answers.write_text("".join(json.dumps(record) + "\n" for record in same + other))
-    command = ["--answers", str(answers), "--known", "10", "--asked", "10"]
-    (tmp_path / "others.jsonl").write_text("[1, 2]\n")
-    assert variety.main([*command, "--output", str(output)]) == 0
-    found = json.loads(output.read_text())
-    assert (found["0"]["different"], found["0"]["new"]) == (0.5, 0.0)
-    assert (found["1"]["different"], found["1"]["new"]) == (1.0, 1.0)
-    assert "| 1 | 4 | 100.0% | 100.0% |" in capsys.readouterr().out
-    for wrong, said in (
-        ([*command, "--output", str(output)], "is there already"),
-        ([*command[:-1], "11"], "lower them"),
-        ([*command[:-1], "0"], "must be at least 1"),
-        (["--answers", str(tmp_path)], "is no file"),
-        (["--answers", str(tmp_path / "others.jsonl")], "was not written by"),
-        ([*command, "--output", str(tmp_path / "nowhere" / "o.json")], "there is no folder"),
-    ):
-        assert variety.main(wrong) == 2
-        assert said in capsys.readouterr().err
-
-
-def test_how_far_a_tree_goes_along_a_text() -> None:
-    tree = TokenTree.from_parents(torch.tensor([[5, 6, 7, 8, 9, 8]]), torch.tensor([[0, 0, 0, 2, 3, 1]]))
-    assert familiar.followed(tree, [7, 8, 9, 1]) == 4
-    assert familiar.followed(tree, [7, 8]) == 3  # the text ends
-    assert familiar.followed(tree, [6, 8, 9]) == 3
-    assert familiar.followed(tree, [1, 7]) == 1
-
-
-def test_positions_are_as_familiar_as_their_rarest_words() -> None:
-    learnt = Counter({(1, 2, 3, 4): 3, (2, 3, 4, 5): 2, (3, 4, 5, 6): 100, (4, 5, 6, 7): 12, (5, 6, 7, 8): 9})
-    text = [0, 1, 2, 3, 4, 5, 6, 7, 8]
-    assert familiar.familiarity(text, learnt, 3) == 1  # the rarest of 4 to 7 ends with 5
-    assert familiar.familiarity(text, learnt, 4) == 1
-    learnt[2, 3, 4, 5] = 30
-    assert familiar.familiarity(text, learnt, 4) == 2
-    assert familiar.familiarity(text, Counter(), 3) == 0
-
-
-def test_means_with_equal_shares() -> None:
-    """Both guess the same in every class; only the shares differ."""
-    of = len(familiar.CLASSES)
-    greedy = familiar.summary([[2], [4, 4, 4], *[[]] * (of - 2)])
-    sampled = familiar.summary([[2, 2, 2], [4], *[[]] * (of - 3), [9]])
-    found = familiar.compared(greedy, sampled)
-    assert greedy["tokens"] == 3.5
-    assert found["ratio"] == pytest.approx(19 / 5 / 3.5)
-    assert found["ratio_with_shares_of_greedy"] == found["ratio_with_shares_of_sampled"] == 1
-
-
-def test_familiar_and_unfamiliar_text(
-    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    learnt, prompts, output = (tmp_path / name for name in ("learnt.jsonl", "prompts.jsonl", "out"))
-    learnt.write_text('{"prompt_ids": [3], "answer_ids": [5, 6, 7, 8, 9]}\n')
-    prompts.write_text('{"messages": [{"role": "user", "content": "The dragon said"}]}\n' * 2)
-    given = [
-        "--model",
-        str(folders["model"]),
-        "--learnt",
-        str(learnt),
-        "--prompts",
-        str(prompts),
-        "--output",
-        str(output),
-    ]
-    short = ["--max-new-tokens", "24", "--tree-size", "6", "--width", "2", "--branching", "2"]
-    command = [*given, "--heads", str(folders["recurrent"]), *short]
-    assert familiar.main(command) == 0
-    found = json.loads((output / "familiar.json").read_text())
-    assert found["greedy"]["positions"] > 0
-    assert 1 <= found["sampled"]["tokens"] <= 5
-    assert sum(of["share"] for of in found["greedy"]["classes"]) == pytest.approx(1)
-    assert (output / "familiar.png").stat().st_size > 1000
-    assert "with equal shares of every class" in capsys.readouterr().out
-    for wrong, said in (
-        (command, "is there already"),
-        ([*command[:-6], "--max-new-tokens", "3", "--output", str(tmp_path / "o")], "at least 16"),
-        ([*given, "--heads", str(folders["attention"]), "--output", str(tmp_path / "o")], "give heads that do not"),
-        ([*command, "--learnt", str(prompts), "--output", str(tmp_path / "o")], "was not written by"),
-        ([*command, "--prompts", str(learnt), "--output", str(tmp_path / "o")], "an object with 'messages'"),
-        ([*command, "--learnt", str(tmp_path / "nowhere"), "--output", str(tmp_path / "o")], "is no file"),
-    ):
-        assert familiar.main(wrong) == 2
-        assert said in capsys.readouterr().err
-    assert not (tmp_path / "o").exists()
+    with pytest.raises(MedheadError, match="none can be held out"):
+        sorting.write_held_out_answers(files["answers"], files["learnt"], files["fresh"], seed=0)
 
 
 STORY = (
@@ -284,26 +191,6 @@ def test_answers_repeat_their_prompts(task: str) -> None:
         assert answer
         assert answer in prompt
     assert task in names
-
-
-def test_requests_are_written_by_turns_and_never_over_others(
-    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "stories.jsonl").write_text(json.dumps({"text": STORY}) + "\n")
-    command = ["--stories", str(tmp_path / "stories.jsonl"), "--output", str(tmp_path / "asked.jsonl"), "--count", "10"]
-    assert repeats.main(command) == 0
-    asked = [json.loads(line) for line in (tmp_path / "asked.jsonl").read_text().splitlines()]
-    assert [record["category"] for record in asked] == [*repeats.TASKS, *repeats.TASKS, "repeat", "edit"]
-    capsys.readouterr()
-    assert repeats.main(command) == 2
-    assert "is there already" in capsys.readouterr().err
-    assert repeats.main([*command[:-1], "0"]) == 2
-    assert "give 1 or more" in capsys.readouterr().err
-    assert repeats.main(["--stories", str(tmp_path), "--output", str(tmp_path / "o")]) == 2
-    assert "is no file" in capsys.readouterr().err
-    (tmp_path / "stories.jsonl").write_text(json.dumps({"text": "It rained."}) + "\n")
-    assert repeats.main([*command[:3], str(tmp_path / "o")]) == 2
-    assert "suits the task 'edit'" in capsys.readouterr().err
 
 
 def test_a_target_that_is_there_learns_more(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,21 +16,19 @@ from conftest import tiny_llama
 from families import ACCEPTED, tiny
 from medhead.heads import KINDS
 from medhead.model.target import Target
-from medhead_training.finetune import training_arguments
-from medhead_training.objective import builders as parts
-from medhead_training.objective.builders import adapted, new_heads
+from medhead_training.objective.builders import find_linear_layers, make_heads, wrap_for_training
 from medhead_training.objective.losses import LOSSES
-from medhead_training.objective.module import HeadsModule, evaluating
+from medhead_training.objective.module import HeadsModule, eval_mode
 from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions
-from medhead_training.trainer.trainer import HeadsTrainer
+from medhead_training.trainer.trainer import HeadsTrainer, training_arguments
 
 Batch = dict[str, Tensor]
 LENGTH = 24
 
 
 def options(**changes: Any) -> TrainOptions:
-    small: dict[str, Any] = {"depth": 3, "length": LENGTH, "inner_size": 24, "correction_size": 20, "blocks": 1}
+    small: dict[str, Any] = {"depth": 3, "seq_len": LENGTH, "inner_size": 24, "correction_size": 20, "blocks": 1}
     small |= {"kind": "recurrent", "draft_vocab": 0, "lora_rank": 4, "lora_dropout": 0.0, "random_depth": False}
     return TrainOptions(**({"model": "m", "data": ["d"], "output": "o"} | small | changes))
 
@@ -39,8 +37,8 @@ def module_for(model: PreTrainedModel, **changes: Any) -> HeadsModule:
     """What the command builds for these options."""
     given = options(**changes)
     target = Target(model, probe=False)
-    heads = new_heads(given, target, None)  # type: ignore[arg-type]  # the store is for draft vocabularies
-    wrapped, heads = adapted(given, target, heads)
+    heads = make_heads(given, target, None)  # type: ignore[arg-type]  # the store is for draft vocabularies
+    wrapped, heads = wrap_for_training(given, target, heads)
     return HeadsModule(wrapped, target, heads, given).train()
 
 
@@ -82,20 +80,21 @@ def test_packed_documents_are_read_as_if_alone(family: str, attention: str) -> N
         pytest.skip(f"{family} has no {attention}")
     model.set_attn_implementation(attention)
     module = module_for(model, kind="block", feature_layers=[0, 2])
-    assert module.packs == (family not in MIXING)
+    assert module.supports_packing == (family not in MIXING)
     batch = texts([[9, 1, 7], [2, 16, 6], [24]], 99)
     packed = PackedBatch(batch["input_ids"], batch["mask"], batch["document"])
     with torch.no_grad():
-        hidden, features = module.read(packed, batch["position_ids"])
+        hidden, features = module.target_states(packed, batch["position_ids"])
     assert hidden.shape == (3, LENGTH, 32)
     assert features.shape == (3, LENGTH, 64)
     for row in range(3):
         for number in range(int(batch["document"][row].max()) + 1):
             here = batch["document"][row] == number
+            ids = batch["input_ids"][row, here][None]
+            with torch.no_grad():
+                logits = model(ids, use_cache=False).logits  # as anyone calls it
             with torch.no_grad(), module.target.listening([0, 2]):
-                logits = model(batch["input_ids"][row, here][None], use_cache=False).logits  # as anyone calls it
-                alone, of_alone = module.target._hidden, module.target._features()
-            assert alone is not None
+                alone, of_alone = module.target.read_hidden(model, ids, torch.arange(ids.shape[1])[None])
             torch.testing.assert_close(hidden[row, here], alone[0], rtol=1e-4, atol=1e-5)
             torch.testing.assert_close(features[row, here], of_alone[0], rtol=1e-4, atol=1e-5)
             if getattr(model.config, "final_logit_softcapping", None) is None:
@@ -108,7 +107,7 @@ def test_one_document_a_row_is_the_same_to_learn_from() -> None:
     for packs in (True, False):
         module = module_for(tiny_llama(), recipe="joint", kind="attention", feature_layers=[0, 1])
         random_adapter(module)
-        module.packs = packs
+        module.supports_packing = packs
         result = module(**batch, seed=1)
         result["loss"].backward()
         found.append({"loss": result["loss"].detach()} | gradients(module))
@@ -148,7 +147,7 @@ def test_every_loss_trains(loss: str, draft: bool) -> None:
 @pytest.mark.parametrize("loss", ["hard", "kl", "soft"])
 def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
     """At every depth the mean over the anchors whose path gets there, and whose token has a name; depths by weight."""
-    module = module_for(tiny_llama(), loss=loss, share=1.0, decay=0.5)
+    module = module_for(tiny_llama(), loss=loss, anchor_fraction=1.0, depth_decay=0.5)
     tokens = torch.arange(5, 64, 3) if draft else torch.arange(64)
     if draft:
         module.heads.draft_tokens = tokens
@@ -156,20 +155,17 @@ def test_the_loss_is_its_definition(loss: str, draft: bool) -> None:
     batch = texts([[9, 15], [3, 13]], 64, asked=2)
     ids, matrix = batch["input_ids"], module.output
     packed = PackedBatch(ids, batch["mask"], batch["document"])
-    hidden, features = module.read(packed, batch["position_ids"])
+    hidden, features = module.target_states(packed, batch["position_ids"])
     sums, counts = torch.zeros(3), torch.zeros(3)
     for row, anchor in itertools.product(range(2), range(LENGTH)):
         document, asked = batch["document"][row], batch["mask"][row]
         root = _encoded(module, ids[row, anchor + 1 : anchor + 2], 0)
-        begun = module.heads.start(features[row, anchor][None, None], root, None)
-        state = begun.state
-        for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to guess
+        state, context = module.heads.init_state(features[row, anchor][None, None], root, None)
+        for depth, at in enumerate(range(anchor + 2, min(anchor + 5, LENGTH))):  # of the token to predict
             if not asked[at] or document[at] != document[anchor]:
                 break
-            state, said = module.heads.advance(
-                state, _encoded(module, ids[row, at - 1 : at], depth), depth, begun.shared
-            )
-            q = (matrix @ said[0, 0]).log_softmax(-1)
+            state, drafted = module.heads.step(state, _encoded(module, ids[row, at - 1 : at], depth), depth, context)
+            q = (matrix @ drafted[0, 0]).log_softmax(-1)
             p = (matrix @ hidden[row, at - 1]).softmax(-1)
             if int(ids[row, at]) in tokens:
                 label = tokens.tolist().index(int(ids[row, at]))
@@ -195,10 +191,10 @@ def test_every_kind_gets_gradients_in_every_part(kind: str) -> None:
 
 
 def test_random_depths_weigh_as_all_depths_do() -> None:
-    module = module_for(tiny_llama(), random_depth=True, depth=3, decay=0.6)
+    module = module_for(tiny_llama(), random_depth=True, depth=3, depth_decay=0.6)
     totals = torch.zeros(3)
     for seed in range(4000):
-        depth, weights = module._depth(torch.Generator().manual_seed(seed))
+        depth, weights = module.sample_depth(torch.Generator().manual_seed(seed))
         totals[:depth] += weights
     expected = torch.tensor([1, 0.6, 0.36]) / 1.96
     torch.testing.assert_close(totals / 4000, expected, atol=0.015, rtol=0)
@@ -242,7 +238,13 @@ def test_two_batches_of_two_are_one_of_four(tmp_path: Path) -> None:
     batch = {name: part[[0, 2, 1, 3]] for name, part in batch.items()}
     found = []
     for size, accumulation in ((4, 1), (2, 2)):
-        changes = {"batch_size": size, "accumulation": accumulation, "share": 1.0, "max_steps": 1, "clip": 1e9}
+        changes = {
+            "batch_size": size,
+            "gradient_accumulation_steps": accumulation,
+            "anchor_fraction": 1.0,
+            "max_steps": 1,
+            "max_grad_norm": 1e9,
+        }
         module = module_for(tiny_llama(), **changes, tensorboard=False)
         arguments = training_arguments(module.options, tmp_path / str(size), torch.device("cpu"))
         trainer = HeadsTrainer(module, arguments, module.options, Rows(batch), dict)
@@ -259,7 +261,7 @@ def test_two_batches_of_two_are_one_of_four(tmp_path: Path) -> None:
 
 def test_every_batch_of_every_process_draws_its_own_anchors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     batch = texts([[24]] * 8, 64)
-    module = module_for(tiny_llama(), batch_size=2, accumulation=2, max_steps=2)
+    module = module_for(tiny_llama(), batch_size=2, gradient_accumulation_steps=2, max_steps=2)
     arguments = training_arguments(module.options, tmp_path, torch.device("cpu"))
     trainer = HeadsTrainer(module, arguments, module.options, Rows(batch), dict)
     seeds: list[int] = []
@@ -298,7 +300,7 @@ def test_preservation_vanishes_where_the_adapter_is_the_identity() -> None:
 
 
 def test_preservation_pulls_the_adapter_back() -> None:
-    module = module_for(tiny_llama(), recipe="joint", preserve=2.0)
+    module = module_for(tiny_llama(), recipe="joint", preservation_weight=2.0)
     random_adapter(module)
     batch = texts([[9, 15], [24]], 64, asked=4)
     found = module(**batch, seed=1)
@@ -321,8 +323,8 @@ def test_preservation_pulls_the_adapter_back() -> None:
         ).logits
     p, q = original.log_softmax(-1), logits.log_softmax(-1)
     divergence = (p.exp() * (p - q)).sum(-1)[:, :-1]
-    said = batch["mask"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
-    expected = float(divergence[said].mean().detach())
+    predicted = batch["mask"][:, 1:] & (batch["document"][:, 1:] == batch["document"][:, :-1])
+    expected = float(divergence[predicted].mean().detach())
     assert float(module(**batch, seed=1)["preservation"]) == pytest.approx(expected, rel=1e-4)
 
 
@@ -331,10 +333,10 @@ def gradient_of_preservation(module: HeadsModule, batch: Batch) -> dict[str, Ten
     found = []
     for weight in (0.0, 1.0):
         module.zero_grad()
-        module.options.preserve, kept = weight, module.options.preserve
+        module.options.preservation_weight, kept = weight, module.options.preservation_weight
         torch.manual_seed(0)  # of the adapter's dropout
         module(**batch, seed=1)["loss"].backward()
-        module.options.preserve = kept
+        module.options.preservation_weight = kept
         found.append(gradients(module))
     module.zero_grad()
     assert found[0].keys() == found[1].keys()
@@ -345,7 +347,7 @@ def gradient_of_preservation(module: HeadsModule, batch: Batch) -> dict[str, Ten
 def test_only_the_adapter_and_the_heads_learn(tmp_path: Path) -> None:
     model, other = tiny_llama(), tiny_llama()
     module = module_for(
-        model, recipe="joint", kind="block", feature_layers=[0, 1], max_steps=4, lora_lr=0.01, lora_warmup=0.25
+        model, recipe="joint", kind="block", feature_layers=[0, 1], max_steps=4, lora_lr=0.01, lora_start_ratio=0.25
     )
     batch = texts([[9, 15], [24], [4, 20], [24]] * 8, 64)
     arguments = training_arguments(module.options, tmp_path, torch.device("cpu"))
@@ -364,7 +366,7 @@ def test_only_the_adapter_and_the_heads_learn(tmp_path: Path) -> None:
 
 
 def test_heads_teach_the_adapter_too() -> None:
-    module = module_for(tiny_llama(), recipe="joint", preserve=0.0)
+    module = module_for(tiny_llama(), recipe="joint", preservation_weight=0.0)
     module(**texts([[24]], 64), seed=1)["loss"].backward()
     reached = {name for name, p in lora(module).items() if p.grad is not None and p.grad.any()}
     assert reached == {name for name in lora(module) if "lora_B" in name}  # A has none while B is zero
@@ -372,7 +374,14 @@ def test_heads_teach_the_adapter_too() -> None:
 
 
 def test_learning_rates_of_heads_and_adapter(tmp_path: Path) -> None:
-    changes = {"recipe": "joint", "lr": 0.03, "adamw_lr": 0.004, "lora_lr": 0.0002, "warmup": 0.05, "lora_warmup": 0.1}
+    changes = {
+        "recipe": "joint",
+        "lr": 0.03,
+        "adamw_lr": 0.004,
+        "lora_lr": 0.0002,
+        "warmup_ratio": 0.05,
+        "lora_start_ratio": 0.1,
+    }
     module = module_for(tiny_llama(), **changes, kind="block", feature_layers=[0, 1])
     arguments = training_arguments(module.options, tmp_path, torch.device("cpu"))
     trainer = HeadsTrainer(module, arguments, module.options, Rows(texts([[24]], 64)), dict)
@@ -429,7 +438,7 @@ def test_dropout_is_the_adapters_alone() -> None:
     active = {name for name, part in module.named_modules() if isinstance(part, torch.nn.Dropout) and part.training}
     assert active
     assert all("lora_dropout" in name for name in active)
-    with evaluating(module):
+    with eval_mode(module):
         assert not [name for name, part in module.named_modules() if part.training]
     assert module.training
     assert active == {n for n, part in module.named_modules() if isinstance(part, torch.nn.Dropout) and part.training}
@@ -438,7 +447,7 @@ def test_dropout_is_the_adapters_alone() -> None:
 
 
 def test_layers_of_gpt2_are_found() -> None:
-    assert parts.linear_layers(tiny("gpt2", ACCEPTED["gpt2"])) == ["c_attn", "c_fc", "c_proj"]
-    assert parts.linear_layers(tiny_llama()) == sorted(
+    assert find_linear_layers(tiny("gpt2", ACCEPTED["gpt2"])) == ["c_attn", "c_fc", "c_proj"]
+    assert find_linear_layers(tiny_llama()) == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     )

@@ -22,7 +22,7 @@ from medhead.proposers.lookahead import LookaheadProposer
 from medhead.proposers.lookahead_sizes import DEFAULTS, Sizes, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import CostModel, costs_batch, known_costs
 from medhead.tune import trees, windows
-from medhead.tune.search import search
+from medhead.tune.search import coordinate_search
 from medhead.tune.trees import Tree
 
 START = Tree(16, 4, 4, 6)
@@ -39,7 +39,7 @@ def test_costs_are_stored_where_generations_look(
     cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(command, "measure_costs", lambda target, batch: CostModel({1: 1e-3 * batch, 8: 2e-3 * batch}))
-    options = ["--model", str(DEMO_MODEL), "--batch", "3", "4", "1"]
+    options = ["--model", str(DEMO_MODEL), "--batch-sizes", "3", "4", "1"]
     assert command.main(options) == 0
     assert capsys.readouterr().out.count("a pass over") == 2
     with torch.inference_mode():
@@ -67,7 +67,7 @@ def test_search_finds_the_peak() -> None:
         return [-abs(t.tree_size - 12) - abs(t.tree_width - 2) - abs(t.tree_depth - 4) + 0.0 for t in tried]
 
     said: list[str] = []
-    best = search(START, trees.neighbours(8), rate, said.append)
+    best = coordinate_search(START, trees.dimensions(8), rate, said.append)
     assert best == Tree(12, 2, 3, 4)
     assert all(
         any(replace(tree) == known for known in tried)
@@ -81,7 +81,7 @@ def test_the_tree_is_kept_with_the_heads(target: Target, tmp_path: Path) -> None
     """And is what decoding uses from then on; everything else in the configuration stays."""
     save_heads(noise_heads(target, "recurrent"), target.model, tmp_path)
     before = read_config(tmp_path)
-    trees.keep(tmp_path, Tree(7, 3, 2, 2))
+    trees.save_tree(tmp_path, Tree(7, 3, 2, 2))
     after = read_config(tmp_path)
     assert replace(before, tree_size=7, tree_width=3, tree_branching=2, tree_depth=2) == after
     from medhead.proposers.heads import HeadsProposer
@@ -99,11 +99,11 @@ def test_tuning_the_demo(
     folder = tmp_path / "heads"
     shutil.copytree(DEMO_HEADS, folder)
     before = (folder / "medhead_config.json").read_text()
-    options = ["--heads", str(folder), "--count", "1", "--new-tokens", "8", "--repeats", "1"]
+    options = ["--heads", str(folder), "--num-prompts", "1", "--max-new-tokens", "8", "--repeats", "1"]
     assert command.main([*options, "--dry-run"]) == 0
     assert not cache.exists()
     assert (folder / "medhead_config.json").read_text() == before
-    assert command.main([*options, "--batch", "1", "2"]) == 0
+    assert command.main([*options, "--batch-sizes", "1", "2"]) == 0
     assert len(list(cache.glob("*.json"))) == 2
     out = capsys.readouterr().out
     assert "a pass over 2 rows" in out
@@ -113,31 +113,20 @@ def test_tuning_the_demo(
 
 def test_budget_benchmark(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table, JSON and picture; the texts are plain decoding's."""
-    options = [
-        "--count",
-        "1",
-        "--new-tokens",
-        "12",
-        "--repeats",
-        "1",
-        "--sizes",
-        "4",
-        "--output",
-        str(tmp_path / "out"),
-    ]
-    assert budget.main(options) == 0
+    options = ["--num-prompts", "1", "--max-new-tokens", "12", "--repeats", "1", "--tree-sizes", "4"]
+    assert budget.main([*options, "--output", str(tmp_path / "out")]) == 0
     found = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
     assert [row["identical"] for row in found] == ["1/1"] * 4
-    assert [row["hostile"] for row in found] == [False, False, True, True]
-    assert "| heads of noise, greedy |" in capsys.readouterr().out
+    assert [row["adversarial"] for row in found] == [False, False, True, True]
+    assert "| random heads, greedy |" in capsys.readouterr().out
     assert (tmp_path / "out" / "budget.png").stat().st_size > 1000
 
 
-def test_noise_like(target: Target) -> None:
+def test_random_heads(target: Target) -> None:
     """Same shapes, other numbers, the given heads untouched."""
     heads = noise_heads(target, "block")
     before = {name: p.clone() for name, p in heads.named_parameters()}
-    noise = budget.noise_like(heads, 1)
+    noise = budget.random_heads(heads, 1)
     for name, p in noise.named_parameters():
         assert p.shape == before[name].shape
         assert not torch.equal(p, before[name])
@@ -147,8 +136,8 @@ def test_noise_like(target: Target) -> None:
 @pytest.mark.parametrize(
     ("main", "options", "says"),
     [
-        (command.main, ["--count", "0"], "--count must be at least 1"),
-        (command.main, ["--batch", "0"], "--batch must be at least 1"),
+        (command.main, ["--num-prompts", "0"], "--num-prompts must be at least 1"),
+        (command.main, ["--batch-sizes", "0"], "--batch-sizes must be at least 1"),
         (command.main, ["--heads", "nowhere"], "does not exist"),
         (command.main, ["--proposer", "lookahead", "--heads", "x"], "--heads goes with --proposer heads"),
         (command.main, ["--proposer", "heads", "--model", "x"], "needs --heads FOLDER"),
@@ -175,8 +164,8 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
     def rate(tried: list[Sizes]) -> list[float]:
         return [-abs(s.window - 2) - abs(s.ngram - 3) - abs(s.guesses - 4.0) for s in tried]
 
-    monkeypatch.setattr(command, "measured", lambda *args: rate)
-    options = ["--proposer", "lookahead", "--count", "1"]
+    monkeypatch.setattr(command, "throughput", lambda *args: rate)
+    options = ["--proposer", "lookahead", "--num-prompts", "1"]
     assert command.main([*options, "--dry-run"]) == 0
     assert not cache.exists()
     assert command.main(options) == 0
@@ -194,7 +183,7 @@ def test_sizes_are_measured(cache: Path, capsys: pytest.CaptureFixture[str], mon
     """The whole way, small."""
     for name, sizes in (("NGRAMS", (2,)), ("WINDOWS", (1,)), ("GUESSES", (1,))):
         monkeypatch.setattr(windows, name, sizes)
-    options = ["--proposer", "lookahead", "--count", "1", "--new-tokens", "6", "--repeats", "1"]
+    options = ["--proposer", "lookahead", "--num-prompts", "1", "--max-new-tokens", "6", "--repeats", "1"]
     assert command.main(options) == 0
     out = capsys.readouterr().out
     assert out.count("tokens/s") >= 5

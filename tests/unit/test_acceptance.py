@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from medhead.core import acceptance
-from medhead.core.acceptance import TypicalAcceptance, accept, accept_typical
+from medhead.core.acceptance import TypicalAcceptance, accept_drawn, verify_typical
 from medhead.core.sampling import first_largest
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
@@ -28,13 +28,13 @@ def test_accept_matches_the_walk(most: int, seed: int, batch: int, nodes: int) -
     tree, generator = random_tree(seed, batch, nodes, 3)  # few tokens: siblings repeat and guesses are often right
     drawn = torch.randint(0, 3, (batch, nodes), generator=generator)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(acceptance, "_MOST_NODES", most)
-        found = accept(tree, drawn)
+        patch.setattr(acceptance, "_MAX_HOST_NODES", most)
+        found = accept_drawn(tree, drawn)
     for row in range(batch):
-        tokens, parents, said = tree.tokens[row].tolist(), tree.parents[row].tolist(), drawn[row].tolist()
+        tokens, parents, targets = tree.tokens[row].tolist(), tree.parents[row].tolist(), drawn[row].tolist()
         frontier, depth = [0], 0
         while True:
-            below = [n for n in range(1, nodes) if parents[n] in frontier and tokens[n] == said[parents[n]]]
+            below = [n for n in range(1, nodes) if parents[n] in frontier and tokens[n] == targets[parents[n]]]
             if not below:
                 break
             frontier, depth = below, depth + 1
@@ -44,7 +44,7 @@ def test_accept_matches_the_walk(most: int, seed: int, batch: int, nodes: int) -
         assert path[0] == 0
         assert path[-1] == int(found.last[row])
         assert all(parents[child] == parent for parent, child in pairwise(path))
-        assert found.emitted[row, : depth + 1].tolist() == [said[node] for node in path]
+        assert found.emitted[row, : depth + 1].tolist() == [targets[node] for node in path]
         assert [tokens[node] for node in path[1:]] == found.emitted[row, :depth].tolist()
 
 
@@ -54,7 +54,7 @@ def test_typical_acceptance_matches_its_definition(seed: int, batch: int, nodes:
     scores = 2 * torch.randn(batch, nodes, 6, generator=generator)
     drawn = scores.argmax(-1)
     rule = TypicalAcceptance(0.2, 0.5)
-    found = accept_typical(tree, drawn, scores, rule)
+    found = verify_typical(tree, scores, None, rule)
     p = scores.softmax(-1)
     entropy = -(p * p.log()).sum(-1)
     for row in range(batch):

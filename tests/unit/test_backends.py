@@ -1,6 +1,6 @@
-"""Every attention backend against loops that nobody can misread; Triton's kernels run interpreted where there is no GPU.
+"""Every attention backend against brute-force loops; Triton's kernels run interpreted where there is no GPU.
 
-conftest.py sets TRITON_INTERPRET=1 before Triton is imported, so `triton` here means the same source run in Python.
+conftest.py sets TRITON_INTERPRET=1 before Triton is imported, so without a GPU `triton` is the same source run in Python.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from medhead.core.tree import TokenTree
-from medhead_kernels.attn_metadata import Scoring, TreeColumns
-from medhead_kernels.backends import BACKENDS, BackendError, Case, choose, refusal
+from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
+from medhead_kernels.backends import BACKENDS, AttnSpec, BackendError, cached_unsupported_reason, select_backend
 from triton_here import needs_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,17 +27,17 @@ KERNELS = [pytest.param("triton", marks=needs_triton), "flash", "sdpa", "referen
 
 @dataclass
 class Problem:
-    """Random tensors of one pass; what lies behind a row's nodes is NaN. The tree is random, or `back` interleaved chains."""
+    """Random tensors of one pass, NaN after a row's nodes. The tree is random, or `back` interleaved chains."""
 
     query: Tensor
     key: Tensor
     value: Tensor
-    tree: TreeColumns
+    tree: TreeMetadata
     source: TokenTree
 
     @classmethod
     def random(
-        cls, lengths: list[int], nodes: int, key_heads: int = 2, group: int = 2, dim: int = 16,
+        cls, lengths: list[int], nodes: int, kv_heads: int = 2, group: int = 2, dim: int = 16,
         value_dim: int | None = None, dtype: torch.dtype = torch.float32, seed: int = 0, back: int = 0,
     ) -> Problem:  # fmt: skip
         generator = torch.Generator().manual_seed(seed)
@@ -50,24 +50,24 @@ class Problem:
         for node in range(1, nodes):
             parents[:, node] = max(0, node - back) if back else torch.randint(0, node, (batch,), generator=generator)
         source = TokenTree.from_parents(torch.zeros(batch, nodes), parents)
-        store = [normal(batch, key_heads, columns + 7, size) for size in (dim, value_dim or dim)]
+        store = [normal(batch, kv_heads, columns + 7, size) for size in (dim, value_dim or dim)]
         for tensor in store:
             for row, length in enumerate(lengths):
                 tensor[row, :, length + nodes :] = float("nan")
         key, value = (
             tensor.to(DEVICE)[:, :, :columns] for tensor in store
         )  # views into a longer store, as in the cache
-        tree = TreeColumns(
+        tree = TreeMetadata(
             torch.tensor(lengths, dtype=torch.int32, device=DEVICE),
             tuple(lengths),
             source.ancestor_bitmask.to(DEVICE),
             source.depth.to(DEVICE),
         )
-        query = normal(batch, nodes, key_heads * group, dim).to(DEVICE).transpose(1, 2)  # as projections leave it
+        query = normal(batch, nodes, kv_heads * group, dim).to(DEVICE).transpose(1, 2)  # as projections leave it
         return cls(query, key, value, tree, source)
 
-    def expected(self, scoring: Scoring) -> Tensor:
-        """Brute force in float64: for every row, node and head the softmax over the keys that the node may see."""
+    def expected(self, params: AttnParams) -> Tensor:
+        """Compute attention in float64 by loops over rows, nodes and heads."""
         query, key, value = (t.double().cpu() for t in (self.query, self.key, self.value))
         batch, heads, nodes, _ = query.shape
         group = heads // key.shape[1]
@@ -81,30 +81,32 @@ class Problem:
                     path.append(at)
                 seen = [(column, column) for column in range(length)] + [(length + n, length + depth[n]) for n in path]
                 position = length + depth[node]
-                columns = [c for c, p in seen if scoring.window is None or p > position - scoring.window]
+                columns = [c for c, p in seen if params.window is None or p > position - params.window]
                 for head in range(heads):
-                    scores = key[row, head // group, columns] @ query[row, head, node] * scoring.scale
-                    if scoring.softcap is not None:
-                        scores = scoring.softcap * torch.tanh(scores / scoring.softcap)
-                    extra = torch.zeros(0) if scoring.sinks is None else scoring.sinks[head].double().cpu()[None]
+                    scores = key[row, head // group, columns] @ query[row, head, node] * params.scale
+                    if params.softcap is not None:
+                        scores = params.softcap * torch.tanh(scores / params.softcap)
+                    extra = torch.zeros(0) if params.sinks is None else params.sinks[head].double().cpu()[None]
                     weights = torch.cat([scores, extra]).softmax(0)[: len(columns)]
                     out[row, node, head] = weights @ value[row, head // group, columns]
         return out
 
 
 def check(name: str, problem: Problem, **options: Any) -> None:
-    """The backend's output is the brute-force one; memory that an output may come from is poisoned before."""
-    scoring = Scoring(problem.query.shape[3] ** -0.5, **options)
+    """Compare the backend with brute force; new tensors are filled with NaN first."""
+    params = AttnParams(problem.query.shape[3] ** -0.5, **options)
     backend, dtype = BACKENDS[name], problem.query.dtype
-    reason = backend.why_not(Case.of(problem.query, problem.value, scoring))
+    reason = backend.unsupported_reason(AttnSpec.of(problem.query, problem.value, params))
     if reason is not None:
         pytest.skip(reason)
     key, value = problem.key, problem.value
-    if backend.dense:  # a masked key has weight 0, and 0 * NaN is NaN: dense backends need finite numbers there
+    if (
+        backend.needs_dense_mask
+    ):  # a masked key has weight 0, and 0 * NaN is NaN: dense backends need finite numbers there
         key, value = key.nan_to_num(0.0), value.nan_to_num(0.0)
     with poisoned():
-        out = backend.attention(problem.query, key, value, problem.tree, scoring)
-    expected = problem.expected(scoring)
+        out = backend.attention(problem.query, key, value, problem.tree, params)
+    expected = problem.expected(params)
     assert out.dtype == dtype
     assert out.shape == expected.shape
     difference = float((out.double().cpu() - expected).abs().max())
@@ -112,7 +114,7 @@ def check(name: str, problem: Problem, **options: Any) -> None:
 
 
 class poisoned:
-    """While active, `new_empty` gives NaN, so that an element nobody wrote is seen."""
+    """Make `new_empty` return NaN, so that elements which were never written are found."""
 
     def __enter__(self) -> None:
         self.plain = Tensor.new_empty
@@ -131,19 +133,19 @@ class poisoned:
 @settings(max_examples=6)
 @given(st.integers(0, 10_000), st.lists(st.integers(0, 90), min_size=1, max_size=3), st.integers(1, 20))
 def test_random_trees_and_ragged_lengths(name: str, seed: int, lengths: list[int], nodes: int) -> None:
-    check(name, Problem.random(lengths, nodes, key_heads=1, seed=seed))
+    check(name, Problem.random(lengths, nodes, kv_heads=1, seed=seed))
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("group", [1, 4, 8])
 def test_groups(name: str, group: int) -> None:
-    check(name, Problem.random([33, 5], 7, key_heads=2, group=group))
+    check(name, Problem.random([33, 5], 7, kv_heads=2, group=group))
 
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize(("dim", "value_dim"), [(64, 64), (80, 80), (96, 96), (128, 128), (256, 256), (24, 16)])
 def test_head_sizes(name: str, dim: int, value_dim: int) -> None:
-    check(name, Problem.random([40], 5, key_heads=1, dim=dim, value_dim=value_dim))
+    check(name, Problem.random([40], 5, kv_heads=1, dim=dim, value_dim=value_dim))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -154,9 +156,9 @@ def test_types(name: str, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("name", KERNELS)
 @pytest.mark.parametrize("nodes", [63, 64, 65, 130, 256])
-def test_more_than_one_word(name: str, nodes: int) -> None:
-    """The tree begins in the middle of a block, so a block's columns lie in two words."""
-    check(name, Problem.random([37], nodes, key_heads=1, group=1))
+def test_more_than_one_bitmask_element(name: str, nodes: int) -> None:
+    """The tree begins in the middle of a block, so a block's columns lie in two elements."""
+    check(name, Problem.random([37], nodes, kv_heads=1, group=1))
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -187,28 +189,28 @@ def test_a_window_counts_positions_not_columns(name: str) -> None:
 @needs_triton
 @pytest.mark.parametrize("splits", [1, 2, 3, 7])
 def test_any_number_of_splits_gives_the_same(splits: int) -> None:
-    """Also more splits than there are blocks: the empty ones weigh nothing."""
+    """Also with more splits than blocks; empty splits have weight 0."""
     from medhead_kernels import tree_attention
 
-    problem, scoring = Problem.random([130, 0], 5), Scoring(0.25, sinks=torch.zeros(4, device=DEVICE))
+    problem, params = Problem.random([130, 0], 5), AttnParams(0.25, sinks=torch.zeros(4, device=DEVICE))
     with poisoned():
-        args = (problem.query, problem.key, problem.value, problem.tree, scoring)
+        args = (problem.query, problem.key, problem.value, problem.tree, params)
         out, again = (tree_attention.attention(*args, splits) for _ in range(2))
     assert torch.equal(out, again)  # deterministic
-    torch.testing.assert_close(out.double().cpu(), problem.expected(scoring), atol=2e-5, rtol=2e-5)
+    torch.testing.assert_close(out.double().cpu(), problem.expected(params), atol=2e-5, rtol=2e-5)
 
 
 @needs_triton
 @pytest.mark.parametrize("window", [None, 5])
 def test_splits_of_which_a_node_sees_nothing(window: int | None) -> None:
-    """A piece of keys inside the tree: the first nodes see none of it; with a window, deep nodes see none of the first piece."""
+    """The first nodes see no key of a split inside the tree; with a window, deep nodes see none of the first split."""
     from medhead_kernels import tree_attention
 
-    problem = Problem.random([20], 100, key_heads=1, group=1, back=int(window is not None))
-    scoring = Scoring(0.25, window)
+    problem = Problem.random([20], 100, kv_heads=1, group=1, back=int(window is not None))
+    params = AttnParams(0.25, window)
     with poisoned():
-        out = tree_attention.attention(problem.query, problem.key, problem.value, problem.tree, scoring, splits=3)
-    torch.testing.assert_close(out.double().cpu(), problem.expected(scoring), atol=2e-5, rtol=2e-5)
+        out = tree_attention.attention(problem.query, problem.key, problem.value, problem.tree, params, splits=3)
+    torch.testing.assert_close(out.double().cpu(), problem.expected(params), atol=2e-5, rtol=2e-5)
 
 
 @needs_triton
@@ -219,7 +221,7 @@ def test_large_scores_do_not_overflow() -> None:
     check("triton", problem, softcap=30.0)
 
 
-def test_the_dense_mask_of_columns_is_the_tree() -> None:
+def test_the_dense_mask_is_the_tree() -> None:
     problem = Problem.random([3, 0], 5)
     seen = problem.tree.bias(8, None, torch.float32).cpu()[:, 0] == 0
     assert torch.equal(problem.tree.visible.cpu(), problem.source.visible)
@@ -229,54 +231,54 @@ def test_the_dense_mask_of_columns_is_the_tree() -> None:
     assert not bool(seen[1, :, 5:].any())
 
 
-# ---------------------------------------------------------------- who serves what
+# ---------------------------------------------------------------- selection
 
 
 @pytest.mark.parametrize(
-    ("name", "case", "says"),
+    ("name", "spec", "says"),
     [
-        ("flash", Case("cpu", torch.float32, 64, 64, window=True), "sliding window"),
-        ("flash", Case("cpu", torch.float32, 64, 64, softcap=True), "soft-capping"),
-        ("flash", Case("cuda", torch.float32, 64, 64), "float32"),
-        ("flash", Case("cuda", torch.float16, 576, 576), "576"),
-        ("flash", Case("cpu", torch.float32, 192, 128), "192 and 128"),
-        ("flash", Case("cpu", torch.float32, 64, 64, nodes=257), "257"),
-        ("flash", Case("mps", torch.float32, 64, 64), "mps"),
-        ("sdpa", Case("cpu", torch.float32, 64, 64, softcap=True), "soft-capping"),
-        ("sdpa", Case("cpu", torch.float32, 64, 64, sinks=True), "sinks"),
-        pytest.param("triton", Case(DEVICE.type, torch.float32, 576, 512), "576", marks=needs_triton),
-        pytest.param("triton", Case(DEVICE.type, torch.float64, 64, 64), "float64", marks=needs_triton),
-        pytest.param("triton", Case(DEVICE.type, torch.float32, 64, 64, nodes=300), "300", marks=needs_triton),
+        ("flash", AttnSpec("cpu", torch.float32, 64, 64, window=True), "sliding window"),
+        ("flash", AttnSpec("cpu", torch.float32, 64, 64, softcap=True), "soft-capping"),
+        ("flash", AttnSpec("cuda", torch.float32, 64, 64), "float32"),
+        ("flash", AttnSpec("cuda", torch.float16, 576, 576), "576"),
+        ("flash", AttnSpec("cpu", torch.float32, 192, 128), "192 and 128"),
+        ("flash", AttnSpec("cpu", torch.float32, 64, 64, nodes=257), "257"),
+        ("flash", AttnSpec("mps", torch.float32, 64, 64), "mps"),
+        ("sdpa", AttnSpec("cpu", torch.float32, 64, 64, softcap=True), "soft-capping"),
+        ("sdpa", AttnSpec("cpu", torch.float32, 64, 64, sinks=True), "sinks"),
+        pytest.param("triton", AttnSpec(DEVICE.type, torch.float32, 576, 512), "576", marks=needs_triton),
+        pytest.param("triton", AttnSpec(DEVICE.type, torch.float64, 64, 64), "float64", marks=needs_triton),
+        pytest.param("triton", AttnSpec(DEVICE.type, torch.float32, 64, 64, nodes=300), "300", marks=needs_triton),
     ],
 )
-def test_a_backend_says_why_not(name: str, case: Case, says: str) -> None:
-    reason = BACKENDS[name].why_not(case)
+def test_unsupported_reasons(name: str, spec: AttnSpec, says: str) -> None:
+    reason = BACKENDS[name].unsupported_reason(spec)
     assert reason is not None
     assert says in reason
     assert "\n" not in reason
-    assert refusal(name, case) == reason
+    assert cached_unsupported_reason(name, spec) == reason
 
 
-def test_choosing() -> None:
-    case = Case("cpu", torch.float32, 64, 64)
-    assert choose("auto", [case]).name == "sdpa"
-    assert choose("flash", [case]).name == "flash"
+def test_select_backend() -> None:
+    spec = AttnSpec("cpu", torch.float32, 64, 64)
+    assert select_backend("auto", [spec]).name == "sdpa"
+    assert select_backend("flash", [spec]).name == "flash"
     with pytest.raises(BackendError, match="auto, sdpa, reference, triton, flash; got 'fast'"):
-        choose("fast", [case])
+        select_backend("fast", [spec])
     with pytest.raises(BackendError, match=r"'flash' cannot serve this model: .*192 and 128"):
-        choose("flash", [Case("cpu", torch.float32, 192, 128)])
+        select_backend("flash", [AttnSpec("cpu", torch.float32, 192, 128)])
 
 
 @needs_triton
 def test_auto_on_a_gpu() -> None:
-    assert choose("auto", [Case("cuda", torch.bfloat16, 128, 128)]).name == "triton"
+    assert select_backend("auto", [AttnSpec("cuda", torch.bfloat16, 128, 128)]).name == "triton"
     with pytest.warns(UserWarning, match="'sdpa', which is slower, because 'triton' cannot serve: .* not 576"):
-        assert choose("auto", [Case("cuda", torch.bfloat16, 576, 512)]).name == "sdpa"
-    assert choose("auto", [Case("mps", torch.float16, 128, 128)]).name == "sdpa"
+        assert select_backend("auto", [AttnSpec("cuda", torch.bfloat16, 576, 512)]).name == "sdpa"
+    assert select_backend("auto", [AttnSpec("mps", torch.float16, 128, 128)]).name == "sdpa"
 
 
 def test_nan_in_the_answer_would_be_seen() -> None:
-    """The comparison itself: NaN never passes."""
+    """NaN never passes the comparison."""
     problem = Problem.random([3], 2)
     problem.value[:] = math.nan
     with pytest.raises(AssertionError):

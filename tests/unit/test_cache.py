@@ -31,11 +31,11 @@ def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
         cache.begin(nodes)
         wrote = {}
         for layer, pair in LAYOUT.layers.items():
-            new = [torch.randn(batch, slot.heads, nodes, slot.dim, generator=generator) for slot in pair]
+            new = [torch.randn(batch, spec.heads, nodes, spec.dim, generator=generator) for spec in pair]
             seen = cache.update(new[0], new[1], layer)
             for kv in (0, 1):
                 wrote[layer, kv] = new[kv]
-                for row, length in enumerate(cache.lengths):
+                for row, length in enumerate(cache.lengths.host):
                     expected = [*kept[layer, kv][row], *new[kv][row].unbind(1)]
                     assert torch.equal(seen[kv][row, :, : length + nodes], torch.stack(expected, 1))
         counts = [number(1, nodes + 1) for _ in range(batch)]
@@ -44,32 +44,34 @@ def test_cache_behaves_like_lists(seed: int, batch: int) -> None:
             path = torch.zeros(batch, steps, dtype=torch.long)
             for row, count in enumerate(counts):
                 path[row, 1:count] = 1 + torch.randperm(nodes - 1, generator=generator)[: count - 1].sort().values
-            cache.commit(counts, path)
+            cache.commit(path, torch.tensor(counts))
         else:
             path = torch.arange(steps).expand(batch, steps)
-            cache.commit(counts)
+        cache.lengths.advance(torch.tensor(counts), counts)
         for key, new in wrote.items():
             for row, count in enumerate(counts):
                 kept[key][row] += [new[row, :, int(node)] for node in path[row, :count]]
-        assert cache.lengths == [len(rows) for rows in kept[0, 0]]
+        assert cache.lengths.host == cache.lengths.device.tolist() == [len(rows) for rows in kept[0, 0]]
         if batch > 1 and number(0, 4) == 0:
             rows = torch.randperm(batch, generator=generator)[: batch - 1].tolist()
             rows = [sorted(rows), compact_order(sorted(rows)), rows][number(0, 3)]
             cache.keep_rows(rows)
+            cache.lengths.keep_rows(rows)
             kept = {key: [value[row] for row in rows] for key, value in kept.items()}
             batch -= 1
         if number(0, 4) == 0:
             newcomer, length = TreeCache(LAYOUT, 1, capacity=8), number(1, 90)
             newcomer.begin(length)
             for layer, pair in LAYOUT.layers.items():
-                new = [torch.randn(1, slot.heads, length, slot.dim, generator=generator) for slot in pair]
+                new = [torch.randn(1, spec.heads, length, spec.dim, generator=generator) for spec in pair]
                 newcomer.update(new[0], new[1], layer)
                 for kv in (0, 1):
                     kept[layer, kv].append(list(new[kv][0].unbind(1)))
-            newcomer.commit([length])
+            newcomer.lengths.advance(torch.tensor([length]))
             cache.join(newcomer)
+            cache.lengths.join(newcomer.lengths)
             batch += 1
-            assert cache.lengths == [len(rows) for rows in kept[0, 0]]
+            assert cache.lengths.host == cache.lengths.device.tolist() == [len(rows) for rows in kept[0, 0]]
 
 
 def test_the_storage_holds_what_was_generated() -> None:
@@ -85,11 +87,12 @@ def test_what_a_long_row_needed_is_given_back() -> None:
     cache, newcomer = TreeCache(LAYOUT, 2, capacity=70), TreeCache(LAYOUT, 1, capacity=70)
     for joining in (cache, newcomer):
         joining.begin(20)
-        joining.commit([20] * joining.batch_size)
+        joining.lengths.advance(torch.tensor([20] * joining.batch_size))
     cache.begin(1000)
-    cache.commit([1000, 1])
+    cache.lengths.advance(torch.tensor([1000, 1]))
     assert cache.capacity >= 1020
     cache.keep_rows([1])
+    cache.lengths.keep_rows([1])
     cache.join(newcomer)
     assert cache.capacity == newcomer.capacity == 128
     assert cache.nbytes() == 2 * 128 * LAYOUT.bytes_per_token()
@@ -98,10 +101,12 @@ def test_what_a_long_row_needed_is_given_back() -> None:
 def test_dropped_rows_move_few_and_are_given_back_in_time() -> None:
     cache = TreeCache(LAYOUT, 8, capacity=60)
     cache.begin(1)
-    cache.commit([1] * 8)
-    whole, before = cache.nbytes(), [part.data_ptr() for part in cache.parts]
-    cache.keep_rows(compact_order([0, 2, 3, 4, 5, 7]))
-    assert [part.data_ptr() for part in cache.parts] == before
+    cache.lengths.advance(torch.ones(8, dtype=torch.long))
+    whole, before = cache.nbytes(), [part.data_ptr() for part in cache.per_layer]
+    rows = compact_order([0, 2, 3, 4, 5, 7])
+    cache.keep_rows(rows)
+    cache.lengths.keep_rows(rows)
+    assert [part.data_ptr() for part in cache.per_layer] == before
     assert cache.nbytes() == whole
     cache.keep_rows(compact_order([1, 3, 5]))
     assert cache.nbytes() == whole * 3 // 8

@@ -1,4 +1,4 @@
-"""Parts that kinds of heads share, against loops and against transformers: memory, attention, rotary positions, the cell."""
+"""Parts that kinds of heads share, against loops and against transformers: draft cache, attention, rotary positions, cell."""
 
 from __future__ import annotations
 
@@ -14,13 +14,17 @@ from torch import Tensor
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from medhead.core.lengths import Lengths
+from medhead.heads import HeadsConfig
 from medhead.heads.attention_layers import attend
+from medhead.heads.block import BlockHeads
+from medhead.heads.cached import join_kv
 from medhead.heads.draft_cache import PAGE, DraftCacheView, TensorDraftCache
-from medhead.heads.layers import GatedMLP, PathCell, Rotary, fuse_layers, split_rows
+from medhead.heads.layers import GatedCell, GatedMLP, Rotary, fuse_layers
 
 
 def visible(memory: DraftCacheView) -> list[list[list[int]]]:
-    """For every row and query the indices that it sees, by a loop."""
+    """Return the indices that every row and query sees, by a loop."""
     found: list[list[list[int]]] = []
     for row, ends in enumerate(memory.end.tolist()):
         begins = [0] * len(ends) if memory.begin is None else memory.begin[row].tolist()
@@ -29,32 +33,35 @@ def visible(memory: DraftCacheView) -> list[list[list[int]]]:
 
 
 @given(st.data(), st.integers(1, 4), st.integers(1, 2 * PAGE))
-def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
-    store = TensorDraftCache(batch, 3, torch.float32, torch.device("cpu"), capacity)
+def test_a_draft_cache_is_a_list_of_entries_for_every_text(data: st.DataObject, batch: int, capacity: int) -> None:
+    lengths = Lengths.of([0] * batch)
+    store = TensorDraftCache(3, torch.float32, lengths, capacity)
     texts: list[list[list[float]]] = [[] for _ in range(batch)]
 
-    def encode_cache_entry(features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        assert int(positions.max()) < longest
+    def encode_cache_entry(features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        assert int(positions.max()) < max_len
         return torch.cat([features, token, positions.expand(features.shape[:2])[..., None].float()], -1)
 
     for _ in range(data.draw(st.integers(1, 7))):
         count, rows = data.draw(st.integers(1, 40)), len(texts)
         features, token = torch.rand(rows, count, 1), torch.rand(rows, count, 1)
-        store.write(encode_cache_entry, features, token)
         if data.draw(st.booleans()):
             kept = [data.draw(st.integers(0, count))] * rows
         else:
             kept = data.draw(st.lists(st.integers(0, count), min_size=rows, max_size=rows))
-        store.advance(kept)
+        counts = torch.tensor(kept)
+        store.write(encode_cache_entry, features, token, counts)
+        lengths.advance(counts)
         for row, text in enumerate(texts):
             for at in range(kept[row]):
                 text.append([features[row, at, 0].item(), token[row, at, 0].item(), float(len(text))])
         if rows > 1 and data.draw(st.booleans()):
             going = sorted(data.draw(st.sets(st.integers(0, rows - 1), min_size=1)))
             store.keep_rows(going)
+            lengths.keep_rows(going)
             texts = [texts[row] for row in going]
         view = store.view()
-        assert store.lengths == view.end[:, 0].tolist() == [len(text) for text in texts]
+        assert lengths.host == view.end[:, 0].tolist() == [len(text) for text in texts]
         assert view.rows.shape == (len(texts), max(map(len, texts)), 3)
         for row, text in enumerate(texts):
             assert view.rows[row, : len(text)].tolist() == text
@@ -64,11 +71,12 @@ def test_memory_is_a_list_of_rows_for_every_text(data: st.DataObject, batch: int
             assert [[row[0].nonzero()[:, 0].tolist()] for row in seen] == visible(view)
 
 
-def test_memory_doubles_when_it_is_full() -> None:
-    store, sizes = TensorDraftCache(2, 5, torch.float16, torch.device("cpu"), 3), []
+def test_a_draft_cache_doubles_when_it_is_full() -> None:
+    lengths, sizes, counts = Lengths.of([0, 0]), [], torch.tensor([60, 60])
+    store = TensorDraftCache(5, torch.float16, lengths, 3)
     for _ in range(5):
-        store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0))
-        store.advance([60, 60])
+        store.write(lambda features, *rest: features.to(torch.float16), torch.rand(2, 60, 5), torch.empty(0), counts)
+        lengths.advance(counts)
         sizes.append(store.nbytes() // (2 * 5 * 2))
     assert sizes == [64, 128, 256, 256, 512]
 
@@ -92,7 +100,7 @@ def attend_by_loops(
     own: tuple[Tensor, Tensor] | None,
     own_hidden: Tensor | None,
 ) -> Tensor:
-    """One query after the other."""
+    """Attend with one query after the other."""
     batch, groups, slots, heads, dim = query.shape
     key_heads = memory[0].shape[2]
     found = torch.zeros(batch, groups, slots, heads, dim)
@@ -129,7 +137,7 @@ SHAPES = {  # batch, groups, slots, heads, key heads, length of the memory, own 
 @pytest.mark.parametrize("masked", ["", "all", "each", "later"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_attention_is_that_of_a_loop(shape: str, masked: str) -> None:
-    """In value and in gradient; a query that sees nothing gets zeros."""
+    """Values and gradients are equal; a query that sees no key gets zeros."""
     batch, groups, slots, heads, key_heads, length, count = SHAPES[shape]
     generator, dim = torch.Generator().manual_seed(len(shape)), 6
 
@@ -222,7 +230,7 @@ def test_tables_made_while_decoding_serve_training() -> None:
 
 def test_the_cell_is_one_gated_layer_over_state_and_token() -> None:
     torch.manual_seed(0)
-    cell = PathCell(8, 5, 3)
+    cell = GatedCell(8, 5, 3)
     for parameter in cell.parameters():
         torch.nn.init.normal_(parameter)
     state, embedding = torch.randn(2, 4, 8), torch.randn(2, 4, 8)
@@ -233,7 +241,7 @@ def test_the_cell_is_one_gated_layer_over_state_and_token() -> None:
         gate, up = F.linear(both, weight, cell.depth_bias[depth]).split(5, -1)
         expected = state + F.linear(F.silu(gate) * up, cell.outer.weight)
         torch.testing.assert_close(cell(state, cell.encode(embedding), depth), expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(PathCell(8, 5, 3)(state, embedding[..., :1].expand(-1, -1, 10), 0), state)  # untrained
+    assert torch.equal(GatedCell(8, 5, 3)(state, embedding[..., :1].expand(-1, -1, 10), 0), state)  # untrained
 
 
 def test_layers_are_fused_to_the_last_one_before_training() -> None:
@@ -247,9 +255,14 @@ def test_the_gated_feed_forward() -> None:
     torch.testing.assert_close(mlp(x), (F.silu(x @ gate.T) * (x @ up.T)) @ down.T)
 
 
-def test_rows_of_memory_hold_keys_and_values_of_every_layer() -> None:
-    keys, values = torch.rand(2, 3, 4, 5, 6), torch.rand(2, 3, 4, 5, 6)  # layers last but two
-    rows = torch.cat([part[..., layer, :, :].flatten(-2) for layer in range(4) for part in (keys, values)], -1)
-    for layer, (key, value) in enumerate(split_rows(rows, 4, 5, 6)):
-        assert torch.equal(key, keys[..., layer, :, :])
-        assert torch.equal(value, values[..., layer, :, :])
+def test_cache_entries_hold_keys_and_values_of_every_layer() -> None:
+    config = HeadsConfig("block", 1, 32, 64, 2, num_layers=4, num_heads=5, num_kv_heads=5, head_dim=6)
+    pairs = [(torch.rand(2, 3, 5, 6), torch.rand(2, 3, 5, 6)) for _ in range(4)]
+    entries = torch.cat([part.flatten(-2) for pair in pairs for part in pair], -1)
+    heads = BlockHeads(config)
+    assert entries.shape[-1] == heads.cache_entry_size
+    assert torch.equal(join_kv(pairs), entries)
+    for (key, value), (keys, values) in zip(heads.split_kv(entries), pairs, strict=True):
+        assert torch.equal(key, keys)
+        assert torch.equal(value, values)
+    assert [key.shape for key, _ in heads.split_kv(entries[:, :0])] == [(2, 0, 5, 6)] * 4

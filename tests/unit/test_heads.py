@@ -1,4 +1,4 @@
-"""Heads: kinds, one PEFT checkpoint, and everything that can be wrong with one."""
+"""Heads: the PEFT checkpoint, and every refusal of a checkpoint or a configuration."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_peft_loads_the_checkpoint(folders: dict[str, Path], loaded: tuple[PreTr
 
 
 def broken(source: Path, goal: Path, **fields: Any) -> Path:
-    """A copy of a heads folder with other fields in its configuration."""
+    """Copy a heads folder and change fields of its configuration."""
     shutil.copytree(source, goal)
     config = json.loads((goal / "medhead_config.json").read_text())
     (goal / "medhead_config.json").write_text(json.dumps(config | fields))
@@ -72,26 +72,74 @@ def broken(source: Path, goal: Path, **fields: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("fields", "says"),
+    ("fields", "message"),
     [
         ({"hidden_size": 64}, "another model: their hidden size is 64, LlamaForCausalLM has 32"),
-        ({"vocab_size": 1000}, "vocabulary is 1000"),
-        ({"target_layers": 9}, "layers is 9"),
-        ({"kind": "hydra"}, "no kind of heads is called 'hydra'"),
+        ({"vocab_size": 1000}, "vocabulary size is 1000"),
+        ({"num_target_layers": 9}, "layers is 9"),
+        ({"kind": "hydra"}, "kind of the heads must be one of attention, .*, got 'hydra'"),
         ({"inner_size": 30}, "tensors differ"),
         ({"depth": 0}, "depth of the heads must be"),
         ({"depth": "3"}, "depth of the heads must be"),
-        ({"correction": "parent"}, "'recurrent' know the corrections none; got 'parent'"),
-        ({"feature_layers": [2]}, r"layers of the target from 0 to 1, got \[2\]"),
+        ({"correction": "parent"}, "correction of 'recurrent' heads must be one of none, got 'parent'"),
+        ({"feature_layers": [2]}, r"layers of the target from 0 to 1, got 2 in \[2\]"),
         ({"colour": "red"}, "colour"),
     ],
 )
 def test_heads_that_do_not_fit(
-    folders: dict[str, Path], loaded: tuple[PreTrainedModel, Target], tmp_path: Path, fields: dict[str, Any], says: str
+    folders: dict[str, Path],
+    loaded: tuple[PreTrainedModel, Target],
+    tmp_path: Path,
+    fields: dict[str, Any],
+    message: str,
 ) -> None:
     folder = broken(folders["recurrent"], tmp_path / "heads", **fields)
-    with pytest.raises(MedheadError, match=says) as refusal:
+    with pytest.raises(MedheadError, match=message) as refusal:
         load_heads(folder, loaded[1])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"kind": "hydra"},
+            "kind of the heads must be one of attention, block, medusa, recurrent, sequential, got 'hydra'",
+        ),
+        ({"depth": 0}, "depth of the heads must be a whole number of at least 1, got 0"),
+        ({"depth": 2.5}, "depth of the heads must be a whole number"),
+        ({"num_layers": -1}, "num_layers of the heads must be"),
+        ({"inner_size": 0}, "inner_size of the heads must be"),
+        ({"head_dim": 0}, "head_dim of the heads must be"),
+        ({"tree_size": 0}, "tree_size of the heads must be"),
+        ({"draft_vocab_size": 65}, "draft_vocab_size must be from 0 to vocab_size 64, got 65"),
+        ({"draft_vocab_size": -1}, "draft_vocab_size must be from 0"),
+        ({"tree_depth": 5}, "tree_depth must be from 0 to the heads' depth 4, got 5"),
+        ({"correction": "hope"}, "correction must be one of none, parent, recurrent, got 'hope'"),
+        ({"correction": "parent"}, "correction of 'recurrent' heads must be one of none, got 'parent'"),
+        ({"kind": "medusa", "correction": "recurrent"}, "'medusa' heads must be one of none, parent, got 'recurrent'"),
+        ({"kind": "sequential", "correction": "parent"}, "'sequential' heads must be one of none, got 'parent'"),
+        ({"kind": "attention", "correction": "recurrent"}, "'attention' heads must be one of none, got 'recurrent'"),
+        ({"kind": "attention", "feature_layers": [2]}, r"layers of the target from 0 to 1, got 2 in \[2\]"),
+        ({"kind": "attention", "feature_layers": [0, -1]}, r"got -1 in \[0, -1\]"),
+        ({"kind": "block", "feature_layers": ["1"]}, r"got '1' in"),
+        ({"kind": "block", "feature_layers": [1, 1]}, r"distinct, got \[1, 1\]"),
+        (
+            {"kind": "medusa", "feature_layers": [0, 1]},
+            r"'medusa' heads read one layer of the target, got feature_layers \[0, 1\]",
+        ),
+        ({"kind": "attention", "num_heads": 4, "num_kv_heads": 3}, "num_heads must be a multiple of num_kv_heads"),
+        ({"kind": "block", "head_dim": 7}, "head_dim even, got 4, 2 and 7"),
+        (
+            {"kind": "attention", "draft_hidden_size": 16},
+            "draft_hidden_size 16 for a target of hidden size 32 need an embedding",
+        ),
+    ],
+)
+def test_invalid_configurations(fields: dict[str, Any], message: str) -> None:
+    given = {"kind": "recurrent", "depth": 4, "hidden_size": 32, "vocab_size": 64, "num_target_layers": 2} | fields
+    with pytest.raises(MedheadError, match=message) as refusal:
+        build_heads(HeadsConfig(**given))
     assert "\n" not in str(refusal.value)
 
 
@@ -116,19 +164,19 @@ def test_damaged_folders(folders: dict[str, Path], loaded: tuple[PreTrainedModel
         load_heads(folder, target)
 
 
-def test_untrained_medusa_heads_guess_what_the_target_says(target: Target) -> None:
+def test_untrained_medusa_heads_repeat_the_target(target: Target) -> None:
     """Residual blocks that start at zero leave the hidden state as it is, so the output matrix gives the target's logits."""
     config = HeadsConfig("medusa", 2, target.hidden_size, target.vocab_size, target.layers, inner_size=16)
     heads = build_heads(config)
     hidden = torch.randn(3, target.hidden_size)
     for depth in range(2):
-        draft = heads.start(hidden, hidden, None)
-        _, feature = heads.advance(draft.state, torch.zeros(3, target.hidden_size), depth, draft.shared)
+        state, context = heads.init_state(hidden, hidden, None)
+        _, feature = heads.step(state, torch.zeros(3, target.hidden_size), depth, context)
         assert torch.equal(feature, hidden)
 
 
-def test_heads_name_only_their_draft_vocabulary(model: PreTrainedModel, target: Target) -> None:
-    fields = noise_heads(target).config.to_dict() | {"draft_vocab": 7}
+def test_heads_propose_only_their_draft_vocabulary(model: PreTrainedModel, target: Target) -> None:
+    fields = noise_heads(target).config.to_dict() | {"draft_vocab_size": 7}
     heads = build_heads(HeadsConfig(**fields))
     allowed = torch.tensor([3, 9, 10, 22, 40, 41, 63])
     heads.draft_tokens.copy_(allowed)

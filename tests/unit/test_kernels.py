@@ -1,10 +1,11 @@
-"""Kernels where they are used: whole decoders, layers with rules of their own, commits, compilation for absent GPUs."""
+"""Kernels inside decoders: attention, layers with their own masks, commits, compilation for absent GPUs."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,8 +26,7 @@ import medhead.model.target
 from conftest import tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, MedheadError
-from medhead.model.attention import rule_window
-from medhead.model.kv_cache import _move_rows
+from medhead.model.attention import mask_window
 from medhead.model.target import Target
 from medhead_kernels import backends
 from medhead_kernels.backends import BACKENDS
@@ -36,22 +36,22 @@ KERNELS = [pytest.param("triton", marks=[needs_triton, interpreted]), "flash"]
 
 
 class Spy:
-    """Counts how often a backend answers, and for which windows; says so when a dense mask is made."""
+    """Records the windows that a backend is called with, and counts dense masks."""
 
     def __init__(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
         self.windows: list[int | None] = []
         self.dense = 0
-        attention, bias = type(BACKENDS[name]).attention, medhead.model.attention.TreePass.bias
+        attention, bias = BACKENDS[name].attention, medhead.model.attention.TreePass.bias
 
-        def counted(backend: Any, query: Tensor, key: Tensor, value: Tensor, tree: Any, scoring: Any) -> Tensor:
-            self.windows.append(scoring.window)
-            return attention(backend, query, key, value, tree, scoring)
+        def counted(query: Tensor, key: Tensor, value: Tensor, tree: Any, params: Any) -> Tensor:
+            self.windows.append(params.window)
+            return attention(query, key, value, tree, params)
 
         def made(current: Any, *args: Any) -> Tensor | None:
             self.dense += current.backend is not None
             return bias(current, *args)
 
-        monkeypatch.setattr(type(BACKENDS[name]), "attention", counted)
+        monkeypatch.setattr(BACKENDS[name], "attention", counted)
         monkeypatch.setattr(medhead.model.attention.TreePass, "bias", made)
 
 
@@ -74,7 +74,7 @@ def verify_twice(target: Target) -> None:
     [pytest.param("triton", False, marks=[needs_triton, interpreted]), ("flash", False), ("flash", True)],
 )
 def test_text_is_that_of_sdpa(name: str, sampling: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ragged rows, trees, early ends: token for token."""
+    """The same tokens with ragged rows and trees."""
     ids = torch.tensor([[0, 0, 5, 9, 13, 5, 9], [7, 8, 7, 8, 7, 8, 7]])
     mask = (ids > 0).long()
     options = {"max_new_tokens": 6, "do_sample": sampling, "attention_mask": mask} | ({"seed": 3} if sampling else {})
@@ -96,8 +96,8 @@ FAMILIES = ["mistral", "gemma2", "gpt_oss", "llama4_text", "cohere2", "deepseek_
 @pytest.mark.parametrize("attention", KERNELS)
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.filterwarnings("ignore:attention .* cannot serve some layers")
-def test_families_with_rules_of_their_own(family: str, attention: str) -> None:
-    """Windows, chunks, soft-capping, sinks, other value sizes: served by the kernel or by the dense mask, never wrongly."""
+def test_families_with_their_own_masks(family: str, attention: str) -> None:
+    """Windows, chunks, soft-capping, sinks and other value sizes give correct logits, by the kernel or a dense mask."""
     if family not in ACCEPTED or not exists(family):
         pytest.skip(f"no {family} here")
     model = tiny(family, ACCEPTED[family])
@@ -120,7 +120,7 @@ def test_families_with_rules_of_their_own(family: str, attention: str) -> None:
 @needs_triton
 @interpreted
 def test_a_window_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Mistral's sliding window of 4 is the kernel's, once texts are longer; the dense mask is not made."""
+    """The kernel receives Mistral's sliding window of 4, and no dense mask is made."""
     target = Target(tiny("mistral", ACCEPTED["mistral"]), attention="triton")
     spy = Spy("triton", monkeypatch)
     verify_twice(target)
@@ -128,8 +128,8 @@ def test_a_window_reaches_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     assert spy.dense == 0
 
 
-def test_a_layer_that_cannot_be_served_says_so_once() -> None:
-    medhead.model.attention._say_once.cache_clear()
+def test_an_unsupported_layer_warns_once() -> None:
+    medhead.model.attention.warn_dense_fallback.cache_clear()
     target = Target(tiny("gemma2", ACCEPTED["gemma2"]), probe=False, attention="flash")
     with pytest.warns(UserWarning, match="'flash' cannot serve some layers") as said:
         verify_twice(target)
@@ -140,20 +140,20 @@ def test_a_layer_that_cannot_be_served_says_so_once() -> None:
 # ---------------------------------------------------------------- choosing
 
 
-def test_rules_are_recognised_or_left_to_the_dense_mask() -> None:
+def test_mask_functions_are_recognised_or_fall_back_to_the_dense_mask() -> None:
     window, chunks = sliding_window_causal_mask_function(7), chunked_causal_mask_function(7, torch.zeros(1))
-    assert rule_window(causal_mask_function) == 0
-    assert rule_window(window) == 7
-    assert rule_window(chunks) is None
-    assert rule_window(and_masks(window, causal_mask_function)) is None
-    assert rule_window(and_masks(lambda *_: True, causal_mask_function)) is None
-    assert rule_window(lambda *_: True) is None
-    assert rule_window(torch.nn.Identity()) is None
+    assert mask_window(causal_mask_function) == 0
+    assert mask_window(window) == 7
+    assert mask_window(chunks) is None
+    assert mask_window(and_masks(window, causal_mask_function)) is None
+    assert mask_window(and_masks(lambda *_: True, causal_mask_function)) is None
+    assert mask_window(lambda *_: True) is None
+    assert mask_window(torch.nn.Identity()) is None
 
 
 @needs_triton
 def test_triton_without_a_gpu_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backends, "_triton_interpreted", lambda: False)
+    monkeypatch.setattr(backends, "triton_is_interpreted", lambda: False)
     with pytest.raises(
         MedheadError, match="'triton' cannot serve this model: it needs a CUDA device, not cpu"
     ) as refusal:
@@ -173,13 +173,10 @@ def test_an_unknown_name() -> None:
 
 
 def test_auto_gives_way_to_sdpa_when_the_kernel_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A kernel that does not compile, or is wrong, on some GPU: found by the probe, said once, and slower; never wrong text."""
+    """A kernel that fails on this GPU is found by the probe, which warns and falls back to sdpa."""
 
-    class Broken(type(BACKENDS["flash"])):  # type: ignore[misc]
-        def attention(self, query: Tensor, *args: Any) -> Tensor:
-            return query.transpose(1, 2) * float("nan")
-
-    monkeypatch.setattr(medhead.model.target, "choose", lambda *_: Broken())
+    broken = replace(BACKENDS["flash"], attention=lambda query, *_: query.transpose(1, 2) * float("nan"))
+    monkeypatch.setattr(medhead.model.target, "select_backend", lambda *_: broken)
     with pytest.warns(UserWarning, match="'flash' fails with this model, so it is 'sdpa'"):
         assert Target(tiny_llama(), attention="auto").backend.name == "sdpa"
     with pytest.raises(MedheadError, match=r"with attention 'flash' \(try 'sdpa'\): .*cannot verify a token tree"):
@@ -190,13 +187,22 @@ def test_auto_gives_way_to_sdpa_when_the_kernel_fails(monkeypatch: pytest.Monkey
 
 
 def random_paths(batch: int, nodes: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-    """Increasing paths from node 0, with counts; what lies behind a row's count is any node."""
+    """Return increasing paths from node 0 with their counts; entries after a count are any node."""
     counts = torch.randint(1, nodes + 1, (batch,), generator=generator).tolist()
     path = torch.randint(0, nodes, (batch, max(counts)), generator=generator)
     for row, count in enumerate(counts):
         path[row, 0] = 0
         path[row, 1:count] = 1 + torch.randperm(nodes - 1, generator=generator)[: count - 1].sort().values
     return path, counts
+
+
+def moved_rows(buffer: Tensor, path: Tensor, lengths: Tensor) -> Tensor:
+    """Copy row `length + path[d]` to `length + d`, one by one."""
+    out = buffer.clone()
+    for row, length in enumerate(lengths.tolist()):
+        for step, node in enumerate(path[row].tolist()):
+            out[:, row, :, length + step] = buffer[:, row, :, length + node]
+    return out
 
 
 @needs_triton
@@ -213,8 +219,7 @@ def test_commit_moves_what_the_plain_one_moves(seed: int, kind: tuple[torch.dtyp
     store = torch.randn(2, batch, 2, 24, dim, generator=generator).to(dtype)
     store[..., 22:, :] = float("nan")  # never read, never written
     path, counts = random_paths(batch, nodes, generator)
-    expected, free, exact = store.clone(), store.clone(), store.clone()
-    _move_rows(expected, path, lengths)
+    expected, free, exact = moved_rows(store, path, lengths), store.clone(), store.clone()
     move(free, path, lengths)
     move(exact, path, lengths, torch.tensor(counts))
     for row, (length, count) in enumerate(zip(lengths.tolist(), counts, strict=True)):
@@ -229,7 +234,7 @@ def test_commit_moves_what_the_plain_one_moves(seed: int, kind: tuple[torch.dtyp
 @needs_triton
 @interpreted
 def test_a_cache_that_commits_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text of a decoder whose cache uses the kernel."""
+    """A cache that commits by the kernel gives the same text."""
     ids = torch.tensor([[5, 9, 13, 5, 9], [7, 8, 7, 8, 7]])
     plain = Decoder(tiny_llama(), "recycling").generate(ids, max_new_tokens=12)
     launches = []
@@ -258,7 +263,7 @@ def test_a_commit_kernel_that_fails_gives_way(monkeypatch: pytest.MonkeyPatch) -
 @needs_triton
 @pytest.mark.slow
 def test_kernels_compile_for_gpus_that_are_not_here() -> None:
-    """The types and sizes that Triton's interpreter does not check, for sm_80 and sm_90."""
+    """Dtypes and sizes, which Triton's interpreter does not check, for sm_80 and sm_90."""
     plain = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-m", "medhead_kernels.compile_check", "--quick"]
     done = subprocess.run(command, env=plain, capture_output=True, text=True, timeout=300)

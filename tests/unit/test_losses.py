@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -17,7 +15,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from medhead.bench.memory import PeakMemory
 from medhead.errors import MedheadError
 from medhead_training.objective import losses
-from medhead_training.objective.losses import LOSSES, chunked_loss, mean_output, soft_by_mean
+from medhead_training.objective.chunked import chunked_loss, mean_output, positions_per_chunk, soft_by_mean
+from medhead_training.objective.losses import LOSSES
 
 CHUNKS = [1, 3, 7, 100, None]  # of 7 positions
 
@@ -338,10 +337,10 @@ def test_what_autograd_keeps_is_one_gradient() -> None:
 
 
 def test_the_default_chunk_fits_the_budget() -> None:
-    assert losses.positions_per_chunk(128_000) == 131
-    assert 4 * 128_000 * losses.positions_per_chunk(128_000) <= 64 * 2**20
-    assert losses.positions_per_chunk(10**9) == 1
-    assert losses.positions_per_chunk(100, budget=4000) == 10
+    assert positions_per_chunk(128_000) == 131
+    assert 4 * 128_000 * positions_per_chunk(128_000) <= 64 * 2**20
+    assert positions_per_chunk(10**9) == 1
+    assert positions_per_chunk(100, budget=4000) == 10
 
 
 def test_two_products_for_a_chunk_and_one_without_gradient() -> None:
@@ -370,58 +369,13 @@ def test_backward_twice_and_a_longer_graph() -> None:
     torch.testing.assert_close(first, torch.autograd.grad(whole("kl", {**c, "features": source.tanh()}), source)[0])
 
 
-# --- Liger's kernel: needs CUDA, so its place is taken by what it promises ---
-
-
-@pytest.mark.parametrize("version", ["tensor", "tuple"])
-def test_the_fused_kernel_is_called_for_what_it_promises(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Function:
-        @staticmethod
-        def apply(
-            features: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None,
-            ce_weight: Tensor | None = None, ignore_index: int = -100, lse_square_scale: float = 0.0,
-            label_smoothing: float = 0.0, reduction: str = "mean",
-        ) -> Any:  # fmt: skip
-            assert ce_weight is None
-            assert lse_square_scale == label_smoothing == 0
-            logits = torch.nn.functional.linear(features, weight, bias)
-            loss = torch.nn.functional.cross_entropy(logits, target, ignore_index=ignore_index, reduction=reduction)
-            return (loss, None) if version == "tuple" else loss
-
-    module = ModuleType("fused_linear_cross_entropy")
-    module.LigerFusedLinearCrossEntropyFunction = Function  # type: ignore[attr-defined]
-    for name in ("liger_kernel", "liger_kernel.ops"):
-        monkeypatch.setitem(sys.modules, name, ModuleType(name))
-    monkeypatch.setitem(sys.modules, "liger_kernel.ops.fused_linear_cross_entropy", module)
-    c = case()
-    c["weights"], c["labels"][3] = None, -100
-    found = losses._fused_hard(c["features"], c["weight"], c["bias"], c["labels"])
-    assert found is not None
-    expected = chunked_loss("hard", **c)
-    torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(slope(found, c), slope(expected, c))
-
-
-def test_without_liger_there_is_no_fused_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    c = case()
-    assert losses._fused_hard(c["features"], c["weight"], c["bias"], c["labels"]) is None
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("name", [*LOSSES, "fused"])
+@pytest.mark.parametrize("name", LOSSES)
 def test_on_a_gpu(name: str) -> None:
-    if name == "fused":
-        pytest.importorskip("liger_kernel")
     c = {k: v.detach().cuda() for k, v in case(8, n=64, vocab=300, dtype=torch.float32).items()}
     c["features"].requires_grad_()
-    if name == "fused":
-        found, name = chunked_loss("hard", c["features"], c["weight"], bias=c["bias"], labels=c["labels"]), "hard"
-        c["weights"] = torch.ones(64, device="cuda")
-    else:
-        found = chunked_loss(name, **c, chunk=10)
-    expected = whole(name, c)
+    found, expected = chunked_loss(name, **c, chunk=10), whole(name, c)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(slope(found, c), slope(expected, c), rtol=1e-2, atol=1e-2)
 
@@ -452,7 +406,7 @@ def test_a_wrong_name_is_told_the_right_ones() -> None:
     assert str(error.value) == (
         "no loss is called 'cross_entropy': choose one of hard, soft, kl, reverse_kl, js, tv, lk, hybrid_lk"
     )
-    assert losses.loss_named("lk") is losses.lk
+    assert losses.get_loss("lk") is losses.lk
 
 
 def test_other_wrong_input() -> None:

@@ -13,15 +13,15 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import HEADS, noise_heads, read
-from medhead.heads import Draft, Heads, HeadsConfig
+from medhead.heads import Heads, HeadsConfig
 from medhead.heads.draft_cache import DraftCacheView
 from medhead.model.target import Target
-from medhead_training.objective.unroll import PackedBatch, choose_anchors, unroll
+from medhead_training.objective.unroll import PackedBatch, sample_anchors, unroll
 
 
 @st.composite
 def batches(draw: st.DrawFn) -> PackedBatch:
-    """Rows of documents behind each other with padding at the end, and any mask."""
+    """Rows of packed documents with padding at the end, and any mask."""
     length = draw(st.integers(1, 16))
     rows = draw(st.integers(1, 3))
     document = torch.full((rows, length), -1)
@@ -41,7 +41,7 @@ def documents(texts: PackedBatch) -> list[list[int]]:
 
 
 def possible(texts: PackedBatch, ahead: int) -> set[tuple[int, int]]:
-    """Positions whose text holds the token `ahead` places on, and that is to be guessed."""
+    """Positions whose document holds the token `ahead` positions later, which is masked."""
     found = set()
     for row, document in enumerate(documents(texts)):
         for at in range(len(document) - ahead):
@@ -57,7 +57,7 @@ def pairs(anchors: Tensor, real: Tensor) -> list[tuple[int, int]]:
 
 @given(batches())
 def test_where_texts_begin(texts: PackedBatch) -> None:
-    found = texts.begins().tolist()
+    found = texts.document_starts().tolist()
     for row, document in enumerate(documents(texts)):
         begin = 0
         for at in range(len(document)):
@@ -66,13 +66,13 @@ def test_where_texts_begin(texts: PackedBatch) -> None:
 
 
 @given(batches(), st.integers(1, 17))
-def test_what_is_guessable(texts: PackedBatch, ahead: int) -> None:
-    assert set(map(tuple, texts.guessable(ahead).nonzero().tolist())) == possible(texts, ahead)
+def test_predictable_positions(texts: PackedBatch, ahead: int) -> None:
+    assert set(map(tuple, texts.predictable(ahead).nonzero().tolist())) == possible(texts, ahead)
 
 
 @given(batches(), st.floats(0.0, 1.0), st.integers(0, 9))
-def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float, seed: int) -> None:
-    anchors, real = choose_anchors(texts, share, torch.Generator().manual_seed(seed))
+def test_anchors_have_a_root_and_a_first_draft_token(texts: PackedBatch, share: float, seed: int) -> None:
+    anchors, real = sample_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert anchors.shape == real.shape
     chosen, allowed = pairs(anchors, real), possible(texts, 2)
     assert len(set(chosen)) == len(chosen)
@@ -82,14 +82,14 @@ def test_anchors_have_a_root_and_a_first_guess(texts: PackedBatch, share: float,
     wanted = max(1, round(share * max(counts)))
     assert [int(row.sum()) for row in real] == [min(wanted, count) for count in counts]
     assert bool(((anchors >= 0) & (anchors < texts.ids.shape[1])).all())
-    again = choose_anchors(texts, share, torch.Generator().manual_seed(seed))
+    again = sample_anchors(texts, share, torch.Generator().manual_seed(seed))
     assert torch.equal(again[0], anchors)
     assert torch.equal(again[1], real)
 
 
 @given(batches())
 def test_all_anchors(texts: PackedBatch) -> None:
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     assert set(pairs(anchors, real)) == possible(texts, 2)
 
 
@@ -101,7 +101,7 @@ def one_text(length: int, rows: int = 1) -> PackedBatch:
 def test_every_anchor_has_the_same_chance() -> None:
     texts, generator, counts = one_text(42), torch.Generator().manual_seed(0), torch.zeros(42)
     for _ in range(1000):
-        anchors, real = choose_anchors(texts, 0.25, generator)
+        anchors, real = sample_anchors(texts, 0.25, generator)
         assert anchors.shape == (1, 10)
         counts[anchors[real]] += 1
     assert counts[40:].sum() == 0
@@ -111,44 +111,46 @@ def test_every_anchor_has_the_same_chance() -> None:
 class Echo(Heads):
     """Says the feature it started from and the tokens of its path, and keeps what it was given to look at."""
 
-    memory_size = 3
+    cache_entry_size = 3
 
     def __init__(self, depth: int) -> None:
         super().__init__(HeadsConfig("recurrent", depth, 1, 64, 2))
         self.memory: Any = None
 
-    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, longest: int) -> Tensor:
-        assert int(positions.max()) < longest
+    def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
+        assert int(positions.max()) < max_len
         return torch.cat([features, token, positions[..., None].expand_as(token)], -1)
 
-    def start(self, features: Tensor, root: Tensor, memory: DraftCacheView | None, depth: int | None = None) -> Draft:
-        self.memory = memory
-        return Draft(features, None)
+    def init_state(
+        self, features: Tensor, root: Tensor, cache: DraftCacheView | None, depth: int | None = None
+    ) -> tuple[Tensor, Any]:
+        self.memory = cache
+        return features, None
 
-    def advance(self, state: Tensor, token: Tensor, depth: int, shared: Any) -> tuple[Tensor, Tensor]:
+    def step(self, state: Tensor, token: Tensor, depth: int, context: Any) -> tuple[Tensor, Tensor]:
         state = torch.cat([state, token], -1)
         return state, state
 
 
 @given(batches(), st.floats(0.1, 1.0), st.integers(1, 5))
 def test_levels_follow_the_text(texts: PackedBatch, share: float, depth: int) -> None:
-    """Each anchor's path is the text behind it; a level names the position whose distribution is to be guessed."""
+    """Each anchor's path is the text after it; a level names the position whose distribution is predicted."""
     if texts.ids.shape[1] < 2:
         return
     heads, rows = Echo(depth), texts.ids.shape[0]
     features = torch.arange(texts.ids.numel()).view(rows, -1, 1).double()
-    anchors, real = choose_anchors(texts, share, torch.Generator().manual_seed(1))
+    anchors, real = sample_anchors(texts, share, torch.Generator().manual_seed(1))
     chosen = pairs(anchors, real)
     levels = list(unroll(heads, texts, features, lambda ids: ids[..., None].double(), anchors, real))
     assert len(levels) == depth
-    for level, said in enumerate(levels):
+    for level, drafted in enumerate(levels):
         expected = [(row, at + 1 + level) for row, at in chosen if (row, at) in possible(texts, 2 + level)]
-        assert list(zip(said.rows.tolist(), said.at.tolist(), strict=True)) == expected
-        for feature, (row, at) in zip(said.features.tolist(), expected, strict=True):
+        assert list(zip(drafted.rows.tolist(), drafted.at.tolist(), strict=True)) == expected
+        for feature, (row, at) in zip(drafted.features.tolist(), expected, strict=True):
             anchor = at - 1 - level
             assert feature == [features[row, anchor].item(), *texts.ids[row, anchor + 1 : at + 1].tolist()]
             assert texts.mask[row, at + 1]
-    seen, begins = heads.memory.visible(), texts.begins()
+    seen, begins = heads.memory.visible(), texts.document_starts()
     for row, column in real.nonzero().tolist():
         anchor = int(anchors[row, column])
         looked = heads.memory.rows[row][seen[row, column]].tolist()
@@ -165,26 +167,26 @@ def test_nothing_of_the_future_is_seen(target: Target, name: str) -> None:
     features = torch.randn(1, 12, heads.feature_size, generator=torch.Generator().manual_seed(0))
 
     @torch.no_grad()
-    def said(ids: Tensor, features: Tensor, level: int) -> Tensor:
+    def draft_features(ids: Tensor, features: Tensor, level: int) -> Tensor:
         levels = unroll(heads, PackedBatch(ids, texts.mask, texts.document), features, target.embedding, anchor, real)
         return list(levels)[level].features
 
     for level in range(4):
-        true = said(texts.ids, features, level)
+        true = draft_features(texts.ids, features, level)
         ids, later = texts.ids.clone(), features.clone()
         ids[:, 6 + level :] = 63 - ids[:, 6 + level :]
         later[:, 5:] += 1.0
-        assert torch.equal(said(ids, later, level), true)
+        assert torch.equal(draft_features(ids, later, level), true)
         ids[:, 5 + level] = 63 - ids[:, 5 + level]
-        assert torch.equal(said(ids, features, level), true) == (
-            not heads.per_path and (level > 0 or not heads.memory_size)
+        assert torch.equal(draft_features(ids, features, level), true) == (
+            not heads.path_dependent and (level > 0 or not heads.cache_entry_size)
         )
         later = features.clone()
         later[:, 4] += 1.0
-        assert not torch.equal(said(texts.ids, later, level), true)
+        assert not torch.equal(draft_features(texts.ids, later, level), true)
         later = features.clone()
         later[:, :4] += 1.0
-        assert torch.equal(said(texts.ids, later, level), true) == (not heads.memory_size)
+        assert torch.equal(draft_features(texts.ids, later, level), true) == (not heads.cache_entry_size)
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -195,7 +197,7 @@ def test_every_parameter_learns_and_the_target_does_not(model: PreTrainedModel, 
     texts.mask[1] = False  # a row without anchors beside one that has them
     with target.listening(heads.config.feature_layers):
         _, features = read(target, texts.ids)
-    anchors, real = choose_anchors(texts, 1.0)
+    anchors, real = sample_anchors(texts, 1.0)
     assert real.sum(1).tolist() == [9, 0]
     loss = torch.zeros(())
     for depth, level in enumerate(unroll(heads, texts, features, target.embedding, anchors, real)):
@@ -232,7 +234,7 @@ def test_rows_without_anchors_point_nowhere(target: Target, name: str, length: i
     texts.mask[0, : length - 8] = False
     texts.mask[1] = False
     features = torch.randn(2, length, heads.feature_size)
-    anchors, real = choose_anchors(texts, 0.5)
+    anchors, real = sample_anchors(texts, 0.5)
     with torch.no_grad():
         for level in unroll(heads, texts, features, target.embedding, anchors, real):
             assert set(level.rows.tolist()) <= {0}

@@ -1,4 +1,4 @@
-"""Packed copies of a model's weights while it decodes: the same text, the model as it was, changes seen, memory given back."""
+"""Packed copies of a model's weights: the same text, an unchanged model, changes seen, memory freed."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from medhead import Decoder
 from medhead.model import packed_linear as module
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.target import Target
-from medhead_kernels import skinny_gemm as skinny_gemm
+from medhead_kernels import skinny_gemm
 
 pytestmark = pytest.mark.skipif(
     not skinny_gemm.can_pack(torch.ones(256, 256)), reason="this PyTorch or CPU has no oneDNN"
@@ -38,9 +38,9 @@ def model() -> LlamaForCausalLM:
 
 @pytest.fixture(autouse=True)
 def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever is faster here."""
-    monkeypatch.setattr(skinny_gemm, "fastest", lambda *args: "packed" if args[-1] else "usual")
-    monkeypatch.setattr(skinny_gemm.PackGroup, "packs", lambda *_: True)
+    """Pack whether or not it is faster on this machine."""
+    monkeypatch.setattr(skinny_gemm, "fastest_method", lambda *args: "packed" if args[-1] else "linear")
+    monkeypatch.setattr(skinny_gemm.PackGroup, "is_packed", lambda *_: True)
 
 
 def _layers(model: nn.Module) -> list[nn.Linear]:
@@ -61,7 +61,7 @@ def test_the_text_is_that_of_plain_decoding(model: LlamaForCausalLM, proposer: s
 
 
 def test_layers_multiply_by_copies_while_active(model: LlamaForCausalLM) -> None:
-    """Plain layers only, and not those that somebody else has changed."""
+    """Only plain layers whose `forward` was not replaced are packed."""
     layers = _layers(model)
     changed, kept = layers[0], layers[0].forward
     changed.forward = kept  # type: ignore[method-assign]
@@ -87,7 +87,7 @@ def _merged(layer: nn.Linear) -> None:
 
 @pytest.mark.parametrize("change", [_new_weights, _new_data, _merged])
 def test_changes_between_texts_are_seen(model: LlamaForCausalLM, change: Any) -> None:
-    """However the weights are changed, the next text is the changed model's."""
+    """The next text is that of the changed model."""
     ids = torch.tensor([[5, 6, 7, 5, 6, 7, 5, 6]])
     with Decoder(model, "ngram", packed=True) as decoder:
         before = decoder.generate(ids, max_new_tokens=30, do_sample=False)
@@ -100,14 +100,14 @@ def test_changes_between_texts_are_seen(model: LlamaForCausalLM, change: Any) ->
 
 
 def test_memory_decides(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without a wish, copies take at most a quarter of what is free."""
+    """By default copies take at most a quarter of the free memory."""
     size = sum({id(layer.weight): layer.weight.nbytes for layer in _layers(model)}.values())
     monkeypatch.setattr(module, "free_bytes", lambda: 4 * size)
-    assert PackedWeights(model).on
+    assert PackedWeights(model).enabled
     monkeypatch.setattr(module, "free_bytes", lambda: 4 * size - 4)
-    assert not PackedWeights(model).on
-    assert PackedWeights(model, True).on
-    assert not PackedWeights(model, False).on
+    assert not PackedWeights(model).enabled
+    assert PackedWeights(model, True).enabled
+    assert not PackedWeights(model, False).enabled
     assert module.free_bytes() > 0
 
 
@@ -116,13 +116,13 @@ def test_memory_decides(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch
 )
 def test_a_container_has_less(tmp_path: Path, names: tuple[str, str]) -> None:
     """The limit of a control group counts; none, or one that says `max`, does not."""
-    assert module._free_of_group(tmp_path) == 1 << 62
+    assert module.cgroup_free_bytes(tmp_path) == 1 << 62
     for name, text in zip(names, ("1000\n", "400\n"), strict=True):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert module._free_of_group(tmp_path) == 600
+    assert module.cgroup_free_bytes(tmp_path) == 600
     (tmp_path / names[0]).write_text("max\n")
-    assert module._free_of_group(tmp_path) == 1 << 62
+    assert module.cgroup_free_bytes(tmp_path) == 1 << 62
 
 
 def test_it_is_part_of_what_costs_are_kept_for(model: LlamaForCausalLM) -> None:

@@ -1,4 +1,4 @@
-"""Errors of the API, as OpenAI's clients expect them."""
+"""Errors of the API in OpenAI's format."""
 
 from __future__ import annotations
 
@@ -12,20 +12,12 @@ from medhead.serving.request import QueueFullError, Stopped
 from medhead_app.service import PromptTooLongError
 
 LOG = logging.getLogger("medhead_app")
-RETRY_AFTER = 2  # seconds after which a client may come back when the queue was full
+RETRY_AFTER = 2  # seconds after which a client may retry when the queue was full
 TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 
 
 class ApiError(Exception):
-    """What a client is told.
-
-    Args:
-        message: one line for the person.
-        param: name of the field that is wrong.
-        code: short name of the error, for programs.
-        status: HTTP status.
-        headers: of the response.
-    """
+    """An error that is sent to the client; `param` is the field that is wrong, `code` is for programs."""
 
     def __init__(
         self,
@@ -40,21 +32,19 @@ class ApiError(Exception):
         self.status, self.headers = status, headers
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error object."""
+        """Return OpenAI's error object."""
         kind = TYPES.get(self.status, "server_error" if self.status >= 500 else "invalid_request_error")
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     def response(self) -> JSONResponse:
-        """The object with its status."""
+        """Return the response with the error object."""
         return JSONResponse(self.body(), self.status, self.headers)
 
 
-def said(error: MedheadError) -> ApiError:
-    """The API's form of an error that engine or service raised."""
-    if isinstance(error, QueueFullError):
-        return ApiError(
-            str(error), code="queue_full", status=429, headers={"Retry-After": str(RETRY_AFTER)}
-        )  # OpenAI's clients wait and try again by themselves
+def to_api_error(error: MedheadError) -> ApiError:
+    """Convert an error of the engine or the service."""
+    if isinstance(error, QueueFullError):  # OpenAI's clients wait and retry by themselves
+        return ApiError(str(error), code="queue_full", status=429, headers={"Retry-After": str(RETRY_AFTER)})
     if isinstance(error, Stopped):
         return ApiError(str(error), code="engine_stopped", status=503)
     if isinstance(error, PromptTooLongError):
@@ -62,6 +52,6 @@ def said(error: MedheadError) -> ApiError:
     return ApiError(str(error), code="invalid_value")
 
 
-def internal() -> ApiError:
-    """For what should not have happened: the log knows more."""
-    return ApiError("an internal error; the server's log says more", code="internal_error", status=500)
+def internal_error() -> ApiError:
+    """Return the error for an unexpected exception, whose details go to the log only."""
+    return ApiError("internal error; see the server's log", code="internal_error", status=500)

@@ -1,4 +1,4 @@
-"""The API for programs: OpenAI's endpoints, health and metrics."""
+"""Routes of the API: OpenAI's endpoints, health and metrics."""
 
 from __future__ import annotations
 
@@ -15,168 +15,145 @@ from starlette.requests import ClientDisconnect
 from medhead.errors import MedheadError
 from medhead.serving import request as serving
 from medhead.serving.handle import RequestHandle
-from medhead_app.api.answers import CHAT, COMPLETION, Answer, Shape
-from medhead_app.api.errors import LOG, ApiError, internal, said
-from medhead_app.api.schema import ChatRequest, Common, CompletionRequest, read_body
-from medhead_app.api.streams import HEADERS, events, whole_text
+from medhead_app.api.errors import LOG, ApiError, internal_error, to_api_error
+from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
+from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
+from medhead_app.api.streams import HEADERS, event_stream, full_text
 from medhead_app.metrics import Metrics
 from medhead_app.service import Service
 
-CLIENT_GONE = 499  # nginx's number; nobody reads it
+CLIENT_CLOSED = 499  # nginx's status for a client that has disconnected
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 class Api:
-    """Endpoints over a service.
-
-    Args:
-        service: what is served.
-        metrics: counts.
-
-    Attributes:
-        router: the routes, for an application.
-    """
+    """The endpoints of a service; `router` holds their routes for a FastAPI application."""
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
         self.router = APIRouter()
-        for path, endpoint in (
-            ("/v1/chat/completions", self.chat),
-            ("/v1/completions", self.completion),
-        ):
-            self.router.add_api_route(path, _guarded(endpoint), methods=["POST"], response_model=None)
-        for path, endpoint in (
-            ("/v1/models", self.models),
-            ("/v1/models/{name:path}", self.model),
-            ("/health", self.health),
-            ("/metrics", self.scrape),
-        ):
-            self.router.add_api_route(path, _guarded(endpoint), methods=["GET"], response_model=None)
-        self.router.add_api_route("/v1/{path:path}", _guarded(self.unknown), methods=METHODS, response_model=None)
+        routes: list[tuple[str, Handler, list[str]]] = [
+            ("/v1/chat/completions", self.chat_completions, ["POST"]),
+            ("/v1/completions", self.completions, ["POST"]),
+            ("/v1/models", self.list_models, ["GET"]),
+            ("/v1/models/{name:path}", self.get_model, ["GET"]),
+            ("/health", self.health, ["GET"]),
+            ("/metrics", self.get_metrics, ["GET"]),
+            ("/v1/{path:path}", self.not_found, METHODS),
+        ]
+        for path, handler, methods in routes:
+            self.router.add_api_route(path, _with_openai_errors(handler), methods=methods, response_model=None)
 
-    # ---------------------------------------------------------------- endpoints
+    async def chat_completions(self, http: Request) -> Response:
+        """Handle `POST /v1/chat/completions`."""
+        body = parse_body(ChatRequest, await _read_json(http))
+        self._check_model(body.model)
+        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
+        return await self._respond(http, body, encoded.token_ids, CHAT)
 
-    async def chat(self, http: Request) -> Response:
-        """`POST /v1/chat/completions`."""
-        asked = read_body(ChatRequest, await _json(http))
-        self._check_model(asked.model)
-        encoded = await run_in_threadpool(self.service.chat, asked.chat(), 1, False)
-        return await self._answer(http, asked, encoded.ids, CHAT)
+    async def completions(self, http: Request) -> Response:
+        """Handle `POST /v1/completions`."""
+        body = parse_body(CompletionRequest, await _read_json(http))
+        self._check_model(body.model)
+        prompt = body.prompt
+        token_ids = prompt if isinstance(prompt, list) else await run_in_threadpool(self.service.encode, prompt)
+        return await self._respond(http, body, token_ids, COMPLETIONS)
 
-    async def completion(self, http: Request) -> Response:
-        """`POST /v1/completions`."""
-        asked = read_body(CompletionRequest, await _json(http))
-        self._check_model(asked.model)
-        prompt = asked.prompt
-        ids = prompt if isinstance(prompt, list) else await run_in_threadpool(self.service.encode, prompt)
-        return await self._answer(http, asked, ids, COMPLETION)
+    async def list_models(self, http: Request) -> Response:
+        """Handle `GET /v1/models`."""
+        return JSONResponse({"object": "list", "data": [self._model_object()]})
 
-    async def models(self, http: Request) -> Response:
-        """`GET /v1/models`."""
-        return JSONResponse({"object": "list", "data": [self._described()]})
-
-    async def model(self, http: Request) -> Response:
-        """`GET /v1/models/{name}`."""
+    async def get_model(self, http: Request) -> Response:
+        """Handle `GET /v1/models/{name}`."""
         self._check_model(http.path_params["name"])
-        return JSONResponse(self._described())
+        return JSONResponse(self._model_object())
 
     async def health(self, http: Request) -> Response:
-        """`GET /health`: 200 while requests are served, else 503."""
+        """Handle `GET /health`: 200 while the engine runs, otherwise 503."""
         if self.service.closed or not self.service.engine.running:
             return JSONResponse({"status": "stopped", "model": self.service.name}, 503)
-        now = self.service.engine.statistics()
-        return JSONResponse(
-            {"status": "ok", "model": self.service.name, "running": now.running, "waiting": now.waiting}
-        )
+        totals = self.service.engine.statistics()
+        status = {"status": "ok", "model": self.service.name, "running": totals.running, "waiting": totals.waiting}
+        return JSONResponse(status)
 
-    async def scrape(self, http: Request) -> Response:
-        """`GET /metrics`, for Prometheus."""
+    async def get_metrics(self, http: Request) -> Response:
+        """Handle `GET /metrics`, for Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    async def unknown(self, http: Request) -> Response:
-        """Everything else under `/v1`."""
+    async def not_found(self, http: Request) -> Response:
+        """Answer every other request under `/v1`."""
         raise ApiError(f"there is no {http.method} {http.url.path} here", code="unknown_url", status=404)
 
-    # ---------------------------------------------------------------- inside
+    async def _respond(
+        self, http: Request, body: GenerationRequest, token_ids: list[int], endpoint: Endpoint
+    ) -> Response:
+        handle = self._submit(self._build_request(body, token_ids), endpoint.name)
+        include_usage = body.stream_options is not None and body.stream_options.include_usage
+        builder = ResponseBuilder(endpoint, self.service.name, handle, include_usage)
+        if body.stream:
+            events = event_stream(http, handle, builder)
+            return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
+        text = await full_text(http, handle)
+        return Response(status_code=CLIENT_CLOSED) if text is None else JSONResponse(builder.response(text))
 
-    async def _answer(self, http: Request, asked: Common, ids: list[int], shape: Shape) -> Response:
-        request = self._request(asked, ids)
-        ticket = self._submit(request, shape.endpoint)
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        answer = Answer(shape, self.service.name, ticket, usage)
-        if asked.stream:
-            stream = events(http, ticket, answer)
-            return StreamingResponse(stream, media_type="text/event-stream", headers=HEADERS)
-        text = await whole_text(http, ticket)
-        return Response(status_code=CLIENT_GONE) if text is None else JSONResponse(answer.whole(text))
-
-    def _request(self, asked: Common, ids: list[int]) -> serving.Request:
-        (field, limit), service = asked.limit(), self.service
-        if limit is not None and field not in asked.model_fields_set:
-            limit = min(limit, service.max_new_tokens)  # a default asks for no more than there is
+    def _build_request(self, body: GenerationRequest, token_ids: list[int]) -> serving.Request:
+        (field, limit), service = body.token_limit(), self.service
+        if limit is not None and field not in body.model_fields_set:
+            limit = min(limit, service.max_new_tokens)  # OpenAI's default may be above the server's limit
         elif limit is not None and limit > service.max_new_tokens:
-            raise ApiError(f"{field}: at most {service.max_new_tokens}, got {limit}", field, "invalid_value")
-        elif limit is not None and len(ids) + limit > service.context:
+            raise ApiError(f"{field} must be at most {service.max_new_tokens}, got {limit}", field, "invalid_value")
+        elif limit is not None and len(token_ids) + limit > service.context:
             raise ApiError(
-                f"the prompt has {len(ids)} tokens and {field} is {limit}: together more than the context of "
+                f"the prompt has {len(token_ids)} tokens and {field} is {limit}, together more than the context of "
                 f"{service.context}",
                 field,
                 "context_length_exceeded",
             )
-        return service.request(ids, limit, **asked.sampling())
+        return service.request(token_ids, limit, **body.request_fields())
 
     def _submit(self, request: serving.Request, endpoint: str) -> RequestHandle:
-        self.metrics.expect(request, endpoint)
+        self.metrics.set_endpoint(request, endpoint)
         try:
             return self.service.engine.submit(request)
         except MedheadError as error:
-            self.metrics.refused(endpoint, said(error).code or "invalid_value", request)
+            self.metrics.count_rejected(request, endpoint, to_api_error(error).code or "invalid_value")
             raise
 
     def _check_model(self, name: str) -> None:
         if name != self.service.name:
-            raise ApiError(
-                f"the model {name[:100]!r} is not here; this server has {self.service.name!r}",
-                "model",
-                "model_not_found",
-                404,
-            )
+            message = f"there is no model {name[:100]!r}; this server has {self.service.name!r}"
+            raise ApiError(message, "model", "model_not_found", 404)
 
-    def _described(self) -> dict[str, Any]:
-        return {
-            "id": self.service.name,
-            "object": "model",
-            "created": 0,
-            "owned_by": "medhead",
-            "context_length": self.service.context,
-        }
+    def _model_object(self) -> dict[str, Any]:
+        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "medhead"}
+        return model | {"context_length": self.service.context}
 
 
-async def _json(http: Request) -> bytes:
-    kind = http.headers.get("content-type", "").split(";")[0].strip().lower()
-    if kind != "application/json":  # also keeps other sites' forms out, which browsers send without asking
-        raise ApiError(
-            "send JSON with the header Content-Type: application/json", code="unsupported_media_type", status=415
-        )
+async def _read_json(http: Request) -> bytes:
+    media_type = http.headers.get("content-type", "").split(";")[0].strip().lower()
+    if media_type != "application/json":  # this also refuses forms of other sites, which browsers send unasked
+        message = "send JSON with the header Content-Type: application/json"
+        raise ApiError(message, code="unsupported_media_type", status=415)
     return await http.body()
 
 
-def _guarded(endpoint: Callable[[Request], Awaitable[Response]]) -> Callable[[Request], Awaitable[Response]]:
-    """Every error of an endpoint as OpenAI's error object; what was not expected is logged, and never shown."""
+def _with_openai_errors(handler: Handler) -> Handler:
+    """Answer errors with OpenAI's error object; log unexpected ones and hide their details."""
 
-    async def guarded(http: Request) -> Response:
+    async def handle(http: Request) -> Response:
         try:
-            return await endpoint(http)
+            return await handler(http)
         except ApiError as error:
             return error.response()
         except MedheadError as error:
-            return said(error).response()
+            return to_api_error(error).response()
         except HTTPException:
             raise
         except ClientDisconnect:
-            return Response(status_code=CLIENT_GONE)
+            return Response(status_code=CLIENT_CLOSED)
         except Exception:
             LOG.exception("%s %s failed", http.method, http.url.path)
-            return internal().response()
+            return internal_error().response()
 
-    return guarded
+    return handle

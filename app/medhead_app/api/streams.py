@@ -1,4 +1,4 @@
-"""Answers on their way: server-sent events, and tickets of clients that went away."""
+"""Server-sent events, and the cancellation of requests whose client has disconnected."""
 
 from __future__ import annotations
 
@@ -12,73 +12,72 @@ from starlette.requests import Request as HttpRequest
 
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import EngineError
-from medhead_app.api.answers import Answer
-from medhead_app.api.errors import LOG, ApiError, internal
+from medhead_app.api.errors import LOG, ApiError, internal_error
+from medhead_app.api.responses import ResponseBuilder
 
 HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-STOPPED = ApiError("the server is stopping", code="engine_stopped", status=503)
+STOPPING = ApiError("the server is stopping", code="engine_stopped", status=503)
 
 
 @asynccontextmanager
-async def watched(http: HttpRequest, ticket: RequestHandle) -> AsyncIterator[None]:
-    """Cancel the ticket as soon as its client is gone, or when the block is left before the end."""
+async def cancel_on_disconnect(http: HttpRequest, handle: RequestHandle) -> AsyncIterator[None]:
+    """Cancel the request when its client disconnects, or when the block ends before the request."""
 
     async def watch() -> None:
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        ticket.cancel()
+        handle.cancel()
 
     watcher = asyncio.create_task(watch())
     try:
         yield
     finally:
         watcher.cancel()
-        if not ticket.done:
-            ticket.cancel()
+        if not handle.done:
+            handle.cancel()
 
 
-async def whole_text(http: HttpRequest, ticket: RequestHandle) -> str | None:
-    """The text when it is complete; None when its client went away.
-
-    Raises:
-        ApiError: the engine failed or is stopping.
-    """
-    async with watched(http, ticket):
+async def full_text(http: HttpRequest, handle: RequestHandle) -> str | None:
+    """Return the text when it is complete; None if the client has disconnected."""
+    async with cancel_on_disconnect(http, handle):
         try:
-            text = await ticket.finish()
+            text = await handle.finish()
         except EngineError as error:
-            LOG.error("a request failed: %s", error)
-            raise ApiError(str(error), code="engine_error", status=500) from None
-    if ticket.cancelled:
+            raise _engine_error(error) from None
+    if handle.cancelled:
         return None
-    if ticket.result.reason == "cancelled":
-        raise STOPPED
+    if handle.result.reason == "cancelled":
+        raise STOPPING
     return text
 
 
-async def events(http: HttpRequest, ticket: RequestHandle, answer: Answer) -> AsyncIterator[str]:
-    """Server-sent events of an answer. An error on the way is an event too, and the last one."""
-    async with watched(http, ticket):
+async def event_stream(http: HttpRequest, handle: RequestHandle, builder: ResponseBuilder) -> AsyncIterator[str]:
+    """Yield the server-sent events of a response; an error is sent as the last event."""
+    async with cancel_on_disconnect(http, handle):
         try:
-            for chunk in answer.first():
-                yield event(chunk)
-            async for piece in ticket.stream():
-                if piece.text:
-                    yield event(answer.piece(piece.text))
-            if ticket.result.reason == "cancelled":
-                yield event(STOPPED.body())
+            for chunk in builder.first_chunks():
+                yield format_event(chunk)
+            async for output in handle.stream():
+                if output.text:
+                    yield format_event(builder.text_chunk(output.text))
+            if handle.result.reason == "cancelled":
+                yield format_event(STOPPING.body())
                 return
-            for chunk in answer.last():
-                yield event(chunk)
+            for chunk in builder.last_chunks():
+                yield format_event(chunk)
             yield "data: [DONE]\n\n"
         except EngineError as error:
-            LOG.error("a request failed: %s", error)
-            yield event(ApiError(str(error), code="engine_error", status=500).body())
+            yield format_event(_engine_error(error).body())
         except Exception:
             LOG.exception("a stream failed")
-            yield event(internal().body())
+            yield format_event(internal_error().body())
 
 
-def event(content: dict[str, Any]) -> str:
-    """One event; ASCII, because some clients take U+2028 for the end of a line."""
+def format_event(content: dict[str, Any]) -> str:
+    """Return one event, in ASCII because some clients take U+2028 for the end of a line."""
     return f"data: {json.dumps(content, separators=(',', ':'))}\n\n"
+
+
+def _engine_error(error: EngineError) -> ApiError:
+    LOG.error("a request failed: %s", error)
+    return ApiError(str(error), code="engine_error", status=500)

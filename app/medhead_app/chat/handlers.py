@@ -1,248 +1,230 @@
-"""What happens on the page: from an event to new values of its parts.
+"""Event handlers of the page.
 
-Every handler gives a dict from parts to values, as gradio wants them. What a person did wrong comes back as one line; what
-went wrong inside is logged with its trace, and said in one line too.
+A handler returns a dictionary from components to values, as Gradio expects. Wrong input is shown in one line; an unexpected
+error is logged with its traceback and shown without details.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
+from dataclasses import asdict
 from html import escape
 from typing import Any
 
 import gradio as gr
 
 from medhead.errors import MedheadError
-from medhead_app.chat import conversation as talk
-from medhead_app.chat.answer import AUTOMATIC, PROPOSERS, TREE_SIZES, Settings, Update, answer
-from medhead_app.chat.conversation import Conversation
-from medhead_app.chat.layout import SETTINGS, Parts, lengths_panel, tree_panel
-from medhead_app.chat.numbers import live_line
+from medhead_app.chat.conversation import (
+    Conversation,
+    add_message,
+    clear_messages,
+    edit_message,
+    new_conversation,
+    parse_conversation,
+    pass_lengths,
+    remove_answer,
+    undo_message,
+)
+from medhead_app.chat.generation import AUTOMATIC, PROPOSERS, TREE_SIZES, ChatSettings, Update, generate_answer
+from medhead_app.chat.layout import SETTINGS, Components, lengths_panel, tree_panel
 from medhead_app.chat.race import race
-from medhead_app.chat.race_view import cards, race_card, verdict_line
+from medhead_app.chat.race_view import race_cards, verdict_line
 from medhead_app.chat.sessions import Sessions
-from medhead_app.chat.view import view_of
+from medhead_app.chat.stats import live_line
+from medhead_app.chat.view import conversation_view
 from medhead_app.service import Service
 
 LOG = logging.getLogger(__name__)
-PICTURES_EVERY = 0.4  # seconds between two drawings of tree and distribution while an answer is written
-INSIDE = "Something went wrong inside; the server's log says what."
+CHART_INTERVAL = 0.4  # seconds between two drawings of the charts during an answer
+INTERNAL_ERROR = "Internal error; see the server's log."
 Changes = dict[Any, Any]
+Change = Callable[[Conversation], Conversation]
 
 
 class Handlers:
-    """The page's events.
+    """Event handlers of one page."""
 
-    Args:
-        service: what answers.
-        parts: of the page.
-    """
-
-    def __init__(self, service: Service, parts: Parts) -> None:
-        self.service, self.parts, self.sessions = service, parts, Sessions()
-
-    # ---------------------------------------------------------------- chat
+    def __init__(self, service: Service, components: Components) -> None:
+        self.service, self.components, self.sessions = service, components, Sessions()
 
     async def send(
-        self, request: gr.Request, conversation: Conversation, show: bool, text: str, *settings: Any
+        self, request: gr.Request, conversation: Conversation, show_sources: bool, text: str, *settings: Any
     ) -> AsyncIterator[Changes]:
-        """The person's message, and the answer."""
-        turn = self._turn(request, lambda: talk.send(conversation, text), conversation, show, settings, text)
-        async for changes in turn:
-            yield changes
-
-    async def example(
-        self, request: gr.Request, event: gr.EventData, conversation: Conversation, show: bool, *settings: Any
-    ) -> AsyncIterator[Changes]:
-        """One of the examples, and the answer."""
-        text = str(event.text)
-        async for changes in self._turn(request, lambda: talk.send(conversation, text), conversation, show, settings):
-            yield changes
-
-    async def edit(
-        self, request: gr.Request, event: gr.EventData, conversation: Conversation, show: bool, *settings: Any
-    ) -> AsyncIterator[Changes]:
-        """A message of the person's changed, and answered again."""
-        index, text = int(event.index), str(event.text)
-        async for changes in self._turn(
-            request, lambda: talk.edit(conversation, index, text), conversation, show, settings
+        """Add the message in the box and answer it."""
+        async for changes in self._answer(
+            request, lambda before: add_message(before, text), conversation, show_sources, settings, text
         ):
             yield changes
 
-    async def retry(
-        self, request: gr.Request, conversation: Conversation, show: bool, *settings: Any
+    async def ask(
+        self, request: gr.Request, event: gr.EventData, conversation: Conversation, show_sources: bool, *settings: Any
     ) -> AsyncIterator[Changes]:
-        """Another answer in place of the last one."""
-        async for changes in self._turn(request, lambda: talk.regenerate(conversation), conversation, show, settings):
+        """Answer an example, an edited message, or the last message once more, as the event's `action` says."""
+        actions: dict[str, Change] = {
+            "example": lambda before: add_message(before, str(event.text)),
+            "edit": lambda before: edit_message(before, int(event.index), str(event.text)),
+            "retry": remove_answer,
+        }
+        async for changes in self._answer(request, actions[event.action], conversation, show_sources, settings):
             yield changes
 
-    def undo(self, conversation: Conversation, show: bool) -> Changes:
-        """The last exchange taken back; its message is in the box again."""
-        conversation, text = talk.undo(conversation)
-        return {**self._shown(conversation, show, keep=True), self.parts.message: text}
+    def undo(self, conversation: Conversation, show_sources: bool) -> Changes:
+        """Remove the last message and its answer, and put the message back into the box."""
+        conversation, text = undo_message(conversation)
+        return {**self._show(conversation, show_sources, store=True), self.components.message: text}
 
-    async def clear(self, request: gr.Request, conversation: Conversation, show: bool) -> Changes:
-        """All messages gone."""
-        await self.sessions.leave(_session(request))
-        return self._shown(talk.cleared(conversation), show, keep=True)
+    async def clear(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
+        """Remove all messages."""
+        await self.sessions.abandon_turn(_session(request))
+        return self._show(clear_messages(conversation), show_sources, store=True)
 
-    async def fresh(self, request: gr.Request, show: bool) -> Changes:
-        """A new conversation."""
-        await self.sessions.leave(_session(request))
-        return self._shown(talk.new_conversation(), show)
+    async def new_chat(self, request: gr.Request, show_sources: bool) -> Changes:
+        """Show a new conversation."""
+        await self.sessions.abandon_turn(_session(request))
+        return self._show(new_conversation(), show_sources)
 
-    async def open(self, request: gr.Request, event: gr.EventData, show: bool) -> Changes:
-        """Another conversation of this browser."""
-        await self.sessions.leave(_session(request))
-        return self.load(event.conversation, show)
+    async def open(self, request: gr.Request, event: gr.EventData, show_sources: bool) -> Changes:
+        """Show another conversation of this browser."""
+        await self.sessions.abandon_turn(_session(request))
+        return self.load(event.conversation, show_sources)
 
-    def load(self, raw: Any, show: bool) -> Changes:
-        """A conversation as the browser kept it, or a new one."""
-        conversation = talk.checked(raw)
-        return self._shown(conversation, show) | self._settings_of(conversation)
+    def load(self, raw: Any, show_sources: bool) -> Changes:
+        """Show a conversation that the browser stored, or a new one."""
+        conversation = parse_conversation(raw)
+        return self._show(conversation, show_sources) | self._stored_settings(conversation)
 
-    def show(self, request: gr.Request, conversation: Conversation, show: bool) -> Changes:
-        """Tinted or readable."""
-        busy = self.sessions.busy(_session(request))
-        return {} if busy else {self.parts.chat: view_of(conversation, show_sources=show)}
+    def show(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
+        """Switch between colored tokens and Markdown."""
+        if self.sessions.is_busy(_session(request)):
+            return {}
+        return {self.components.chat: conversation_view(conversation, show_sources=show_sources)}
 
     def stop(self, request: gr.Request) -> None:
-        """The answer ends with what there is."""
+        """Stop the answer and keep its text."""
         self.sessions.cancel(_session(request), "chat")
 
-    def leave(self, request: gr.Request) -> None:
-        """The page was closed."""
+    def unload(self, request: gr.Request) -> None:
+        """Cancel all requests of a closed page."""
         self.sessions.cancel(_session(request))
 
-    # ---------------------------------------------------------------- race
-
     async def race(self, request: gr.Request, prompt: str, *settings: Any) -> AsyncIterator[Changes]:
-        """Both answer."""
-        parts = self.parts
-        running = {parts.race_start: gr.update(visible=False), parts.race_stop: gr.update(visible=True)}
-        ended = {parts.race_start: gr.update(visible=True), parts.race_stop: gr.update(visible=False)}
+        """Answer a prompt with plain and with speculative decoding."""
+        ui = self.components
+        ended = {ui.race_start: gr.update(visible=True), ui.race_stop: gr.update(visible=False)}
         try:
             chosen = self._settings(settings)
-            hold = self.sessions.holder(_session(request), "race")
+            plain, speculative = race_cards(None)
             yield {
-                **running,
-                parts.race_plain: race_card("Plain decoding", None),
-                parts.race_guessing: race_card("Thinking ahead", None),
-                parts.race_verdict: verdict_line(None),
+                ui.race_start: gr.update(visible=False),
+                ui.race_stop: gr.update(visible=True),
+                ui.race_plain: plain,
+                ui.race_speculative: speculative,
+                ui.race_verdict: verdict_line(None),
             }
-            async with aclosing(race(self.service, prompt, chosen, hold)) as standings:
-                async for standing in standings:
-                    plain, guessing = cards(standing, chosen.max_new_tokens)
-                    changes = {
-                        parts.race_plain: plain,
-                        parts.race_guessing: guessing,
-                        parts.race_verdict: verdict_line(standing),
-                    }
-                    yield changes | (ended if standing.done else {})
+            on_submit = self.sessions.tracker(_session(request), "race")
+            async with aclosing(race(self.service, prompt, chosen, on_submit)) as states:
+                async for state in states:
+                    plain, speculative = race_cards(state, chosen.max_new_tokens)
+                    changes = {ui.race_plain: plain, ui.race_speculative: speculative}
+                    yield changes | {ui.race_verdict: verdict_line(state)} | (ended if state.done else {})
         except Exception as error:
-            yield {**ended, parts.race_verdict: verdict_line(None, _line(error))}
+            yield {**ended, ui.race_verdict: verdict_line(None, _error_line(error))}
 
     def stop_race(self, request: gr.Request) -> None:
-        """Both end with what there is."""
+        """Stop both requests and keep their texts."""
         self.sessions.cancel(_session(request), "race")
 
-    # ---------------------------------------------------------------- inside
-
-    async def _turn(
+    async def _answer(
         self,
         request: gr.Request,
-        change: Any,
+        change: Change,
         before: Conversation,
-        show: bool,
+        show_sources: bool,
         settings: tuple[Any, ...],
         text: str | None = None,
     ) -> AsyncIterator[Changes]:
-        """Change the conversation, then let the model answer it; `text` is what stands in the box."""
-        session, now, answering = _session(request), before, False
-        boxes: Changes = {} if text is None else {self.parts.message: ""}
-        turn = self.sessions.begin(session)
+        """Change the conversation and answer its last message; `text` is the content of the message box."""
+        ui, session, conversation, answering = self.components, _session(request), before, False
+        turn = self.sessions.begin_turn(session)
         if turn is None:
-            _warn("An answer is still being written: stop it first.")
+            _warn("An answer is still being generated: stop it first.")
             return
         try:
             chosen = self._settings(settings)
-            now = change()
-            yield self._shown(now, show, busy=True, keep=True) | boxes
-            hold = self.sessions.holder(session, "chat")
-            async with aclosing(answer(self.service, now, chosen, hold)) as updates:
-                drawn = 0.0
+            conversation = change(before)
+            box = {} if text is None else {ui.message: ""}
+            yield self._show(conversation, show_sources, busy=True, store=True) | box
+            on_submit = self.sessions.tracker(session, "chat")
+            async with aclosing(generate_answer(self.service, conversation, chosen, on_submit)) as updates:
+                last_charts = 0.0
                 async for update in updates:
-                    answering, boxes = True, {}
-                    if turn.left:
+                    answering = True
+                    if turn.abandoned:
                         return
-                    now = update.conversation
-                    pictures = update.done or time.perf_counter() - drawn >= PICTURES_EVERY
-                    drawn = time.perf_counter() if pictures else drawn
-                    if update.failed:
-                        _warn(update.failed)
-                    yield self._progress(update, show, pictures)
+                    conversation = update.conversation
+                    charts = update.done or time.perf_counter() - last_charts >= CHART_INTERVAL
+                    last_charts = time.perf_counter() if charts else last_charts
+                    if update.error:
+                        _warn(update.error)
+                    yield self._progress(update, show_sources, charts)
         except Exception as error:
-            line = _line(error)
-            if not turn.left:
+            line = _error_line(error)
+            if not turn.abandoned:
                 _warn(line)
-                if not answering:  # it was refused: everything is as it was, the message in its box
-                    now, boxes = before, {self.parts.message: text} if text else {}
-                yield self._shown(now, show, keep=True) | boxes | {self.parts.live: live_line(None, line, failed=True)}
+                box = {}
+                if not answering:  # the request was refused: restore the conversation and the message box
+                    conversation, box = before, {ui.message: text} if text else {}
+                failed = {ui.live: live_line(None, line, failed=True)}
+                yield self._show(conversation, show_sources, store=True) | box | failed
         finally:
-            self.sessions.finish(session)
+            self.sessions.end_turn(session)
 
-    def _progress(self, update: Update, show: bool, pictures: bool) -> Changes:
-        parts, conversation = self.parts, update.conversation
+    def _progress(self, update: Update, show_sources: bool, charts: bool) -> Changes:
+        ui, conversation = self.components, update.conversation
+        live = live_line(update.result, update.error or update.status, failed=bool(update.error))
         if update.done:
-            state = update.failed or update.state
-            line = live_line(update.result, state, failed=bool(update.failed))
-            return self._shown(conversation, show, keep=True) | {parts.live: line}
-        changes: Changes = {
-            parts.conversation: conversation,
-            parts.chat: view_of(conversation, show_sources=show, busy=True, keep=pictures),
-            parts.live: live_line(update.result, update.state),
-        }
-        return changes | (self._pictures(conversation) if pictures else {})
+            return self._show(conversation, show_sources, store=True) | {ui.live: live}
+        view = conversation_view(conversation, show_sources=show_sources, busy=True, store=charts)
+        changes = {ui.conversation: conversation, ui.chat: view, ui.live: live}
+        return changes | (self._charts(conversation) if charts else {})
 
-    def _shown(self, conversation: Conversation, show: bool, busy: bool = False, keep: bool = False) -> Changes:
-        parts = self.parts
+    def _show(self, conversation: Conversation, show_sources: bool, busy: bool = False, store: bool = False) -> Changes:
+        ui = self.components
         return {
-            parts.conversation: conversation,
-            parts.chat: view_of(conversation, show_sources=show, busy=busy, keep=keep),
-            parts.live: live_line(None),
-            parts.send: gr.update(visible=not busy),
-            parts.stop: gr.update(visible=busy),
-            **self._pictures(conversation),
+            ui.conversation: conversation,
+            ui.chat: conversation_view(conversation, show_sources=show_sources, busy=busy, store=store),
+            ui.live: live_line(None),
+            ui.send: gr.update(visible=not busy),
+            ui.stop: gr.update(visible=busy),
+            **self._charts(conversation),
         }
 
-    def _pictures(self, conversation: Conversation) -> Changes:
-        return {
-            self.parts.tree: tree_panel(conversation.get("tree")),
-            self.parts.lengths: lengths_panel(talk.accepted_lengths(conversation)),
-        }
+    def _charts(self, conversation: Conversation) -> Changes:
+        lengths = lengths_panel(pass_lengths(conversation))
+        return {self.components.tree: tree_panel(conversation.get("tree")), self.components.lengths: lengths}
 
-    def _settings(self, values: tuple[Any, ...]) -> Settings:
-        return Settings.of(dict(zip(SETTINGS, values, strict=True)), self.service.max_new_tokens)
+    def _settings(self, values: tuple[Any, ...]) -> ChatSettings:
+        return ChatSettings.from_fields(dict(zip(SETTINGS, values, strict=True)), self.service.max_new_tokens)
 
-    def _settings_of(self, conversation: Conversation) -> Changes:
-        """The fields as they were when the conversation was last answered."""
-        raw = conversation["settings"]
-        if not raw:
+    def _stored_settings(self, conversation: Conversation) -> Changes:
+        """Return the settings of the conversation's last answer."""
+        ui = self.components
+        if not conversation["settings"]:
             return {}
         try:
-            kept = Settings.of(raw, self.service.max_new_tokens)
+            stored = ChatSettings.from_fields(conversation["settings"], self.service.max_new_tokens)
         except MedheadError:
             return {}
-        heads = self.service.engine.has_heads
-        known = kept.proposer in PROPOSERS and (kept.proposer != "heads" or heads)
-        changes: Changes = {getattr(self.parts, name): getattr(kept, name) for name in SETTINGS}
-        changes[self.parts.seed] = "" if kept.seed is None else str(kept.seed)
-        changes[self.parts.proposer] = kept.proposer if known else AUTOMATIC
-        changes[self.parts.tree_size] = kept.tree_size if kept.tree_size in TREE_SIZES else AUTOMATIC
-        return changes
+        values = asdict(stored)
+        values["seed"] = "" if stored.seed is None else str(stored.seed)
+        if stored.proposer not in PROPOSERS or (stored.proposer == "heads" and not self.service.engine.has_heads):
+            values["proposer"] = AUTOMATIC
+        if stored.tree_size not in TREE_SIZES:
+            values["tree_size"] = AUTOMATIC
+        return {getattr(ui, name): values[name] for name in SETTINGS}
 
 
 def _session(request: gr.Request) -> str:
@@ -250,12 +232,12 @@ def _session(request: gr.Request) -> str:
 
 
 def _warn(line: str) -> None:
-    gr.Warning(escape(line), duration=6)  # gradio would read HTML in it
+    gr.Warning(escape(line), duration=6)  # Gradio shows it as HTML
 
 
-def _line(error: Exception) -> str:
-    """One line for the person; what was not expected is logged with its trace."""
+def _error_line(error: Exception) -> str:
+    """Return one line for the user; log the traceback of an unexpected error."""
     if isinstance(error, MedheadError):
         return " ".join(str(error).split())
     LOG.error("the page failed", exc_info=error)
-    return INSIDE
+    return INTERNAL_ERROR

@@ -1,143 +1,120 @@
-"""A race: the same prompt with and without speculation, side by side."""
+"""Answer one prompt with and without speculation, side by side."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from medhead.errors import MedheadError
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Result
-from medhead_app.chat.answer import AUTOMATIC, EVERY, Settings, StreamState, draw_seed
+from medhead_app.chat.generation import UPDATE_INTERVAL, ChatSettings, OnSubmit, StreamState, draw_seed
 from medhead_app.service import Service
 
 
 @dataclass
-class Runner:
-    """One of the two.
+class RaceRun:
+    """One of the two requests, and its output so far."""
 
-    Attributes:
-        name: of its proposer.
-        ticket: of its request.
-        written: its text so far.
-    """
-
-    name: str
-    ticket: RequestHandle
-    written: StreamState = field(default_factory=StreamState)
+    handle: RequestHandle
+    stream: StreamState = field(default_factory=StreamState)
 
     @property
     def result(self) -> Result:
-        """Of its request."""
-        return self.ticket.result
+        """Return the result of the request so far."""
+        return self.handle.result
 
     @property
     def done(self) -> bool:
-        """Whether it has reached the end of its text."""
-        return self.ticket.done and self.result.reason in ("stop", "length")
+        """Return whether the text is complete."""
+        return self.handle.done and self.result.reason in ("stop", "length")
 
 
 @dataclass(frozen=True)
 class RaceState:
-    """How a race stands.
+    """The state of a race; it is done when both requests have ended."""
 
-    Attributes:
-        plain: plain decoding.
-        guessing: the chosen proposer.
-        done: whether both have ended.
-    """
-
-    plain: Runner
-    guessing: Runner
+    plain: RaceRun
+    speculative: RaceRun
     done: bool = False
 
     @property
-    def ratio(self) -> float | None:
-        """Plain busy seconds by speculative busy seconds; None unless both reached the end."""
-        if not (self.done and self.plain.done and self.guessing.done) or self.guessing.result.busy <= 0:
+    def speedup(self) -> float | None:
+        """Return the service time of plain decoding by that of speculative decoding; None unless both are complete."""
+        complete = self.done and self.plain.done and self.speculative.done
+        if not complete or self.speculative.result.busy <= 0:
             return None
-        return self.plain.result.busy / self.guessing.result.busy
+        return self.plain.result.busy / self.speculative.result.busy
 
     @property
     def identical(self) -> bool | None:
-        """Whether both gave the same tokens; None unless both reached the end."""
-        return None if self.ratio is None else self.plain.written.ids == self.guessing.written.ids
-
-    def verdict(self) -> str:
-        """One line for the end; empty before."""
-        if not self.done:
-            return ""
-        if self.ratio is None:
-            return "stopped before the end: no result"
-        return f"{self.ratio:.2f} times as fast · identical text: {'yes' if self.identical else 'no'}"
+        """Return whether both gave the same tokens; None unless both are complete."""
+        return None if self.speedup is None else self.plain.stream.token_ids == self.speculative.stream.token_ids
 
 
 async def race(
     service: Service,
     prompt: str,
-    settings: Settings,
-    hold: Callable[[RequestHandle], None] = lambda ticket: None,
-    every: float = 2 * EVERY,
+    settings: ChatSettings,
+    on_submit: OnSubmit = lambda handle: None,
+    interval: float = 2 * UPDATE_INTERVAL,
 ) -> AsyncGenerator[RaceState, None]:
-    """Let both answer. Closing the generator cancels both.
+    """Answer a prompt with plain and with speculative decoding. Closing the generator cancels both requests.
 
-    Both have the same settings and seed. The engine lets them take turns, so each is measured by the seconds that were
-    spent on it, not by the clock.
-
-    Raises:
-        MedheadError: the prompt is empty, a request cannot be served, one failed, or the queue is full.
+    Both requests have the same settings and seed. The engine alternates between them, so each is measured by its service
+    time and not by the clock.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: write something first")
     if settings.proposer == "none":
-        raise MedheadError("'none' would race against itself: choose another proposer")
+        raise MedheadError("the proposer 'none' is plain decoding itself: choose another proposer")
     system = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
-    ids = service.chat([*system, {"role": "user", "content": prompt.strip()}], settings.max_new_tokens).ids
+    messages = [*system, {"role": "user", "content": prompt.strip()}]
+    token_ids = service.encode_chat(messages, settings.max_new_tokens).token_ids
     seed = draw_seed() if settings.seed is None else settings.seed
-    chosen = "hybrid" if settings.proposer == AUTOMATIC else settings.proposer
-    runners: list[Runner] = []
+    runs: list[RaceRun] = []
     try:
-        for name, changes in (("none", {"proposer": "none", "tree_size": None}), (chosen, {})):
-            ticket = service.engine.submit(settings.request(service, ids, seed=seed, **changes))
-            hold(ticket)
-            runners.append(Runner(name, ticket))
-        async with aclosing(_together(runners, every)) as rounds:
-            async for _ in rounds:
-                yield RaceState(runners[0], runners[1])
-        yield RaceState(runners[0], runners[1], done=True)
+        for changes in ({"proposer": "none", "tree_size": None}, {}):
+            handle = service.engine.submit(settings.request(service, token_ids, seed=seed, **changes))
+            on_submit(handle)
+            runs.append(RaceRun(handle))
+        async with aclosing(_follow(runs, interval)) as changed:
+            async for _ in changed:
+                yield RaceState(runs[0], runs[1])
+        yield RaceState(runs[0], runs[1], done=True)
     finally:
-        for runner in runners:
-            runner.ticket.cancel()
+        for run in runs:
+            run.handle.cancel()
 
 
-async def _together(runners: list[Runner], every: float) -> AsyncGenerator[None, None]:
-    """Follow all; something to show at most every so often, until all have ended."""
+async def _follow(runs: list[RaceRun], interval: float) -> AsyncGenerator[None, None]:
+    """Read all streams to their ends; yield after changes, at most once per `interval` seconds."""
+    changed = asyncio.Event()
 
-    async def follow(runner: Runner) -> None:
-        async for piece in runner.ticket.stream():
-            runner.written.take(piece)
+    async def read(run: RaceRun) -> None:
+        async for output in run.handle.stream():
+            run.stream.add(output)
             changed.set()
 
-    changed = asyncio.Event()
-    tasks = [asyncio.ensure_future(follow(runner)) for runner in runners]
+    tasks = [asyncio.ensure_future(read(run)) for run in runs]
     try:
-        shown = 0.0
+        last_update = 0.0
         while not all(task.done() for task in tasks):
             waiter = asyncio.ensure_future(changed.wait())
-            await asyncio.wait(
-                [waiter, *(task for task in tasks if not task.done())], return_when=asyncio.FIRST_COMPLETED
-            )
+            pending = [task for task in tasks if not task.done()]
+            await asyncio.wait([waiter, *pending], return_when=asyncio.FIRST_COMPLETED)
             waiter.cancel()
             changed.clear()
             for task in tasks:
                 if task.done():
-                    task.result()  # raises what went wrong
-            if (rest := every - (time.perf_counter() - shown)) > 0 and shown:
-                await asyncio.sleep(rest)
-            shown = time.perf_counter()
+                    task.result()  # raises the task's exception
+            remaining = interval - (time.perf_counter() - last_update)
+            if last_update and remaining > 0:
+                await asyncio.sleep(remaining)
+            last_update = time.perf_counter()
             yield None
     finally:
         for task in tasks:

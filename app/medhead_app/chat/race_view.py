@@ -1,68 +1,61 @@
-"""The race as HTML: two cards and a verdict."""
+"""HTML of the race: two cards and a verdict."""
 
 from __future__ import annotations
 
 from html import escape
 
-from medhead_app.chat.race import RaceState, Runner
-from medhead_app.chat.token_colors import tinted
+from medhead_app.chat.race import RaceRun, RaceState
+from medhead_app.chat.token_colors import color_tokens
+
+TITLES = ("Plain decoding", "Speculative decoding")
 
 
-def race_card(title: str, runner: Runner | None, leads: float = 0.0) -> str:
-    """One of the two.
-
-    Args:
-        title: what it is called.
-        runner: how far it is; None before the race.
-        leads: part of its text that is written, 0 to 1, for the bar.
-    """
-    text = tinted(runner.written.tokens) if runner is not None else ""
-    name = escape(runner.result.proposer) if runner is not None and runner.result.passes else ""
+def race_card(title: str, run: RaceRun | None, progress: float = 0.0) -> str:
+    """Return the card of a request, None before the race; `progress` is the length of the bar, 0 to 1."""
+    text = color_tokens(run.stream.tokens) if run is not None else ""
+    proposer = escape(run.result.proposer) if run is not None and run.result.passes else ""
     return (
-        f'<div class="mh-card"><div class="mh-caption"><b>{escape(title)}</b><span>{name}</span></div>'
-        f'<div class="mh-bar-line"><i style="width:{100 * max(0.0, min(leads, 1.0)):.1f}%"></i></div>'
+        f'<div class="mh-card"><div class="mh-caption"><b>{escape(title)}</b><span>{proposer}</span></div>'
+        f'<div class="mh-bar-line"><i style="width:{100 * max(0.0, min(progress, 1.0)):.1f}%"></i></div>'
         f'<div class="mh-card-text"><div class="mh-plain">{text}</div></div>'
-        f'<div class="mh-card-numbers">{_numbers(runner)}</div></div>'
+        f'<div class="mh-card-numbers">{_numbers(run)}</div></div>'
     )
 
 
-def cards(standing: RaceState, longest: int) -> tuple[str, str]:
-    """Both cards.
-
-    Args:
-        standing: how the race stands.
-        longest: most tokens of the text; the bars' full length until one has ended.
-    """
-    ended = [runner.result.new_tokens for runner in (standing.plain, standing.guessing) if runner.done]
-    full = max([1, *ended]) if ended else max(1, longest)
-
-    def card(title: str, runner: Runner) -> str:
-        return race_card(title, runner, 1.0 if runner.done else runner.result.new_tokens / full)
-
-    return card("Plain decoding", standing.plain), card("Thinking ahead", standing.guessing)
+def race_cards(state: RaceState | None, max_new_tokens: int = 1) -> tuple[str, str]:
+    """Return both cards; a full bar stands for `max_new_tokens`, or for the length of the text once it is known."""
+    if state is None:
+        return race_card(TITLES[0], None), race_card(TITLES[1], None)
+    runs = state.plain, state.speculative
+    lengths = [run.result.new_tokens for run in runs if run.done]
+    full = max([1, *lengths]) if lengths else max(1, max_new_tokens)
+    plain, speculative = (
+        race_card(title, run, 1.0 if run.done else run.result.new_tokens / full)
+        for title, run in zip(TITLES, runs, strict=True)
+    )
+    return plain, speculative
 
 
-def verdict_line(standing: RaceState | None, failed: str = "") -> str:
-    """The line below the cards, of a fixed height."""
-    if failed:
-        return f'<div class="mh-verdict mh-failed">{escape(failed)}</div>'
-    if standing is None:
-        return '<div class="mh-verdict mh-quiet">Both get the same prompt, settings and seed.</div>'
-    if not standing.done:
+def verdict_line(state: RaceState | None, error: str = "") -> str:
+    """Return the line below the cards, whose height is fixed."""
+    if error:
+        return f'<div class="mh-verdict mh-failed">{escape(error)}</div>'
+    if state is None:
+        return '<div class="mh-verdict mh-quiet">Both requests have the same prompt, settings and seed.</div>'
+    if not state.done:
         return '<div class="mh-verdict mh-quiet">Running …</div>'
-    if standing.ratio is None:
-        return f'<div class="mh-verdict mh-quiet">{escape(standing.verdict())}</div>'
-    answer = "yes" if standing.identical else "no"
+    if state.speedup is None:
+        return '<div class="mh-verdict mh-quiet">Stopped before the end: no result.</div>'
     return (
-        f'<div class="mh-verdict" role="status"><span><b class="mh-ratio">{standing.ratio:.2f}×</b> as fast</span>'
-        f'<span>identical text: <b class="mh-identical">{answer}</b></span></div>'
+        f'<div class="mh-verdict" role="status"><span><b class="mh-speedup">{state.speedup:.2f}×</b> as fast</span>'
+        f'<span>identical text: <b class="mh-identical">{"yes" if state.identical else "no"}</b></span></div>'
     )
 
 
-def _numbers(runner: Runner | None) -> str:
-    if runner is None or not runner.result.new_tokens:
+def _numbers(run: RaceRun | None) -> str:
+    if run is None or not run.result.new_tokens:
         return "<span>–</span>"
-    result = runner.result
+    result = run.result
     rate = result.new_tokens / result.busy if result.busy > 0 else 0.0
     return (
         f"<span><b>{rate:.0f}</b> tokens/s · <b>{result.busy:.2f}</b> s</span>"

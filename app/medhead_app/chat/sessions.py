@@ -1,4 +1,4 @@
-"""Which requests belong to which open page, so that they end when it is stopped or closed."""
+"""Requests of every open page, which are cancelled when the page is stopped or closed."""
 
 from __future__ import annotations
 
@@ -14,66 +14,62 @@ Kind = Literal["chat", "race"]
 
 
 class Turn:
-    """An answer that a page waits for.
+    """An answer that a page is generating."""
 
-    Attributes:
-        left: the person has gone on to something else; nothing more may be shown.
-    """
-
-    left = False
+    abandoned = False  # the user has left the conversation: nothing more of the answer may be shown
 
 
 class Sessions:
-    """Tickets and turns by session. May be used from any thread."""
+    """Request handles and turns by session. Thread-safe."""
 
     def __init__(self) -> None:
-        self._tickets: dict[tuple[str, str], list[RequestHandle]] = {}
+        self._handles: dict[tuple[str, Kind], list[RequestHandle]] = {}
         self._turns: dict[str, Turn] = {}
         self._lock = threading.Lock()
 
-    def holder(self, session: str, kind: Kind) -> Callable[[RequestHandle], None]:
-        """What remembers a ticket for a session; tickets that have ended are forgotten."""
+    def tracker(self, session: str, kind: Kind) -> Callable[[RequestHandle], None]:
+        """Return a function that adds a handle to a session and removes those that are done."""
 
-        def hold(ticket: RequestHandle) -> None:
+        def track(handle: RequestHandle) -> None:
             with self._lock:
-                tickets = [other for other in self._tickets.get((session, kind), []) if not other.done]
-                self._tickets[session, kind] = [*tickets, ticket]
+                handles = [other for other in self._handles.get((session, kind), []) if not other.done]
+                self._handles[session, kind] = [*handles, handle]
 
-        return hold
+        return track
 
     def cancel(self, session: str, kind: Kind | None = None) -> int:
-        """Cancel a session's requests, of one kind or all; how many there were."""
+        """Cancel a session's requests, of one kind or all; return how many were running."""
         with self._lock:
-            keys = [key for key in self._tickets if key[0] == session and kind in (None, key[1])]
-            tickets = [ticket for key in keys for ticket in self._tickets.pop(key) if not ticket.done]
-        for ticket in tickets:
-            ticket.cancel()
-        return len(tickets)
+            keys = [key for key in self._handles if key[0] == session and kind in (None, key[1])]
+            handles = [handle for key in keys for handle in self._handles.pop(key) if not handle.done]
+        for handle in handles:
+            handle.cancel()
+        return len(handles)
 
-    def begin(self, session: str) -> Turn | None:
-        """A turn of a session; None if one goes on already."""
+    def begin_turn(self, session: str) -> Turn | None:
+        """Begin a turn; return None if the session has one already."""
         with self._lock:
             if session in self._turns:
                 return None
             turn = self._turns[session] = Turn()
             return turn
 
-    def finish(self, session: str) -> None:
-        """The session's turn is over."""
+    def end_turn(self, session: str) -> None:
+        """End the session's turn."""
         with self._lock:
             self._turns.pop(session, None)
 
-    def busy(self, session: str) -> bool:
-        """Whether a session waits for an answer."""
+    def is_busy(self, session: str) -> bool:
+        """Return whether a session has a turn."""
         with self._lock:
             return session in self._turns
 
-    async def leave(self, session: str, patience: float = 5.0) -> None:
-        """Give up a session's answer; returns once nothing more of it can reach the page, after `patience` seconds at most."""
+    async def abandon_turn(self, session: str, timeout: float = 5.0) -> None:
+        """Cancel a session's answer, and wait until nothing more of it can be shown, at most `timeout` seconds."""
         with self._lock:
             if (turn := self._turns.get(session)) is not None:
-                turn.left = True
-        end = time.perf_counter() + patience
-        while self.busy(session) and time.perf_counter() < end:
-            self.cancel(session, "chat")  # it may be about to get its ticket
+                turn.abandoned = True
+        deadline = time.perf_counter() + timeout
+        while self.is_busy(session) and time.perf_counter() < deadline:
+            self.cancel(session, "chat")  # repeatedly, because the request may not have been submitted yet
             await asyncio.sleep(0.01)

@@ -1,4 +1,4 @@
-"""Markdown as HTML that is safe to show: HTML in the text stays text, and nothing is fetched from elsewhere."""
+"""Markdown as safe HTML: HTML in the text is escaped, and nothing is loaded from other sites."""
 
 from __future__ import annotations
 
@@ -10,24 +10,17 @@ from markdown_it.renderer import RendererHTML
 from markdown_it.token import Token
 
 
-def _open_link(
-    self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any
-) -> str:  # a renderer's rule
+def _render_link(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
     tokens[index].attrSet("target", "_blank")
     tokens[index].attrSet("rel", "noopener noreferrer nofollow")
     return self.renderToken(tokens, index, options, env)
 
 
-def _parser() -> MarkdownIt:
-    parser = MarkdownIt("commonmark", {"html": False, "breaks": True})
-    parser.enable(["table", "strikethrough"]).disable("image")  # an image would tell its server who reads
-    parser.add_render_rule("link_open", _open_link)
-    return parser
+_MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True})
+_MARKDOWN.enable(["table", "strikethrough"]).disable("image")  # images would tell other servers who reads
+_MARKDOWN.add_render_rule("link_open", _render_link)
 
 
-_PARSER = _parser()
-
-
-def readable(text: str) -> str:
-    """HTML of a markdown text."""
-    return str(_PARSER.render(text))
+def render_markdown(text: str) -> str:
+    """Return the HTML of a Markdown text."""
+    return str(_MARKDOWN.render(text))

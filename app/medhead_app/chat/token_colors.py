@@ -1,66 +1,63 @@
-"""Tokens as HTML, tinted by where they came from. Everything that comes from outside is escaped."""
+"""Tokens as HTML, colored by source; all text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# source: what it is called, and what it means; the order of the legend
+# kind of source: label and description, in the order of the legend
 SOURCES: dict[str, tuple[str, str]] = {
-    "heads": ("head", "guessed by a trained head; the deeper, the stronger the tint"),
-    "ngram": ("n-gram", "followed the same words earlier"),
-    "recycling": ("recycled", "named by the model earlier, after the same token"),
-    "lookahead": ("lookahead", "from the model's own window of guesses"),
-    "bonus": ("model", "the model's own token at the end of a pass"),
+    "heads": ("head", "drafted by a trained head; a darker color is a deeper head"),
+    "ngram": ("n-gram", "drafted from an earlier occurrence of the same n-gram"),
+    "recycling": ("recycled", "a candidate of the target at an earlier occurrence of the token before it"),
+    "lookahead": ("lookahead", "drafted in the target's lookahead window"),
+    "bonus": ("bonus", "the target's own token at the end of a verify pass"),
 }
-DEPTHS = 8  # tints of heads; deeper ones look alike
+MAX_DEPTH = 8  # deeper heads have the color of this depth
 
 
-def kind_of(source: str) -> str:
-    """The key of `SOURCES` for a token's source; what is unknown counts as the model's own."""
+def source_kind(source: str) -> str:
+    """Return the key of `SOURCES` for a token's source; `bonus` for an unknown one."""
     kind = source.split(" ", 1)[0]
     return kind if kind in SOURCES else "bonus"
 
 
-def depth_of(source: str) -> int:
-    """The depth in `heads 3`, from 1; 0 for what has none."""
-    _, _, depth = source.partition(" ")
-    return int(depth) if depth.isdecimal() else 0
-
-
 def css_classes(source: str) -> str:
-    """Classes of an element that stands for a token of that source."""
-    kind, depth = kind_of(source), depth_of(source)
-    return f"mh-{kind}" + (f" mh-depth-{min(depth, DEPTHS)}" if kind == "heads" and depth else "")
+    """Return the CSS classes for a token of this source."""
+    kind, depth = source_kind(source), _head_depth(source)
+    return f"mh-{kind}" + (f" mh-depth-{min(depth, MAX_DEPTH)}" if depth else "")
 
 
-def tinted(tokens: Iterable[Sequence[str]]) -> str:
-    """Spans for pairs of text and source. The HTML of more tokens begins with the HTML of fewer."""
+def color_tokens(tokens: Iterable[Sequence[str]]) -> str:
+    """Return the HTML of pairs of text and source. The HTML of a longer list begins with that of a shorter one."""
     return "".join(_span(text, source) for text, source in tokens if text)
 
 
 def legend() -> str:
-    """What the tints mean, in one line."""
-    items = "".join(_item(kind) for kind in SOURCES)
-    return f'<div class="mh-legend" aria-label="Where tokens came from">{items}</div>'
+    """Return the legend of the colors, one line."""
+    items = "".join(_legend_item(kind) for kind in SOURCES)
+    return f'<div class="mh-legend" aria-label="Sources of the tokens">{items}</div>'
+
+
+def _head_depth(source: str) -> int:
+    """Return 3 for `heads 3`, and 0 for other sources."""
+    kind, _, depth = source.partition(" ")
+    return int(depth) if kind == "heads" and depth.isdecimal() else 0
 
 
 def _span(text: str, source: str) -> str:
-    """The token, with the space before it left untinted: at the end of a line it would be a block of colour."""
+    """Return one token; the space before it has no color, because it could stand at the end of a line."""
     word = text.lstrip()
-    space = text[: len(text) - len(word)]
+    space = escape(text[: len(text) - len(word)])
     if not word:
-        return escape(space)
-    return f'{escape(space)}<span class="mh-token {css_classes(source)}" title="{escape(_tooltip(source))}">{escape(word)}</span>'
+        return space
+    depth = _head_depth(source)
+    title = f"head at depth {depth}" if depth else SOURCES[source_kind(source)][0]
+    return f'{space}<span class="mh-token {css_classes(source)}" title="{title}">{escape(word)}</span>'
 
 
-def _tooltip(source: str) -> str:
-    kind, depth = kind_of(source), depth_of(source)
-    return f"head at depth {depth}" if kind == "heads" and depth else SOURCES[kind][0]
-
-
-def _item(kind: str) -> str:
-    name, meaning = SOURCES[kind]
-    tints = [f"{kind} {depth}" for depth in (1, 4, 8)] if kind == "heads" else [kind]
-    swatch = "".join(f'<i class="mh-token {css_classes(tint)}"></i>' for tint in tints)
-    return f'<span class="mh-legend-item" title="{escape(meaning)}">{swatch}{escape(name)}</span>'
+def _legend_item(kind: str) -> str:
+    label, description = SOURCES[kind]
+    sources = [f"{kind} {depth}" for depth in (1, 4, 8)] if kind == "heads" else [kind]
+    swatch = "".join(f'<i class="mh-token {css_classes(source)}"></i>' for source in sources)
+    return f'<span class="mh-legend-item" title="{escape(description)}">{swatch}{escape(label)}</span>'

@@ -1,4 +1,4 @@
-"""A conversation as the page's chat component shows it: a plain value that `assets/chat.js` draws."""
+"""The value of the page's chat component, which `assets/chat.js` draws."""
 
 from __future__ import annotations
 
@@ -6,52 +6,49 @@ from html import escape
 from typing import Any
 
 from medhead_app.chat.conversation import Conversation, Message
-from medhead_app.chat.text import readable
-from medhead_app.chat.token_colors import tinted
+from medhead_app.chat.text import render_markdown
+from medhead_app.chat.token_colors import color_tokens
 
 
-def view_of(
-    conversation: Conversation, *, show_sources: bool, busy: bool = False, keep: bool = False
+def conversation_view(
+    conversation: Conversation, *, show_sources: bool, busy: bool = False, store: bool = False
 ) -> dict[str, Any]:
-    """The component's value.
+    """Return the component's value.
 
-    Args:
-        conversation: what is shown.
-        show_sources: tinted tokens instead of rendered markdown.
-        busy: an answer is being written.
-        keep: the browser is to store the conversation as it is now.
+    With `show_sources` answers are colored tokens, otherwise rendered Markdown. `busy` means that the last message is being
+    generated, and `store` lets the browser store the conversation.
     """
-    messages = conversation["messages"]
+    last = len(conversation["messages"]) - 1
     return {
         "id": conversation["id"],
         "title": conversation["title"],
         "busy": busy,
         "messages": [
-            message_view(message, show_sources, writing=busy and index == len(messages) - 1)
-            for index, message in enumerate(messages)
+            message_view(message, show_sources, generating=busy and index == last)
+            for index, message in enumerate(conversation["messages"])
         ],
-        "keep": conversation if keep else None,
+        "store": conversation if store else None,
     }
 
 
-def message_view(message: Message, show_sources: bool, writing: bool = False) -> dict[str, Any]:
-    """One message: HTML to show, text to copy, and the small print."""
+def message_view(message: Message, show_sources: bool, generating: bool = False) -> dict[str, Any]:
+    """Return one message: the HTML to show, the text to copy, the notice above and the summary below."""
+    content = message["content"]
     if message["role"] == "user":
-        return {"role": "user", "html": escape(message["content"]), "text": message["content"], "plain": True}
-    tokens = message.get("tokens")
-    show_tokens = bool(show_sources and tokens)
+        return {"role": "user", "html": escape(content), "text": content, "plain": True}
+    tokens = message.get("tokens") if show_sources else None
     return {
         "role": "assistant",
-        "html": tinted(tokens) if show_tokens and tokens else readable(message["content"]),
-        "text": message["content"],
-        "plain": show_tokens,
-        "above": _dropped(message.get("dropped", 0)),
-        "facts": " · ".join(part for part in (message.get("facts", ""), message.get("note", "")) if part),
-        "writing": writing,
+        "html": color_tokens(tokens) if tokens else render_markdown(content),
+        "text": content,
+        "plain": bool(tokens),
+        "notice": _dropped_notice(message.get("dropped", 0)),
+        "summary": " · ".join(part for part in (message.get("summary", ""), message.get("note", "")) if part),
+        "generating": generating,
     }
 
 
-def _dropped(count: int) -> str:
+def _dropped_notice(count: int) -> str:
     if not count:
         return ""
     messages = "1 older message was" if count == 1 else f"{count} older messages were"

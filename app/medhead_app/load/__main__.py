@@ -1,4 +1,4 @@
-"""`python -m medhead_app`."""
+"""Run `python -m medhead_app.load`, the same as `medhead load-test`."""
 
 import sys
 

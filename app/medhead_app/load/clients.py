@@ -1,4 +1,4 @@
-"""Clients of the load program: they ask, read streams, and take the time."""
+"""Clients of the load test: they send requests, read the streams and measure the times."""
 
 from __future__ import annotations
 
@@ -14,28 +14,18 @@ import httpx
 from medhead.bench.prompts import BUILT_IN
 
 TEMPERATURES = (0.0, 0.7, 1.0)
-MOST_ANSWER = 120  # tokens
-PATIENCE = 600.0  # seconds for one answer
+MAX_TOKENS = 120  # largest max_tokens of a request
+CLIENT_TIMEOUT = 600.0  # seconds
 
 
 @dataclass
-class Answered:
-    """One request as its client saw it.
+class ClientResult:
+    """One request as its client saw it; `tokens` and `passes` are counted by the server."""
 
-    Attributes:
-        asked: body of the request.
-        text: what came.
-        first: seconds to the first text; None if none came.
-        seconds: to the end.
-        tokens: new tokens, as the server counts them.
-        passes: verify passes, as the server counts them.
-        error: what went wrong, else None.
-    """
-
-    asked: dict[str, Any]
+    body: dict[str, Any]
     text: str = ""
-    first: float | None = None
-    seconds: float = 0.0
+    first: float | None = None  # seconds to the first text
+    seconds: float = 0.0  # to the end
     tokens: int = 0
     passes: int = 0
     error: str | None = None
@@ -43,91 +33,83 @@ class Answered:
 
 @dataclass
 class LoadGenerator:
-    """Several clients who ask one thing after another.
-
-    Args:
-        url: of the server.
-        model: its name there.
-        clients: how many ask at the same time.
-        key: API key.
-        seed: of what they ask.
-    """
+    """Concurrent clients of a server, each of which sends one random request after another."""
 
     url: str
     model: str
     clients: int
     key: str = "none"
     seed: int = 0
-    answers: list[Answered] = field(default_factory=list)
+    results: list[ClientResult] = field(default_factory=list)
 
-    async def ask_for(self, seconds: float) -> float:
-        """Ask until that time is over, then read to the end what is under way; returns the seconds that took."""
-        began = time.perf_counter()
+    async def run(self, seconds: float) -> float:
+        """Send requests for this time and read the last answers to their end; return the seconds that took."""
+        start = time.perf_counter()
         async with self.http() as http:
-            await asyncio.gather(*(self._client(http, number, began + seconds) for number in range(self.clients)))
-        return time.perf_counter() - began
+            await asyncio.gather(*(self._client(http, number, start + seconds) for number in range(self.clients)))
+        return time.perf_counter() - start
 
-    async def ask_alone(self, asked: list[dict[str, Any]]) -> list[Answered]:
-        """The same requests once more, one after another."""
+    async def replay(self, bodies: list[dict[str, Any]]) -> list[ClientResult]:
+        """Send these requests one after another."""
         async with self.http() as http:
-            return [await ask(http, body) for body in asked]
+            return [await send(http, body) for body in bodies]
 
     def http(self) -> httpx.AsyncClient:
-        """A client of the server."""
-        limits = httpx.Limits(max_connections=None)
-        headers = {"Authorization": f"Bearer {self.key}"}
-        return httpx.AsyncClient(base_url=self.url, headers=headers, timeout=PATIENCE, limits=limits, trust_env=False)
+        """Return an HTTP client for the server."""
+        headers, limits = {"Authorization": f"Bearer {self.key}"}, httpx.Limits(max_connections=None)
+        options: dict[str, Any] = {"timeout": CLIENT_TIMEOUT, "limits": limits, "trust_env": False}
+        return httpx.AsyncClient(base_url=self.url, headers=headers, **options)
 
-    async def _client(self, http: httpx.AsyncClient, number: int, until: float) -> None:
-        choose = random.Random(f"{self.seed} {number}")
-        while time.perf_counter() < until:
-            answered = await ask(http, self._body(choose))
-            self.answers.append(answered)
-            if answered.error is not None:
+    async def _client(self, http: httpx.AsyncClient, number: int, deadline: float) -> None:
+        rng = random.Random(f"{self.seed} {number}")
+        while time.perf_counter() < deadline:
+            result = await send(http, self._body(rng))
+            self.results.append(result)
+            if result.error is not None:
                 await asyncio.sleep(0.5)
 
-    def _body(self, choose: random.Random) -> dict[str, Any]:
+    def _body(self, rng: random.Random) -> dict[str, Any]:
         return {
             "model": self.model,
-            "messages": [{"role": "user", "content": choose.choice(BUILT_IN)}],
-            "temperature": choose.choice(TEMPERATURES),
-            "seed": choose.getrandbits(63),
-            "max_tokens": choose.randint(MOST_ANSWER // 4, MOST_ANSWER),
+            "messages": [{"role": "user", "content": rng.choice(BUILT_IN)}],
+            "temperature": rng.choice(TEMPERATURES),
+            "seed": rng.getrandbits(63),
+            "max_tokens": rng.randint(MAX_TOKENS // 4, MAX_TOKENS),
             "stream": True,
             "stream_options": {"include_usage": True},
         }
 
 
-async def ask(http: httpx.AsyncClient, body: dict[str, Any]) -> Answered:
+async def send(http: httpx.AsyncClient, body: dict[str, Any]) -> ClientResult:
     """Send one request and read its stream."""
-    answered, began = Answered(body), time.perf_counter()
+    result, start = ClientResult(body), time.perf_counter()
     try:
         async with http.stream("POST", "/v1/chat/completions", json=body) as response:
             if response.status_code != 200:
                 raise ValueError(f"status {response.status_code}: {(await response.aread()).decode()[:200]}")
-            ended = False
+            done = False
             async for line in response.aiter_lines():
                 if line == "data: [DONE]":
-                    ended = True
+                    done = True
                 elif line.startswith("data: "):
-                    _read(json.loads(line[6:]), answered, began)
-            if not ended:
+                    _add_chunk(json.loads(line[6:]), result, start)
+            if not done:
                 raise ValueError("the stream ended too early")
-    except Exception as error:  # whatever it is, it is counted
-        answered.error = f"{type(error).__name__}: {error}"
-    answered.seconds = time.perf_counter() - began
-    return answered
+    except Exception as error:  # every error is counted
+        result.error = f"{type(error).__name__}: {error}"
+    result.seconds = time.perf_counter() - start
+    return result
 
 
-def _read(chunk: dict[str, Any], answered: Answered, began: float) -> None:
+def _add_chunk(chunk: dict[str, Any], result: ClientResult, start: float) -> None:
     if "error" in chunk:
         raise ValueError(chunk["error"]["message"])
     for choice in chunk["choices"]:
         text = choice["delta"].get("content", "")
-        if text and answered.first is None:
-            answered.first = time.perf_counter() - began
-        answered.text += text
+        if text and result.first is None:
+            result.first = time.perf_counter() - start
+        result.text += text
     if chunk.get("usage"):
-        answered.tokens = chunk["usage"]["completion_tokens"]
+        result.tokens = chunk["usage"]["completion_tokens"]
     if "medhead" in chunk:
-        answered.passes = chunk["medhead"]["passes"]
+        result.passes = chunk["medhead"]["passes"]

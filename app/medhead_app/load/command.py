@@ -1,4 +1,4 @@
-"""`python -m medhead_app.load`: many clients at once against the server, with batching and one at a time."""
+"""The command `medhead load-test`: concurrent clients against the server, with batching and one request at a time."""
 
 from __future__ import annotations
 
@@ -12,146 +12,125 @@ from typing import Any
 
 import httpx
 
-from medhead.bench.report import machine, write_results
+from medhead.bench.harness import machine, write_results
+from medhead.cli.common import Parser, guarded
 from medhead.errors import MedheadError
-from medhead.generate import Parser, guarded
 from medhead_app.load import report
-from medhead_app.load.clients import Answered, LoadGenerator
-from medhead_app.load.server import Memory, server
+from medhead_app.load.clients import LoadGenerator
+from medhead_app.load.server import MemoryMonitor, start_server
 
-PROG = "medhead_app.load"
+PROG = "medhead load-test"
 EXAMPLES = """\
 examples:
-  python -m medhead_app.load --output results                     8 and 32 clients, two minutes each, demo model
-  python -m medhead_app.load --clients 16 --seconds 30 --model my/model --heads my/heads
-  python -m medhead_app.load --url http://127.0.0.1:7860 --clients 8 --seconds 20
+  medhead load-test --output results                     8 and 32 clients, two minutes each, demo model
+  medhead load-test --clients 16 --seconds 30 --model my/model --heads my/heads
+  medhead load-test --url http://127.0.0.1:7860 --clients 8 --seconds 20
 
-All other options go to the server that is started (see python -m medhead_app --help). Clients draw prompts, seeds,
-temperatures and lengths, and run on the same machine as the server. Afterwards a sample of the requests is sent again, one
-at a time: every text must be the same. It ends with 1 when there were errors, other texts, or memory that is not flat.
+All other options are passed on to the server that is started (see medhead serve --help). The clients draw prompts, seeds,
+temperatures and lengths, and run on the same machine as the server. Afterwards a sample of the requests is sent again one
+at a time, and every text must be identical. The exit code is 1 after errors, different texts, or growing memory.
 """
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    options = Parser(
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command."""
+    parser = Parser(
         prog=PROG,
-        description="Many clients at once: errors, mixed texts, memory, waiting times, tokens per second.",
+        description="Load the server with concurrent clients; check errors, texts and memory; measure latency and speed.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    options.add_argument("--url", help="a server that runs already (its memory and rows are then not known)")
-    options.add_argument("--key", default="none", help="its API key")
-    options.add_argument("--clients", type=int, nargs="+", default=[8, 32], help="at the same time (default: 8 32)")
-    options.add_argument("--seconds", type=float, default=120.0, help="of every run (default: 120)")
-    options.add_argument("--max-rows", type=int, default=8, help="rows of the batching server (default: 8)")
-    options.add_argument("--batching-only", action="store_true", help="leave out the server that does one at a time")
-    options.add_argument("--sample", type=int, default=24, help="requests that are sent again alone (default: 24)")
-    options.add_argument("--seed", type=int, default=0, help="of what the clients ask")
-    options.add_argument("--output", help="folder for table, JSON and picture")
-    return options
+    parser.add_argument("--url", help="URL of a running server to use (its memory and batch size are then unknown)")
+    parser.add_argument("--key", default="none", help="API key of that server")
+    parser.add_argument("--clients", type=int, nargs="+", default=[8, 32], help="concurrent clients (default: 8 32)")
+    parser.add_argument("--seconds", type=float, default=120.0, help="duration of each run (default: 120)")
+    parser.add_argument("--max-rows", type=int, default=8, help="largest batch of the server (default: 8)")
+    parser.add_argument("--batching-only", action="store_true", help="skip the runs with one request at a time")
+    parser.add_argument("--sample", type=int, default=24, help="number of requests that are sent again (default: 24)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: 0)")
+    parser.add_argument("--output", help="folder for the table, the JSON file and the plot")
+    return parser
 
 
-def check(args: argparse.Namespace, rest: list[str]) -> None:
-    """Refuse what cannot be.
-
-    Raises:
-        MedheadError: names the option.
-    """
-    if args.url is not None and rest:
-        raise MedheadError(f"{' '.join(rest)}: options of a server that is started; --url names one that runs already")
+def check(args: argparse.Namespace, server_options: list[str]) -> None:
+    """Check the options."""
+    if args.url is not None and server_options:
+        options = " ".join(server_options)
+        raise MedheadError(f"{options}: options for a server that is started cannot be used with --url")
     if args.url is not None and not args.url.startswith(("http://", "https://")):
         raise MedheadError(f"--url must begin with http:// or https://, got {args.url!r}")
     if args.url is None and find_spec("psutil") is None:
-        raise MedheadError("psutil is not installed, which reads the server's memory: pip install 'medhead[app,bench]'")
-    for name, value, good in (
-        ("--clients", min(args.clients), min(args.clients) >= 1),
-        ("--seconds", args.seconds, 0 < args.seconds < float("inf")),
-        ("--max-rows", args.max_rows, args.max_rows >= 1),
-        ("--sample", args.sample, args.sample >= 0),
+        raise MedheadError("psutil (reads the server's memory) is not installed: pip install 'medhead[app,bench]'")
+    for name, value, valid, allowed in (
+        ("--clients", min(args.clients), min(args.clients) >= 1, "at least 1"),
+        ("--seconds", args.seconds, 0 < args.seconds < float("inf"), "above 0"),
+        ("--max-rows", args.max_rows, args.max_rows >= 1, "at least 1"),
+        ("--sample", args.sample, args.sample >= 0, "at least 0"),
     ):
-        if not good:
-            raise MedheadError(f"{name} is too small: {value}")
+        if not valid:
+            raise MedheadError(f"{name} must be {allowed}, got {value}")
 
 
-def run(args: argparse.Namespace, rest: list[str]) -> list[str]:
-    """The command after its options were read; returns what must not be.
-
-    Raises:
-        MedheadError: wrong options, or a server that does not start or answer.
-    """
-    check(args, rest)
+def run(args: argparse.Namespace, server_options: list[str]) -> list[str]:
+    """Run the load test and print its report; return the failed checks."""
+    check(args, server_options)
     rows = []
     for clients in args.clients:
         for max_rows in [None] if args.url else [args.max_rows] if args.batching_only else [args.max_rows, 1]:
-            rows.append(one_run(args, rest, clients, max_rows))
+            rows.append(run_one(args, server_options, clients, max_rows))
             print(report.table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
-    text = report.table(rows)
-    print(text)
-    faults = report.faults(rows)
-    for line in faults:
+    table, failures = report.table(rows), report.failures(rows)
+    print(table)
+    for line in failures:
         print(f"{PROG}: {line}", file=sys.stderr)
     if args.output:
-        found = machine()
-        heading = f"{args.seconds:.0f} seconds each; {found['cpu']}, {found['date']}"
-        content = {"machine": found, "options": vars(args), "server_options": rest, "runs": rows, "faults": faults}
-        said = write_results(
-            Path(args.output), heading, text, content, "load.png", lambda path: report.plot(rows, heading, path)
-        )
-        print(said, file=sys.stderr)
-    return faults
+        host = machine()
+        title = f"{args.seconds:.0f} seconds each; {host['cpu']}, {host['date']}"
+        content: dict[str, Any] = {"machine": host, "options": vars(args), "server_options": server_options}
+        content |= {"runs": rows, "failures": failures}
+
+        def plot(path: Path) -> None:
+            report.plot(rows, title, path)
+
+        print(write_results(Path(args.output), title, table, content, "load.png", plot), file=sys.stderr)
+    return failures
 
 
-def one_run(args: argparse.Namespace, rest: list[str], clients: int, max_rows: int | None) -> dict[str, Any]:
-    """One number of clients against one server.
-
-    Raises:
-        MedheadError: the server does not start or answer.
-    """
+def run_one(args: argparse.Namespace, server_options: list[str], clients: int, max_rows: int | None) -> dict[str, Any]:
+    """Run one number of clients against one server; `max_rows` None stands for the server at `--url`."""
     if max_rows is None:
         return asyncio.run(measure(args, args.url.rstrip("/"), clients, None))
-    queue = [] if "--max-queue" in rest else ["--max-queue", str(max(64, 2 * clients))]
-    with server(["--max-rows", str(max_rows), *queue, *rest]) as (url, pid):
-        memory = Memory(pid)
-        with memory.watched():
+    queue = [] if "--max-queue" in server_options else ["--max-queue", str(max(64, 2 * clients))]
+    with start_server(["--max-rows", str(max_rows), *queue, *server_options]) as (url, pid):
+        memory = MemoryMonitor(pid)
+        with memory.running():
             row = asyncio.run(measure(args, url, clients, max_rows))
     return row | {"memory": report.memory_summary(memory, args.seconds)}
 
 
 async def measure(args: argparse.Namespace, url: str, clients: int, max_rows: int | None) -> dict[str, Any]:
-    """Ask for a while, then ask a sample again alone.
-
-    Raises:
-        MedheadError: the server does not answer.
-    """
-    crowd = LoadGenerator(url, await model_of(url, args.key), clients, args.key, args.seed)
-    seconds = await crowd.ask_for(args.seconds)
-    good = [answered for answered in crowd.answers if answered.error is None]
-    sample: list[Answered] = random.Random(args.seed).sample(good, min(args.sample, len(good)))
-    again = await crowd.ask_alone([answered.asked for answered in sample])
-    return report.summary(clients, max_rows, crowd.answers, list(zip(sample, again, strict=True)), seconds)
+    """Load a server, then send a sample of the requests again alone."""
+    load = LoadGenerator(url, await get_model_name(url, args.key), clients, args.key, args.seed)
+    seconds = await load.run(args.seconds)
+    good = [result for result in load.results if result.error is None]
+    sample = random.Random(args.seed).sample(good, min(args.sample, len(good)))
+    alone = await load.replay([result.body for result in sample])
+    return report.summary(clients, max_rows, load.results, list(zip(sample, alone, strict=True)), seconds)
 
 
-async def model_of(url: str, key: str) -> str:
-    """What the server calls its model.
-
-    Raises:
-        MedheadError: it does not answer as it should.
-    """
+async def get_model_name(url: str, key: str) -> str:
+    """Return the name of the server's model."""
     try:
         async with LoadGenerator(url, "", 1, key).http() as http:
             return str((await http.get("/v1/models", timeout=30)).raise_for_status().json()["data"][0]["id"])
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, LookupError, TypeError) as error:
-        raise MedheadError(f"no server of this kind answers at {url}: {' '.join(str(error).split())[:150]}") from None
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise MedheadError(f"no OpenAI-compatible server answers at {url}: {reason}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Entry point; returns the exit code."""
-    args, rest = parser().parse_known_args(argv)
-    faults: list[str] = []
-    return guarded(PROG, lambda: faults.extend(run(args, rest))) or int(bool(faults))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    """Run `medhead load-test`; return the exit code."""
+    args, server_options = build_parser().parse_known_args(argv)
+    failures: list[str] = []
+    return guarded(PROG, lambda: failures.extend(run(args, server_options))) or int(bool(failures))

@@ -1,4 +1,4 @@
-"""The server of the load program: in a process of its own, with an eye on its memory."""
+"""The server of the load test: it runs in a process of its own, and its memory is monitored."""
 
 from __future__ import annotations
 
@@ -14,86 +14,76 @@ from collections.abc import Iterator
 
 from medhead.errors import MedheadError
 
-EVERY = 0.5  # seconds between two looks at the memory
-STOP_SECONDS = 30
+SAMPLE_INTERVAL = 0.5  # seconds between two samples of the memory
+STOP_TIMEOUT = 30  # seconds
 
 
-class Memory:
-    """Resident memory of a process over time.
-
-    Args:
-        pid: of the process.
-
-    Attributes:
-        seen: seconds since the start of watching, and bytes.
-    """
+class MemoryMonitor:
+    """Record the resident memory of a process in `samples`, as pairs of seconds since the start and bytes."""
 
     def __init__(self, pid: int) -> None:
-        self.pid, self.seen = pid, []  # type: int, list[tuple[float, int]]
-        self._end = threading.Event()
+        self.pid = pid
+        self.samples: list[tuple[float, int]] = []
+        self._stopped = threading.Event()
 
     @contextlib.contextmanager
-    def watched(self) -> Iterator[None]:
-        """Look at it while the block runs."""
-        thread = threading.Thread(target=self._watch, daemon=True)
+    def running(self) -> Iterator[None]:
+        """Record samples in a thread while the block runs."""
+        thread = threading.Thread(target=self._run, daemon=True)
         thread.start()
         try:
             yield
         finally:
-            self._end.set()
+            self._stopped.set()
             thread.join()
 
-    def spread(self, after: float) -> float | None:
-        """How much the largest is above the smallest, as a share of it, after so many seconds; None if nothing was seen."""
-        sizes = [size for at, size in self.seen if at >= after]
+    def growth(self, after: float) -> float | None:
+        """Return max / min - 1 of the samples after so many seconds; None if there are none."""
+        sizes = [size for at, size in self.samples if at >= after]
         return max(sizes) / min(sizes) - 1 if sizes else None
 
-    def _watch(self) -> None:
+    def _run(self) -> None:
         import psutil
 
-        process, began = psutil.Process(self.pid), time.perf_counter()
+        process, start = psutil.Process(self.pid), time.perf_counter()
         with contextlib.suppress(psutil.NoSuchProcess):
             while True:
-                self.seen.append((time.perf_counter() - began, process.memory_info().rss))
-                if self._end.wait(EVERY):
+                self.samples.append((time.perf_counter() - start, process.memory_info().rss))
+                if self._stopped.wait(SAMPLE_INTERVAL):
                     return
 
 
 @contextlib.contextmanager
-def server(options: list[str]) -> Iterator[tuple[str, int]]:
-    """`python -m medhead_app --no-page` with these options; gives its address and its process id.
-
-    Raises:
-        MedheadError: it did not start.
-    """
+def start_server(options: list[str]) -> Iterator[tuple[str, int]]:
+    """Run `medhead serve` with these options on a free port; yield its URL and process id."""
     command = [sys.executable, "-m", "medhead_app", "--no-page", "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    said: deque[str] = deque(maxlen=200)
     try:
-        yield _address(process, said), process.pid
+        yield read_url(process), process.pid
     finally:
         process.send_signal(signal.SIGINT)
         try:
-            process.wait(STOP_SECONDS)
+            process.wait(STOP_TIMEOUT)
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
 
-def _address(process: subprocess.Popen[str], said: deque[str]) -> str:
+def read_url(process: subprocess.Popen[str]) -> str:
+    """Return the URL that a starting server prints; its later lines go to standard error."""
     assert process.stderr is not None
+    lines: deque[str] = deque(maxlen=200)
     for line in process.stderr:
-        said.append(line)
-        found = re.search(r"API at (http://\S+)/v1", line)
-        if found:
-            threading.Thread(target=_pass_on, args=(process,), daemon=True).start()
+        lines.append(line)
+        if found := re.search(r"API at (http://\S+)/v1", line):
+            threading.Thread(target=_forward, args=(process,), daemon=True).start()
             return found.group(1)
-    reason = next((line for line in reversed(said) if line.strip()), "it said nothing").strip()
+    reason = next((line for line in reversed(lines) if line.strip()), "it printed nothing").strip()
     raise MedheadError(f"the server did not start: {reason}")
 
 
-def _pass_on(process: subprocess.Popen[str]) -> None:
-    """What it says later is for the person; nobody reading would stop it."""
+def _forward(process: subprocess.Popen[str]) -> None:
+    """Print what the server prints; an unread pipe would block it."""
     assert process.stderr is not None
     for line in process.stderr:
         print(line, end="", file=sys.stderr)

@@ -1,116 +1,105 @@
-"""The layout of `mlp_speculator` (Wertheimer et al. 2024): vLLM, TGI, IBM's accelerators.
+"""The format of `mlp_speculator` (Wertheimer et al. 2024): TGI, IBM's accelerators, and vLLM before it removed them.
 
 Every depth has `emb.{i} [vocab, inner]`, `proj.{i}`, `ln.{i}` and `head.{i} [vocab, inner]`; tied, all depths share one
-of each, but `proj.0`, which takes the target's hidden state, stands apart.
+of each, except that `proj.0`, which takes the target's hidden state, is not shared.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import re
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from medhead.heads.base import Heads
-from medhead.heads.formats.export import Exported, output_rows, require
-from medhead.heads.formats.source import Source, fill, heads_config
+from medhead.heads.base import Heads, HeadsConfig
+from medhead.heads.formats.base import CheckpointFormat, fitting_config, output_matrix
+from medhead.heads.formats.reader import CheckpointReader
+from medhead.model.target import Target
 
-if TYPE_CHECKING:
-    from medhead.model.target import Target
-
-LAYOUT = "mlp_speculator"
 _ARCHITECTURE = "MLPSpeculatorPreTrainedModel"
+_NAMES = {"embeddings": "emb", "norms": "ln", "output_matrices": "head"}
 
 
-def matches(source: Source) -> bool:
-    """By the model type or the architecture."""
-    return source.config.get("model_type") == LAYOUT or _ARCHITECTURE in source.architectures
+class MlpSpeculator(CheckpointFormat):
+    """It stores factored embeddings and output projections multiplied out, as matrices over the vocabulary."""
+
+    name, kind = "mlp_speculator", "sequential"
+
+    def matches(self, reader: CheckpointReader) -> bool:
+        """Look for the model type or the architecture."""
+        return reader.config.get("model_type") == self.name or _ARCHITECTURE in reader.architectures
+
+    def read(self, reader: CheckpointReader, target: Target) -> Heads:
+        """Read sequential heads with embeddings and output matrices of their own."""
+        reader.rename("speculator.")
+        reader.check_target(target, emb_dim=target.hidden_size, vocab_size=target.vocab_size)
+        unset = reader.config.get("inner_dim") in (0, None)
+        config = fitting_config(
+            target,
+            self.kind,
+            depth=reader.number("n_predict"),
+            inner_size=target.hidden_size if unset else reader.number("inner_dim"),
+            tie_weights=reader.flag("tie_weights"),
+            scale_input=reader.flag("scale_input"),
+            own_embedding=True,
+            own_output=True,
+        )
+        if config.tie_weights:
+            for pattern in ("emb.{}.weight", "ln.{}.weight", "ln.{}.bias", "head.{}.weight", "proj.{}.weight"):
+                first = 1 if pattern.startswith("proj") else 0
+                _merge_copies(reader, [pattern.format(depth) for depth in range(first, config.depth)])
+        return reader.load(config, self.stored_name, {})
+
+    def stored_name(self, name: str, config: HeadsConfig) -> str | None:
+        """Shorten the names; `first` is `proj.0`, and encoders and outputs are not stored as they are."""
+        part, _, rest = name.partition(".")
+        if part in ("encoders", "outputs"):
+            return None
+        if part == "first":
+            return "proj.0.weight"
+        if part == "proj":
+            return re.sub(r"\d+", lambda index: str(int(index[0]) + 1), name)
+        return f"{_NAMES[part]}.{rest}" if part == "norms" else f"{_NAMES[part]}.{rest}.weight"
+
+    def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
+        """Multiply out embeddings and output matrices where the heads use the target's."""
+        tensors = super().tensors(heads, target)
+        for depth in range(1 if heads.config.tie_weights else heads.config.depth):
+            if not heads.config.own_embedding:
+                rows = target.embed(torch.arange(heads.config.vocab_size, device=target.device)).detach()
+                encoder = heads.get_parameter(f"encoders.{depth}.weight")
+                tensors[f"emb.{depth}.weight"] = rows @ encoder.to(rows).T
+            if not heads.config.own_output:
+                rows = output_matrix(heads, target)
+                tensors[f"head.{depth}.weight"] = rows @ heads.get_parameter(f"outputs.{depth}.weight").to(rows)
+        return tensors
+
+    def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
+        """Name sizes and switches, and the model, which TGI loads from here."""
+        config = heads.config
+        return {
+            "architectures": [_ARCHITECTURE],
+            "model_type": self.name,
+            "base_model_name_or_path": str(target.model.config.name_or_path),
+            "vocab_size": config.vocab_size,
+            "emb_dim": config.hidden_size,
+            "inner_dim": config.inner_size,
+            "n_predict": config.depth,
+            "tie_weights": config.tie_weights,
+            "scale_input": config.scale_input,
+            "top_k_tokens_per_head": [4, 3, 2, *[1] * config.depth][: config.depth],
+        }
 
 
-def read(source: Source, target: Target) -> Heads:
-    """Sequential heads with embeddings and output matrices of their own."""
-    source.rename("speculator.")
-    source.same("emb_dim", target.hidden_size, target)
-    source.same("vocab_size", target.vocab_size, target)
-    depth = source.number("n_predict")
-    size, vocab = target.hidden_size, target.vocab_size
-    inner = size if source.config.get("inner_dim") in (0, None) else source.number("inner_dim")
-    tied = bool(source.config.get("tie_weights"))
-    weights: dict[str, Tensor] = {"first.weight": source.take("proj.0.weight", inner, size)}
-    copies = [tuple(range(depth))] if tied else [(i,) for i in range(depth)]
-    for ours, depths in enumerate(copies):
-        weights[f"embeddings.{ours}"] = _take(source, "emb.{}.weight", depths, vocab, inner)
-        weights[f"norms.{ours}.weight"] = _take(source, "ln.{}.weight", depths, inner)
-        weights[f"norms.{ours}.bias"] = _take(source, "ln.{}.bias", depths, inner)
-        weights[f"output_matrices.{ours}"] = _take(source, "head.{}.weight", depths, vocab, inner)
-    for ours, depths in enumerate([tuple(range(1, depth))] if tied else [(i,) for i in range(1, depth)]):
-        weights[f"proj.{ours}.weight"] = _take(source, "proj.{}.weight", depths, inner, inner)
-    source.finish()
-    config = heads_config(
-        target,
-        "sequential",
-        depth=depth,
-        inner_size=inner,
-        tied=tied,
-        scale_input=bool(source.config.get("scale_input")),
-        own_embedding=True,
-        own_output=True,
-    )
-    return fill(config, weights)
-
-
-def _take(source: Source, pattern: str, depths: tuple[int, ...], *shape: int) -> Tensor:
-    """The tensor that these depths share; stored once, or several times with the same content."""
-    stored = [name for name in map(pattern.format, depths) if name in source.names]
+def _merge_copies(reader: CheckpointReader, names: list[str]) -> None:
+    """Keep one of the tensors that tied depths share, under the first name; it may be stored several times."""
+    stored = [name for name in names if name in reader.names]
     if not stored:
-        raise source.error(f"the tensor {pattern.format(depths[0] if depths else 1)} is missing")
-    first = source.take(stored[0], *shape)
+        return
+    first = reader.peek(stored[0])
     for name in stored[1:]:
-        if not torch.equal(source.take(name, *shape), first):
-            raise source.error(f"config.json says tie_weights, but the tensors {stored[0]} and {name} differ")
-    return first
-
-
-def write(heads: Heads, target: Target) -> Exported:
-    """Factored embeddings and outputs are multiplied out to matrices over the vocabulary."""
-    require(heads, LAYOUT, "sequential", whole_vocabulary=True)
-    config, weights = heads.config, heads.state_dict()
-    tensors = {"proj.0.weight": weights["first.weight"]}
-    for depth in range(1 if config.tied else config.depth):
-        tensors[f"emb.{depth}.weight"] = _embedding(heads, target, depth)
-        tensors[f"ln.{depth}.weight"] = weights[f"norms.{depth}.weight"]
-        tensors[f"ln.{depth}.bias"] = weights[f"norms.{depth}.bias"]
-        tensors[f"head.{depth}.weight"] = _output(heads, target, depth)
-    for index in range(1 if config.tied else config.depth - 1):
-        tensors[f"proj.{index + 1}.weight"] = weights[f"proj.{index}.weight"]
-    fields = {
-        "architectures": [_ARCHITECTURE],
-        "model_type": LAYOUT,
-        "base_model_name_or_path": str(target.model.config.name_or_path),
-        "vocab_size": config.vocab_size,
-        "emb_dim": config.hidden_size,
-        "inner_dim": config.inner_size,
-        "n_predict": config.depth,
-        "tie_weights": config.tied,
-        "scale_input": config.scale_input,
-        "top_k_tokens_per_head": [4, 3, 2, *[1] * config.depth][: config.depth],
-    }
-    return Exported(fields, tensors)
-
-
-def _embedding(heads: Heads, target: Target, depth: int) -> Tensor:
-    """`[vocab, inner]`."""
-    own = heads.own_embedding(depth)
-    if own is not None:
-        return own
-    rows = target.embed(torch.arange(heads.config.vocab_size, device=target.device)).detach()
-    return rows @ heads.get_parameter(f"encoders.{depth}.weight").to(rows).T
-
-
-def _output(heads: Heads, target: Target, depth: int) -> Tensor:
-    """`[vocab, inner]`."""
-    own = heads.own_output(depth)
-    if own is not None:
-        return own
-    rows = output_rows(heads, target)
-    return rows @ heads.get_parameter(f"outputs.{depth}.weight").to(rows)
+        if not torch.equal(reader.peek(name), first):
+            raise reader.error(f"config.json says tie_weights, but the tensors {stored[0]} and {name} differ")
+    reader.drop(*stored[1:])
+    reader.rename(stored[0], names[0])

@@ -1,1 +1,1 @@
-"""Training data: records, encoding, packing, stored features."""
+"""Training data: records, prompts, encoding, token stores, packing."""

@@ -1,7 +1,7 @@
-"""Documents packed into rows of one length, so that no step is spent on padding and every step is as large as another.
+"""Pack documents into rows of one length, which avoids padding and makes all steps equally large.
 
-Documents of a shuffled window go into rows by best fit, longest first. The plan of an epoch depends on seed and epoch
-alone, so row i of the data set is a function of (seed, i): training goes on after a stop exactly where it was.
+Documents of a shuffled window are assigned to rows by best fit, longest first. The plan of an epoch depends on seed and epoch
+alone, so row i is a function of (seed, i) and training resumes exactly.
 """
 
 from __future__ import annotations
@@ -15,23 +15,19 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medhead.errors import MedheadError
-from medhead_training.data.feature_store import TokenStore
+from medhead_training.data.token_store import TokenStore
 
-WINDOW = 4096  # pieces that are fitted together
+WINDOW = 4096  # pieces that are packed together
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Which sizes go together: the largest first, each into the fullest bin that still has room for it.
-
-    Args:
-        sizes: each from 1 to `capacity`.
-        capacity: of a bin.
+    """Assign sizes, each from 1 to `capacity`, to bins: largest first, each into the fullest bin with room for it.
 
     Returns:
         For every bin the indices of its sizes.
     """
     bins: list[list[int]] = []
-    rooms: list[int] = []  # ascending room of the open bins, and below which bins these are
+    rooms: list[int] = []  # free room of the open bins, ascending; `owners` says which bins these are
     owners: list[int] = []
     for index in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
         size = sizes[index]
@@ -50,22 +46,19 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Rows of exactly `length` slots, all epochs one after the other.
+    """Rows of exactly `length` tokens, all epochs one after the other.
 
-    A row is a dictionary of `input_ids` (int64), `mask` (bool, what the assistant wrote), `document` (int64, number of
-    the document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
+    A row is a dictionary of `input_ids` (int64), `mask` (bool, tokens of the assistant), `document` (int64, index of the
+    document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
     Documents longer than `length` are cut into pieces, which count as documents of their own.
 
     Args:
-        store: of the token ids.
-        documents: which documents of the store to use.
-        length: slots of a row.
-        seed: of the order and of what is packed together.
-        epochs: how often each document comes; every epoch is packed anew.
-        pad_token: id in the padding.
-
-    Raises:
-        MedheadError: there is no document, or a number makes no sense.
+        store: holds the token ids.
+        documents: indices of the documents to use.
+        length: tokens of a row.
+        seed: of the packing and the order.
+        epochs: number of epochs; each is packed differently.
+        pad_token: id of the padding.
     """
 
     def __init__(
@@ -105,19 +98,19 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     @property
     def efficiency(self) -> float:
-        """Share of all slots that hold tokens."""
+        """Fraction of all row positions that hold tokens."""
         return self.tokens * self.epochs / (len(self) * self.length)
 
     def epochs_in(self, rows: int) -> float:
-        """How many epochs the first `rows` rows are."""
+        """Return how many epochs the first `rows` rows are."""
         return float(np.interp(rows, self._first, np.arange(self.epochs + 1)))
 
     def rows_of_epoch(self, epoch: int) -> range:
-        """Indices of the rows of one epoch."""
+        """Return the indices of the rows of one epoch."""
         return range(int(self._first[epoch]), int(self._first[epoch + 1]))
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """Row `index`; it depends on the seed and the index alone."""
+        """Return row `index`, a function of the seed and the index alone."""
         if not 0 <= index < len(self):
             raise IndexError(f"row {index} of {len(self)}")
         epoch = int(np.searchsorted(self._first, index, side="right")) - 1
@@ -139,7 +132,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Pieces in the order of the epoch's rows, and where each row begins among them (and the last one ends)."""
+        """Return the pieces in row order, and the bounds of every row among them."""
         if epoch not in self._plans:
             generator = np.random.default_rng([self.seed, epoch])
             shuffled = generator.permutation(len(self._sizes))
@@ -148,7 +141,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
                 window = shuffled[start : start + WINDOW]
                 rows += [window[row] for row in best_fit(self._sizes[window].tolist(), self.length)]
             rows = [rows[row] for row in generator.permutation(len(rows))]
-            while len(self._plans) > 1:  # a loader at the border of two epochs asks for both
+            while len(self._plans) > 1:  # a loader at the boundary of two epochs needs both
                 self._plans.pop(next(iter(self._plans)))
             self._plans[epoch] = np.concatenate(rows), np.concatenate([[0], np.cumsum([len(row) for row in rows])])
         return self._plans[epoch]

@@ -1,9 +1,8 @@
-"""Training records: JSON lines of one or many files, or a data set of the hub, read as a stream."""
+"""Training records, streamed from JSON-lines files or from a Hugging Face dataset."""
 
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,20 +16,20 @@ Message = dict[str, Any]
 Sources = str | Path | Sequence[str | Path]
 
 FIELDS = "`messages`, `prompt` + `answer`, `question` + `answer`, `text`, or `prompt_ids` + `answer_ids`"
-PROMPT_FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _FILE_ENDINGS = (".jsonl", ".json", ".txt", ".csv", ".parquet", ".gz", ".zst")
+_KINDS = {type(None): "nothing", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training record: a chat, plain text, or exact token ids; one of the three is set.
+    """One training record; exactly one of `messages`, `text` and `ids` is set.
 
     Attributes:
-        where: file and line (or data set and row), for messages.
-        messages: a chat, roles and contents.
+        where: file and line (or dataset and row), for error messages.
+        messages: a chat of roles and contents.
         text: plain text.
-        ids: token ids of a prompt and of the answer to it.
+        ids: token ids of a prompt and of its answer.
     """
 
     where: str
@@ -40,38 +39,33 @@ class Record:
 
 
 def read_records(sources: Sources, on_bytes: Callable[[int], None] | None = None) -> Iterator[Record]:
-    """Records of all sources in order, one at a time.
+    """Yield the records of all sources in order.
 
     Args:
-        sources: files, folders of *.jsonl files, or names of data sets of the hub (owner/name, their split `train`).
-        on_bytes: called with the size of every line that was read, for progress bars.
-
-    Raises:
-        MedheadError: a source is missing or empty, a line is no JSON, or a record has none of the accepted fields.
+        sources: files, folders of *.jsonl files, or names of Hugging Face datasets (owner/name, split `train`).
+        on_bytes: called with the size of every line, for progress bars.
     """
     for source in source_list(sources):
-        found = False
+        empty = True
         for where, fields in _rows(source, on_bytes):
-            found = True
+            empty = False
             yield parse_record(fields, where)
-        if not found:
+        if empty:
             raise MedheadError(f"{str(source)!r} holds no record; a record has {FIELDS}")
 
 
 def source_list(sources: Sources) -> list[str | Path]:
-    """The sources as a list, never empty."""
+    """Return the sources as a list; raise a `MedheadError` if it is empty."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
     if not listed:
-        raise MedheadError("no training data was given: name files, folders of *.jsonl files, or a data set of the hub")
+        raise MedheadError(
+            "no training data was given: name files, folders of *.jsonl files, or a Hugging Face dataset"
+        )
     return listed
 
 
 def source_files(source: str | Path) -> list[Path] | None:
-    """The files of a source; None for a data set of the hub.
-
-    Raises:
-        MedheadError: it is missing, or a folder without *.jsonl files.
-    """
+    """Return the files of a source, or None for a Hugging Face dataset."""
     path = Path(source)
     if path.is_file():
         return [path]
@@ -86,11 +80,7 @@ def source_files(source: str | Path) -> list[Path] | None:
 
 
 def read_lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Iterator[tuple[str, bytes]]:
-    """Place and content of every line of a file that is not blank.
-
-    Raises:
-        MedheadError: the file cannot be read.
-    """
+    """Yield place and content of every line that is not blank."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, 1):
@@ -103,135 +93,51 @@ def read_lines(path: Path, on_bytes: Callable[[int], None] | None = None) -> Ite
 
 
 def parse_json(line: bytes, where: str) -> Any:
-    """The JSON value of one line.
-
-    Raises:
-        MedheadError: it is not UTF-8 text, or not JSON.
-    """
+    """Return the JSON value of one line."""
     try:
         return json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
         raise MedheadError(f"{where} is not UTF-8 text") from None
-    except (ValueError, RecursionError) as error:
-        reason = (
-            error.msg if isinstance(error, json.JSONDecodeError) else "it nests too deep or holds too long a number"
-        )
-        raise MedheadError(f"{where} is not JSON: {reason}") from None
+    except json.JSONDecodeError as error:
+        raise MedheadError(f"{where} is not JSON: {error.msg}") from None
+    except (ValueError, RecursionError):
+        raise MedheadError(f"{where} is not JSON: it nests too deep or holds too long a number") from None
 
 
 def parse_record(fields: Any, where: str) -> Record:
-    """A record from its fields; token ids win over text, a chat over its parts.
-
-    Raises:
-        MedheadError: none of the accepted fields is there, or one has the wrong type.
-    """
-    if not isinstance(fields, Mapping):
-        raise MedheadError(f"{where}: expected an object with {FIELDS}, got {_kind(fields)}")
-    has = {name for name, value in fields.items() if value is not None}
+    """Return the record of these fields; token ids take precedence over `messages`, and these over question and answer."""
+    has = present_fields(fields, where, FIELDS)
     if {"prompt_ids", "answer_ids"} <= has:
-        prompt, answer = (_token_ids(fields[name], name, where) for name in ("prompt_ids", "answer_ids"))
-        return Record(where, ids=(prompt, answer))
+        return Record(where, ids=(_token_ids(fields, "prompt_ids", where), _token_ids(fields, "answer_ids", where)))
     if "messages" in has:
-        return Record(where, messages=_messages(fields["messages"], where))
+        return Record(where, messages=parse_messages(fields["messages"], where))
     for question in ("prompt", "question"):
         if {question, "answer"} <= has:
-            asked, said = _text(fields[question], question, where), _text(fields["answer"], "answer", where)
-            return Record(where, [{"role": "user", "content": asked}, {"role": "assistant", "content": said}])
+            contents = [parse_text(fields[name], name, where) for name in (question, "answer")]
+            return Record(
+                where,
+                [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)],
+            )
     if "text" in has:
-        return Record(where, text=_text(fields["text"], "text", where))
-    given = ", ".join(sorted(map(str, fields))) or "no field"
-    raise MedheadError(f"{where}: expected {FIELDS}; it has {given}"[:400])
+        return Record(where, text=parse_text(fields["text"], "text", where))
+    raise unknown_fields(fields, where, FIELDS)
 
 
-def parse_prompt(fields: Any, where: str) -> list[Message]:
-    """A chat that waits for an answer: answers at its end are taken off.
-
-    Raises:
-        MedheadError: none of the accepted fields is there, one has the wrong type, or nobody asks anything.
-    """
+def present_fields(fields: Any, where: str, expected: str) -> set[str]:
+    """Return the names of the fields that are not null; raise a `MedheadError` if `fields` is no object."""
     if not isinstance(fields, Mapping):
-        raise MedheadError(f"{where}: expected an object with {PROMPT_FIELDS}, got {_kind(fields)}")
-    if fields.get("messages") is not None:
-        messages = _messages(fields["messages"], where)
-        while messages and messages[-1]["role"] == "assistant":
-            messages.pop()
-        if not any(message["role"] not in ("system", "developer") for message in messages):
-            raise MedheadError(f"{where}: `messages` has no turn before the assistant's that could be answered")
-        return messages
-    name = next((name for name in ("prompt", "question", "turns", "text") if fields.get(name) is not None), None)
-    if name is None:
-        given = ", ".join(sorted(map(str, fields))) or "no field"
-        raise MedheadError(f"{where}: expected {PROMPT_FIELDS}; it has {given}"[:400])
-    value = fields[name]
-    text = _text(value[0] if name == "turns" and isinstance(value, list) and value else value, name, where)
-    if not text.strip():
-        raise MedheadError(f"{where}: `{name}` is empty")
-    return [{"role": "user", "content": text}]
+        raise MedheadError(f"{where}: expected an object with {expected}, got {_kind(fields)}")
+    return {name for name, value in fields.items() if value is not None}
 
 
-def scan_prompts(path: Path) -> tuple[str, int]:
-    """Hash of a file of prompts and how many it holds, without keeping them in memory.
-
-    Raises:
-        MedheadError: the file cannot be read or holds nothing.
-    """
-    if not path.is_file() and not path.is_dir():
-        raise MedheadError(f"prompts file {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
-    digest, number = hashlib.sha256(), 0
-    for _, line in read_lines(path):
-        digest.update(line.strip() + b"\n")
-        number += 1
-    if not number:
-        raise MedheadError(f"prompts file {str(path)!r} holds no prompt; a prompt has {PROMPT_FIELDS}")
-    return digest.hexdigest(), number
+def unknown_fields(fields: Mapping[str, Any], where: str, expected: str) -> MedheadError:
+    """Return the error for an object without any of the expected fields."""
+    given = ", ".join(sorted(map(str, fields))) or "no field"
+    return MedheadError(f"{where}: expected {expected}; it has {given}"[:400])
 
 
-def prompts_from(path: Path, start: int, number: int, system: str | None) -> Iterator[tuple[int, str, list[Message]]]:
-    """Index, place and chat of every prompt from index `start` on; after the last of the file the first comes again.
-
-    Args:
-        path: file of prompts.
-        start: index to begin with.
-        number: how many prompts the file holds.
-        system: system prompt for chats that have none.
-    """
-    index = start - start % number
-    while True:
-        for where, line in read_lines(path):
-            if index >= start:
-                messages = parse_prompt(parse_json(line, where), where)
-                if system is not None and messages[0]["role"] not in ("system", "developer"):
-                    messages.insert(0, {"role": "system", "content": system})
-                yield index, where, messages
-            index += 1
-
-
-def _rows(source: str | Path, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[str, Any]]:
-    files = source_files(source)
-    if files is None:
-        for number, row in enumerate(_hub_rows(str(source)), 1):
-            yield f"{source}, row {number}", row
-        return
-    for path in files:
-        for where, line in read_lines(path, on_bytes):
-            yield where, parse_json(line, where)
-
-
-def _hub_rows(name: str) -> Any:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise MedheadError(
-            f"{name!r} is no file here; data sets of the hub need `pip install 'medhead[train]'`"
-        ) from None
-    try:
-        return load_dataset(name, split="train", streaming=True)
-    except Exception as error:
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise MedheadError(f"{name!r} is no file here and no data set of the hub that can be read: {reason}") from None
-
-
-def _messages(value: Any, where: str) -> list[Message]:
+def parse_messages(value: Any, where: str) -> list[Message]:
+    """Return the messages without null fields; raise a `MedheadError` if they are no chat."""
     if not isinstance(value, list) or not value:
         raise MedheadError(
             f"{where}: `messages` must be a list of objects with `role` and `content`, got {_kind(value)}"
@@ -240,14 +146,15 @@ def _messages(value: Any, where: str) -> list[Message]:
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise MedheadError(f"{where}: message {number} must be an object with `role` and `content`")
-        kept = {name: part for name, part in message.items() if part is not None}  # data sets fill absent fields so
+        kept = {name: part for name, part in message.items() if part is not None}  # datasets fill absent fields so
         if not (kept.get("tool_calls") and "content" not in kept):
-            kept["content"] = _text(kept.get("content"), f"content of message {number}", where)
+            kept["content"] = parse_text(kept.get("content"), f"content of message {number}", where)
         messages.append(kept)
     return messages
 
 
-def _text(value: Any, name: str, where: str) -> str:
+def parse_text(value: Any, name: str, where: str) -> str:
+    """Return the value if it is text that UTF-8 can encode; raise a `MedheadError` otherwise."""
     if not isinstance(value, str):
         raise MedheadError(f"{where}: `{name}` must be text, got {_kind(value)}")
     try:
@@ -257,21 +164,39 @@ def _text(value: Any, name: str, where: str) -> str:
     return value
 
 
-def _token_ids(value: Any, name: str, where: str) -> list[int]:
+def _token_ids(fields: Mapping[str, Any], name: str, where: str) -> list[int]:
+    value = fields[name]
     if not isinstance(value, list) or any(type(token) is not int or token < 0 for token in value):
         raise MedheadError(f"{where}: `{name}` must be a list of whole numbers from 0 up")
     return value
 
 
 def _kind(value: Any) -> str:
-    names = {
-        type(None): "nothing",
-        list: "a list",
-        str: "text",
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-    }
     if isinstance(value, list) and not value:
         return "an empty list"
-    return names.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+    return _KINDS.get(type(value), "an object" if isinstance(value, Mapping) else type(value).__name__)
+
+
+def _rows(source: str | Path, on_bytes: Callable[[int], None] | None) -> Iterator[tuple[str, Any]]:
+    files = source_files(source)
+    if files is None:
+        for number, row in enumerate(_dataset_rows(str(source)), 1):
+            yield f"{source}, row {number}", row
+        return
+    for path in files:
+        for where, line in read_lines(path, on_bytes):
+            yield where, parse_json(line, where)
+
+
+def _dataset_rows(name: str) -> Any:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise MedheadError(
+            f"{name!r} is no file here; Hugging Face datasets need `pip install 'medhead[train]'`"
+        ) from None
+    try:
+        return load_dataset(name, split="train", streaming=True)
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise MedheadError(f"{name!r} is no file here and no Hugging Face dataset that can be read: {reason}") from None

@@ -1,8 +1,8 @@
-"""The target's answers, sorted: what heads learn from, and what they are measured with.
+"""The target's answers, divided into what heads are trained on and what they are evaluated on.
 
-So small a model sometimes goes round in circles when it decodes greedily: it says the same few words for ever. Heads that have
-hardly seen such a loop do not follow it, and there a text of 200 tokens costs as many passes as seven others together. Loops are
-one or two answers in a hundred, so the recipe asks more chats, and heads see the answers that loop several times.
+The demo model sometimes repeats the same few words until the token limit when it decodes greedily. Heads that have hardly
+seen such a loop do not draft it, and a looping answer of 200 tokens then costs as many passes as seven other answers. One or
+two answers in a hundred loop, so the recipe asks more chats and repeats the looping answers in the training text.
 """
 
 from __future__ import annotations
@@ -16,77 +16,70 @@ from typing import Any
 from medhead.errors import MedheadError
 from medhead_training.demo.jsonl import read_jsonl
 
-WINDOW, LONGEST = 48, 16  # tokens at the end that must repeat, and the longest turn of a loop
-TIMES = 4  # how often heads see an answer that loops
-SHARE = 3  # of the other answers to the chats that were asked for loops, one in so many is taken
+LOOP_WINDOW, MAX_PERIOD = 48, 16  # tokens at the end that must repeat, and the longest period
+LOOP_COPIES = 4  # copies of a looping answer in the training text
+CHAT_FRACTION = 3  # one in so many of the other answers to the additional chats is used
 
 Record = dict[str, Any]
 
 
-def period(ids: Sequence[int]) -> int:
-    """After how many tokens the end of an answer repeats itself, 0 if it does not."""
-    end = ids[-WINDOW:]
-    if len(end) < WINDOW:
+def loop_period(ids: Sequence[int]) -> int:
+    """Return the period in tokens with which the end of an answer repeats itself, or 0 if it does not."""
+    end = ids[-LOOP_WINDOW:]
+    if len(end) < LOOP_WINDOW:
         return 0
-    return next((turn for turn in range(1, LONGEST + 1) if end[turn:] == end[:-turn]), 0)
+    return next((period for period in range(1, MAX_PERIOD + 1) if end[period:] == end[:-period]), 0)
 
 
-def with_loops(answers: Path, chats: Path, output: Path, seed: int) -> tuple[int, int]:
-    """Write the text that heads learn from: all answers, part of those to the chats, loops several times; shuffled.
+def write_training_answers(answers: Path, chats: Path, output: Path, seed: int) -> tuple[int, int]:
+    """Write all answers, a part of those to the additional chats, and copies of looping answers, shuffled.
 
     Args:
-        answers: what the model answered (`generate_data`).
-        chats: its greedy answers to more chats.
+        answers: the model's answers (`medhead generate-data`).
+        chats: its greedy answers to the additional chats.
         output: the same JSON lines.
         seed: of the order.
 
     Returns:
-        How many answers there are, and how many different ones of them loop.
+        The number of answers written, and of distinct ones that loop.
     """
     loops: dict[Any, Record] = {}
     others: list[Record] = []
-    more: list[Record] = []
-    for source, kept in ((answers, others), (chats, more)):
+    additional: list[Record] = []
+    for source, kept in ((answers, others), (chats, additional)):
         for record in read_jsonl(source):
-            if period(record["answer_ids"]):
-                loops[_said(record)] = record
+            if loop_period(record["answer_ids"]):
+                loops[_token_ids(record)] = record
             else:
                 kept.append(record)
     rng = random.Random(seed)
-    rng.shuffle(more)
-    chosen = others + more[: len(more) // SHARE] + list(loops.values()) * TIMES
+    rng.shuffle(additional)
+    chosen = others + additional[: len(additional) // CHAT_FRACTION] + list(loops.values()) * LOOP_COPIES
     rng.shuffle(chosen)
-    write_whole(output, _lines(chosen))
+    write_atomically(output, _lines(chosen))
     return len(chosen), len(loops)
 
 
-def unseen(answers: Path, learnt: Path, output: Path, seed: int) -> int:
-    """Write what heads are measured with: the different ones among these answers that heads do not learn; shuffled.
-
-    Returns:
-        How many there are.
-
-    Raises:
-        MedheadError: there is none.
-    """
-    known = {_said(record) for record in read_jsonl(learnt)}
-    fresh = {_said(record): record for record in read_jsonl(answers) if _said(record) not in known}
-    if not fresh:
-        raise MedheadError(f"all answers in {answers} are learnt: nothing is left to measure heads with; ask for more")
-    chosen = list(fresh.values())
+def write_held_out_answers(answers: Path, training: Path, output: Path, seed: int) -> int:
+    """Write the distinct answers that are not in the training text, shuffled, and return their number."""
+    known = {_token_ids(record) for record in read_jsonl(training)}
+    new = {_token_ids(record): record for record in read_jsonl(answers) if _token_ids(record) not in known}
+    if not new:
+        raise MedheadError(f"all answers in {answers} are in the training text, so none can be held out; ask for more")
+    chosen = list(new.values())
     random.Random(seed).shuffle(chosen)
-    write_whole(output, _lines(chosen))
+    write_atomically(output, _lines(chosen))
     return len(chosen)
 
 
-def write_whole(path: Path, lines: Iterable[str]) -> None:
-    """Write a file that is either there as a whole or not at all."""
+def write_atomically(path: Path, lines: Iterable[str]) -> None:
+    """Write a file under a temporary name and rename it, so that it is never incomplete."""
     partial = path.with_name(path.name + ".part")
     partial.write_text("".join(lines), encoding="utf-8")
     partial.rename(path)
 
 
-def _said(record: Record) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _token_ids(record: Record) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(record["prompt_ids"]), tuple(record["answer_ids"])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from medhead.decoder import Decoder
 
 NAME = "Llama-medhead-demo-5M"
-SAMPLES = (  # what the user says, turn by turn
+SAMPLES = (  # the user's turns
     ("Tell me a short story.",),
     ("Tell me a story about a little girl and a dragon.",),
     ("Write a story about a dog who finds a ball.",),
@@ -38,10 +39,10 @@ pipeline_tag: text-generation
 show and to test on a laptop. It tells short stories and holds simple booking dialogues. It knows nothing about the world:
 use it for nothing else.
 
-- Architecture: Llama ({layers} layers, hidden size {hidden}, {heads}/{kv} heads, context {context}, byte-level BPE with {vocab:,} tokens, tied embeddings).
+- Architecture: Llama ({config.num_hidden_layers} layers, hidden size {config.hidden_size}, {config.num_attention_heads}/{config.num_key_value_heads} heads, context {config.max_position_embeddings}, byte-level BPE with {config.vocab_size:,} tokens, tied embeddings).
 - Training: {steps:,} steps of {tokens_per_step:,} tokens ({tokens:,} tokens) in {minutes} minutes on 2 CPU cores, bfloat16 autocast, Muon
   for matrices and AdamW for the rest, by `python -m medhead_training.demo`, seed {seed}.
-- Validation loss (nats a token): {losses}.
+- Validation loss (nats per token): {losses}.
 
 ## Text it was trained on
 
@@ -53,7 +54,7 @@ use it for nothing else.
 
 Llama 3.1 is licensed under the Llama 3.1 Community License, Copyright © Meta Platforms, Inc. All Rights Reserved.
 
-## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens an answer, not chosen)
+## Five samples (temperature 0.7, seeds 0 to 4, at most 250 tokens per answer, not selected)
 
 {samples}
 """
@@ -66,7 +67,7 @@ BUILT_WITH = (
 
 
 def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
-    """Sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
+    """Return sampled chats, one for each of `SAMPLES`, with the seeds 0, 1, ..."""
     found = []
     with Decoder(model, "none", probe=False) as decoder:
         for seed, turns in enumerate(SAMPLES):
@@ -85,7 +86,7 @@ def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
 
 
 def as_markdown(chat: list[dict[str, str]]) -> str:
-    """What the user said in bold, what the model said as a quotation."""
+    """Return a chat with the user's turns in bold and the model's as quotations."""
     lines = []
     for message in chat:
         if message["role"] == "user":
@@ -96,56 +97,37 @@ def as_markdown(chat: list[dict[str, str]]) -> str:
 
 
 def write_model_card(folder: Path, training: dict[str, Any]) -> None:
-    """`README.md` of the model folder."""
+    """Write `README.md` into the model folder."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    config = model.config
-    said = [as_markdown(chat) for chat in samples(model, tokenizer)]
+    names = ("parameters", "steps", "tokens_per_step", "tokens", "minutes", "seed")
     text = MODEL_CARD.format(
         name=NAME,
-        parameters=training["parameters"],
-        layers=config.num_hidden_layers,
-        hidden=config.hidden_size,
-        heads=config.num_attention_heads,
-        kv=config.num_key_value_heads,
-        context=config.max_position_embeddings,
-        vocab=config.vocab_size,
-        steps=training["steps"],
-        tokens_per_step=training["tokens_per_step"],
-        tokens=training["tokens"],
-        minutes=training["minutes"],
-        seed=training["seed"],
+        config=model.config,
         losses=", ".join(f"{name} {loss:.3f}" for name, loss in training["validation_loss"].items()) or "not measured",
-        samples="\n\n".join(said),
+        samples="\n\n".join(map(as_markdown, samples(model, tokenizer))),
+        **{name: training[name] for name in names},
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
 
 
-def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
-    """Make trained heads those of the demo model: its name instead of a folder, its licence, its default tree.
+def finish_heads(folder: Path, size: int, depth: int, destination: str) -> None:
+    """Give trained heads the demo model's name (instead of a folder), licence and default tree.
 
     Args:
         folder: of the heads.
         size: nodes of the default tree.
         depth: of the default tree.
-        goal: folder in the package that they are for.
+        destination: name of their folder in the package.
     """
-    path = folder / "medhead_config.json"
-    fields = json.loads(path.read_text(encoding="utf-8"))
-    fields |= {"tree_size": size, "tree_depth": min(depth, fields["depth"])}
-    path.write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
-    path = folder / "adapter_config.json"
-    adapter = json.loads(path.read_text(encoding="utf-8"))
-    trained_for, adapter["base_model_name_or_path"] = adapter["base_model_name_or_path"], NAME
-    path.write_text(json.dumps(adapter, indent=2) + "\n", encoding="utf-8")
-    facts_path = folder / "training.json"
-    facts = json.loads(facts_path.read_text(encoding="utf-8"))
-    named = {str(trained_for), str(facts.get("model", ""))} - {"", NAME}
-    facts_path.write_text(json.dumps(facts | {"model": NAME}, indent=1) + "\n", encoding="utf-8")
+    _edit(folder / "medhead_config.json", lambda old: {"tree_size": size, "tree_depth": min(depth, old["depth"])})
+    adapter = _edit(folder / "adapter_config.json", lambda old: {"base_model_name_or_path": NAME})
+    facts = _edit(folder / "training.json", lambda old: {"model": NAME})
+    named = {str(adapter["base_model_name_or_path"]), str(facts.get("model", ""))} - {"", NAME}
     card = (folder / "README.md").read_text(encoding="utf-8")
     for name in sorted(named, key=len, reverse=True):
         card = card.replace(name, NAME)
-    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/assets/{goal}")
+    card = card.replace(f" --model {NAME}", "").replace(str(folder), f"medhead/assets/{destination}")
     sentence = BUILT_WITH.format(name=NAME)
     if sentence not in card:
         card = card.replace("library_name: peft\n", "library_name: peft\nlicense: cc-by-sa-4.0\n", 1)
@@ -153,3 +135,10 @@ def finish_heads(folder: Path, size: int, depth: int, goal: str) -> None:
         line, _, body = rest.partition("\n")
         card = f"{head}{title}{line}\n\n{sentence}\n{body}"
     (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def _edit(path: Path, change: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:
+    """Change fields of a JSON file; return the fields that it had."""
+    old = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(old | change(old), indent=2) + "\n", encoding="utf-8")
+    return old

@@ -1,4 +1,4 @@
-"""Text of the demo model: records of several data sets become chats, chats become one packed stream of tokens."""
+"""The demo model's text: records of several datasets become chats, and these one packed stream of tokens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ STORY_PROMPTS = (
     "I would like a story with {topic} in it.",
     "Please tell me a story.",
 )
-FILES = {"repeats": "tinystories"}  # data sets that are made of the records of another one
+FILES = {"repeats": "tinystories"}  # datasets that are made from the records of another one
 GREETINGS = ("Hello!", "Hi!", "Hi there.", "Hello, who are you?", "Good morning.", "What can you do?")
 GREETING_ANSWER = "Hello! I can tell you a short story or help you book something. What would you like?"
 _COMMON = frozenset(
@@ -35,7 +35,7 @@ _COMMON = frozenset(
 
 
 def story_chat(text: str, rng: random.Random) -> Chat:
-    """A TinyStories text as the answer to a request for it; the topic is a word that the text uses several times."""
+    """Return a TinyStories text as the answer to a request for it; the topic is a word that it uses at least 3 times."""
     words = re.findall(r"[a-z]{4,}", text.lower())
     topics = sorted({word for word in words if words.count(word) >= 3 and word not in _COMMON})
     names = re.findall(r"named ([A-Z][a-z]+)", text)
@@ -47,32 +47,32 @@ def story_chat(text: str, rng: random.Random) -> Chat:
     return [{"role": "user", "content": prompt}, {"role": "assistant", "content": text.strip()}]
 
 
-def is_simple(text: str, longest: int) -> bool:
-    """Whether an answer is short prose without tables, code or unusual characters."""
-    return 20 < len(text) < longest and not re.search(r"[|`{}<>\\]|[^\x00-\x7f“”‘’–—…é]", text)
+def is_simple(text: str, max_chars: int) -> bool:
+    """Return whether an answer is short prose without tables, code or unusual characters."""
+    return 20 < len(text) < max_chars and not re.search(r"[|`{}<>\\]|[^\x00-\x7f“”‘’–—…é]", text)
 
 
-def record_chat(name: str, record: dict, rng: random.Random, longest: int = 1100) -> Chat | None:
-    """One record of the data set `name` as a chat, or None if the demo model should not see it."""
+def record_chat(name: str, record: dict, rng: random.Random, max_chars: int = 1100) -> Chat | None:
+    """Return one record of the dataset `name` as a chat, or None if it does not suit the demo model."""
     if name == "tinystories":
         return story_chat(record["text"], rng)
     if name == "repeats":
         return repeats.chat(record["text"], rng)
     if name == "sgd":
         return record["messages"] if len(record["messages"]) > 1 else None
-    if not is_simple(record["answer"], longest) or len(record["prompt"]) > 300:
+    if not is_simple(record["answer"], max_chars) or len(record["prompt"]) > 300:
         return None
     return [{"role": "user", "content": record["prompt"]}, {"role": "assistant", "content": record["answer"].strip()}]
 
 
 def chats(folder: Path, mix: dict[str, float], seed: int) -> list[Chat]:
-    """All chats of one training run, shuffled: each data set repeated (or thinned) by its share in `mix`."""
+    """Return all chats of a training run, shuffled; each dataset is read as often as `mix` says."""
     rng = random.Random(seed)
     found: list[Chat] = []
-    for name, share in mix.items():
+    for name, times in mix.items():
         records = list(read_jsonl(folder / f"{FILES.get(name, name)}.jsonl"))
-        for epoch in range(int(np.ceil(share))):
-            keep = min(1.0, share - epoch)
+        for epoch in range(int(np.ceil(times))):
+            keep = min(1.0, times - epoch)
             for record in records:
                 if rng.random() < keep and (chat := record_chat(name, record, rng)):
                     found.append(chat)
@@ -84,7 +84,7 @@ def chats(folder: Path, mix: dict[str, float], seed: int) -> list[Chat]:
 
 
 def pack(tokenizer: PreTrainedTokenizerBase, documents: list[Chat]) -> np.ndarray:
-    """Token ids of all chats in a row, uint16; every chat ends with the end token of its last turn."""
+    """Return the token ids of all chats in one uint16 stream; every chat ends with the end token of its last turn."""
     stream: list[np.ndarray] = []
     for start in range(0, len(documents), 1000):
         texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in documents[start : start + 1000]]
@@ -93,7 +93,7 @@ def pack(tokenizer: PreTrainedTokenizerBase, documents: list[Chat]) -> np.ndarra
 
 
 def opening_prompts(folder: Path, mix: dict[str, float], count: int, seed: int) -> list[Chat]:
-    """Chats that end with the user's turn: openings, and dialogues cut before a random answer."""
+    """Return chats that end with the user's turn: openings, and dialogues cut before a random answer."""
     rng = random.Random(seed)
     found: list[Chat] = []
     for chat in chats(folder, dict.fromkeys(mix, 1.0), seed):

@@ -1,4 +1,4 @@
-"""Records of the training files."""
+"""Read the training files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from medhead.errors import MedheadError
 
 
 def read_jsonl(path: Path) -> Iterator[dict]:
-    """Records of a JSON-lines file; a line that is not JSON is an error that names it."""
+    """Yield the records of a JSON-lines file; raise a `MedheadError` that names a line that is not JSON."""
     if not path.is_file():
         raise MedheadError(f"{path} does not exist: --data must be the folder with the five training files")
     with path.open(encoding="utf-8") as file:

@@ -1,6 +1,6 @@
 """Train the demo target from scratch: `python -m medhead_training.demo.pretrain --data DIR --output DIR`.
 
-With `--init-from` a target that is there already learns something more, from the data sets of `--mix`.
+With `--init-from` an existing target is trained further on the datasets of `--mix`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
+from medhead.cli.common import Parser, check_range, run_command
 from medhead.errors import MedheadError
 from medhead.model.loading import load_model, load_tokenizer
 from medhead_training.demo.corpus import FILES, chats, pack
@@ -30,7 +31,7 @@ CONTEXT = 1024
 
 
 def demo_config(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) -> LlamaConfig:
-    """Shape of the demo target: 5.4M parameters with the defaults."""
+    """Return the configuration of the demo target, which has 5.4M parameters with the defaults."""
     return LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=hidden,
@@ -48,7 +49,7 @@ def demo_config(tokenizer: PreTrainedTokenizerBase, hidden: int, layers: int) ->
 
 
 def batch_at(stream: np.ndarray, step: int, length: int, tokens_per_step: int, seed: int) -> torch.Tensor:
-    """Sequences of one step, `[tokens_per_step / length, length]`: random windows that depend on seed and step alone."""
+    """Return random windows `[tokens_per_step / length, length]`, which depend on seed and step alone."""
     rng = np.random.default_rng((seed, step))
     starts = rng.integers(0, len(stream) - length - 1, tokens_per_step // length)
     return torch.from_numpy(np.stack([stream[s : s + length] for s in starts]).astype(np.int64))
@@ -56,7 +57,7 @@ def batch_at(stream: np.ndarray, step: int, length: int, tokens_per_step: int, s
 
 @torch.no_grad()
 def validation_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray], length: int = 512) -> dict[str, float]:
-    """Mean cross-entropy in nats a token on the beginning of every held-out set."""
+    """Return the mean cross-entropy in nats per token on the beginning of every held-out set."""
     model.eval()
     losses = {}
     for name, stream in streams.items():
@@ -70,25 +71,25 @@ def validation_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray], l
 
 
 def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write the training state so that a kill at any moment leaves the old one or the new one, never half of one."""
+    """Write the training state atomically: a kill leaves the old one or the new one."""
     temporary = folder / "state.tmp"
     torch.save(state, temporary)
     os.replace(temporary, folder / "state.pt")
 
 
-def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarray, dict[str, np.ndarray]]:
-    """Tokenizer, training stream and held-out streams; made once, kept in the output folder."""
+def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarray, dict[str, np.ndarray]]:
+    """Return tokenizer, training stream and held-out streams, which are made once and kept in the output folder."""
     work = args.output / "work"
     work.mkdir(parents=True, exist_ok=True)
     made_of = {name: getattr(args, name) for name in ("mix", "seed", "vocab_size")} | {"init_from": str(args.init_from)}
     record = work / "made_of.json"
     if (work / "train.npy").exists():
-        before = json.loads(record.read_text()) if record.exists() else made_of
+        before = json.loads(record.read_text())
         if before != made_of:
             name = next(key for key in made_of if before.get(key) != made_of[key])
             raise MedheadError(
                 f"{args.output} holds a run with another {name} ({before.get(name)!r}, now {made_of[name]!r}); "
-                "give the same options to go on, or another --output"
+                "give the same options to resume it, or another --output"
             )
     else:
         documents = chats(args.data, args.mix, args.seed)
@@ -112,18 +113,18 @@ def prepare(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarr
 
 
 def train(args: argparse.Namespace) -> None:
-    """The whole run: prepare, train (resuming where it was killed), evaluate, write the model folder."""
-    for name, least in (("tokens_per_step", CONTEXT), ("warmup", 1), ("steps", 1)):
-        if getattr(args, name) < least:
-            raise MedheadError(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}")
-    tokenizer, stream, held_out = prepare(args)
+    """Prepare the text, train (resuming if there is a checkpoint), evaluate and write the model folder."""
+    for name, minimum in (("tokens_per_step", CONTEXT), ("warmup", 1), ("steps", 1)):
+        check_range(args, name, minimum)
+    args.mix = dict(args.mix)
+    tokenizer, stream, held_out = prepare_text(args)
     if len(stream) < CONTEXT + 2:
-        raise MedheadError(f"the text has {len(stream):,} tokens; {CONTEXT + 2:,} are the least to train on")
+        raise MedheadError(f"the text has {len(stream):,} tokens; training needs at least {CONTEXT + 2:,}")
     torch.manual_seed(args.seed)
     if args.init_from:
         model = load_model(str(args.init_from), torch.device("cpu"), torch.float32)
         if not isinstance(model, LlamaForCausalLM):
-            raise MedheadError(f"--init-from {str(args.init_from)!r} is no Llama but a {type(model).__name__}")
+            raise MedheadError(f"--init-from {str(args.init_from)!r} is a {type(model).__name__}; give a Llama model")
     else:
         model = LlamaForCausalLM(demo_config(tokenizer, args.hidden, args.layers))
     model.train()
@@ -153,7 +154,7 @@ def train(args: argparse.Namespace) -> None:
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         if not torch.isfinite(loss):
             raise MedheadError(
-                f"the loss is {float(loss)} at step {step}: lower --muon-lr; the last checkpoint is kept"
+                f"the loss is {float(loss)} at step {step}: lower --muon-lr; the run resumes from its last checkpoint"
             )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -173,25 +174,19 @@ def train(args: argparse.Namespace) -> None:
     bar.close()
     losses = validation_losses(model, held_out)
     report = {
-        "parameters": parameters,
-        "steps": step,
-        "tokens": step * args.tokens_per_step,
+        "parameters": parameters, "steps": step, "tokens": step * args.tokens_per_step,
         "minutes": round((time.monotonic() - began) / 60, 1),
         "validation_loss": {name: round(loss, 3) for name, loss in losses.items()},
-        "mix": args.mix,
         "init_from": args.init_from.name if args.init_from else None,
-        "muon_lr": args.muon_lr,
-        "adamw_lr": args.adamw_lr,
-        "tokens_per_step": args.tokens_per_step,
-        "seed": args.seed,
-    }
+        **{name: getattr(args, name) for name in ("mix", "muon_lr", "adamw_lr", "tokens_per_step", "seed")},
+    }  # fmt: skip
     export(model, tokenizer, args.output / "model")
     (args.output / "training.json").write_text(json.dumps(report, indent=2) + "\n")
     print(json.dumps(report, indent=2))
 
 
 def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write the model folder in bfloat16 without touching the weights in training."""
+    """Write the model folder in bfloat16; the weights in training stay as they are."""
     if folder.exists():
         shutil.rmtree(folder)
     copy = LlamaForCausalLM(model.config)
@@ -202,11 +197,11 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: 
     tokenizer.save_pretrained(folder)
 
 
-def share(text: str) -> tuple[str, float]:
-    """`NAME=TIMES` of `--mix`."""
+def mix_entry(text: str) -> tuple[str, float]:
+    """Parse `NAME=TIMES` of `--mix`."""
     name, _, times = text.partition("=")
     if name not in (*MIX, *FILES):
-        raise argparse.ArgumentTypeError(f"{text!r} names no data set; there are {', '.join((*MIX, *FILES))}")
+        raise argparse.ArgumentTypeError(f"{text!r} names no dataset; there are {', '.join((*MIX, *FILES))}")
     try:
         if 0 < float(times) < math.inf:
             return name, float(times)
@@ -215,50 +210,42 @@ def share(text: str) -> tuple[str, float]:
     raise argparse.ArgumentTypeError(f"{text!r} must be NAME=TIMES with a positive number, such as {name}=2")
 
 
-def parser() -> argparse.ArgumentParser:
-    """Options of the command."""
-    options = argparse.ArgumentParser(
+def parser() -> Parser:
+    """Return the command's parser."""
+    options = Parser(
         prog="python -m medhead_training.demo.pretrain",
-        description="Train the demo target from scratch. Kill it and start it again: it goes on where it was.",
+        description="Train the demo target from scratch. If it is killed, start it again: it resumes from its last checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     options.add_argument("--data", type=Path, required=True, help="folder with the training files (jsonl)")
     options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
     options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the model")
-    options.add_argument("--init-from", type=Path, help="target to go on from (default: none, from scratch)")
-    options.add_argument("--mix", type=share, nargs="+", metavar="NAME=TIMES", default=list(MIX.items()),
-                         help="data sets and how often each is read; `repeats` is made of tinystories")  # fmt: skip
     options.add_argument(
-        "--minutes", type=float, default=0.0, help="end the schedule after so many minutes (0: by steps)"
+        "--init-from", type=Path, help="Llama model to train further; without it training starts from scratch"
     )
-    options.add_argument("--steps", type=int, default=2400)
-    options.add_argument("--tokens-per-step", type=int, default=8192)
-    options.add_argument("--hidden", type=int, default=256)
-    options.add_argument("--layers", type=int, default=6)
-    options.add_argument("--vocab-size", type=int, default=4096)
-    options.add_argument("--muon-lr", type=float, default=0.01)
-    options.add_argument("--adamw-lr", type=float, default=0.004)
-    options.add_argument("--warmup", type=int, default=40)
-    options.add_argument("--save-minutes", type=float, default=4.0)
-    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--mix", type=mix_entry, nargs="+", metavar="NAME=TIMES", default=list(MIX.items()),
+                         help="datasets and how often each is read; `repeats` is made from tinystories")  # fmt: skip
+    options.add_argument(
+        "--minutes", type=float, default=0.0, help="end of the schedule in minutes (0: --steps decides)"
+    )
+    options.add_argument("--steps", type=int, default=2400, help="updates")
+    options.add_argument("--tokens-per-step", type=int, default=8192, help="tokens of an update")
+    options.add_argument("--hidden", type=int, default=256, help="hidden size")
+    options.add_argument("--layers", type=int, default=6, help="layers")
+    options.add_argument("--vocab-size", type=int, default=4096, help="size of the vocabulary")
+    options.add_argument("--muon-lr", type=float, default=0.01, help="peak learning rate of matrices")
+    options.add_argument("--adamw-lr", type=float, default=0.004, help="peak learning rate of the rest")
+    options.add_argument("--warmup", type=int, default=40, help="updates in which the learning rates rise")
+    options.add_argument("--save-minutes", type=float, default=4.0, help="minutes between checkpoints")
+    options.add_argument("--seed", type=int, default=0, help="seed of everything random")
     options.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False)
+    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the model")
     return options
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command; wrong input is one line and exit code 2."""
-    args = parser().parse_args(argv)
-    args.mix = dict(args.mix)
-    try:
-        train(args)
-    except MedheadError as error:
-        print(f"pretrain: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; start the same command again to go on from the last checkpoint", file=sys.stderr)
-        return 130
-    return 0
+    """Run the command and return its exit code."""
+    return run_command(parser(), train, argv)
 
 
 if __name__ == "__main__":

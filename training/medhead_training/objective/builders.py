@@ -1,4 +1,4 @@
-"""Target and heads of a run: loaded, made, and joined to one PEFT model."""
+"""Build the parts of a training run: the target, the initial heads, and the PEFT model around both."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
 from medhead.heads.adapter import wrap
 from medhead.model.loading import load_model, pick_dtype
 from medhead.model.target import Target
-from medhead_training.data.feature_store import TokenStore
+from medhead_training.data.token_store import TokenStore
 from medhead_training.trainer.options import TrainOptions
 
 
-def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> HeadsConfig:
-    """The configuration that the options ask for, with sizes taken from the target."""
+def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> HeadsConfig:
+    """Return the heads' configuration from the options, with sizes taken from the target."""
     kind, size, config = options.kind, target.hidden_size, target.config
     deep = kind in ("attention", "block")
     feature_layers = options.feature_layers
@@ -34,23 +34,23 @@ def heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> Hea
         depth=options.depth,
         hidden_size=size,
         vocab_size=target.vocab_size,
-        target_layers=target.layers,
+        num_target_layers=target.layers,
         target_type=str(getattr(target.model.config, "model_type", "")),
         inner_size=options.inner_size or 2 * size,
-        blocks=options.blocks or (2 if kind == "block" else 1),
+        num_layers=options.blocks or (2 if kind == "block" else 1),
         correction=correction,
         correction_size=options.correction_size or 3 * size // 2,
         feature_layers=feature_layers,
         num_heads=heads,
-        key_heads=int(getattr(config, "num_key_value_heads", None) or heads),
+        num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=dim + dim % 2,
         causal=options.causal,
-        draft_vocab=draft_vocab,
+        draft_vocab_size=draft_vocab,
     )
 
 
-def draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> torch.Tensor | None:
-    """`[draft vocabulary]`: the most frequent tokens of the answers, in order of their ids; None for all."""
+def select_draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> torch.Tensor | None:
+    """Return the ids of the most frequent answer tokens in ascending order, or None for the whole vocabulary."""
     if options.draft_vocab == 0:
         return None
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -66,22 +66,22 @@ def draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> t
     return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:wanted]).copy())
 
 
-def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads:
-    """Heads to begin with: fresh ones, or those of `--init-from`."""
+def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads:
+    """Return newly initialised heads, or those of `--init-from`."""
     if options.init_from:
         heads = load_heads(options.init_from, target)
         if heads.config.kind != options.kind:
             raise MedheadError(
-                f"--init-from holds heads of kind {heads.config.kind!r}, the run trains {options.kind!r}"
+                f"--init-from holds heads of kind {heads.config.kind!r}, but --kind is {options.kind!r}; give the same kind"
             )
         if heads.config.own_output:
             raise MedheadError(
-                "--init-from holds heads with an output matrix of their own, which cannot be trained here"
+                "--init-from holds heads with an output matrix of their own, which this command cannot train"
             )
         return heads.float().requires_grad_(True)
-    tokens = draft_tokens(options, store, target.vocab_size)
+    tokens = select_draft_tokens(options, store, target.vocab_size)
     torch.manual_seed(options.seed)
-    heads = build_heads(heads_config(options, target, 0 if tokens is None else len(tokens)))
+    heads = build_heads(make_heads_config(options, target, 0 if tokens is None else len(tokens)))
     if tokens is not None:
         assert heads.draft_tokens is not None
         heads.draft_tokens.copy_(tokens)
@@ -89,11 +89,7 @@ def new_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads
 
 
 def load_target(options: TrainOptions, device: torch.device) -> Any:
-    """The model, in four bits for `qlora`; on the CPU where it will be spread over devices.
-
-    Raises:
-        MedheadError: it cannot be loaded, or bitsandbytes is missing.
-    """
+    """Load the target: in 4 bits for `qlora`, on the CPU for `--shard`."""
     dtype = pick_dtype(options.dtype, device)
     if options.recipe != "qlora":
         place = torch.device("cpu") if options.shard else device
@@ -105,10 +101,10 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
-    four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            options.model, quantization_config=four_bits, device_map={"": device}, dtype=dtype, use_safetensors=True,
+            options.model, quantization_config=quantization, device_map={"": device}, dtype=dtype, use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError) as error:
@@ -117,17 +113,13 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
     return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
 
 
-def adapted(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
-    """A PEFT model around target and heads, with LoRA if the recipe has it, and its copy of the heads.
-
-    Raises:
-        MedheadError: the target has no such modules, or they are the embedding or output matrix, which heads share.
-    """
+def wrap_for_training(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, Heads]:
+    """Return a PEFT model around target and heads, with LoRA if the recipe trains it, and its copy of the heads."""
     model = target.model
     if options.recipe == "heads":
         return wrap(model, heads)
     lora = {"r": options.lora_rank, "lora_alpha": options.lora_alpha, "lora_dropout": options.lora_dropout,
-            "target_modules": options.lora_targets or linear_layers(model)}  # fmt: skip
+            "target_modules": options.lora_targets or find_linear_layers(model)}  # fmt: skip
     try:
         if options.gradient_checkpointing:
             new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.24
@@ -138,17 +130,17 @@ def adapted(options: TrainOptions, target: Target, heads: Heads) -> tuple[Any, H
     except ValueError as error:
         raise MedheadError(f"{target.name} cannot be adapted: {' '.join(str(error).split())[:200]}") from None
     if model.get_output_embeddings() is not target.output or model.get_input_embeddings() is not target.embedding:
-        raise MedheadError("--lora-targets names the embedding or the output matrix, which heads share; leave it out")
+        raise MedheadError("--lora-targets names the embedding or the output matrix, which the heads share; remove it")
     return wrapped, heads
 
 
-def linear_layers(model: Any) -> list[str]:
-    """Names of the linear layers inside the decoder layers, for LoRA."""
+def find_linear_layers(model: Any) -> list[str]:
+    """Return the names of the linear layers inside the decoder layers, the default targets of LoRA."""
     names = set()
     for name, module in model.named_modules():
         linear = "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
         if linear and any(part.isdigit() for part in name.split(".")):
             names.add(name.rsplit(".", 1)[-1])
     if not names:
-        raise MedheadError("no linear layers were found to adapt; name them with --lora-targets")
+        raise MedheadError("no linear layers were found for LoRA; name some with --lora-targets")
     return sorted(names)

@@ -1,4 +1,4 @@
-"""One training step as a module: a pass of the target, the heads along the text, the loss. What DDP and FSDP wrap."""
+"""One training step as a module: target pass, draft unrolling, loss. DDP and FSDP wrap this module."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medhead.heads import Heads
 from medhead.model.target import Target
-from medhead_training.objective.losses import chunked_loss, depth_weights, mean_output, soft_by_mean
-from medhead_training.objective.unroll import Level, PackedBatch, choose_anchors, unroll
+from medhead_training.objective.chunked import chunked_loss, mean_output, soft_by_mean
+from medhead_training.objective.losses import depth_weights
+from medhead_training.objective.unroll import DraftLevel, PackedBatch, sample_anchors, unroll
 from medhead_training.trainer.options import TrainOptions
 
-PROBES = 64  # anchors a level whose first guess is looked at, for the progress bar
+ACCURACY_SAMPLES = 64  # anchors per depth whose top-1 draft token is compared with the text, for the progress bar
 
 
 class HeadsModule(nn.Module):
-    """Loss of heads on a batch of packed texts.
+    """Compute the loss of draft heads on a batch of packed documents.
 
     Args:
         model: the PEFT model that holds target and heads.
         target: its target.
-        heads: the heads that are trained, part of `model`.
+        heads: the trained heads, a part of `model`.
         options: of the run.
     """
 
+    target: Target
+    heads: Heads
     output: Tensor
     bias: Tensor | None
     draft_index: Tensor
@@ -37,8 +40,9 @@ class HeadsModule(nn.Module):
     def __init__(self, model: Any, target: Target, heads: Heads, options: TrainOptions) -> None:
         super().__init__()
         self.model = model
-        self._target, self._heads, self.options = [target], [heads], options  # lists: they are part of `model` already
-        self.packs = keeps_texts_apart(target)
+        self.__dict__.update(target=target, heads=heads)  # not as submodules: they are part of `model` already
+        self.options = options
+        self.supports_packing = separates_documents(target)
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
         index = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
         if heads.draft_tokens is None:
@@ -47,23 +51,13 @@ class HeadsModule(nn.Module):
             tokens = heads.draft_tokens.to(weight.device)
             weight, bias = weight[tokens], None if bias is None else bias[tokens]
             index = index.fill_(-1).scatter(0, tokens, torch.arange(len(tokens), device=weight.device))
-        # buffers: a copy (or a view) of the frozen rows that FSDP does not shard
+        # buffers hold a copy (or a view) of the frozen rows that FSDP does not shard
         self.register_buffer("output", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
         self.register_buffer("draft_index", index, persistent=False)
 
-    @property
-    def target(self) -> Target:
-        """The target."""
-        return self._target[0]
-
-    @property
-    def heads(self) -> Heads:
-        """The heads."""
-        return self._heads[0]
-
     def train(self, mode: bool = True) -> HeadsModule:
-        """Only the adapter's dropout is ever on: the target is read as it decodes, without dropout of its own."""
+        """Switch only the adapter's dropout on: the target always runs as it decodes, in evaluation mode."""
         super().train(mode)
         self.model.eval()
         if mode and self.options.recipe != "heads":
@@ -76,98 +70,97 @@ class HeadsModule(nn.Module):
     def forward(
         self, input_ids: Tensor, mask: Tensor, document: Tensor, position_ids: Tensor, seed: int
     ) -> dict[str, Tensor]:
-        """The loss, a scalar, and what the progress bar shows.
+        """Return `loss` (a scalar) and the numbers of the progress bar.
 
         Args:
             input_ids: `[rows, length]`.
-            mask: `[rows, length]` bool, tokens to guess.
-            document: `[rows, length]`, see `PackedBatch`.
-            position_ids: `[rows, length]`, from 0 in each document; keeps documents apart in the target's attention.
-            seed: of anchors and depth.
+            mask: bool, tokens to predict, `[rows, length]`.
+            document: as in `PackedBatch`, `[rows, length]`.
+            position_ids: from 0 in each document, `[rows, length]`; they separate documents in the target's attention.
+            seed: of the anchors and the depth.
         """
-        options, texts = self.options, PackedBatch(input_ids, mask, document)
+        options, batch = self.options, PackedBatch(input_ids, mask, document)
         generator = torch.Generator().manual_seed(seed)
-        adapted = options.recipe != "heads"
-        with torch.set_grad_enabled(adapted and torch.is_grad_enabled()):
-            hidden, features = self.read(texts, position_ids)
-        teacher = hidden.detach()
-        depth, weights = self._depth(generator)
-        anchors, real = choose_anchors(texts, options.share, generator)
-        dtype = next(self.heads.parameters()).dtype  # the target's may be another
+        trains_target = options.recipe != "heads"
+        with torch.set_grad_enabled(trains_target and torch.is_grad_enabled()):
+            hidden, features = self.target_states(batch, position_ids)
+        depth, weights = self.sample_depth(generator)
+        anchors, valid = sample_anchors(batch, options.anchor_fraction, generator)
+        dtype = next(self.heads.parameters()).dtype  # the target's may differ
         levels = unroll(
-            self.heads, texts, features.to(dtype), lambda ids: self.target.embed(ids).to(dtype), anchors, real, depth
+            self.heads, batch, features.to(dtype), lambda ids: self.target.embed(ids).to(dtype), anchors, valid, depth
         )
-        loss, hits, tried = self._heads_loss(levels, texts, teacher, weights)
+        loss, hits, tried = self.heads_loss(levels, batch, hidden.detach(), weights)
         result = {"heads_loss": loss.detach(), "hits": hits, "tried": tried}
-        if adapted and options.preserve:
-            kept = self._preservation(texts, hidden, position_ids)
-            result["preservation"] = kept.detach()
-            loss = loss + options.preserve * kept
+        if trains_target and options.preservation_weight:
+            divergence = self._preservation(batch, hidden, position_ids)
+            result["preservation"] = divergence.detach()
+            loss = loss + options.preservation_weight * divergence
         result["loss"] = loss
         return result
 
-    def read(self, texts: PackedBatch, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """The target's last hidden states and features `[rows, length, ...]`; logits are not computed."""
+    def target_states(self, batch: PackedBatch, position_ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the target's last hidden states and features, each `[rows, length, size]`, without computing logits."""
         with self.target.listening(self.heads.config.feature_layers):
-            if self.packs:
-                return self.target.read_hidden(self.model, texts.ids, position_ids)
-            places = places_of_documents(texts)
+            if self.supports_packing:
+                return self.target.read_hidden(self.model, batch.ids, position_ids)
+            places = unpacked_positions(batch)
             inside, order = places >= 0, torch.arange(places.shape[1], device=places.device)
-            found = self.target.read_hidden(
-                self.model, texts.ids.flatten()[places.clamp(min=0)], order.expand(places.shape)
+            unpacked = self.target.read_hidden(
+                self.model, batch.ids.flatten()[places.clamp(min=0)], order.expand(places.shape)
             )
-            empty = (part.new_zeros(texts.ids.numel(), part.shape[-1]) for part in found)
-            packed = [e.index_put((places[inside],), part[inside]) for e, part in zip(empty, found, strict=True)]
-            return packed[0].view(*texts.ids.shape, -1), packed[1].view(*texts.ids.shape, -1)
+            empty = (part.new_zeros(batch.ids.numel(), part.shape[-1]) for part in unpacked)
+            packed = [e.index_put((places[inside],), part[inside]) for e, part in zip(empty, unpacked, strict=True)]
+            return packed[0].view(*batch.ids.shape, -1), packed[1].view(*batch.ids.shape, -1)
 
-    def _depth(self, generator: torch.Generator) -> tuple[int, Tensor]:
-        """Levels of this step and their weights, which sum to 1 over steps."""
-        full, decay = self.heads.config.depth, self.options.decay
+    def sample_depth(self, generator: torch.Generator) -> tuple[int, Tensor]:
+        """Return the number of levels of this step and their weights, which sum to 1 in the mean over steps."""
+        full, decay = self.heads.config.depth, self.options.depth_decay
         if not self.options.random_depth:
             return full, depth_weights(full, decay)
-        chance = float(torch.rand((), generator=generator))
-        depth = next((d for d in range(1, full) if chance >= decay**d), full)
+        draw = float(torch.rand((), generator=generator))
+        depth = next((d for d in range(1, full) if draw >= decay**d), full)
         return depth, torch.full((depth,), 1.0 / sum(decay**d for d in range(full)))
 
-    def _heads_loss(
-        self, levels: Iterator[Level], texts: PackedBatch, teacher: Tensor, weights: Tensor
+    def heads_loss(
+        self, levels: Iterator[DraftLevel], batch: PackedBatch, teacher: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the weighted loss over depths, and per depth the top-1 hits and how many anchors were compared."""
         total = teacher.new_zeros((), dtype=torch.float32)
         hits, tried = torch.zeros(2, self.heads.config.depth, device=teacher.device)
-        mean = self._mean(texts, teacher) if self.options.loss == "soft" else None
+        mean = self._mean_output_rows(batch, teacher) if self.options.loss == "soft" else None
         for depth, level in enumerate(levels):
-            truth = texts.ids[level.rows, level.at + 1]
-            labels = self.draft_index[truth]
-            kept = labels >= 0  # what lies outside the draft vocabulary cannot be guessed
-            rows, at, said = level.rows, level.at, level.features
+            rows, at, drafted = level.rows, level.at, level.features
+            labels = self.draft_index[batch.ids[rows, at + 1]]
+            kept = labels >= 0  # a token outside the draft vocabulary cannot be predicted
             per_token = kept.float() / kept.sum().clamp(min=1)
             if mean is not None:
-                loss = soft_by_mean(said, mean[rows, at], self.output, bias=self.bias, weights=per_token)
+                loss = soft_by_mean(drafted, mean[rows, at], self.output, bias=self.bias, weights=per_token)
             else:
                 loss = chunked_loss(
-                    self.options.loss, said, self.output, bias=self.bias, teacher_hidden=teacher[rows, at],
+                    self.options.loss, drafted, self.output, bias=self.bias, teacher_hidden=teacher[rows, at],
                     teacher_weight=self.output, teacher_bias=self.bias, labels=labels.clamp(min=0), weights=per_token,
                 )  # fmt: skip
             total = total + weights[depth].item() * loss
             with torch.no_grad():
-                few = slice(None, None, max(1, len(said) // PROBES))
-                guess = F.linear(said[few].to(self.output.dtype), self.output, self.bias).argmax(-1)
-                hits[depth] += (guess == labels[few]).sum()
-                tried[depth] += len(guess)
+                few = slice(None, None, max(1, len(drafted) // ACCURACY_SAMPLES))
+                top1 = F.linear(drafted[few].to(self.output.dtype), self.output, self.bias).argmax(-1)
+                hits[depth] += (top1 == labels[few]).sum()
+                tried[depth] += len(top1)
         return total, hits, tried
 
-    def _mean(self, texts: PackedBatch, teacher: Tensor) -> Tensor:
-        """`[rows, length, hidden]`: the mean output row of the target's distribution where one is to be guessed."""
-        needed = texts.guessable(1)
+    def _mean_output_rows(self, batch: PackedBatch, teacher: Tensor) -> Tensor:
+        """Return the mean output row of the target's distribution where a token is predicted, `[rows, length, hidden]`."""
+        needed = batch.predictable(1)
         mean = torch.zeros_like(teacher)
         mean[needed] = mean_output(teacher[needed], self.output, self.bias).to(mean.dtype)
         return mean
 
-    def _preservation(self, texts: PackedBatch, hidden: Tensor, position_ids: Tensor) -> Tensor:
-        """KL(target without its adapter || with it) per answer token."""
+    def _preservation(self, batch: PackedBatch, hidden: Tensor, position_ids: Tensor) -> Tensor:
+        """Return KL(target without adapter || target with it), the mean over answer tokens in nats."""
         with torch.no_grad(), self.model.disable_adapter():
-            original, _ = self.read(texts, position_ids)
-        needed = texts.guessable(1)
+            original, _ = self.target_states(batch, position_ids)
+        needed = batch.predictable(1)
         weight, bias = self.target.output.weight.detach(), getattr(self.target.output, "bias", None)
         count = needed.sum().clamp(min=1)
         return chunked_loss(
@@ -176,34 +169,34 @@ class HeadsModule(nn.Module):
         )  # fmt: skip
 
 
-def places_of_documents(texts: PackedBatch) -> Tensor:
-    """`[documents, longest]`: where in all rows behind each other every document's tokens are; -1 behind its end."""
-    index = torch.arange(texts.ids.shape[1], device=texts.ids.device)
-    place = (index - texts.begins()).flatten()  # of a token in its document
-    real = texts.document.flatten() >= 0
+def unpacked_positions(batch: PackedBatch) -> Tensor:
+    """Return each document's positions in the flattened batch, `[documents, longest]`, padded with -1."""
+    index = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    place = (index - batch.document_starts()).flatten()  # of a token in its document
+    real = batch.document.flatten() >= 0
     number = ((place == 0) & real).cumsum(0) - 1
     longest = int(place[real].max()) + 1 if bool(real.any()) else 1
-    found = torch.full((max(1, int(number[-1]) + 1), longest), -1, device=place.device)
-    found[number[real], place[real]] = real.nonzero()[:, 0]
-    return found
+    result = torch.full((max(1, int(number[-1]) + 1), longest), -1, device=place.device)
+    result[number[real], place[real]] = real.nonzero()[:, 0]
+    return result
 
 
 @torch.no_grad()
-def keeps_texts_apart(target: Target) -> bool:
-    """Whether the target reads a text behind another one as it reads it alone, by their positions (most models do)."""
+def separates_documents(target: Target) -> bool:
+    """Return whether position ids that restart at 0 keep packed documents apart in this target, as in most models."""
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, int(target.embedding.num_embeddings))
     ids = torch.randint(0, high, (1, 12), generator=generator).to(target.device)
     positions = torch.arange(6, device=target.device).repeat(2)[None]
-    with evaluating(target.model), target.listening():
+    with eval_mode(target.model), target.listening():
         packed, _ = target.read_hidden(target.model, ids, positions)
         alone, _ = target.read_hidden(target.model, ids[:, 6:], positions[:, 6:])
     return bool((packed[:, 6:] - alone).abs().max() <= 0.05 * alone.abs().max())
 
 
 @contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Evaluation mode for a while."""
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switch a module to evaluation mode within the context."""
     before = module.training
     module.eval()
     try:

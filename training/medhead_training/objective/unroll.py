@@ -1,8 +1,8 @@
-"""What heads are trained on: at random anchors of a text, guess the target's own distribution at every depth.
+"""Run draft heads along training text, depth by depth, from randomly sampled anchors.
 
-An anchor is a position t. The root is the token at t+1; at depth d the path holds the text's tokens up to t+1+d, and the
-heads must say what the target says there. One pass of the target serves everything: its features are what heads start
-from, its hidden states give the distributions they learn (no second model).
+An anchor is a position t; the root of its path is the token at t+1. At depth d the path holds the text up to t+1+d, and the
+heads predict the target's distribution there. One forward pass of the target serves all anchors: its features are the heads'
+input and its hidden states give the distributions to learn.
 """
 
 from __future__ import annotations
@@ -21,63 +21,59 @@ from medhead.heads.draft_cache import DraftCacheView
 
 @dataclass
 class PackedBatch:
-    """A batch of texts.
+    """Rows of documents packed one after the other.
 
     Attributes:
-        ids: `[rows, length]` token ids.
-        mask: `[rows, length]` bool, tokens that the heads should guess (what the assistant wrote).
-        document: `[rows, length]` int64, which text of the row a token belongs to; -1 for padding.
+        ids: token ids, `[rows, length]`.
+        mask: bool, tokens to learn to predict (those of the assistant), `[rows, length]`.
+        document: int64, index of each token's document within its row, -1 for padding, `[rows, length]`.
     """
 
     ids: Tensor
     mask: Tensor
     document: Tensor
 
-    def begins(self) -> Tensor:
-        """`[rows, length]`: where each token's text begins in its row."""
+    def document_starts(self) -> Tensor:
+        """Return the position at which each token's document starts, `[rows, length]`."""
         index = torch.arange(self.ids.shape[1], device=self.ids.device)
         first = torch.ones_like(self.document, dtype=torch.bool)
         first[:, 1:] = self.document[:, 1:] != self.document[:, :-1]
         return torch.where(first, index, 0).cummax(1).values
 
-    def guessable(self, ahead: int) -> Tensor:
-        """`[rows, length]` bool: the token `ahead` places on belongs to the same text and should be guessed."""
-        same = torch.zeros_like(self.mask)
-        if ahead < self.ids.shape[1]:
-            same[:, : self.ids.shape[1] - ahead] = (
-                (self.document[:, ahead:] == self.document[:, : self.ids.shape[1] - ahead])
-                & (self.document[:, ahead:] >= 0)
-                & self.mask[:, ahead:]
-            )
-        return same
+    def predictable(self, offset: int) -> Tensor:
+        """Return, bool `[rows, length]`, where the token `offset` positions later is in the same document and masked."""
+        result, kept = torch.zeros_like(self.mask), self.ids.shape[1] - offset
+        if kept > 0:
+            later = self.document[:, offset:]
+            result[:, :kept] = (later == self.document[:, :kept]) & (later >= 0) & self.mask[:, offset:]
+        return result
 
 
-def choose_anchors(texts: PackedBatch, share: float, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Random anchors `[rows, anchors]` and which of them are real, bool; in order of position.
+def sample_anchors(
+    batch: PackedBatch, fraction: float, generator: torch.Generator | None = None
+) -> tuple[Tensor, Tensor]:
+    """Sample a fraction of the possible anchors.
 
-    Args:
-        texts: the batch.
-        share: of the possible anchors; all for 1.
-        generator: source of the choice.
+    Returns:
+        Positions `[rows, anchors]` in ascending order and a bool mask `[rows, anchors]` of the valid ones.
     """
-    possible = texts.guessable(2)
-    chances = torch.rand(possible.shape, generator=generator).to(possible.device)
+    possible = batch.predictable(2)
+    scores = torch.rand(possible.shape, generator=generator).to(possible.device)
     most = int(possible.sum(1).max())
-    count = min(most, max(1, round(share * most)))
-    chances = chances.masked_fill(~possible, -1.0)
-    found = chances.topk(max(count, 1), dim=1)
-    at = found.indices.masked_fill(found.values < 0, 0).sort(1)  # what only fills a row up points at its beginning
-    return at.values, (found.values >= 0).gather(1, at.indices)
+    count = min(most, max(1, round(fraction * most)))
+    top = scores.masked_fill(~possible, -1.0).topk(max(count, 1), dim=1)
+    anchors = top.indices.masked_fill(top.values < 0, 0).sort(1)  # invalid anchors point at the start of the row
+    return anchors.values, (top.values >= 0).gather(1, anchors.indices)
 
 
 @dataclass
-class Level:
-    """What the heads said at one depth, at those anchors whose path reaches it.
+class DraftLevel:
+    """What the heads drafted at one depth, for the n anchors whose path reaches it.
 
     Attributes:
-        features: `[n, hidden]`, for the output matrix.
-        rows: `[n]` row of each.
-        at: `[n]` position whose distribution is to be guessed; the token to guess is at `at + 1`.
+        features: inputs of the output matrix, `[n, hidden]`.
+        rows: row of each, `[n]`.
+        at: position whose next-token distribution is predicted, `[n]`; the label is the token at `at + 1`.
     """
 
     features: Tensor
@@ -87,46 +83,45 @@ class Level:
 
 def unroll(
     heads: Heads,
-    texts: PackedBatch,
+    batch: PackedBatch,
     features: Tensor,
     embedding: Any,
     anchors: Tensor,
-    real: Tensor,
+    valid: Tensor,
     depth: int | None = None,
-) -> Iterator[Level]:
-    """Run heads along the texts themselves, depth by depth.
+) -> Iterator[DraftLevel]:
+    """Yield what the heads draft at every depth, given the true tokens above it.
 
     Args:
         heads: the heads.
-        texts: the batch.
-        features: `[rows, length, size]` of the target.
-        embedding: the target's embedding module; an embedding of the heads' own is used where they bring one.
-        anchors: `[rows, anchors]` positions.
-        real: `[rows, anchors]` bool.
-        depth: levels; the heads' own depth if None.
+        batch: the text.
+        features: of the target, `[rows, length, size]`.
+        embedding: the target's embedding module; heads with an embedding of their own use that.
+        anchors: positions, `[rows, anchors]`.
+        valid: bool, `[rows, anchors]`.
+        depth: number of levels; the heads' depth if None.
     """
     depth = heads.config.depth if depth is None else depth
-    length = texts.ids.shape[1]
-    everywhere = _encode(heads, texts.ids, embedding, 0)
+    length = batch.ids.shape[1]
+    encoded = _encode(heads, batch.ids, embedding, 0)
 
     def token(level: int) -> Tensor:
         at = (anchors + 1 + level).clamp(max=length - 1)
-        if heads.encodes_by_depth and level:
-            return _encode(heads, texts.ids.gather(1, at), embedding, level)
-        return _pick(everywhere, at)
+        if heads.encode_uses_depth and level:
+            return _encode(heads, batch.ids.gather(1, at), embedding, level)
+        return _gather_rows(encoded, at)
 
     memory = None
-    if heads.memory_size:
-        positions = torch.arange(length - 1, device=texts.ids.device)[None]
-        rows = heads.encode_cache_entry(features[:, :-1], everywhere[:, 1:], positions, length)
-        memory = DraftCacheView(rows, anchors + 1, texts.begins().gather(1, anchors))
-    draft = heads.start(_pick(features, anchors), token(0), memory, depth)
-    state = draft.state
+    if heads.cache_entry_size:
+        positions = torch.arange(length - 1, device=batch.ids.device)[None]
+        entries = heads.encode_cache_entry(features[:, :-1], encoded[:, 1:], positions, length)
+        memory = DraftCacheView(entries, anchors + 1, batch.document_starts().gather(1, anchors))
+    state, context = heads.init_state(_gather_rows(features, anchors), token(0), memory, depth)
     for level in range(depth):
-        state, said = heads.advance(state, token(level), level, draft.shared)
-        reached = real & texts.guessable(2 + level).gather(1, anchors)
-        rows_, columns = reached.nonzero(as_tuple=True)
-        yield Level(said.expand(*anchors.shape, -1)[rows_, columns], rows_, anchors[rows_, columns] + 1 + level)
+        state, drafted = heads.step(state, token(level), level, context)
+        reached = valid & batch.predictable(2 + level).gather(1, anchors)
+        rows, columns = reached.nonzero(as_tuple=True)
+        yield DraftLevel(drafted.expand(*anchors.shape, -1)[rows, columns], rows, anchors[rows, columns] + 1 + level)
 
 
 def _encode(heads: Heads, ids: Tensor, embedding: Any, depth: int) -> Tensor:
@@ -134,6 +129,6 @@ def _encode(heads: Heads, ids: Tensor, embedding: Any, depth: int) -> Tensor:
     return heads.encode(embedding(ids) if own is None else F.embedding(ids, own), depth)
 
 
-def _pick(values: Tensor, at: Tensor) -> Tensor:
-    """`[rows, length, size]` at `[rows, anchors]`."""
+def _gather_rows(values: Tensor, at: Tensor) -> Tensor:
+    """Return `values` `[rows, length, size]` at the positions `at` `[rows, anchors]`."""
     return values.gather(1, at[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,8 +1,7 @@
-"""Muon for the matrices, AdamW for embeddings, norms and biases, as one optimiser.
+"""Muon for matrices and AdamW for embeddings, norms and biases in one optimiser.
 
-Muon (Jordan et al. 2024): the momentum of a matrix is orthogonalised by a few Newton-Schulz steps, so that all its
-directions move alike. `torch.optim.Muon` computes these steps in bfloat16, which a CPU without it does 10 times slower
-than in float32; here they run in the type that the device is fast in.
+Muon (Jordan et al. 2024) orthogonalises the momentum of a matrix by a few Newton-Schulz steps. `torch.optim.Muon` computes
+them in bfloat16, which is 10 times slower than float32 on a CPU without bfloat16 instructions; here they are in float32 there.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315  # Jordan's quintic: steep at 0, near 1 for
 
 
 def orthogonalise(matrix: Tensor, steps: int = 5) -> Tensor:
-    """A matrix `[rows, columns]` with about the same singular vectors and singular values near 1."""
+    """Return a matrix with about the same singular vectors as `matrix` `[rows, columns]` and singular values near 1."""
     x = matrix.to(torch.bfloat16 if matrix.is_cuda else torch.float32)
     wide = x if x.shape[0] <= x.shape[1] else x.T
     wide = wide / wide.norm().clamp(min=1e-7)
@@ -32,7 +31,7 @@ class MuonAdamW(torch.optim.AdamW):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
-        """One update of all groups."""
+        """Update all groups once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -43,7 +42,7 @@ class MuonAdamW(torch.optim.AdamW):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     self._update_matrix(parameter, group)
-                    parameter.grad = None  # so that AdamW passes it over
+                    parameter.grad = None  # so that AdamW skips it
         super().step()
         return loss
 
@@ -51,7 +50,7 @@ class MuonAdamW(torch.optim.AdamW):
         assert parameter.grad is not None
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros(())  # AdamW expects every state to have one
+            state["step"] = torch.zeros(())  # AdamW expects one in every state
             state["momentum"] = torch.zeros_like(parameter)
         momentum, beta = state["momentum"], group["momentum"]
         momentum.lerp_(parameter.grad, 1 - beta)
@@ -61,14 +60,14 @@ class MuonAdamW(torch.optim.AdamW):
 
 
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
-    """Whether Muon should update it: two-dimensional, and no embedding or output matrix."""
+    """Return whether Muon updates a parameter: it is two-dimensional, and no embedding or output matrix."""
     return parameter.ndim == 2 and not any(part in name for part in ("embed", "lm_head", "output_matrices"))
 
 
 def muon_and_adamw(
     named: Iterable[tuple[str, nn.Parameter]], muon_lr: float, adamw_lr: float, weight_decay: float = 0.01
 ) -> MuonAdamW:
-    """One optimiser for named parameters: Muon for the matrices, AdamW for the rest."""
+    """Return one optimiser for named parameters: Muon for the matrices, AdamW for the rest."""
     trained = [(name, p) for name, p in named if p.requires_grad]
     matrices = [p for name, p in trained if is_matrix(name, p)]
     others = [p for name, p in trained if not is_matrix(name, p)]
@@ -84,6 +83,6 @@ def muon_and_adamw(
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Scale every group's peak learning rate."""
+    """Set every group's learning rate to `factor` times its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak_lr"] * factor

@@ -1,4 +1,4 @@
-"""transformers' Trainer for heads: two kinds of learning rates, checkpoints that survive a kill, a bar that says what matters."""
+"""transformers' `Trainer` for draft heads: learning rates, checkpoints that survive a kill, logs and a progress bar."""
 
 from __future__ import annotations
 
@@ -29,8 +29,40 @@ from medhead_training.trainer.options import TrainOptions
 WEIGHTS, COMPLETE = "trained.safetensors", "complete"
 
 
+def training_arguments(options: TrainOptions, folder: Path, device: torch.device) -> TrainingArguments:
+    """Return transformers' arguments for these options."""
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=1,  # the dataset holds all epochs
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        max_grad_norm=options.max_grad_norm,
+        save_strategy="steps",
+        save_steps=options.save_steps,
+        save_total_limit=2,
+        logging_steps=options.logging_steps,
+        logging_first_step=True,
+        logging_nan_inf_filter=False,
+        eval_strategy="steps",
+        eval_steps=options.eval_steps or options.save_steps,
+        report_to=[],
+        seed=options.seed,
+        use_cpu=device.type == "cpu",
+        bf16=device.type == "cuda" and torch.cuda.is_bf16_supported(),
+        remove_unused_columns=False,
+        ddp_find_unused_parameters=True,
+        ddp_broadcast_buffers=False,  # none changes
+        ddp_timeout=6 * 3600,  # one process tokenizes for all
+        disable_tqdm=True,
+        log_level="error",
+    )
+    arguments._n_gpu = min(1, arguments.n_gpu)  # several GPUs need as many processes; `DataParallel` is not supported
+    return arguments
+
+
 class HeadsTrainer(Trainer):
-    """Trains a `HeadsModule`.
+    """Train a `HeadsModule`.
 
     Args:
         module: what to train.
@@ -43,7 +75,7 @@ class HeadsTrainer(Trainer):
     optimizer: Any
     lr_scheduler: Any
     control: TrainerControl
-    _micro: int  # batch of an accumulated step
+    _seeded_step, _micro_batch = -1, 0  # the step of the last loss, and the batch within it
 
     def __init__(
         self,
@@ -54,8 +86,8 @@ class HeadsTrainer(Trainer):
         evaluate_heads: Callable[[], dict[str, float]],
     ) -> None:
         self.module, self.options, self.evaluate_heads = module, options, evaluate_heads
-        self.recent = Recent(module.heads.config.depth)
-        self.bar = Bar()
+        self.metrics = StepMetrics(module.heads.config.depth)
+        self.bar = ProgressBar()
         super().__init__(model=module, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.model_accepts_loss_kwargs = False
         for callback in (PrinterCallback, ProgressCallback):
@@ -63,11 +95,11 @@ class HeadsTrainer(Trainer):
         self.add_callback(self.bar)
 
     def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
-        """Train to the end; of a run that was there already only the weights are loaded."""
+        """Train to the end; if the checkpoint is the end, only load its weights."""
         try:
             if resume_from_checkpoint is not None:
                 state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-                if state.global_step >= state.max_steps:  # transformers would train one step more
+                if state.global_step >= state.max_steps:  # transformers would train one more step
                     self.state = state
                     return self._load_from_checkpoint(resume_from_checkpoint)
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
@@ -79,26 +111,26 @@ class HeadsTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The loss of one batch; what is random in it depends on the seed, the step and the place in it alone."""
+        """Return the loss of one batch; its randomness depends only on the seed, the step and the batch within it."""
         step = self.state.global_step
-        self._micro = self._micro + 1 if getattr(self, "_at", None) == step else 0
-        self._at = step
-        place = (step * self.args.gradient_accumulation_steps + self._micro) * self.args.world_size
+        self._micro_batch = self._micro_batch + 1 if self._seeded_step == step else 0
+        self._seeded_step = step
+        place = (step * self.args.gradient_accumulation_steps + self._micro_batch) * self.args.world_size
         seed = (self.options.seed << 32) + place + self.args.process_index
         found = model(**inputs, seed=seed)
         loss = found["loss"]
         if not bool(torch.isfinite(loss.detach())):
             raise self._diverged(f"the loss is {float(loss.detach())} at step {step + 1}")
-        self.recent.add(found)
+        self.metrics.add(found)
         return (loss, found) if return_outputs else loss
 
     def _diverged(self, what: str) -> MedheadError:
         found = last_checkpoint(Path(str(self.args.output_dir)))
-        return MedheadError(f"{what}: start again with lower --lr and --adamw-lr; the run goes on from {_name(found)}")
+        return MedheadError(f"{what}: start again with lower --lr and --adamw-lr; the run resumes from {_name(found)}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds what the heads do to transformers' own numbers."""
-        super().log(logs | self.recent.take() if "loss" in logs else logs, start_time)
+        """Log the heads' metrics together with transformers' numbers."""
+        super().log(logs | self.metrics.take() if "loss" in logs else logs, start_time)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the heads on held-out text."""
@@ -110,70 +142,68 @@ class HeadsTrainer(Trainer):
     # ---------------------------------------------------------------- optimiser
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        """Muon and AdamW for the heads, AdamW for an adapter."""
+        """Return Muon and AdamW for the heads, AdamW for an adapter."""
         if self.optimizer is None:
-            o, size = self.options, self.module.heads.config.hidden_size
-            scale = (256 / size) ** 0.5
-            lr, adamw_lr = o.lr or 0.02 * scale, o.adamw_lr or 0.003 * scale
+            options, scale = self.options, (256 / self.module.heads.config.hidden_size) ** 0.5
+            adamw_lr = options.adamw_lr or 0.003 * scale
             heads = dict(self.module.heads.named_parameters())
             of_heads = {id(p) for p in heads.values()}
-            if o.optimizer == "muon":
-                self.optimizer = muon_and_adamw(heads.items(), lr, adamw_lr)
+            if options.optimizer == "muon":
+                self.optimizer = muon_and_adamw(heads.items(), options.lr or 0.02 * scale, adamw_lr)
             else:
                 self.optimizer = torch.optim.AdamW(heads.values(), lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
             adapter = [p for p in self.module.parameters() if p.requires_grad and id(p) not in of_heads]
             if adapter:
-                extra = {"params": adapter, "lr": o.lora_lr, "weight_decay": 0.0, "muon": False, "adapter": True}
+                extra = {"params": adapter, "lr": options.lora_lr, "weight_decay": 0.0, "muon": False, "adapter": True}
                 self.optimizer.add_param_group(extra)
         return self.optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LambdaLR:
-        """Warm-up, then a cosine down to 2 %; an adapter starts later."""
+        """Return warm-up and cosine decay to 2 %; an adapter starts later."""
         if self.lr_scheduler is None:
             optimizer = self.optimizer if optimizer is None else optimizer
             assert optimizer is not None
 
-            def factor(step: int, begin: float) -> float:
-                late = step - begin * num_training_steps
-                if late < 0:
+            def factor(step: int, start: float) -> float:
+                step_of_group = step - start * num_training_steps
+                if step_of_group < 0:
                     return 0.0
-                total = max(1.0, (1 - begin) * num_training_steps)
-                rise = max(1.0, self.options.warmup * num_training_steps)
-                return min(1.0, (late + 1) / rise) * (0.02 + 0.98 * (0.5 + 0.5 * math.cos(math.pi * late / total)))
+                total = max(1.0, (1 - start) * num_training_steps)
+                rise = max(1.0, self.options.warmup_ratio * num_training_steps)
+                cosine = 0.5 + 0.5 * math.cos(math.pi * step_of_group / total)
+                return min(1.0, (step_of_group + 1) / rise) * (0.02 + 0.98 * cosine)
 
-            begins = [self.options.lora_warmup if group.get("adapter") else 0.0 for group in optimizer.param_groups]
-            self.lr_scheduler = LambdaLR(optimizer, [lambda s, b=b: factor(s, b) for b in begins])  # type: ignore[misc]
+            starts = [self.options.lora_start_ratio if g.get("adapter") else 0.0 for g in optimizer.param_groups]
+            self.lr_scheduler = LambdaLR(optimizer, [lambda s, b=b: factor(s, b) for b in starts])  # type: ignore[misc]
         return self.lr_scheduler
 
     # ---------------------------------------------------------------- data and checkpoints
 
     def _get_train_sampler(self, train_dataset: Any = None) -> SequentialSampler:
-        """In order: the data set is shuffled already."""
-        return SequentialSampler(self.train_dataset)
+        return SequentialSampler(self.train_dataset)  # the dataset is shuffled already
+
+    def _trained_names(self) -> set[str]:
+        return {name for name, p in self.module.named_parameters() if p.requires_grad}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        """Only what is trained."""
+        """Save only the trained parameters."""
         if not self.args.should_save:
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
-        trained = {name for name, p in self.module.named_parameters() if p.requires_grad}
         state = self.module.state_dict() if state_dict is None else state_dict
-        weights = {name: state[name].detach().cpu().contiguous() for name in sorted(trained)}
-        save_file(weights, folder / WEIGHTS)
+        save_file({n: state[n].detach().cpu().contiguous() for n in sorted(self._trained_names())}, folder / WEIGHTS)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        """The opposite of `_save`."""
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        names = {name for name, p in self.module.named_parameters() if p.requires_grad}
-        if names != weights.keys():
+        if self._trained_names() != weights.keys():
             raise MedheadError(
                 f"{resume_from_checkpoint} was written by a run with other heads or another recipe; use another --output"
             )
         self.module.load_state_dict(weights, strict=False)  # names were compared above; the frozen target is not stored
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        """Everything but the learning rates, which are those of this start."""
+        """Load everything but the learning rates, which may have changed since."""
         assert self.optimizer is not None
         rates = [group["initial_lr"] for group in self.optimizer.param_groups]
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -184,12 +214,12 @@ class HeadsTrainer(Trainer):
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Mark it when all of it is written. A full disk is one clear line; the last good checkpoint stays."""
-        folder = Path(str(self.args.output_dir))
+        """Save a checkpoint and mark it when it is complete; on a full disk the last complete one remains."""
+        folder, step = Path(str(self.args.output_dir)), self.state.global_step
         for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):  # the next loss would have told
-                raise self._diverged(f"{name} is not finite after step {self.state.global_step}")
-        new = folder / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):  # before the next loss shows it
+                raise self._diverged(f"{name} is not finite after step {step}")
+        new = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         try:
             super()._save_checkpoint(model, trial)
             self.accelerator.wait_for_everyone()
@@ -199,24 +229,24 @@ class HeadsTrainer(Trainer):
             shutil.rmtree(new, ignore_errors=True)
             reason = " ".join(str(error).split())[:120]
             raise MedheadError(
-                f"the checkpoint of step {self.state.global_step} cannot be written to {str(folder)!r} ({reason}); free some "
-                f"space and start again: the run goes on from {_name(last_checkpoint(folder))}"
+                f"the checkpoint of step {step} cannot be written to {str(folder)!r} ({reason}); free some "
+                f"space and start again: the run resumes from {_name(last_checkpoint(folder))}"
             ) from error
 
 
-class Recent:
-    """What the steps since the last log entry found; read by the host only when something is logged."""
+class StepMetrics:
+    """Metrics of the steps since the last log entry; they are read from the device only when they are logged."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._found: list[dict[str, Tensor]] = []
 
     def add(self, found: dict[str, Tensor]) -> None:
-        """One batch."""
+        """Add the output of one batch."""
         self._found.append({name: value.detach() for name, value in found.items() if name != "loss"})
 
     def take(self) -> dict[str, float]:
-        """Numbers since the last call."""
+        """Return the metrics since the last call."""
         if not self._found:
             return {}
         hits, tried = (torch.stack([f[name] for f in self._found]).sum(0).tolist() for name in ("hits", "tried"))
@@ -230,8 +260,8 @@ class Recent:
         return numbers
 
 
-class Bar(TrainerCallback):
-    """A progress bar with loss, accuracy by depth and the accepted length that a chain of first guesses would reach."""
+class ProgressBar(TrainerCallback):
+    """A progress bar with the loss, top-1 accuracy by depth and the accepted length that a chain of these would have."""
 
     def __init__(self) -> None:
         self.bar: Any = None
@@ -245,49 +275,45 @@ class Bar(TrainerCallback):
             )
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """One step."""
+        """Advance by one step."""
         if self.bar is not None:
             self.bar.update()
 
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **_: Any
     ) -> None:
-        """Refresh what stands behind the bar."""
+        """Show the logged numbers."""
         if self.bar is None or not logs:
             return
         if "loss" in logs:
             top1 = " ".join(f"{v:.2f}" for k, v in logs.items() if k.startswith("top1/"))
             length = logs.get("predicted_accepted_length", 0.0)
-            self.bar.set_postfix_str(f"loss {logs['heads_loss']:.3f}, top-1 {top1}, tokens/pass {length:.2f}")
+            self.bar.set_postfix_str(f"loss {logs['heads_loss']:.3f}, top-1 {top1}, accepted length {length:.2f}")
         elif "eval_predicted_accepted_length" in logs:
             self.bar.write(
                 f"step {state.global_step}: held-out text: top-1 {logs['eval_top1_depth_1']:.3f}, "
-                f"{logs['eval_predicted_accepted_length']:.2f} tokens a pass predicted with 32 nodes",
+                f"predicted accepted length {logs['eval_predicted_accepted_length']:.2f} with 32 nodes",
                 file=sys.stderr,
             )
 
     def close(self) -> None:
-        """Leave the line."""
+        """Close the bar."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """The newest complete checkpoint of a run."""
+    """Return the newest complete checkpoint of a run."""
     complete = [path.parent for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{COMPLETE}")]
-    return max(complete, key=_step, default=None)
+    return max(complete, key=lambda path: int(path.name.rsplit("-", 1)[1]), default=None)
 
 
-def remove_torn(folder: Path) -> None:
-    """Delete checkpoints that a kill left half-written."""
+def remove_incomplete_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints that a kill left incomplete."""
     for path in folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
         if path.is_dir() and not (path / COMPLETE).exists():
             shutil.rmtree(path)
-
-
-def _step(path: Path) -> int:
-    return int(path.name.rsplit("-", 1)[1])
 
 
 def _name(path: Path | None) -> str:

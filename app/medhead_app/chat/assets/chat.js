@@ -1,10 +1,10 @@
-// Draws the conversation from `props.value` (see view.py), touching only what changed, and keeps it in the browser.
-// Given by gr.HTML: element, props, trigger, watch.
+// Draws the conversation in `props.value` (see view.py), changing only what differs, and stores it in the browser.
+// gr.HTML provides element, props, trigger and watch.
 const scroller = element.querySelector('.mh-scroll');
 const hello = element.querySelector('.mh-hello');
 const list = element.querySelector('.mh-messages');
 const PREFIX = 'medhead:c:';
-let drawn = [];      // what every node shows now
+let drawn = [];      // the message that every node shows
 let editing = -1;    // index of the message being edited
 let current = null;
 
@@ -24,14 +24,14 @@ const tool = (name, title, text) => {
 
 function build(message) {
   const node = make('article', `mh-message mh-${message.role}`);
-  if (message.role === 'assistant') node.append(make('div', 'mh-above'));
+  if (message.role === 'assistant') node.append(make('div', 'mh-notice'));
   node.append(make('div', 'mh-body'));
   const foot = make('div', 'mh-foot');
-  foot.append(make('span', 'mh-facts'));
+  foot.append(make('span', 'mh-summary'));
   const tools = make('span', 'mh-tools');
   tools.append(tool('copy', 'Copy this message', 'Copy'));
-  if (message.role === 'user') tools.append(tool('edit', 'Change this message and answer again', 'Edit'));
-  else tools.append(tool('retry', 'Answer again', 'Regenerate'), tool('undo', 'Take back your message and this answer', 'Undo'));
+  if (message.role === 'user') tools.append(tool('edit', 'Edit this message and answer it again', 'Edit'));
+  else tools.append(tool('retry', 'Generate another answer', 'Regenerate'), tool('undo', 'Remove your message and this answer', 'Undo'));
   foot.append(tools);
   node.append(foot);
   return node;
@@ -46,9 +46,9 @@ function fill(node, message, before) {
     if (!message.plain) addCopyButtons(body);
   }
   body.classList.toggle('mh-plain', !!message.plain);
-  node.classList.toggle('mh-writing', !!message.writing);
-  if (message.role === 'assistant' && message.above !== before.above) node.querySelector('.mh-above').textContent = message.above;
-  if (message.facts !== before.facts) node.querySelector('.mh-facts').textContent = message.facts || '';
+  node.classList.toggle('mh-generating', !!message.generating);
+  if (message.role === 'assistant' && message.notice !== before.notice) node.querySelector('.mh-notice').textContent = message.notice;
+  if (message.summary !== before.summary) node.querySelector('.mh-summary').textContent = message.summary || '';
 }
 
 function addCopyButtons(body) {
@@ -74,26 +74,26 @@ function draw() {
   hello.hidden = messages.length > 0;
   element.classList.toggle('mh-busy', !!value.busy);
   if (atEnd || changed || more) scroller.scrollTop = scroller.scrollHeight;
-  keep(value, changed);
+  store(value, changed);
 }
 
-function keep(value, changed) {
+function store(value, changed) {
   if (!value.id) return;
   let failed = false;
   try {
     localStorage.setItem('medhead:current', value.id);
-    if (value.keep) {
+    if (value.store) {
       const name = PREFIX + value.id;
-      if (value.keep.messages.length) localStorage.setItem(name, JSON.stringify(value.keep));
+      if (value.store.messages.length) localStorage.setItem(name, JSON.stringify(value.store));
       else localStorage.removeItem(name);
     }
   } catch (error) { failed = true; }
-  if (changed || value.keep) window.dispatchEvent(new CustomEvent('medhead:kept', { detail: { failed } }));
+  if (changed || value.store) window.dispatchEvent(new CustomEvent('medhead:stored', { detail: { failed } }));
 }
 
 async function copy(text, button) {
   try { await navigator.clipboard.writeText(text); }
-  catch (error) {  // no permission, or not a secure page
+  catch (error) {  // without permission, or on a page without HTTPS
     const area = make('textarea', 'mh-offscreen');
     area.value = text;
     document.body.append(area);
@@ -114,7 +114,7 @@ function startEdit(index) {
   area.value = drawn[index].text;
   area.rows = Math.min(8, 1 + Math.ceil(area.value.length / 60));
   const row = make('div', 'mh-edit-row');
-  row.append(tool('cancel', 'Leave it as it was', 'Cancel'), tool('save', 'Send the changed message', 'Send'));
+  row.append(tool('cancel', 'Discard the changes', 'Cancel'), tool('save', 'Send the edited message', 'Send'));
   body.replaceChildren(area, row);
   area.focus();
   area.addEventListener('keydown', (event) => {
@@ -135,12 +135,12 @@ function endEdit() {
 function saveEdit() {
   const index = editing, text = list.children[index].querySelector('.mh-edit').value;
   endEdit();
-  if (text.trim()) trigger('edit', { index, text });
+  if (text.trim()) trigger('ask', { action: 'edit', index, text });
 }
 
 element.addEventListener('click', (event) => {
   const example = event.target.closest('.mh-example');
-  if (example) { trigger('example', { text: example.textContent }); return; }
+  if (example) { trigger('ask', { action: 'example', text: example.textContent }); return; }
   const button = event.target.closest('.mh-tool');
   if (!button) return;
   const name = button.dataset.tool;
@@ -151,7 +151,7 @@ element.addEventListener('click', (event) => {
   else if (name === 'save') saveEdit();
   else if (element.classList.contains('mh-busy')) return;
   else if (name === 'edit') { endEdit(); startEdit(index); }
-  else if (name === 'retry') trigger('retry', {});
+  else if (name === 'retry') trigger('ask', { action: 'retry' });
   else if (name === 'undo') trigger('undo', {});
 });
 

@@ -1,9 +1,9 @@
-// The list of conversations that this browser keeps. Given by gr.HTML: element, trigger.
+// Draws the list of conversations stored in this browser. gr.HTML provides element and trigger.
 const list = element.querySelector('.mh-chats');
 const PREFIX = 'medhead:c:';
 let full = false;
 
-function kept() {
+function stored() {
   const found = [];
   for (let index = 0; index < localStorage.length; index++) {
     const key = localStorage.key(index);
@@ -11,7 +11,7 @@ function kept() {
     try {
       const conversation = JSON.parse(localStorage.getItem(key));
       if (conversation && conversation.id) found.push(conversation);
-    } catch (error) { /* not ours */ }
+    } catch (error) { /* not a conversation */ }
   }
   return found.sort((a, b) => (b.updated || 0) - (a.updated || 0));
 }
@@ -28,7 +28,7 @@ function draw() {
   const current = localStorage.getItem('medhead:current');
   const nodes = [make('button', 'mh-new', 'New chat')];
   const rows = make('div', 'mh-rows');
-  for (const conversation of kept()) {
+  for (const conversation of stored()) {
     const row = make('div', 'mh-row' + (conversation.id === current ? ' mh-current' : ''));
     const open = make('button', 'mh-open', conversation.title || 'Untitled');
     open.title = conversation.title;
@@ -40,7 +40,7 @@ function draw() {
     row.append(open, remove);
     rows.append(row);
   }
-  if (!rows.children.length) rows.append(make('div', 'mh-none', 'Conversations stay in this browser.'));
+  if (!rows.children.length) rows.append(make('div', 'mh-none', 'Conversations are stored in this browser only.'));
   nodes.push(rows);
   if (full) nodes.push(make('div', 'mh-full', 'This browser’s storage is full: delete a conversation.'));
   list.replaceChildren(...nodes);
@@ -50,26 +50,26 @@ element.addEventListener('click', (event) => {
   const button = event.target.closest('button');
   if (!button) return;
   const id = button.dataset.id;
-  if (button.classList.contains('mh-new')) trigger('fresh', {});
+  if (button.classList.contains('mh-new')) trigger('new_chat', {});
   else if (button.classList.contains('mh-open')) {
     const conversation = JSON.parse(localStorage.getItem(PREFIX + id) || 'null');
     if (conversation) trigger('open', { conversation });
-  } else if (!button.classList.contains('mh-sure')) {  // the first click asks
+  } else if (!button.classList.contains('mh-sure')) {  // the first click asks for confirmation
     button.classList.add('mh-sure');
     button.textContent = 'Delete?';
     setTimeout(() => { if (button.isConnected) { button.classList.remove('mh-sure'); button.textContent = '×'; } }, 3000);
   } else {
     localStorage.removeItem(PREFIX + id);
-    if (id === localStorage.getItem('medhead:current')) trigger('fresh', {});
+    if (id === localStorage.getItem('medhead:current')) trigger('new_chat', {});
     draw();
   }
 });
 
-window.addEventListener('medhead:kept', (event) => { full = event.detail.failed; draw(); });
+window.addEventListener('medhead:stored', (event) => { full = event.detail.failed; draw(); });
 window.addEventListener('storage', draw);
 draw();
 
-// On narrow screens the sides would cover the conversation: they start closed, and close after a choice.
+// On narrow screens the sidebars cover the conversation: they start closed, and close after a click in the list.
 const close = (which) => document.querySelectorAll(which + '.open .toggle-button').forEach((button) => button.click());
 setTimeout(() => {
   if (innerWidth < 1100) close('.sidebar.mh-right');

@@ -6,26 +6,21 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import logits_process as lp
 
 from conftest import tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder
-from medhead.core.gumbel import GumbelNoise
-from medhead.core.sequence import Sequence, Settings
+from medhead.config import SamplingParams
+from medhead.core.loop import DecodeLoop
+from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
-from medhead.serving.decode_batch import DecodeBatch
 
 
-def own(target: Target, limit: int, temperature: float, seed: int) -> Settings:
-    processors = LogitsProcessorList()
-    if temperature:
-        processors.append(lp.TemperatureLogitsWarper(temperature))
-    noise = GumbelNoise(seed, target.vocab_size, target.device) if temperature else None
-    return Settings(processors, StopChecker(StoppingCriteriaList(), limit, target.device), noise=noise)
+def sequence(prompt: list[int], limit: int, temperature: float, seed: int) -> Sequence:
+    params = SamplingParams(limit, temperature=temperature, seed=seed)
+    return Sequence(list(prompt), list(prompt), StopChecker(limit), params)
 
 
 def alone(target: Target, prompt: list[int], limit: int, temperature: float, seed: int) -> list[int]:
@@ -37,20 +32,20 @@ def alone(target: Target, prompt: list[int], limit: int, temperature: float, see
 
 
 def decode(target: Target, proposer: str, jobs: list[tuple], arrivals: list[int]) -> list[list[int]]:
-    """All jobs (prompt, limit, temperature, seed) in one lane, each joining at its step."""
-    lane = DecodeBatch(target, build_proposer(proposer, target, tree_size=8))
-    rows = [Sequence(0, list(job[0]), list(job[0]), own=own(target, *job[1:])) for job in jobs]
-    with torch.inference_mode(), target.active(lane.proposer.feature_layers):
+    """All jobs (prompt, limit, temperature, seed) in one batch, each joining at its step."""
+    loop = DecodeLoop(target, build_proposer(proposer, target, tree_size=8))
+    sequences = [sequence(*job) for job in jobs]
+    with torch.inference_mode(), target.active(loop.proposer.feature_layers):
         step, waiting = 0, sorted(range(len(jobs)), key=lambda index: arrivals[index])
-        while waiting or lane.rows:
+        while waiting or loop.sequences:
             joining = [index for index in waiting if arrivals[index] <= step]
             if joining:
-                lane.join([rows[index] for index in joining])
+                loop.join([sequences[index] for index in joining])
                 waiting = [index for index in waiting if index not in joining]
-            if lane.rows:
-                lane.step()
+            if loop.sequences:
+                loop.step()
             step += 1
-    return [row.output for row in rows]
+    return [one.output_ids for one in sequences]
 
 
 @pytest.mark.parametrize("name", sorted(ACCEPTED))
@@ -85,13 +80,3 @@ def test_any_arrivals(jobs: list[tuple[int, int, float, int]], proposer: str) ->
     ]
     found = decode(target, proposer, made, [arrival for *_, arrival in jobs])
     assert found == [alone(target, *job) for job in made]
-
-
-def test_an_empty_lane_holds_no_cache() -> None:
-    target = Target(tiny_llama(), probe=False)
-    lane = DecodeBatch(target, build_proposer("none", target))
-    with torch.inference_mode(), target.active():
-        lane.join([Sequence(0, [5, 6], [5, 6], own=own(target, 1, 0.0, 0))])
-        lane.step()
-    assert not lane.rows
-    assert not hasattr(lane, "cache")

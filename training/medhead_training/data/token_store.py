@@ -1,8 +1,8 @@
-"""Token ids of a training set on disk, written in one pass and read back through memory maps.
+"""Token ids of a training set on disk, written in one pass and read through memory maps.
 
-A store is a folder: `tokens.bin` (int32) and `mask.bin` (bool) hold all documents in a row, `ends.npy` (int64) says
-where each ends, `meta.json` what was counted. It is written under another name and renamed when it is complete, and
-its own name is a hash of everything it depends on, so that a finished store is never read again from text.
+A store is a folder: `tokens.bin` (int32) and `mask.bin` (bool) hold all documents one after the other, `ends.npy` (int64)
+the end of each, `meta.json` the counts. Its name is a hash of everything it depends on, so an existing store is reused. It is
+written under a temporary name and renamed when complete.
 """
 
 from __future__ import annotations
@@ -32,21 +32,18 @@ _PROBE = "The quick  brown fox\n\njumps, 1234 ÄÖ 日本語 🙂"
 
 
 class TokenStore:
-    """A finished store.
+    """A complete store.
 
     Args:
-        folder: as `prepare` wrote it.
+        folder: as `prepare_tokens` wrote it.
 
     Attributes:
-        ends: where each document ends among all tokens, `[documents]` int64.
+        ends: end of each document among all tokens, `[documents]` int64.
         documents: number of documents.
         tokens: number of tokens.
-        assistant_tokens: how many of them the assistant wrote.
-        records: number of records read for it.
-        skipped: how many records were left out, by reason.
-
-    Raises:
-        MedheadError: it is no store, or incomplete.
+        assistant_tokens: number of tokens that the assistant wrote.
+        records: number of records read.
+        skipped: number of skipped records by reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -70,7 +67,7 @@ class TokenStore:
         return self.documents
 
     def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and assistant mask of one document."""
+        """Return token ids and mask of one document."""
         end = int(self.ends[document])
         start = int(self.ends[document - 1]) if document % self.documents else 0
         return self.read(start, end)
@@ -79,11 +76,11 @@ class TokenStore:
         return TokenStore, (self.folder,)  # another process maps the files itself
 
     def read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids and assistant mask from one place among all tokens to another."""
+        """Return token ids and mask of a range of all tokens."""
         return self._tokens[start:end], self._mask[start:end]
 
     def assistant_tokens_of(self, documents: np.ndarray) -> int:
-        """How many tokens of these documents the assistant wrote."""
+        """Return how many tokens of these documents the assistant wrote."""
         return sum(int(self[document][1].sum()) for document in documents.tolist())
 
     @property
@@ -92,19 +89,16 @@ class TokenStore:
         return np.diff(self.ends, prepend=0)
 
     def split(self, held_out: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents to train on, and documents held out; the same ones for the same seed.
+        """Return the documents to train on and the held-out ones, which depend on the seed alone.
 
         Args:
-            held_out: a share of the documents from 0 to 1 (a float), or their number (an int).
+            held_out: a fraction of the documents from 0 to below 1 (a float), or their number (an int).
             seed: of the choice.
-
-        Raises:
-            MedheadError: the share is none, or nothing would be left to train on.
         """
         count = held_out
         if isinstance(held_out, float):
             if not 0.0 <= held_out < 1.0:
-                raise MedheadError(f"the held-out share must be from 0 to below 1, got {held_out}")
+                raise MedheadError(f"the held-out fraction must be from 0 to below 1, got {held_out}")
             count = max(1, round(held_out * self.documents)) if held_out else 0
         if not 0 <= count < self.documents:
             raise MedheadError(f"{count} of {self.documents} documents cannot be held out; at least one must be left")
@@ -112,7 +106,7 @@ class TokenStore:
         return np.sort(order[int(count) :]), np.sort(order[: int(count)])
 
 
-def prepare(
+def prepare_tokens(
     sources: Sources,
     tokenizer: PreTrainedTokenizerBase,
     cache: str | Path,
@@ -120,35 +114,32 @@ def prepare(
     end_tokens: Iterable[int] = (),
     progress: bool = True,
 ) -> TokenStore:
-    """The token store of these sources: an existing one from `cache`, or a new one written there.
+    """Return the token store of these sources: an existing one from `cache`, or a new one written there.
 
     Args:
-        sources: what `read_records` takes.
-        tokenizer: of the model to train for.
-        cache: folder of stores; each has its own folder in it.
+        sources: as `read_records` takes them.
+        tokenizer: of the target.
+        cache: folder in which each store has a folder of its own.
         max_length: longer records keep their beginning; None for no limit.
         end_tokens: ids that end a turn, from the model's generation configuration.
         progress: show a progress bar.
-
-    Raises:
-        MedheadError: a source cannot be read, or no record has text of an assistant.
     """
-    ends = sorted(set(end_tokens))
+    cache, ends = Path(cache), sorted(set(end_tokens))
     key = _key(sources, tokenizer, max_length, ends)
-    folder = Path(cache) / key
+    folder = cache / key
     if folder.is_dir():
         with suppress(MedheadError):
             return TokenStore(folder)
         shutil.rmtree(folder)
-    _remove_leftovers(Path(cache))
-    temporary = Path(cache) / f".{key}.{socket.gethostname()}.{os.getpid()}"
+    _remove_leftovers(cache)
+    temporary = cache / f".{key}.{socket.gethostname()}.{os.getpid()}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        _write(sources, Encoder(tokenizer, max_length, ends), temporary, progress)
+        write_tokens(sources, Encoder(tokenizer, max_length, ends), temporary, progress)
         if _key(sources, tokenizer, max_length, ends) != key:
             raise MedheadError("the training data changed while it was read; start again")
-        with suppress(OSError):  # another process may have been faster; its store is the same
+        with suppress(OSError):  # another process may have finished first; its store is the same
             temporary.rename(folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -156,7 +147,7 @@ def prepare(
 
 
 def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of vocabulary, special tokens, chat template, and of how a piece of text is cut."""
+    """Return a hash of vocabulary, special tokens, chat template and the tokens of a sample text."""
     parts = [
         sorted(tokenizer.get_vocab().items()),
         sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items()),
@@ -171,7 +162,7 @@ def _key(sources: Sources, tokenizer: PreTrainedTokenizerBase, max_length: int |
     for source in source_list(sources):
         files = source_files(source)
         if files is None:
-            listed.append([str(source), _hub_version(str(source))])
+            listed.append([str(source), _dataset_revision(str(source))])
         for path in files or []:
             state = path.stat()
             listed.append([str(path.resolve()), state.st_size, state.st_mtime_ns])
@@ -179,25 +170,23 @@ def _key(sources: Sources, tokenizer: PreTrainedTokenizerBase, max_length: int |
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
-def _hub_version(name: str) -> str | None:
-    """The revision of a data set of the hub, None if the hub does not say."""
+def _dataset_revision(name: str) -> str | None:
     from huggingface_hub import HfApi
 
     try:
         return HfApi().dataset_info(name, timeout=10).sha
-    except Exception:  # reading the data set comes next, and says what is wrong
+    except Exception:  # reading the dataset comes next and raises a clear error
         return None
 
 
-def _write(sources: Sources, encoder: Encoder, folder: Path, progress: bool) -> None:
-    """The one pass over the text."""
-    sizes = [sum(path.stat().st_size for path in source_files(source) or []) for source in source_list(sources)]
+def write_tokens(sources: Sources, encoder: Encoder, folder: Path, progress: bool) -> None:
+    """Encode all records and write the files of a store into `folder`."""
+    names = [str(source) for source in source_list(sources)]
+    size = sum(path.stat().st_size for name in names for path in source_files(name) or [])
     skipped: Counter[str] = Counter()
     ends = array("q")
     tokens = assistant = records = 0
-    bar = tqdm(
-        total=sum(sizes) or None, unit="B", unit_scale=True, desc="tokens", disable=not progress, mininterval=1.0
-    )
+    bar = tqdm(total=size or None, unit="B", unit_scale=True, desc="tokens", disable=not progress, mininterval=1.0)
     with bar, (folder / "tokens.bin").open("wb") as token_file, (folder / "mask.bin").open("wb") as mask_file:
         for record in read_records(sources, bar.update):
             records += 1
@@ -216,29 +205,24 @@ def _write(sources: Sources, encoder: Encoder, folder: Path, progress: bool) -> 
         reasons = "; ".join(f"{count} times: {reason}" for reason, count in skipped.most_common(3))
         raise MedheadError(f"no usable text of an assistant among the {records} records that were read ({reasons})")
     np.save(folder / "ends.npy", np.asarray(ends, np.int64), allow_pickle=False)
-    counted: dict[str, Any] = {
-        "version": _VERSION,
-        "documents": len(ends),
-        "tokens": tokens,
-        "assistant_tokens": assistant,
-    }
-    counted |= {"records": records, "skipped": dict(skipped), "sources": [str(s) for s in source_list(sources)]}
-    (folder / "meta.json").write_text(json.dumps(counted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    meta = {"version": _VERSION, "documents": len(ends), "tokens": tokens, "assistant_tokens": assistant,
+            "records": records, "skipped": dict(skipped), "sources": names}  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def _remove_leftovers(cache: Path) -> None:
-    """Delete what killed processes of this machine left half written."""
+    """Delete the temporary folders of killed processes of this machine."""
     for path in cache.glob(f".*.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
-        if pid.isdecimal() and int(pid) != os.getpid() and not _alive(int(pid)):
+        if pid.isdecimal() and int(pid) != os.getpid() and not _is_running(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _alive(pid: int) -> bool:
+def _is_running(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except OSError:
-        return True
+        pass
     return True

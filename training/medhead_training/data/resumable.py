@@ -1,6 +1,6 @@
-"""A file of JSON lines that may be killed while it grows, and goes on with the options it was begun with.
+"""A JSON-lines file whose writer may be killed and resumes with the options it was started with.
 
-Beside the file `data.jsonl` a small `data.jsonl.meta.json` says which command writes it, and with which options.
+Beside `data.jsonl`, a file `data.jsonl.meta.json` records which command writes it with which options.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ class ResumableFile:
 
     Args:
         path: of the lines.
-        writer: name and version of the command that writes them.
+        writer: name and version of the command.
     """
 
     path: Path
@@ -29,15 +29,11 @@ class ResumableFile:
 
     @property
     def meta(self) -> Path:
-        """The file that keeps the options."""
+        """The file that records the options."""
         return self.path.with_name(self.path.name + ".meta.json")
 
-    def begun(self, options: dict[str, Any]) -> bool:
-        """Whether the file was begun before, with (at least) these options.
-
-        Raises:
-            MedheadError: it was not written by this command, or with other options.
-        """
+    def is_started(self, options: dict[str, Any]) -> bool:
+        """Return whether the file was started before with (at least) these options."""
         if not self.meta.exists():
             if self.path.exists() or self.path.is_symlink():
                 raise MedheadError(
@@ -45,9 +41,8 @@ class ResumableFile:
                 )
             return False
         try:
-            found = json.loads(self.meta.read_text(encoding="utf-8"))
-            known = found["written_by"] == self.writer
-            before = dict(found["options"])
+            meta = json.loads(self.meta.read_text(encoding="utf-8"))
+            known, before = meta["written_by"] == self.writer, dict(meta["options"])
         except (OSError, ValueError, KeyError, TypeError):
             known, before = False, {}
         if not known:
@@ -56,24 +51,20 @@ class ResumableFile:
             if before.get(name) != value:
                 was, now = (json.dumps(v)[:60] for v in (before.get(name), value))
                 raise MedheadError(
-                    f"{str(self.path)!r} was begun with {name} {was}, now it is {now}; use the same, or another --output"
+                    f"{str(self.path)!r} was started with {name} {was}, now it is {now}; use the same, or another --output"
                 )
         return True
 
-    def begin(self, options: dict[str, Any]) -> None:
-        """Keep the options; whole or not at all, and before the first line."""
+    def start(self, options: dict[str, Any]) -> None:
+        """Record the options atomically, before the first line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = self.meta.with_name(f".{self.meta.name}.{os.getpid()}")
-        said = {"written_by": self.writer, "options": options}
-        temporary.write_text(json.dumps(said, indent=2) + "\n", encoding="utf-8")
+        meta = {"written_by": self.writer, "options": options}
+        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.meta)
 
     def open(self) -> IO[bytes]:
-        """The file to add lines to; no second process gets it meanwhile, where the system has locks.
-
-        Raises:
-            MedheadError: another process is writing to it.
-        """
+        """Open the file for appending, locked against a second process where the system has locks."""
         file = self.path.open("a+b")
         try:
             import fcntl
@@ -86,29 +77,26 @@ class ResumableFile:
             pass
         return file
 
-    def indices(self, file: IO[bytes], count: int, window: int) -> array[int]:
-        """Indices of the lines in the opened file, in their order; half a line at its end is cut off.
+    def read_indices(self, file: IO[bytes], count: int, window: int) -> array[int]:
+        """Return the indices of the lines in order; an incomplete last line is removed from the file.
 
         Args:
-            file: what `open` gave.
-            count: the most lines there can be.
-            window: every so many lines hold the next so many indices, in some order.
-
-        Raises:
-            MedheadError: a line is not from this command.
+            file: what `open` returned.
+            count: maximum number of lines.
+            window: every `window` lines hold the next `window` indices, in any order.
         """
         found: array[int] = array("q")
-        whole = 0
+        complete = 0
         file.seek(0)
         for line in file:
             if not line.endswith(b"\n"):
-                file.truncate(whole)
+                file.truncate(complete)
                 break
             try:
                 found.append(json.loads(line)["index"])
             except (ValueError, KeyError, TypeError, OverflowError):
                 raise self.changed(len(found) + 1) from None
-            whole += len(line)
+            complete += len(line)
         if len(found) > count:
             raise self.changed(count + 1)
         for start in range(0, len(found) - window + 1, window):
@@ -117,7 +105,7 @@ class ResumableFile:
         return found
 
     def changed(self, line: int) -> MedheadError:
-        """The error for a file that something else has written to."""
+        """Return the error for a file that another program has written to."""
         return MedheadError(
             f"{str(self.path)!r}, near line {line}, is not what this command wrote; choose another --output"
         )

@@ -1,7 +1,6 @@
-"""A frozen target spread over several processes, for one that no single device can hold.
+"""Shard a frozen target over several processes (FSDP, Zhao et al. 2023), if it does not fit on one device.
 
-Every layer is cut into as many pieces as there are processes (fully sharded data parallel, Zhao et al. 2023) and put together
-while it is read. The heads are small: every process has all of them, and their gradients are averaged as usual.
+Every process has all of the small heads, whose gradients are averaged as usual.
 """
 
 from __future__ import annotations
@@ -15,27 +14,23 @@ from medhead.model.target import Target
 
 
 def check_processes() -> None:
-    """Refuse to spread a target over a single process.
-
-    Raises:
-        MedheadError: there is one process.
-    """
+    """Raise a `MedheadError` if there is only one process."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
         raise MedheadError(
             "--shard needs several processes: start it with `accelerate launch` or `torchrun`, or leave it out"
         )
 
 
-def spread_layers(target: Target, whole: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Cut the target's layers into pieces on every process's device, and move the rest there.
+def shard_layers(target: Target, whole: nn.Module, device: torch.device) -> tuple[int, int]:
+    """Shard the target's layers and move the rest to each process's device.
 
     Args:
         target: loaded on the CPU; all of it must be frozen.
-        whole: what is trained, with the target in it.
+        whole: the module that holds target and heads.
         device: of this process.
 
     Returns:
-        How many numbers of the layers are here, and how many there are.
+        The number of the layers' parameters in this process, and in all.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -47,12 +42,12 @@ def spread_layers(target: Target, whole: nn.Module, device: torch.device) -> tup
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     whole.to(device)
     target.device = device
-    pieces = [p for p in layers.parameters() if isinstance(p, DTensor)]
-    return sum(p.to_local().numel() for p in pieces), sum(p.numel() for p in pieces)
+    shards = [p for p in layers.parameters() if isinstance(p, DTensor)]
+    return sum(p.to_local().numel() for p in shards), sum(p.numel() for p in shards)
 
 
-def leave_to_shards(whole: nn.Module) -> None:
-    """Have `DistributedDataParallel` care for what is trained alone: pieces differ from process to process."""
+def exclude_frozen_from_ddp(whole: nn.Module) -> None:
+    """Make `DistributedDataParallel` ignore what is not trained: shards differ between processes."""
     from torch.nn.parallel import DistributedDataParallel
 
     names = [name for name, p in whole.named_parameters() if not p.requires_grad]

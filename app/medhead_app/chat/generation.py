@@ -1,0 +1,152 @@
+"""Generate an answer: from a conversation and settings to updates, independent of the page."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from medhead.errors import MedheadError
+from medhead.serving.handle import RequestHandle
+from medhead.serving.request import Request, Result, StepOutput
+from medhead_app.chat.conversation import Conversation, Message, prompt_messages, set_answer
+from medhead_app.chat.stats import FINISH_NOTES, summary
+from medhead_app.chat.svg import Tree, tree_json
+from medhead_app.service import Service
+
+UPDATE_INTERVAL = 0.05  # shortest time between two updates, in seconds
+AUTOMATIC = "automatic"
+PROPOSERS = (AUTOMATIC, "heads", "ngram", "recycling", "lookahead", "none")
+TREE_SIZES = (AUTOMATIC, 4, 8, 16, 32, 64)
+OnSubmit = Callable[[RequestHandle], None]
+
+
+@dataclass(frozen=True)
+class ChatSettings:
+    """Settings of an answer, see `SamplingParams`; without a seed, one is drawn."""
+
+    system: str = ""  # system prompt; empty for none
+    temperature: float = 0.7
+    top_p: float = 0.95
+    max_new_tokens: int = 256
+    seed: int | None = None
+    proposer: str = AUTOMATIC  # one of PROPOSERS
+    tree_size: int | str = AUTOMATIC  # one of TREE_SIZES
+
+    @classmethod
+    def from_fields(cls, raw: dict[str, Any], max_new_tokens: int) -> ChatSettings:
+        """Return settings from the values of the page's fields."""
+        seed, size = str(raw.get("seed") or "").strip(), raw.get("tree_size")
+        try:
+            return cls(
+                system=str(raw.get("system") or ""),
+                temperature=float(raw.get("temperature", cls.temperature)),
+                top_p=float(raw.get("top_p", cls.top_p)),
+                max_new_tokens=max(1, min(int(raw.get("max_new_tokens", cls.max_new_tokens)), max_new_tokens)),
+                seed=int(seed) if seed else None,
+                proposer=str(raw.get("proposer") or AUTOMATIC),
+                tree_size=AUTOMATIC if size in (None, "", AUTOMATIC) else int(size),
+            )
+        except (TypeError, ValueError):
+            raise MedheadError("temperature, top-p, max new tokens or seed is not a number") from None
+
+    def request(self, service: Service, prompt: list[int], **changes: Any) -> Request:
+        """Return a request for an answer to a prompt."""
+        fields: dict[str, Any] = {
+            "temperature": self.temperature,
+            "seed": draw_seed() if self.seed is None else self.seed,
+            "proposer": None if self.proposer == AUTOMATIC else self.proposer,
+            "tree_size": self.tree_size if isinstance(self.tree_size, int) else None,
+            "trace": True,
+        }
+        if self.top_p < 1:
+            fields["top_p"] = self.top_p
+        return service.request(prompt, self.max_new_tokens, **(fields | changes))
+
+
+def draw_seed() -> int:
+    """Return a random seed that is short enough to type."""
+    return secrets.randbelow(1_000_000)
+
+
+@dataclass
+class StreamState:
+    """The output of a request so far."""
+
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    tokens: list[list[str]] = field(default_factory=list)  # pairs of text and source
+    last: StepOutput | None = None  # the newest one whose tree has draft tokens
+
+    def add(self, output: StepOutput) -> None:
+        """Add the output of a step."""
+        self.text += output.text
+        self.token_ids += output.tokens
+        self.tokens += [[text, source] for text, source in zip(output.texts, output.sources, strict=True)]
+        if output.tree is not None and len(output.tree.tokens) > 1:
+            self.last = output
+
+    def tree(self, tokenizer: Any) -> Tree | None:
+        """Return the last tree with draft tokens as JSON."""
+        if self.last is None or self.last.tree is None:
+            return None
+        texts = [tokenizer.decode([token]) for token in self.last.tree.tokens]
+        has_bonus = self.last.sources[-1:] == ["bonus"]
+        return tree_json(self.last.tree, texts, self.last.texts[-1] if has_bonus else "")
+
+
+@dataclass(frozen=True)
+class Update:
+    """The state of an answer; `error` is a line for the user, empty if there was no error."""
+
+    conversation: Conversation  # its last message is the answer so far
+    result: Result
+    status: str
+    done: bool = False
+    error: str = ""
+
+
+async def generate_answer(
+    service: Service,
+    conversation: Conversation,
+    settings: ChatSettings,
+    on_submit: OnSubmit = lambda handle: None,
+    interval: float = UPDATE_INTERVAL,
+) -> AsyncGenerator[Update, None]:
+    """Answer the last message of a conversation; yield at most one update per `interval` seconds.
+
+    `on_submit` receives the handle of the request, so that others can cancel it. Closing the generator also cancels it.
+    """
+    encoded = service.encode_chat(prompt_messages(conversation, settings.system), settings.max_new_tokens)
+    handle = service.engine.submit(settings.request(service, encoded.token_ids))
+    on_submit(handle)
+    conversation = {**conversation, "settings": asdict(settings)}
+    stream, last_update = StreamState(), 0.0
+
+    def update(status: str, **fields: Any) -> Update:
+        message: Message = {
+            "role": "assistant",
+            "content": stream.text,
+            "tokens": list(stream.tokens),
+            "lengths": list(handle.result.lengths),
+            "dropped": encoded.dropped,
+            "summary": summary(handle.result),
+            "note": FINISH_NOTES.get(handle.result.reason, "") if fields.get("done") else "",
+        }
+        answered = set_answer(conversation, message, stream.tree(service.tokenizer))
+        return Update(answered, handle.result, status, **fields)
+
+    try:
+        yield update("waiting")
+        async for output in handle.stream():
+            stream.add(output)
+            if (now := time.perf_counter()) - last_update >= interval:
+                last_update = now
+                yield update("generating")
+        yield update(FINISH_NOTES.get(handle.result.reason, "done"), done=True)
+    except MedheadError as error:
+        yield update("failed", done=True, error=str(error))
+    finally:
+        handle.cancel()

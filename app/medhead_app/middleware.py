@@ -1,0 +1,107 @@
+"""Middleware that checks every request, for the page and the API: password, origin and size."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import secrets
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from medhead_app.api.errors import ApiError
+
+LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
+MAX_BODY = 4 * 2**20  # bytes
+PUBLIC_PATHS = ("/health",)  # paths that need no password
+
+
+class Auth:
+    """Require a user and password by HTTP basic authentication, or the password as a bearer token (an API key)."""
+
+    def __init__(self, app: ASGIApp, user: str, password: str) -> None:
+        self.app, self._user, self._password = app, user.encode(), password.encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 401."""
+        protected = scope["type"] in ("http", "websocket") and scope["path"] not in PUBLIC_PATHS
+        if not protected or self._is_authorized(Headers(scope=scope)):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            error = ApiError(
+                "a password is needed: send it by HTTP basic authentication or as the API key",
+                code="invalid_api_key",
+                status=401,
+                headers={"WWW-Authenticate": 'Basic realm="medhead", charset="UTF-8"'},
+            )
+            await error.response()(scope, receive, send)
+
+    def _is_authorized(self, headers: Headers) -> bool:
+        scheme, _, credentials = headers.get("authorization", "").partition(" ")
+        if scheme.lower() == "bearer":
+            return secrets.compare_digest(credentials.strip().encode("latin-1"), self._password)
+        if scheme.lower() != "basic":
+            return False
+        try:
+            user, _, password = base64.b64decode(credentials, validate=True).partition(b":")
+        except (binascii.Error, ValueError):
+            return False
+        # both are compared, so that the time does not tell which is wrong
+        equal = secrets.compare_digest(user, self._user), secrets.compare_digest(password, self._password)
+        return all(equal)
+
+
+class SameOrigin:
+    """Refuse requests that a browser sends from pages of other sites than `hosts`, the names of this server."""
+
+    def __init__(self, app: ASGIApp, hosts: tuple[str, ...] = LOCAL_HOSTS) -> None:
+        self.app, self._hosts = app, hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 403."""
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None or self._is_own(origin):
+            await self.app(scope, receive, send)
+            return
+        error = ApiError("requests from pages of other sites are refused", code="foreign_origin", status=403)
+        await error.response()(scope, receive, send)
+
+    def _is_own(self, origin: str) -> bool:
+        try:
+            name = urlsplit(origin).hostname or ""
+        except ValueError:
+            return False
+        return name in self._hosts or f"[{name}]" in self._hosts
+
+
+class BodyLimit:
+    """Refuse bodies larger than `max_bytes`, by their declared length and while they are read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int = MAX_BODY) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on, or answer 413."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        message = f"the body is larger than {self.max_bytes:,} bytes"
+        declared = Headers(scope=scope).get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
+            await ApiError(message, code="body_too_large", status=413).response()(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            part = await receive()
+            received += len(part.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, message)
+            return part
+
+        await self.app(scope, receive_limited, send)

@@ -1,0 +1,214 @@
+"""What the benchmark programs share: options and their checks, model and prompts, tables, plots, results with provenance."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import sys
+import textwrap
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tqdm import tqdm
+
+from medhead import __version__
+from medhead.bench.measure import Prompts
+from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.cli.common import Parser, check_range
+from medhead.errors import MedheadError
+from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.target import Target
+
+BLUE, ORANGE, GREY = "#0072B2", "#D55E00", "#999999"  # of plots: medhead, a reference to look at, everything else
+COLOURS = (BLUE, "#E69F00", "#009E73", "#CC79A7", "#56B4E9", ORANGE, GREY)
+Row = dict[str, Any]
+
+
+def bench_parser(program: str, description: str, epilog: str, repeats: int) -> Parser:
+    """Return a parser with the options that every benchmark has; `repeats` is the default of `--repeats`."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    options = Parser(prog=f"medhead bench {program}", description=description, epilog=epilog, formatter_class=formatter)
+    group = options.add_argument_group("measurement and output")
+    group.add_argument("--repeats", type=int, default=repeats, help="timed runs; medians count (default: %(default)s)")
+    group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")
+    group.add_argument("--output", type=Path, help=f"folder to write results.json, table.md and {program}.png to")
+    group.add_argument("--title", default="", help="title of table and plot")
+    return options
+
+
+def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int | None = None) -> None:
+    """Add the options of model, prompts and token limit with these defaults; without `num_prompts` a file is required."""
+    forms = "JSON lines with messages, prompt, question, turns or text"
+    options.add_argument("--model", help="model folder or hub id (default: the demo model)")
+    options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    if num_prompts is None:
+        options.add_argument("--prompts", required=True, help=f"{forms}, and category, the task")
+    else:
+        options.add_argument("--prompts", help=f"{forms} (default: built-in prompts)")
+        options.add_argument("--num-prompts", type=int, default=num_prompts,
+                             help="prompts to take from the start of the file (default: %(default)s)")  # fmt: skip
+    options.add_argument("--max-new-tokens", type=int, default=max_new_tokens,
+                         help="token limit of an answer (default: %(default)s)")  # fmt: skip
+
+
+def add_text_options(options: Parser) -> None:
+    """Add `--ignore-eos` and `--seed`."""
+    options.add_argument("--ignore-eos", action="store_true", help="decode past the end token up to the token limit")
+    options.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+
+
+def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> None:
+    """Raise a MedheadError if a shared option or one of `ranges` is out of range, or `--output` is a file."""
+    shared = {
+        "repeats": (1, math.inf),
+        "max_new_tokens": (1, 10**7),
+        "num_prompts": (1, math.inf),
+        "seed": (0, 2**64 - 1),
+    }
+    for name, (low, high) in (shared | ranges).items():
+        if name in args:
+            check_range(args, name, low, high)
+    if args.output is not None and args.output.is_file():
+        raise MedheadError(f"--output {str(args.output)!r} is a file; give a folder")
+
+
+def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) -> Target:
+    """Load the model that the options name."""
+    device = pick_device(args.device)
+    model = load_model(args.model or DEMO_MODEL, device, pick_dtype(dtype, device), args.trust_remote_code)
+    if ignore_eos:
+        model.generation_config.eos_token_id = None
+    return Target(model)
+
+
+def load_prompts(args: argparse.Namespace, context: int) -> Prompts:
+    """Read and encode the prompts that the options name, each shortened to the newest tokens that fit."""
+    tokenizer = load_tokenizer(args.model or DEMO_MODEL, args.trust_remote_code)
+    return encode_prompts(tokenizer, read_prompts(args.prompts, args.num_prompts), room_for_prompt(args, context))
+
+
+def room_for_prompt(args: argparse.Namespace, context: int) -> int:
+    """Return how many tokens of the model's context a prompt may have."""
+    if args.max_new_tokens >= context:
+        raise MedheadError(
+            f"--max-new-tokens {args.max_new_tokens} leaves no room for a prompt in the model's context of {context}; "
+            f"give at most {context - 1}"
+        )
+    return context - args.max_new_tokens
+
+
+@contextmanager
+def progress_bar(total: int, unit: str = "answer") -> Iterator[Any]:
+    """Show progress on standard error; every 10 seconds where it is no terminal."""
+    wait = 0.5 if sys.stderr.isatty() else 10
+    with tqdm(total=total, unit=unit, mininterval=wait, leave=False) as bar:
+        yield bar
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, above a progress bar."""
+    tqdm.write(line, file=sys.stderr)
+
+
+# ---------------------------------------------------------------- results
+
+
+def machine() -> dict[str, Any]:
+    """Return what the numbers were measured on: date, hardware, versions."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        pass
+    return {
+        "date": datetime.date.today().isoformat(),
+        "cpu": name,
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "medhead": __version__,
+    }
+
+
+def label(model: str | None) -> str:
+    """Return a model's name in tables: a folder's last part, wherever it lies."""
+    return "demo model" if not model else Path(model).name if Path(model).is_dir() else model
+
+
+def heading(args: argparse.Namespace, *parts: str) -> str:
+    """Return one line that says what was measured and on what."""
+    found = machine()
+    on_gpu = pick_device(args.device).type == "cuda"
+    place = found["gpu"] if on_gpu else f"{found['cpu']}, {found['threads']} threads"
+    return ", ".join(part for part in (args.title, *parts, place, found["date"]) if part)
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:
+    """Return a Markdown table; its first `left` columns are aligned to the left, the others to the right."""
+    rule = ["---"] * left + ["--:"] * (len(header) - left)
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (header, rule, *rows))
+
+
+def report(
+    args: argparse.Namespace,
+    program: str,
+    title: str,
+    text: str,
+    rows: list[Row],
+    plot: Callable[[list[Row], str, Path], None],
+    show: bool = True,
+    **extra: Any,
+) -> None:
+    """Print the table `text` below `title`, and write it with JSON and plot where `--output` asks for that.
+
+    Without `show` nothing is printed: for a long run whose results are written as they come. `extra` goes into the JSON file.
+    """
+    if show:
+        print(f"{title}\n\n{text}")
+    if args.output is not None:
+        content = {"machine": machine(), "command": f"medhead bench {program}", "options": vars(args), **extra}
+        draw = partial(plot, rows, title)
+        line = write_results(args.output, title, text, content | {"results": rows}, f"{program}.png", draw)
+        if show:
+            say(line)
+
+
+def write_results(
+    folder: Path, title: str, text: str, content: dict[str, Any], picture: str, draw: Callable[[Path], None]
+) -> str:
+    """Write `content` to results.json, `text` below `title` to table.md, and the plot `picture`; return a line that says so."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(content, indent=1, default=str) + "\n", encoding="utf-8")
+    (folder / "table.md").write_text(f"{title}\n\n{text}\n", encoding="utf-8")
+    try:
+        draw(folder / picture)
+    except ImportError:
+        return f"wrote {folder}/results.json, table.md; no plot: matplotlib is missing (pip install 'medhead[bench]')"
+    return f"wrote {folder}/results.json, table.md, {picture}"
+
+
+@contextmanager
+def figure(
+    path: Path, title: str, size: tuple[float, float], rows: int = 1, columns: int = 1, **options: Any
+) -> Iterator[Any]:
+    """Draw a figure of `size` inches into a file; yields its axes `[rows, columns]`. `options` are those of `subplots`."""
+    from matplotlib.figure import Figure
+
+    drawn = Figure(figsize=size, layout="constrained")
+    axes = drawn.subplots(rows, columns, squeeze=False, **options)
+    yield axes
+    for axis in axes.flat:
+        axis.spines[["top", "right"]].set_visible(False)
+    drawn.suptitle(textwrap.fill(title, int(14 * size[0])), fontsize=9)
+    drawn.savefig(path, dpi=130)

@@ -1,0 +1,217 @@
+"""What the commands share: the parser, exit codes, checks of numbers, model options, the prompt and the decoder.
+
+Only what a command runs imports torch; importing this module does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from medhead.errors import MedheadError
+
+if TYPE_CHECKING:
+    from medhead.decoder import Decoder
+
+EXTRAS = {  # optional package: the extra of medhead that installs it
+    "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
+    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
+    "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
+}  # fmt: skip
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that keeps the lines of description and examples, and whose errors are one line."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**{"formatter_class": argparse.RawDescriptionHelpFormatter} | options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error in one line and exit with code 2."""
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())} (see --help)\n")
+
+
+def run_command(parser: Parser, work: Callable[[argparse.Namespace], None], argv: list[str] | None) -> int:
+    """Parse the arguments, run `work` on them, and return the exit code."""
+    args = parser.parse_args(argv)
+    return guarded(parser.prog, lambda: work(args))
+
+
+def guarded(prog: str, work: Callable[[], None]) -> int:
+    """Run a command's work; turn its end into an exit code and at most one line on standard error."""
+    try:
+        work()
+        sys.stdout.flush()
+    except MedheadError as error:
+        print(f"{prog}: error: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("medhead"):
+            return _failed(prog, error)
+        print(f"{prog}: error: {missing(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"\n{prog}: stopped", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of the pipe has gone
+        return 1
+    except Exception as error:
+        return _failed(prog, error)
+    return 0
+
+
+def _failed(prog: str, error: Exception) -> int:
+    if os.environ.get("MEDHEAD_DEBUG"):
+        traceback.print_exc()
+    reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    print(f"{prog}: failed: {reason} (set MEDHEAD_DEBUG=1 for the traceback)", file=sys.stderr)
+    return 1
+
+
+def missing(error: ModuleNotFoundError) -> str:
+    """Return the line that says which package is missing and how to install it."""
+    name = (error.name or str(error)).partition(".")[0]
+    package = f"'medhead[{EXTRAS[name]}]'" if name in EXTRAS else name
+    return f"{name} is not installed: pip install {package}"
+
+
+def check_range(
+    args: argparse.Namespace, name: str, low: float, high: float = math.inf, allowed: str | None = None
+) -> None:
+    """Raise a MedheadError unless the option (each of its values, if it has several) is None or from `low` to `high`."""
+    given = getattr(args, name)
+    for value in given if isinstance(given, list) else [] if given is None else [given]:
+        if not low <= value <= high:  # also true of nan
+            allowed = allowed or (f"at least {low}" if high == math.inf else f"from {low:,} to {high:,}")
+            raise MedheadError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
+
+
+def check_numbers(args: argparse.Namespace) -> None:
+    """Raise a MedheadError unless the numbers of sampling and the tree size are valid."""
+    check_range(args, "max_new_tokens", 1, 10**7)
+    check_range(args, "temperature", 0, 100)
+    check_range(args, "top_p", sys.float_info.min, 1, "above 0 and at most 1")
+    check_range(args, "top_k", 1)
+    check_range(args, "seed", 0, 2**64 - 1, "from 0 to 2**64 - 1")
+    check_range(args, "tree_size", 1, 256)
+    if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
+        raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")
+
+
+def add_device_options(group: Any, dtype: str = "auto") -> None:
+    """Add --device, --dtype and --trust-remote-code."""
+    usual = "float32 on a CPU, else bfloat16" if dtype == "auto" else dtype
+    group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
+    group.add_argument("--dtype", default=dtype, help=f"float32, bfloat16 or float16 (default: {usual})")
+    group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_model_options(group: Any) -> None:
+    """Add the options of model, heads, proposer and device that every decoding command has."""
+    from medhead.model.target import ATTENTIONS
+    from medhead.proposers import PROPOSERS
+
+    group.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    group.add_argument(
+        "--heads",
+        help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the model's own checkpoint "
+        "(default: the demo heads with the demo model)",
+    )
+    group.add_argument("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: hybrid)")
+    group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
+    group.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend (default: auto)")
+    group.add_argument(
+        "--packed",
+        action=argparse.BooleanOptionalAction,
+        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
+        "(default: where it is faster and takes at most a quarter of the free memory)",
+    )
+    add_device_options(group)
+
+
+def read_prompt(args: argparse.Namespace) -> str:
+    """Return the prompt from --prompt, --prompt-file or standard input, or raise a MedheadError that says why not."""
+    if args.prompt is not None and args.prompt_file is not None:
+        raise MedheadError("give --prompt or --prompt-file, not both")
+    if args.prompt is None and args.prompt_file is None and sys.stdin.isatty():
+        raise MedheadError("no prompt: give --prompt, --prompt-file, or text on standard input")
+    source = "the prompt"
+    try:
+        if args.prompt is not None:
+            text = str(args.prompt)
+        elif args.prompt_file in (None, "-"):
+            source = "the prompt on standard input"
+            text = sys.stdin.read()
+        else:
+            source = f"prompt file {args.prompt_file!r}"
+            text = Path(args.prompt_file).read_text(encoding="utf-8")
+        text.encode("utf-8")  # a shell passes bytes that are not UTF-8 as surrogates
+    except UnicodeError:
+        raise MedheadError(f"{source} cannot be read: it is not UTF-8 text") from None
+    except OSError as error:
+        raise MedheadError(f"{source} cannot be read: {error.strerror or error}") from None
+    return text
+
+
+def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | None, dict[str, Any]]:
+    """Return the proposer that the options belong to and its arguments; None and no arguments if none was given.
+
+    Raises:
+        MedheadError: the options belong to different proposers, or to another one than --proposer names.
+    """
+    given: dict[str, tuple[tuple[str, ...], dict[str, Any]]] = {}  # option: proposers that take it, their arguments
+    if getattr(args, "datastore", None) is not None:
+        given["--datastore"] = ("hybrid", "ngram"), {"datastore": args.datastore, "tokenizer": tokenizer}
+    if getattr(args, "lookahead", None) is not None:
+        given["--lookahead"] = ("lookahead",), dict(zip(("window", "ngram", "guesses"), args.lookahead, strict=True))
+    if getattr(args, "recycling_state", None) is not None:
+        path = Path(args.recycling_state)
+        new = args.save_recycling_state and not path.exists()
+        if new and not path.parent.is_dir():
+            raise MedheadError(f"the folder {str(path.parent)!r} of --recycling-state does not exist; make it first")
+        given["--recycling-state"] = ("recycling",), {} if new else {"warm": args.recycling_state}
+    elif getattr(args, "save_recycling_state", False):
+        raise MedheadError("--save-recycling-state needs --recycling-state FILE, the file to write")
+    if not given:
+        return None, {}
+    owners, arguments = next(iter(given.values()))
+    chosen = args.proposer or ("hybrid" if args.heads else owners[0])
+    for option, (proposers, _) in given.items():
+        if chosen not in proposers:
+            raise MedheadError(f"{option} belongs to the proposer {proposers[-1]!r}, not to {chosen!r}; leave one out")
+    return chosen, arguments
+
+
+def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:
+    """Build the decoder that the options ask for, or raise a MedheadError if they contradict each other."""
+    from medhead.decoder import Decoder
+    from medhead.heads.adapter import adapts_target, heads_of, load_adapted
+    from medhead.model.loading import DEMO_HEADS
+
+    owner, options = proposer_options(args, tokenizer)
+    folder = args.heads or (str(DEMO_HEADS) if args.model is None else None)
+    step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
+    proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")
+    heads: Any = folder if proposer in ("heads", "hybrid") else None
+    if heads and adapts_target(heads):
+        model = load_adapted(model, heads)
+        heads = heads_of(model)
+        say(f"{folder} adapts the model itself: the text is the adapted model's")
+    given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
+    decoder = Decoder(model, proposer, heads=heads, **given)
+    for compiler in (decoder.graphs, decoder.compiled_target):
+        if compiler is not None:
+            compiler.on_progress = say
+    return decoder
+
+
+def say(line: str) -> None:
+    """Print a line about the progress on standard error."""
+    print(f"medhead: {line}", file=sys.stderr, flush=True)

@@ -1,0 +1,160 @@
+"""`medhead generate`: answer a prompt in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from typing import Any
+
+import torch
+
+from medhead.cli.common import Parser, add_model_options, check_numbers, make_decoder, read_prompt, run_command
+from medhead.cli.terminal import TerminalPrinter
+from medhead.decoder import Decoder
+from medhead.model.loading import DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.proposers.recycling import RecyclingProposer
+
+STEPS = ("loop", "graph", "compiled")  # the ways to run a step that users can choose; see `medhead.compile`
+EXAMPLES = """\
+examples:
+  medhead generate --prompt "Tell me a story about a dragon."
+  medhead generate --prompt "Hello!" --temperature 0.7 --seed 1
+  medhead generate --model Qwen/Qwen3-8B --prompt "Why is the sky blue?" --proposer ngram --dtype bfloat16
+  medhead generate --model my/model --heads my/heads --prompt-file question.txt --check
+  medhead generate --model my/model --datastore my-notes --prompt "How do I reset it?"   (see medhead datastore)
+  medhead generate --prompt "Hello!" --proposer recycling --recycling-state seen.safetensors --save-recycling-state
+  echo "Once upon a time" | medhead generate --raw --max-new-tokens 50
+  medhead generate --prompt "Tell me a short story." --compare
+  medhead generate --prompt "Tell me a short story." --step compiled --compare
+  medhead generate --prompt "Tell me a short story." --trace     (green: accepted draft tokens; underlined: bonus tokens)
+
+python -m medhead.generate is the same command.
+exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
+"""
+
+
+def parser() -> Parser:
+    """Return the parser of the command."""
+    options = Parser(
+        prog="medhead generate",
+        description="Answer a prompt: the text of plain decoding, in fewer passes of the model.",
+        epilog=EXAMPLES,
+    )
+    what = options.add_argument_group("model and proposer")
+    add_model_options(what)
+    what.add_argument("--datastore", metavar="FOLDER", help="text of your own in which the proposer ngram looks up")
+    what.add_argument(
+        "--lookahead", type=int, nargs=3, metavar=("W", "N", "G"),
+        help="window, n-gram size and verified n-grams of the proposer lookahead",
+    )  # fmt: skip
+    what.add_argument("--recycling-state", metavar="FILE", help="state of the proposer recycling to start from")
+    what.add_argument("--save-recycling-state", action="store_true", help="write the state back to that file")
+    what.add_argument(
+        "--step", default="loop", choices=STEPS,
+        help="how a step runs (default: loop). graph: one CUDA graph, for the proposers heads and none. compiled: compiled "
+        "by PyTorch, for every proposer; compiling takes a minute, which pays for long work",
+    )  # fmt: skip
+    text = options.add_argument_group("prompt")
+    text.add_argument("--prompt", help="the prompt")
+    text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
+    text.add_argument("--system", help="system prompt (chat models)")
+    text.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    how = options.add_argument_group("sampling")
+    how.add_argument("--max-new-tokens", type=int, default=200, help="longest answer in tokens (default: 200)")
+    how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
+    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this probability mass")
+    how.add_argument("--top-k", type=int, help="keep this many most probable tokens")
+    how.add_argument("--seed", type=int, default=0, help="same seed, same text, for every proposer (default: 0)")
+    show = options.add_argument_group("output")
+    show.add_argument("--check", action="store_true", help="compare with plain decoding token by token")
+    show.add_argument("--compare", action="store_true", help="time it against plain decoding and transformers")
+    show.add_argument("--trace", action="store_true", help="color accepted draft tokens and underline bonus tokens")
+    show.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
+    show.add_argument("--quiet", action="store_true", help="print no statistics line")
+    return options
+
+
+def sampling(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `model.generate` that the options ask for."""
+    chosen: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
+    if args.temperature > 0:
+        chosen |= {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
+    return chosen
+
+
+def run(args: argparse.Namespace) -> None:
+    """Run the command."""
+    check_numbers(args)
+    prompt = read_prompt(args)
+    device = pick_device(args.device)
+    dtype = pick_dtype(args.dtype, device)
+    name = args.model or DEMO_MODEL
+    tokenizer = load_tokenizer(name, args.trust_remote_code)
+    ids = encode_chat(tokenizer, prompt, args.system, args.raw)
+    decoder = make_decoder(args, load_model(name, device, dtype, args.trust_remote_code), tokenizer)
+    decoder.warmup()  # its time does not count as time of the answer
+    inputs = torch.tensor([ids], device=device)
+    if args.compare:
+        from medhead.cli.compare import compare
+
+        compare(decoder, ids, sampling(args), args.seed)
+        save_state(args, decoder)
+    else:
+        answer(args, decoder, tokenizer, inputs)
+
+
+def answer(args: argparse.Namespace, decoder: Decoder, tokenizer: Any, inputs: torch.Tensor) -> None:
+    """Print the answer as it is decoded, or one JSON object, and what --check finds."""
+    arguments = {**sampling(args), "attention_mask": torch.ones_like(inputs)}
+    printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
+    decoder.on_pass = lambda row, new: printer.show(new)
+    try:
+        decoder.generate(inputs, seed=args.seed, **arguments)
+    finally:
+        printer.finish()
+        decoder.on_pass = None
+        statistics = decoder.statistics
+        if not args.json and not args.quiet and statistics.new_tokens:
+            print(statistics_line(decoder), file=sys.stderr)
+    save_state(args, decoder)
+    report = decoder.check(inputs, args.seed, **arguments) if args.check else None
+    if report is not None and not args.json:
+        print(report, file=sys.stderr)
+    if args.json:
+        result = {
+            "text": printer.text,
+            "token_ids": printer.tokens,
+            "prompt_tokens": inputs.shape[1],
+            "new_tokens": statistics.new_tokens,
+            "passes": statistics.passes,
+            "accepted_length": round(statistics.accepted_length, 4),
+            "seconds": round(statistics.seconds, 4),
+            "tokens_per_second": round(statistics.tokens_per_second, 2),
+            "proposer": decoder.proposer.name,
+        } | ({} if report is None else {"identical": report.identical})
+        print(json.dumps(result, ensure_ascii=False))
+
+
+def save_state(args: argparse.Namespace, decoder: Decoder) -> None:
+    """Write the state of recycling back if --save-recycling-state asks for it."""
+    if args.save_recycling_state:
+        assert isinstance(decoder.proposer, RecyclingProposer)
+        decoder.proposer.save(args.recycling_state)
+
+
+def statistics_line(decoder: Decoder) -> str:
+    """Return one line about the last generation."""
+    s, proposer = decoder.statistics, decoder.proposer
+    up_to = "up to " if getattr(proposer, "adapts", False) else ""
+    way = decoder.graphs.backend if decoder.graphs is not None and s.captured_steps else ""
+    step = f", step {way}" if way else ", compiled pass" if decoder.compiled_target is not None else ""
+    return (
+        f"[{proposer.name}, {up_to}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "
+        f"{s.tokens_per_second:.1f} tokens/s, {s.passes} verify passes, accepted length {s.accepted_length:.2f}"
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `medhead generate` and return its exit code."""
+    return run_command(parser(), run, argv)

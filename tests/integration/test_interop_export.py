@@ -1,0 +1,133 @@
+"""Heads written in other projects' formats: read back they compute the same, under the names that engines load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from checkpoint_formulas import LAYERS, D, V
+from checkpoint_makers import EXPORTS, IDS, MAKERS, TEXT, logits_in_training, random_heads
+from conftest import noise_heads, tiny_llama
+from medhead import MedheadError
+from medhead.heads import load_heads, save_heads
+from medhead.heads.formats import export_heads
+from medhead.model.target import Target
+from medhead_training.export import main as export_main
+from medhead_training.export import write as write_checkpoint
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_exported_heads_compute_the_same(deep: PreTrainedModel, deep_target: Target, tmp_path: Path, name: str) -> None:
+    checkpoint_format, fields = EXPORTS[name]
+    heads = random_heads(deep_target, **fields)
+    write_checkpoint(export_heads(heads, deep_target, checkpoint_format), tmp_path / "out", torch.float32)
+    again = load_heads(tmp_path / "out", deep_target)
+    assert (again.config.kind, again.config.depth) == (heads.config.kind, heads.config.depth)
+    before, after = logits_in_training(heads, deep_target, TEXT), logits_in_training(again, deep_target, TEXT)
+    for (anchor, depth, logits), (anchor_after, depth_after, logits_after) in zip(before, after, strict=True):
+        assert (anchor, depth) == (anchor_after, depth_after)
+        torch.testing.assert_close(logits_after, logits, rtol=1e-4, atol=1e-4)
+
+
+def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Path) -> None:
+    """Tensor names, shapes and configuration of exports are those of the checkpoints above, which engines load."""
+    pairs = {"eagle3": "eagle3", "dflash": "dflash", "speculator": "speculator", "speculator-tied": "speculator-tied"}
+    for export, made in pairs.items():
+        make, fields = MAKERS[made]
+        make(tmp_path / made, **fields)
+        checkpoint_format, config = EXPORTS[export]
+        write_checkpoint(
+            export_heads(random_heads(deep_target, **config), deep_target, checkpoint_format),
+            tmp_path / export / "out",
+            torch.float32,
+        )
+        expected = {n.removeprefix("speculator.") for n in load_file(tmp_path / made / "model.safetensors")}
+        assert set(load_file(tmp_path / export / "out" / "model.safetensors")) == expected
+        wanted = json.loads((tmp_path / made / "config.json").read_text())
+        given = json.loads((tmp_path / export / "out" / "config.json").read_text())
+        assert wanted.keys() - given.keys() <= {"rope_parameters"}, export
+        assert wanted["architectures"] == given["architectures"]
+    given = json.loads((tmp_path / "eagle3" / "out" / "config.json").read_text())
+    assert given[IDS] == [2, 5, 7]
+    assert given["eagle_config"][IDS] == [1, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("checkpoint_format", "fields", "message"),
+    [
+        ("eagle3", {"kind": "medusa", "depth": 2}, "holds heads of kind 'attention', these are of kind 'medusa'"),
+        ("medusa", {"kind": "medusa", "depth": 2, "correction": "parent"}, "these heads have correction 'parent'"),
+        (
+            "medusa",
+            {"kind": "medusa", "depth": 2, "draft_vocab_size": 9},
+            "no draft vocabulary, these heads propose 9 of 64",
+        ),
+        ("mlp_speculator", {"kind": "sequential", "depth": 2, "draft_vocab_size": 9}, "no draft vocabulary"),
+        ("eagle3", {"kind": "attention", "depth": 2, "feature_layers": [1, 2]}, "reads three layers of the target"),
+        ("dflash", {"kind": "block", "depth": 2, "feature_layers": [1]}, "root_slot_predicts"),
+        (
+            "dflash",
+            {"kind": "block", "depth": 2, "feature_layers": [1], "root_slot_predicts": False},
+            "learnt vectors of their own",
+        ),
+        ("dflash", {"kind": "block", "depth": 2, "root_slot_predicts": False, "mask_token_id": 3}, "last hidden state"),
+        ("dflash", {"kind": "block", "depth": 2, "correction": "recurrent"}, "these heads have correction 'recurrent'"),
+        ("gguf", {"kind": "medusa", "depth": 2}, "checkpoint format must be one of vllm-medusa, .*, got 'gguf'"),
+    ],
+)
+def test_heads_that_a_format_cannot_express(
+    deep_target: Target, checkpoint_format: str, fields: dict[str, Any], message: str
+) -> None:
+    heads = random_heads(deep_target, **fields)
+    with pytest.raises(MedheadError, match=message) as refusal:
+        export_heads(heads, deep_target, checkpoint_format)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_bias_of_the_target_and_another_mask_are_refused(deep_target: Target) -> None:
+    heads = random_heads(deep_target, **EXPORTS["dflash"][1])
+    heads.set_mask(torch.zeros(D))
+    with pytest.raises(MedheadError, match="is not the embedding of token 9"):
+        export_heads(heads, deep_target, "dflash")
+    biased = Target(tiny_llama(num_hidden_layers=LAYERS), probe=False)
+    biased.output.bias = torch.nn.Parameter(torch.ones(V))
+    with pytest.raises(MedheadError, match="has a bias"):
+        export_heads(random_heads(biased, **EXPORTS["vllm-medusa"][1]), biased, "vllm-medusa")
+
+
+def test_the_export_command(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, out = str(folders["model"]), tmp_path / "new" / "out"
+    common = ["--heads", str(folders["medusa"]), "--model", model, "--format", "vllm-medusa", "--output", str(out)]
+    assert export_main([*common, "--dtype", "bfloat16"]) == 0
+    assert "tensors in the format vllm-medusa" in capsys.readouterr().out
+    stored = load_file(out / "model.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+    assert json.loads((out / "config.json").read_text())["dtype"] == "bfloat16"
+    before = (out / "model.safetensors").read_bytes()
+    assert export_main(common) == 2
+    assert "exists and is not an empty folder" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == before
+    with pytest.raises(SystemExit) as ended:
+        export_main([*common[:4], "--format", "gguf", "--output", str(tmp_path / "x")])
+    assert ended.value.code == 2
+    recurrent = ["--heads", str(folders["recurrent"]), *common[2:6], "--output", str(tmp_path / "x")]
+    assert export_main(recurrent) == 2
+    assert "these are of kind 'recurrent'" in capsys.readouterr().err
+    assert not (tmp_path / "x").exists()
+
+
+def test_heads_with_one_mask_token_are_stored_and_read_back(
+    deep: PreTrainedModel, deep_target: Target, tmp_path: Path
+) -> None:
+    heads = random_heads(deep_target, **EXPORTS["dflash"][1])
+    save_heads(heads, deep, tmp_path / "heads")
+    again = load_heads(tmp_path / "heads", deep_target)
+    assert again.config == heads.config
+    assert torch.equal(again.mask_row, deep.model.embed_tokens.weight[9])
+    assert noise_heads(deep_target, "block").mask_row is None

@@ -1,0 +1,104 @@
+"""Prompts to answer: read from JSON lines and encoded with the model's chat template."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from medhead.errors import MedheadError
+from medhead_training.data.encode import TEMPLATE_ERRORS, template_refusal
+from medhead_training.data.records import (
+    Message,
+    parse_json,
+    parse_messages,
+    parse_text,
+    present_fields,
+    read_lines,
+    unknown_fields,
+)
+
+FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
+
+
+def parse_prompt(fields: Any, where: str) -> list[Message]:
+    """Return a chat that waits for an answer; answers at its end are removed."""
+    has = present_fields(fields, where, FIELDS)
+    if "messages" in has:
+        messages = parse_messages(fields["messages"], where)
+        while messages and messages[-1]["role"] == "assistant":
+            messages.pop()
+        if not any(message["role"] not in ("system", "developer") for message in messages):
+            raise MedheadError(f"{where}: `messages` has no turn before the assistant's that could be answered")
+        return messages
+    name = next((name for name in ("prompt", "question", "turns", "text") if name in has), None)
+    if name is None:
+        raise unknown_fields(fields, where, FIELDS)
+    value = fields[name]
+    text = parse_text(value[0] if name == "turns" and isinstance(value, list) and value else value, name, where)
+    if not text.strip():
+        raise MedheadError(f"{where}: `{name}` is empty")
+    return [{"role": "user", "content": text}]
+
+
+def scan_prompts(path: Path) -> tuple[str, int]:
+    """Return a hash of a prompts file and its number of prompts, without keeping them in memory."""
+    if not path.is_file() and not path.is_dir():
+        raise MedheadError(f"prompts file {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
+    digest, number = hashlib.sha256(), 0
+    for _, line in read_lines(path):
+        digest.update(line.strip() + b"\n")
+        number += 1
+    if not number:
+        raise MedheadError(f"prompts file {str(path)!r} holds no prompt; a prompt has {FIELDS}")
+    return digest.hexdigest(), number
+
+
+def cycle_prompts(path: Path, start: int, number: int, system: str | None) -> Iterator[tuple[int, str, list[Message]]]:
+    """Yield index, place and chat of every prompt from index `start` on, repeating the file without end.
+
+    Args:
+        path: file of prompts.
+        start: index of the first.
+        number: prompts in the file.
+        system: system prompt for chats without one.
+    """
+    index = start - start % number
+    while True:
+        for where, line in read_lines(path):
+            if index >= start:
+                messages = parse_prompt(parse_json(line, where), where)
+                if system is not None and messages[0]["role"] not in ("system", "developer"):
+                    messages.insert(0, {"role": "system", "content": system})
+                yield index, where, messages
+            index += 1
+
+
+def encode_prompt(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], where: str, max_tokens: int
+) -> list[int]:
+    """Return the token ids of a chat with the generation prompt, or of its last message without a chat template.
+
+    Args:
+        tokenizer: of the model that will answer.
+        messages: the chat.
+        where: file and line, for error messages.
+        max_tokens: a longer prompt keeps its newest tokens, and a BOS token at its start.
+    """
+    try:
+        if tokenizer.chat_template:
+            output = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+        else:
+            output = tokenizer(str(messages[-1].get("content", "")), verbose=False)
+    except TEMPLATE_ERRORS as error:
+        raise MedheadError(f"{where}: {template_refusal(error)}") from None
+    ids = list(output["input_ids"])
+    if not ids:
+        raise MedheadError(f"{where}: the prompt has no token")
+    if len(ids) <= max_tokens:
+        return ids
+    bos = ids[:1] if ids[0] == tokenizer.bos_token_id and max_tokens > 1 else []
+    return bos + ids[len(ids) - max_tokens + len(bos) :]
