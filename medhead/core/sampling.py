@@ -220,7 +220,7 @@ class SamplingBatch:
 
         Args:
             generator: makes the noise.
-            lengths: `[batch]` committed tokens; the root stands behind them, the first drawn token behind the root.
+            lengths: `[batch]` committed tokens; the root follows them, the first drawn token follows the root.
             depths: how many.
             fixed: make all of it at once, in one shape.
         """
