@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from medhead.decoder import Decoder
 
 
 @dataclass(frozen=True)
@@ -42,28 +39,25 @@ class CheckReport:
         )
 
 
-def check(decoder: Decoder, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
-    """Decode `input_ids` with the decoder's proposer and with plain decoding, and compare token by token.
+def compare(ours: Tensor, plain: Tensor, plain_scores: Sequence[Tensor]) -> CheckReport:
+    """Compare new tokens with those of plain decoding.
 
-    Both use the sampling seed `seed`; `arguments` are those of `model.generate`.
+    Args:
+        ours: `[batch, tokens]`, the decoder's new tokens.
+        plain: `[batch, tokens]`, those of plain decoding.
+        plain_scores: processed scores `[batch, vocab]` of every new token of plain decoding.
     """
-    arguments |= {"seed": seed}
-    width = input_ids.shape[1]
-    ours = decoder.generate(input_ids, **arguments)[:, width:]
-    statistics = decoder.statistics
-    with decoder.using("none"):
-        plain = decoder.generate(input_ids, return_dict_in_generate=True, output_scores=True, **arguments)
-    decoder.statistics = statistics
-    theirs = plain.sequences[:, width:]
-    longest = max(ours.shape[1], theirs.shape[1])
-    ours, theirs = (torch.nn.functional.pad(t, (0, longest - t.shape[1]), value=-1) for t in (ours, theirs))
-    differs = (ours != theirs).nonzero()
+    longest = max(ours.shape[1], plain.shape[1])
+    ours, plain = (
+        torch.nn.functional.pad(tokens, (0, longest - tokens.shape[1]), value=-1) for tokens in (ours, plain)
+    )
+    differs = (ours != plain).nonzero()
     if len(differs) == 0:
         return CheckReport(identical=True)
     row, position = differs[0].tolist()
-    token, plain_token = int(ours[row, position]), int(theirs[row, position])
+    token, plain_token = int(ours[row, position]), int(plain[row, position])
     gap = float("nan")
-    if position < len(plain.scores) and min(token, plain_token) >= 0:
-        scores = plain.scores[position][row]
+    if position < len(plain_scores) and min(token, plain_token) >= 0:
+        scores = plain_scores[position][row]
         gap = float(scores[plain_token] - scores[token])
     return CheckReport(False, row, position, token, plain_token, gap)

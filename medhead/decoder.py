@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokeni
 from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import generate_options as options
-from medhead.check import CheckReport, check
+from medhead.check import CheckReport, compare
 from medhead.compile import CompiledTarget, GraphCache
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
@@ -95,7 +95,7 @@ class Decoder:
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
-            the target's pass and the heads' guesses. See `medhead.compile`.
+            the target's pass and the growth of candidates from heads. See `medhead.compile`.
         options: further options of the proposer.
 
     Raises:
@@ -106,6 +106,8 @@ class Decoder:
         >>> decoder = Decoder(model, heads="path/to/heads")
         >>> model.generate(**inputs, custom_generate=decoder, max_new_tokens=200)
     """
+
+    takes_streamer = True  # see `model.hf_patch`
 
     def __init__(
         self,
@@ -174,7 +176,7 @@ class Decoder:
             stopping_criteria: prepared criteria.
             generation_config: prepared configuration.
             streamer: receives one column of tokens at a time.
-            tokenizer: taken so that stop strings work; unused here.
+            tokenizer: unused; transformers needs it for stop strings.
             seed: of the sampling noise; drawn from torch's generator if None.
             arguments: other arguments of the model's forward; refused if they would have to be ignored.
 
@@ -250,14 +252,27 @@ class Decoder:
         return DecodeLoop(target, proposer, self.typical, graphs, record_scores, record_logits, self.profile)
 
     def check(self, input_ids: Tensor, seed: int = 0, **arguments: Any) -> CheckReport:
-        """Compare with plain decoding, token by token; see `medhead.check.check`."""
-        return check(self, input_ids, seed, **arguments)
+        """Decode with this decoder's proposer and with plain decoding, and compare token by token.
+
+        Args:
+            input_ids: `[batch, tokens]`.
+            seed: sampling seed of both.
+            arguments: those of `model.generate`.
+        """
+        arguments |= {"seed": seed}
+        ours = self.generate(input_ids, **arguments)
+        statistics = self.statistics
+        with self.using("none"):
+            plain = self.generate(input_ids, return_dict_in_generate=True, output_scores=True, **arguments)
+        self.statistics = statistics
+        width = input_ids.shape[1]
+        return compare(ours[:, width:], plain.sequences[:, width:], plain.scores)
 
     # ---------------------------------------------------------------- life
 
     @torch.inference_mode()
     def warmup(self, rows: int = 1) -> None:
-        """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
+        """Measure the cost of passes over up to `rows` rows now, so that the first generation does not wait for it."""
         target = self.compiled_target or self.target
         zeros = torch.zeros(1, 2, dtype=torch.long, device=target.device)
         GumbelNoise(target.vocab_size, target.device).gumbel(zeros, zeros[:, 0], zeros[:, :1])

@@ -186,7 +186,7 @@ def run(args: argparse.Namespace) -> None:
 def parser() -> Parser:
     """Return the parser of the command."""
     options = Parser(
-        prog="familiar.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="familiar.py", description=__doc__,
         epilog="example:\n  python benchmarks/research/familiar.py --heads medhead/assets/heads --training-text learnt.jsonl "
         "\\\n      --prompts benchmarks/familiar/prompts.jsonl --output results/familiar",
     )  # fmt: skip

@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
 def parser() -> Parser:
     """Return the parser of the command."""
     options = Parser(
-        prog="repeats.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="repeats.py", description=__doc__,
         epilog="example:\n  python benchmarks/research/repeats.py --stories eval/tinystories.jsonl --output repeats.jsonl",
     )  # fmt: skip
     options.add_argument("--stories", type=Path, required=True, help="JSON lines with `text`")

@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> None:
 def parser() -> Parser:
     """Return the parser of the command."""
     options = Parser(
-        prog="variety.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        prog="variety.py", description=__doc__,
         epilog="example:\n  python benchmarks/research/variety.py --answers answers.jsonl --output variety.json",
     )  # fmt: skip
     options.add_argument("--answers", type=Path, required=True, help="answers that medhead generate-data wrote")

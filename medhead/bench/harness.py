@@ -34,8 +34,7 @@ Row = dict[str, Any]
 
 def bench_parser(program: str, description: str, epilog: str, repeats: int) -> Parser:
     """Return a parser with the options that every benchmark has; `repeats` is the default of `--repeats`."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    options = Parser(prog=f"medhead bench {program}", description=description, epilog=epilog, formatter_class=formatter)
+    options = Parser(prog=f"medhead bench {program}", description=description, epilog=epilog)
     group = options.add_argument_group("measurement and output")
     group.add_argument("--repeats", type=int, default=repeats, help="timed runs; medians count (default: %(default)s)")
     group.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda where there is one)")

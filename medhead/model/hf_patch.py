@@ -1,4 +1,4 @@
-"""Patch of one model's `generate` that passes streamer and tokenizer on to a `Decoder`.
+"""Patch of one model's `generate` that passes streamer and tokenizer on to a custom decoder with `takes_streamer`.
 
 `generate(custom_generate=f, streamer=..., tokenizer=...)` calls `f` without the streamer, and no longer finds the tokenizer
 that stop strings need (transformers 5.17 to 5.23). While a decoder is open, its model's `_extract_generation_mode_kwargs`
@@ -26,12 +26,10 @@ def patch_generate(model: nn.Module) -> None:
     def extract(
         custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> Any:
-        from medhead.decoder import Decoder
-
         self = reference()
         given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
         found = getattr(type(self), _NAME)(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
-        if isinstance(custom_generate, Decoder):
+        if getattr(custom_generate, "takes_streamer", False):
             found |= {name: value for name, value in given.items() if value is not None}
         return found
 

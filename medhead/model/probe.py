@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -10,17 +11,37 @@ from torch import Tensor
 from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError
 
-if TYPE_CHECKING:
-    from medhead.model.target import Target
-
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
 PREFIXES = (5, 3)  # two rows of different length
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 HALF_TOLERANCE = 0.1  # of all other dtypes
 
 
+class TreeVerifier(Protocol):
+    """What the probe needs of a target, see `medhead.model.target.Target`."""
+
+    model: Any
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    vocab_size: int
+    embedding: Any
+
+    def active(self) -> AbstractContextManager[None]:
+        """Replace the model's attention."""
+
+    def new_cache(self, batch: int, capacity: int) -> Any:
+        """Return an empty cache."""
+
+    def prefill(self, cache: Any, rows: list[list[int]]) -> Tensor:
+        """Fill the cache with tokens."""
+
+    def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """Return logits and features of a tree's nodes."""
+
+
 @torch.inference_mode()
-def check_target(target: Target) -> None:
+def check_target(target: TreeVerifier) -> None:
     """Compare the logits of a small tree with those of its paths, one by one, under the model's own attention.
 
     Raises:
@@ -50,7 +71,7 @@ def check_target(target: Target) -> None:
         )
 
 
-def _probe_tree(target: Target) -> tuple[TokenTree, list[list[int]]]:
+def _probe_tree(target: TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, int(target.embedding.num_embeddings))
     draw = torch.randint(0, high, (len(PREFIXES), max(PREFIXES) + len(PARENTS)), generator=generator)
@@ -59,7 +80,7 @@ def _probe_tree(target: Target) -> tuple[TokenTree, list[list[int]]]:
     return TokenTree.from_parents(tokens, torch.tensor(PARENTS, device=target.device)), prefixes
 
 
-def _path_logits(target: Target, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
+def _path_logits(target: TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
     """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
     training = target.model.training
     target.model.eval()

@@ -18,6 +18,7 @@ from medhead.model.attention import NAME, TreePass, tree_pass
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
 from medhead.model.packed_linear import PackedWeights
+from medhead.model.probe import check_target
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -240,8 +241,6 @@ class Target:
 
     def _probe(self, attention: str) -> None:
         """Check the target; a kernel that nobody asked for by name gives way, out loud, where it is what fails."""
-        from medhead.model.probe import check_target
-
         try:
             check_target(self)
         except UnsupportedTargetError as error:

@@ -137,7 +137,7 @@ class Proposer:
         Args:
             draft_cache: see `new_draft_cache`.
             features: `[batch, steps, size]` of the nodes on the accepted path.
-            emitted: `[batch, steps]` the tokens behind them.
+            emitted: `[batch, steps]` the tokens that follow them.
             counts: `[batch]` how many of the steps are real.
         """
 

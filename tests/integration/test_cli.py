@@ -167,7 +167,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "empty prompt": (["--prompt", "  "], "the prompt is empty"),
     "long prompt": (["--prompt", "dragon " * 200], "the model's context is 160"),
     "datastore": (["--datastore", "./nowhere"], "datastore folder 'nowhere' does not exist"),
-    "no datastore": (["--datastore", "{empty}"], "it is not a datastore"),
+    "no datastore": (["--datastore", "{empty}"], "it is not a medhead datastore"),
     "datastore of another tokenizer": (["--datastore", "{store}"], "built with another tokenizer"),
     "datastore for heads": (
         ["--datastore", "{store}", "--proposer", "heads"],

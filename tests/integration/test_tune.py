@@ -173,7 +173,7 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
     target = Target(load_model(DEMO_MODEL, torch.device("cpu"), torch.float32))
     assert tuned_sizes(target) == (2, 3, 4)
     proposer = LookaheadProposer(target)
-    assert (proposer.window, proposer.ngram, proposer.verified) == (2, 3, 4)
+    assert (proposer.window, proposer.ngram, proposer.guess_set) == (2, 3, 4)
     assert LookaheadProposer(target, window=7).window == 7
     assert LookaheadProposer(target, tree_size=30).window == DEFAULTS.window
     assert LookaheadProposer().window == DEFAULTS.window
