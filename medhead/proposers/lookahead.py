@@ -2,7 +2,7 @@
 
 Names are those of the paper: W columns, N tokens in an n-gram, G n-grams verified at a time. The window has N - 1 levels. With
 the root at position p, column i of level l predicts the token at position p + l + i; column 0 of level 0 is the root itself.
-Each pass gives the next token behind the last level. That completes an n-gram per column; the levels move up by one, and the new
+Each pass gives the next token after the last level. That completes an n-gram per column; the levels move up by one, and the new
 tokens are the last level (parallel Jacobi iterations of all columns).
 
 Window and n-grams are one token tree: level 0 is a chain below the root, and column i of level l is a child of column i of level
@@ -46,7 +46,7 @@ class Window:
     levels: list[list[int]]
 
     def advance(self, root: int, answers: Sequence[int]) -> list[Gram]:
-        """Take the target's token behind each column of the last level; return the complete n-grams."""
+        """Take the target's token after each column of the last level; return the complete n-grams."""
         levels, newest = self.levels, list(answers)
         if len(levels) < self.depth:
             self.levels = [level[1:] for level in [*levels, newest]]
@@ -144,7 +144,7 @@ class LookaheadProposer(Proposer):
         return candidates_from_tries(self.tries(state, max_depth), state.roots.device)
 
     def tries(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
-        """Return the n-grams behind every root, of probabilities 2/3 per token, times 1, 1/2, 1/3, ... from the newest one."""
+        """Return the n-grams after every root, of probabilities 2/3 per token, times 1, 1/2, 1/3, ... from the newest one."""
         self._read_texts(state)
         tries = [DraftTrie(text[-1]) for text in state.texts]
         for trie, row in zip(tries, self.row_states, strict=True):

@@ -16,7 +16,7 @@ from medhead.proposers.automaton import SuffixAutomaton
 from medhead.proposers.trie import DraftTrie
 
 C = TypeVar("C")
-# contexts as length, weight, and the tokens behind them: token, its weight, the context that includes it
+# contexts as length, weight, and the tokens that follow them: token, its weight, the context that includes it
 Contexts = Iterator[tuple[int, float, list[tuple[int, float, C]]]]
 _MIN_SHARE = 0.02  # no shorter context is blended in once the longer ones leave less than this
 
@@ -37,8 +37,8 @@ def blend(contexts: Contexts[C], min_share: float) -> dict[int, tuple[float, C]]
         if rest <= min_share:
             break
         total = weight + escape_mass(length)
-        for token, count, behind in followers:
-            share, longest = found.get(token, (0.0, behind))
+        for token, count, longer in followers:
+            share, longest = found.get(token, (0.0, longer))
             found[token] = (share + rest * count / total, longest)
         rest *= escape_mass(length) / total
     return found
@@ -60,10 +60,10 @@ def best_first(
     node, prob, min_prob = 0, 1.0, max(min_prob, 1e-9)
     while True:
         if trie.depths[node] < depth:
-            for token, (share, behind) in blend(contexts(context), max(min_prob / prob, _MIN_SHARE)).items():
+            for token, (share, longer) in blend(contexts(context), max(min_prob / prob, _MIN_SHARE)).items():
                 if prob * share >= min_prob:
                     pushed += 1  # of equal probabilities the one pushed first comes first
-                    heapq.heappush(heap, (-prob * share, pushed, node, token, behind))
+                    heapq.heappush(heap, (-prob * share, pushed, node, token, longer))
         if not heap or len(trie) >= nodes:
             return trie
         negative, _, parent, token, context = heapq.heappop(heap)
@@ -121,11 +121,11 @@ class StoreMemory:
         """Yield the contexts of matches, the longest first; that of n tokens consists of all matches of n or more tokens."""
         continued = [(*match, self.store.next_token(match[0])) for match in matches]
         known = [(place, length, token) for place, length, token in continued if token is not None]
-        behind: dict[int, list[Match]] = {}
+        longer: dict[int, list[Match]] = {}
         for place, length, token in known:
-            behind.setdefault(token, []).append((place + 1, length + 1))
+            longer.setdefault(token, []).append((place + 1, length + 1))
         counts: dict[int, int] = {}
         for seen, (_, length, token) in enumerate(known, 1):
             counts[token] = counts.get(token, 0) + 1
             if seen == len(known) or known[seen][1] != length:
-                yield length, seen, [(name, count, behind[name]) for name, count in counts.items()]
+                yield length, seen, [(name, count, longer[name]) for name, count in counts.items()]

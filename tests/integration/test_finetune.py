@@ -863,7 +863,7 @@ def test_what_does_not_fit_the_model(
     other = tiny_llama(seed=4)
     save_heads(noise_heads(Target(other)), other, tmp_path / "other")
     line = message("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
-    assert "were trained for another model: their vocabulary is 64" in line
+    assert "were trained for another model: their vocabulary size is 64" in line
     own = model_of(folders)
     save_heads(noise_heads(Target(own), "attention_own", draft_hidden_size=0), own, tmp_path / "own")
     assert "an output matrix of their own" in message("--kind", "attention", "--init-from", str(tmp_path / "own"))
