@@ -27,7 +27,7 @@ class DraftCacheView:
     Attributes:
         rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
         end: `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position.
-        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed behind each other), or None for 0.
+        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed one after the other), or None for 0.
         full: every query sees every entry.
     """
 
@@ -52,9 +52,9 @@ class DraftCache(Protocol):
     lengths: Lengths  # committed tokens of every row, shared with the target's cache
 
     def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
-        """Write entries, made by `encode` (`Heads.encode_cache_entry`), behind the committed ones.
+        """Write entries, made by `encode` (`Heads.encode_cache_entry`), after the committed ones.
 
-        `features` `[batch, n, size]` are the target's, `token` `[batch, n, ...]` the embeddings of the tokens behind them, and
+        `features` `[batch, n, size]` are the target's, `token` `[batch, n, ...]` the embeddings of the tokens after them, and
         `counts` `[batch]` int64 says how many of the n are part of each text.
         """
 
@@ -131,7 +131,7 @@ class LazyDraftCache:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def write(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Write entries of the tokens `[batch, n]` that stand behind the features `[batch, n, size]`."""
+        """Write entries of the tokens `[batch, n]` that follow those of the features `[batch, n, size]`."""
         self.flush()
         self.cache.write(self._encode, features, self._embed(tokens), counts)
 
