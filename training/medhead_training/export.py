@@ -80,9 +80,7 @@ def run(args: argparse.Namespace) -> None:
 def parser() -> Parser:
     """Return the options of the command."""
     options = Parser(
-        prog="medhead export",
-        description="Write heads in the checkpoint format of a serving engine.",
-        epilog=EXAMPLES,
+        prog="medhead export", description="Write heads in the checkpoint format of a serving engine.", epilog=EXAMPLES
     )
     add = options.add_argument
     add("--heads", type=Path, required=True, help="heads checkpoint folder")

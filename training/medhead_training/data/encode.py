@@ -44,12 +44,9 @@ class EncodedRecord:
 
 
 class Encoder:
-    """Encode records with one tokenizer.
+    """Encode records with one tokenizer; records longer than `max_length` tokens keep their beginning.
 
-    Args:
-        tokenizer: with a chat template, if there are chats.
-        max_length: longer records keep their beginning; None for no limit.
-        end_tokens: ids that end a turn, as in the model's generation configuration; the tokenizer's EOS is added.
+    `end_tokens` are the ids that end a turn, as in the model's generation configuration; the tokenizer's EOS is added.
     """
 
     def __init__(
@@ -115,10 +112,9 @@ class Encoder:
     # ---------------------------------------------------------------- find the assistant's text
 
     def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
+        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except TEMPLATE_ERRORS as error:
             raise _SkipRecordError(template_refusal(error)) from None
 
@@ -129,18 +125,15 @@ class Encoder:
         in several versions of transformers (issue 47325).
         """
         try:
+            tokens = self.tokenizer.special_tokens_map
             texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True, **tokens
             )
         except TEMPLATE_ERRORS as error:
             raise _SkipRecordError(template_refusal(error)) from None
         return texts[0], [(start, end) for start, end in spans[0] if end > start]
 
     def _untagged_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        """Return the text and the assistant's spans by comparing renderings of the chat."""
         text = self._render(messages)
         spans: list[Span] = []
         for index, message in enumerate(messages):
@@ -156,7 +149,6 @@ class Encoder:
         return text, spans
 
     def _prefix_length(self, text: str, messages: list[Message], generation_prompt: bool) -> int | None:
-        """Return the length of the rendered messages if they are a prefix of `text`, else None."""
         if not messages:
             return None
         try:
@@ -221,13 +213,11 @@ class Encoder:
 
     def _trim_turn(self, ids: list[int], first: int, last: int) -> tuple[int, int]:
         """End a turn with its first end token; what the template writes after it is not the assistant's."""
-        for at in range(first, last):
-            if ids[at] in self.end_tokens:
-                return first, at + 1
-        after = last
-        while after < len(ids) and self._is_space(ids[after]):
-            after += 1
-        if after < len(ids) and ids[after] in self.end_tokens and first < last:
+        end = next((at for at in range(first, last) if ids[at] in self.end_tokens), None)
+        if end is not None:
+            return first, end + 1
+        after = next((at for at in range(last, len(ids)) if not self._is_space(ids[at])), None)
+        if after is not None and ids[after] in self.end_tokens and first < last:
             return first, after + 1
         shorter = last
         while shorter > first and self._is_space(ids[shorter - 1]):
