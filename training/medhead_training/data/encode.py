@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -170,7 +170,8 @@ class Encoder:
             turn_end = self._render(replaced[: index + 1]).rpartition(name)[2]  # how a turn ends when nothing follows
         except _SkipRecordError:
             turn_end = ""
-        return len(before), len(text) - len(after) + _common_prefix(after, turn_end)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(after, turn_end, strict=False))
+        return len(before), len(text) - len(after) + len(list(same))
 
     # ---------------------------------------------------------------- from characters to tokens
 
@@ -182,11 +183,9 @@ class Encoder:
         if not self.tokenizer.is_fast:
             return self._token_ids(text), None
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets: list[Span] = []
-        reached = 0
-        for start, end in output["offset_mapping"]:  # byte-level tokenizers leave white space out of their offsets
-            offsets.append((min(start, reached), end))
-            reached = max(reached, end)
+        spans = output["offset_mapping"]  # byte-level tokenizers leave white space out
+        reached = accumulate((end for _, end in spans), max, initial=0)
+        offsets = [(min(start, before), end) for (start, end), before in zip(spans, reached, strict=False)]
         return list(output["input_ids"]), offsets
 
     def _token_range(
@@ -226,10 +225,6 @@ class Encoder:
 
     def _is_space(self, token: int) -> bool:
         return token not in self._control and self.tokenizer.decode([token]).isspace()
-
-
-def _common_prefix(first: str, second: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def template_refusal(error: Exception) -> str:

@@ -57,9 +57,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if not len(chosen):
             raise MedheadError("there is no document to pack")
         if length < 1 or epochs < 1 or seed < 0:
-            raise MedheadError(
-                f"length and epochs must be at least 1, the seed at least 0; got {length}, {epochs}, {seed}"
-            )
+            raise MedheadError(f"length and epochs must be at least 1, seed at least 0; got {length}, {epochs}, {seed}")
         self.store, self.length, self.seed, self.epochs, self.pad_token = store, length, seed, epochs, pad_token
         sizes = store.lengths[chosen]
         starts = np.asarray(store.ends)[chosen] - sizes

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
-from medhead_training.data.encode import TEMPLATE_ERRORS, template_refusal
 from medhead_training.data import records
+from medhead_training.data.encode import TEMPLATE_ERRORS, template_refusal
 from medhead_training.data.records import Message
 
 FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"

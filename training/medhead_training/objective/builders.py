@@ -75,7 +75,7 @@ def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Head
                 f"--init-from holds heads of kind {heads.config.kind!r}, but --kind is {options.kind!r}; give the same kind"
             )
         if heads.config.own_output:
-            raise MedheadError("--init-from holds heads with an output matrix of their own, which cannot be trained here")
+            raise MedheadError("--init-from holds heads with an output matrix of their own, which cannot be trained")
         return heads.float().requires_grad_(True)
     tokens = select_draft_tokens(options, store, target.vocab_size)
     torch.manual_seed(options.seed)

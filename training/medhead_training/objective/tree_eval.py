@@ -129,15 +129,13 @@ def summarize_ranks(found: Tensor, last: Tensor, ranks: int) -> HeadAccuracy:
     return result
 
 
+@dataclass(frozen=True)
 class DecodingSimulation:
-    """Simulate greedy decoding along the measured text.
+    """Simulate greedy decoding along the measured text."""
 
-    `paths` are the distinct rank paths; for every anchor, `kinds` holds the index of its path and `ends` the index after
-    the last anchor of its answer.
-    """
-
-    def __init__(self, paths: list[Path], kinds: list[int], ends: list[int]) -> None:
-        self.paths, self.kinds, self.ends = paths, kinds, ends
+    paths: list[Path]  # the distinct rank paths
+    kinds: list[int]  # per anchor, the index of its path
+    ends: list[int]  # per anchor, the index after the last anchor of its answer
 
     def passes(self, tree: Iterable[Sequence[int]]) -> list[int]:
         """Return the anchors at which decoding with this tree has its verify passes."""
@@ -163,7 +161,8 @@ class DecodingSimulation:
         for _ in range(SEARCH_ROUNDS):
             passes = self.passes(tree)
             length = len(self.kinds) / len(passes)
-            best, best_length = (tree, length) if length > best_length else (best, best_length)
+            if length > best_length:
+                best, best_length = tree, length
             visited.update(self.paths[self.kinds[at]] for at in passes)
             tree = _best_paths(_prefix_counts(visited), nodes)
         return best, best_length

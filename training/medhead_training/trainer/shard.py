@@ -16,21 +16,13 @@ from medhead.model.target import Target
 def check_processes() -> None:
     """Raise a `MedheadError` if there is only one process."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
-        raise MedheadError(
-            "--shard needs several processes: start it with `accelerate launch` or `torchrun`, or leave it out"
-        )
+        raise MedheadError("--shard needs several processes: start with `accelerate launch` or `torchrun`, or omit it")
 
 
 def shard_layers(target: Target, whole: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Shard the target's layers and move the rest to each process's device.
+    """Shard the layers of a frozen target on the CPU, and move the rest of `whole`, target and heads, to this device.
 
-    Args:
-        target: loaded on the CPU; all of it must be frozen.
-        whole: the module that holds target and heads.
-        device: of this process.
-
-    Returns:
-        The number of the layers' parameters in this process, and in all.
+    Return the number of the layers' parameters in this process, and in all.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
