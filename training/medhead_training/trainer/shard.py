@@ -16,7 +16,9 @@ from medhead.model.target import Target
 def check_processes() -> None:
     """Raise a `MedheadError` if there is only one process."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() < 2:
-        raise MedheadError("--shard needs several processes: start with `accelerate launch` or `torchrun`, or omit it")
+        raise MedheadError(
+            "--shard needs several processes: start it with `accelerate launch` or `torchrun`, or leave it out"
+        )
 
 
 def shard_layers(target: Target, whole: nn.Module, device: torch.device) -> tuple[int, int]:
