@@ -27,7 +27,7 @@ class DraftCacheView:
     Attributes:
         rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
         end: `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position.
-        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed behind each other), or None for 0.
+        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed one after the other), or None for 0.
         full: every query sees every entry.
     """
 
@@ -56,12 +56,12 @@ class DraftCache(Protocol):
     lengths: Lengths
 
     def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
-        """Write entries behind the committed ones.
+        """Write entries after the committed ones.
 
         Args:
             encode: `Heads.encode_cache_entry`, which makes the entries.
             features: `[batch, n, size]` of the target.
-            token: `[batch, n, ...]` embeddings of the tokens behind them.
+            token: `[batch, n, ...]` embeddings of the tokens that follow them.
             counts: `[batch]` int64, how many of the n are part of each text.
         """
 
@@ -148,7 +148,7 @@ class LazyDraftCache:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def write(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Write entries of the tokens `[batch, n]` that stand behind the features `[batch, n, size]`."""
+        """Write entries of the tokens `[batch, n]` that follow those of the features `[batch, n, size]`."""
         self.flush()
         self.cache.write(self._encode, features, self._embed(tokens), counts)
 

@@ -65,7 +65,8 @@ def test_serve_needs_no_page(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "chat " in cli.usage()
+    assert cli.main(["--help"]) == 0
+    assert "chat " in capsys.readouterr().out
     assert cli.main(["chat", "--no-page", "--max-rows", "0"]) == 2
     assert "--max-rows must be from 1 to 4096, got 0" in capsys.readouterr().err
 
