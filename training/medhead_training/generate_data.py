@@ -138,11 +138,9 @@ def answer_batch(
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
     inputs, mask = padded([prompt.ids for prompt in batch], decoder.target.device)
     temperature = args.temperatures[number % len(args.temperatures)]
-    arguments = sampling_arguments(temperature, args.max_new_tokens) | {
-        "eos_token_id": ends or None,
-        "pad_token_id": pad,
-    }
-    output = decoder.generate(inputs, attention_mask=mask, seed=args.seed + number, **arguments)
+    arguments = {"eos_token_id": ends or None, "pad_token_id": pad, "seed": args.seed + number}
+    arguments |= sampling_arguments(temperature, args.max_new_tokens)
+    output = decoder.generate(inputs, attention_mask=mask, **arguments)
     lines = []
     for prompt, row in zip(batch, output[:, inputs.shape[1] :].tolist(), strict=True):
         stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))

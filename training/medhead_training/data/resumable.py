@@ -37,7 +37,6 @@ class ResumableFile:
     def is_started(self, options: dict[str, Any]) -> bool:
         """Return whether the file was started before with (at least) these options."""
         path = str(self.path)
-        path = str(self.path)
         if not self.meta.exists():
             if self.path.exists() or self.path.is_symlink():
                 raise MedheadError(f"{path!r} exists and was not written by this command; choose another --output")

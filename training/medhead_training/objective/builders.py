@@ -134,7 +134,8 @@ def wrap_for_training(options: TrainOptions, target: Target, heads: Heads) -> tu
 def find_linear_layers(model: Any) -> list[str]:
     """Return the names of the linear layers inside the decoder layers, the default targets of LoRA."""
     types = {name: type(module).__name__ for name, module in model.named_modules()}
-    linear = [name.split(".") for name, kind in types.items() if "Linear" in kind or kind == "Conv1D"]  # GPT-2's
+    # GPT-2 calls its linear layers Conv1D
+    linear = [name.split(".") for name, kind in types.items() if "Linear" in kind or kind == "Conv1D"]
     names = {parts[-1] for parts in linear if any(part.isdigit() for part in parts)}
     if not names:
         raise MedheadError("no linear layers were found for LoRA; name some with --lora-targets")
