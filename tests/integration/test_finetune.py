@@ -856,7 +856,9 @@ def test_what_does_not_fit_the_model(
         return refusal(command(folders, data, tmp_path / "heads", *more), capsys)
 
     assert "--seq-len 161 is more than the 160 tokens that LlamaForCausalLM can read" in message("--seq-len", "161")
-    assert "correction of 'medusa' heads must be one of none, parent, got 'recurrent'" in message("--kind", "medusa", "--correction", "recurrent")
+    assert "correction of 'medusa' heads must be one of none, parent, got 'recurrent'" in message(
+        "--kind", "medusa", "--correction", "recurrent"
+    )
     assert "read one layer of the target" in message("--kind", "recurrent", "--feature-layers", "0", "1")
     line = message("--kind", "block", "--init-from", str(folders["recurrent"]))
     assert line.endswith("--init-from holds heads of kind 'recurrent', but --kind is 'block'; give the same kind")
