@@ -4,7 +4,9 @@
 # Each part has a time limit of its own and does not stop the others; the exit code is 0 if all succeeded.
 set -u
 out=${1:-results-gpu}
-python=${PYTHON:-python}
+python=${PYTHON:-python3}
+root=$(cd "$(dirname "$0")/.." && pwd)
+export PYTHONPATH="$root:$root/kernels:$root/training:$root/app${PYTHONPATH:+:$PYTHONPATH}"  # from a checkout, nothing installed
 mkdir -p "$out"
 bad=0
 part() { # name, seconds, command

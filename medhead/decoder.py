@@ -95,7 +95,7 @@ class Decoder:
         step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
-            the target's pass and the heads' guesses. See `medhead.compile`.
+            the target's pass and the growth of candidates from heads. See `medhead.compile`.
         options: further options of the proposer.
 
     Raises:
@@ -176,7 +176,7 @@ class Decoder:
             stopping_criteria: prepared criteria.
             generation_config: prepared configuration.
             streamer: receives one column of tokens at a time.
-            tokenizer: taken so that stop strings work; unused here.
+            tokenizer: unused; transformers needs it for stop strings.
             seed: of the sampling noise; drawn from torch's generator if None.
             arguments: other arguments of the model's forward; refused if they would have to be ignored.
 
@@ -272,7 +272,7 @@ class Decoder:
 
     @torch.inference_mode()
     def warmup(self, rows: int = 1) -> None:
-        """Do now what the first generation of up to `rows` rows would else wait for: measure what passes cost here."""
+        """Measure the cost of passes over up to `rows` rows now, so that the first generation does not wait for it."""
         target = self.compiled_target or self.target
         zeros = torch.zeros(1, 2, dtype=torch.long, device=target.device)
         GumbelNoise(target.vocab_size, target.device).gumbel(zeros, zeros[:, 0], zeros[:, :1])

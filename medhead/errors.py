@@ -7,3 +7,8 @@ class MedheadError(ValueError):
 
 class UnsupportedTargetError(MedheadError):
     """The model cannot verify a token tree; found by probing it."""
+
+
+def one_line(text: object, limit: int | None = None) -> str:
+    """Return the text of an error on one line of at most `limit` characters."""
+    return " ".join(str(text).split())[:limit]

@@ -1,4 +1,4 @@
-"""Proposers for tests: one that guesses at random, one that knows the answer and lies now and then."""
+"""Proposers for tests, one random and one that knows the text and is wrong now and then, and the paths of a trie."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import torch
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState, Proposer
+from medhead.proposers.trie import DraftTrie
+
+
+def trie_paths(trie: DraftTrie) -> dict[tuple[int, ...], float]:
+    """Return the tokens that lead to every node but the root, with the node's probability."""
+    found: list[tuple[int, ...]] = [()]
+    for parent, token in zip(trie.parents[1:], trie.tokens[1:], strict=True):
+        found.append((*found[parent], token))
+    return dict(zip(found[1:], trie.probs[1:], strict=True))
 
 
 class RandomProposer(Proposer):
@@ -35,7 +44,7 @@ class RandomProposer(Proposer):
 
 
 class OracleProposer(Proposer):
-    """Knows every row's full text; a fork to nowhere beside each true node, and lies with probability `lie`."""
+    """Knows every row's full text; adds a wrong sibling to each node, and proposes a wrong token with probability `lie`."""
 
     name = "oracle"
 

@@ -11,19 +11,12 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class AttnParams:
-    """Options of one layer's attention.
+    """Options of one layer's attention."""
 
-    Attributes:
-        scale: factor of the scores.
-        window: sliding window; a node at position p sees positions above `p - window`. None for no window.
-        softcap: scores become `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: `[heads]`, one extra score per head that takes part in the softmax and carries no value (GPT-OSS).
-    """
-
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
+    scale: float  # factor of the scores
+    window: int | None = None  # sliding window: a node at position p sees positions above `p - window`
+    softcap: float | None = None  # scores become `softcap * tanh(scores / softcap)` (Gemma 2)
+    sinks: Tensor | None = None  # `[heads]` extra scores that take part in the softmax and carry no value (GPT-OSS)
 
 
 @dataclass(frozen=True, eq=False)

@@ -46,19 +46,15 @@ class AttnSpec:
 class Backend:
     """Attention of tree nodes over a key/value cache.
 
-    Attributes:
-        name: value of the option `attention` that selects it.
-        attention: maps queries `[batch, heads, nodes, head_dim]`, keys `[batch, kv_heads, columns, head_dim]` and values
-            `[batch, kv_heads, columns, value_dim]` (views into the cache) to `[batch, nodes, heads, value_dim]` of the
-            query's dtype; every node sees its row's prefix and its own ancestors.
-        unsupported_reason: returns why a spec is not supported, or None when it is.
-        needs_dense_mask: whether `attention` builds a mask of nodes by keys.
+    `attention` maps queries `[batch, heads, nodes, head_dim]`, keys `[batch, kv_heads, columns, head_dim]` and values
+    `[batch, kv_heads, columns, value_dim]` (views into the cache) to `[batch, nodes, heads, value_dim]` of the query's
+    dtype; every node sees its row's prefix and its own ancestors.
     """
 
-    name: str
+    name: str  # value of the option `attention` that selects it
     attention: Callable[[Tensor, Tensor, Tensor, TreeMetadata, AttnParams], Tensor]
-    unsupported_reason: Callable[[AttnSpec], str | None]
-    needs_dense_mask: bool = False
+    unsupported_reason: Callable[[AttnSpec], str | None]  # why a spec is not supported, or None when it is
+    needs_dense_mask: bool = False  # whether `attention` builds a mask of nodes by keys
 
 
 def _reference(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
@@ -147,12 +143,7 @@ BACKENDS = {
 def select_backend(name: str, specs: list[AttnSpec]) -> Backend:
     """Return the backend called `name`; `auto` is triton on CUDA where it supports all layers, else sdpa.
 
-    Args:
-        name: a name in `BACKENDS`, or `auto`.
-        specs: requirements of the model's layers, as far as they are known when the model is loaded.
-
-    Raises:
-        BackendError: the name is unknown, or the backend does not support a layer.
+    An unknown name, or a backend that does not support one of `specs`, the model's layers, raises a `BackendError`.
     """
     if name != "auto" and name not in BACKENDS:
         raise BackendError(f"attention must be one of auto, {', '.join(BACKENDS)}; got {name!r}")

@@ -70,12 +70,8 @@ class Parser(argparse.ArgumentParser):
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    options = Parser(
-        prog="medhead bench kernels",
-        description=__doc__,
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    options = Parser(prog="medhead bench kernels", description=__doc__, epilog=EXAMPLES,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     numbers: dict[str, Any] = {"type": int, "nargs": "+", "metavar": "N"}
     options.add_argument("--contexts", **numbers, help="default: 512 2048 8192 32768 65536 (CPU: 512 2048)")
     options.add_argument("--nodes", **numbers, help="default: 1 8 16 32 64 (CPU: 1 16 64)")
@@ -96,11 +92,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def resolve_options(args: argparse.Namespace) -> None:
-    """Fill in the defaults of the device and check all values.
-
-    Raises:
-        ValueError: names the option, its value and what is allowed.
-    """
+    """Fill in the defaults of the device; a wrong value raises a `ValueError`."""
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device not in DEFAULTS:

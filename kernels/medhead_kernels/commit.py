@@ -34,14 +34,10 @@ def move_kernel(buffer, path, lengths, counts, steps, batch, heads, s_slot, s_ba
 
 
 def move(buffer: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = None) -> None:
-    """Copy the rows `length + path[d]` of a cache buffer to `length + d`, in place.
+    """Copy the rows `length + path[d]` of a cache buffer `[slots, batch, heads, tokens, dim]` to `length + d`, in place.
 
-    Args:
-        buffer: `[slots, batch, heads, tokens, dim]`, keys or values of all layers of one shape.
-        path: `[batch, steps]` int64, the node to keep at each depth, starting with node 0; it increases up to `counts`.
-        lengths: `[batch]` int, committed tokens of every row, on the device.
-        counts: `[batch]` int, how many steps of each row are copied; None copies all (rows behind the accepted nodes are
-            free, so this is harmless).
+    `path` `[batch, steps]` int64 is the node to keep at each depth, starting with node 0; it increases for the first `counts`
+    `[batch]` steps, which are copied. None copies all: rows behind the accepted nodes are free. `lengths` is `[batch]`.
     """
     slots, batch, heads, _, dim = buffer.shape
     assert buffer.stride(4) == 1, "a cache buffer must be contiguous along a head"

@@ -33,12 +33,8 @@ Product = Callable[[Tensor, Tensor], Tensor]
 class PackedLinear:
     """A linear layer that multiplies by the method that is fastest for the number of rows.
 
-    A packed copy of the weights is made when it is first used, and again when the weights were changed in place. PyTorch does
-    not count changes through `weight.data`; after `recheck` the copy is compared with the weights by a checksum.
-
-    Args:
-        weight: `[out, size]`; read, never changed.
-        bias: `[out]`, or None.
+    A packed copy of the weights `[out, size]` is made when it is first used, and again when they were changed in place.
+    PyTorch does not count changes through `weight.data`; after `recheck` the copy is compared with them by a checksum.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -74,7 +70,7 @@ class PackedLinear:
     @property
     def nbytes(self) -> int:
         """Memory of the packed copy in bytes."""
-        return 0 if self._packed is None else self.weight.numel() * self.weight.element_size()
+        return 0 if self._packed is None else self.weight.nbytes
 
     def uses_packed(self, bucket: int) -> bool:
         """Whether the packed copy is used for a bucket of row counts."""

@@ -195,25 +195,15 @@ class Tile(NamedTuple):
 
 
 def tile_for(rows: int, dim: int, dtype: torch.dtype, large_smem: bool = True) -> Tile:
-    """Return the block size for a number of rows.
+    """Return the block size for `rows` (nodes times query heads of a group) of the larger of head size and value size.
 
-    Args:
-        rows: nodes times query heads of a group.
-        dim: the larger of head size and value size.
-        dtype: of queries, keys and values.
-        large_smem: the device gives a block 163 KiB of shared memory (A100, H100), else 99 KiB.
+    With `large_smem` the device gives a block 163 KiB of shared memory (A100, H100), else 99 KiB.
     """
     max_rows, wide = 128 if large_smem else 64, triton.next_power_of_2(dim) > 128
     block = max(16, min(triton.next_power_of_2(rows), max_rows))
     if dtype == torch.float32:
         return Tile(min(block, 16 if wide else 32), 16 if wide else 32, 4, 2)
     return Tile(block, 32 if wide else 64, 8 if block > 64 else 4, 3 if large_smem and not wide else 2)
-
-
-def splits_for(programs: int, columns: int, tile: Tile, sm_count: int) -> int:
-    """Return the number of splits: two programs per multiprocessor, each split at least two blocks of columns."""
-    wanted = -(-2 * sm_count // programs)
-    return max(1, min(wanted, columns // (2 * tile.columns), MAX_SPLITS))
 
 
 def attention(
@@ -233,8 +223,8 @@ def attention(
     sm_count, large_smem = _device_limits(query.device)
     tile = tile_for(rows, max(dim, value_dim), query.dtype, large_smem)
     tiles = triton.cdiv(rows, tile.rows)
-    if splits is None:
-        splits = splits_for(batch_heads * tiles, columns, tile, sm_count)
+    if splits is None:  # two programs per multiprocessor, each split at least two blocks of columns
+        splits = max(1, min(triton.cdiv(2 * sm_count, batch_heads * tiles), columns // (2 * tile.columns), MAX_SPLITS))
     partial = query.new_empty(batch_heads, splits, rows, value_dim, dtype=torch.float32)
     lse = query.new_empty(batch_heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, nodes, heads, value_dim)
@@ -283,9 +273,9 @@ def _precision(dtype: torch.dtype) -> str:
 
 @lru_cache(maxsize=16)
 def _device_limits(device: torch.device) -> tuple[int, bool]:
-    """Return the number of multism_count and whether a block may use 163 KiB of shared memory."""
+    """Return the number of multiprocessors and whether a block may use 163 KiB of shared memory."""
     if device.type != "cuda":
         return 1, False
-    index = torch.cuda.current_device_limits() if device.index is None else device.index
+    index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
     return properties["multiprocessor_count"], properties["max_shared_mem"] >= 163 * 1024

@@ -23,9 +23,8 @@ from medhead.core.step import decode_step
 from medhead.core.tree import TokenTree
 from medhead.heads import HeadsConfig, build_heads
 from medhead.model.target import Target
-from medhead.proposers.base import DecodeState, Proposer
+from medhead.proposers.base import DecodeState, PlainProposer, Proposer
 from medhead.proposers.heads import HeadsProposer
-from medhead.proposers.none import PlainProposer
 
 DEPTH = 8  # of the heads
 FORWARD_ONLY = "forward only"

@@ -152,13 +152,13 @@ def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | No
     if getattr(args, "datastore", None) is not None:
         given["--datastore"] = ("hybrid", "ngram"), {"datastore": args.datastore, "tokenizer": tokenizer}
     if getattr(args, "lookahead", None) is not None:
-        given["--lookahead"] = ("lookahead",), dict(zip(("window", "ngram", "guesses"), args.lookahead, strict=True))
+        given["--lookahead"] = ("lookahead",), dict(zip(("window", "ngram", "guess_set"), args.lookahead, strict=True))
     if getattr(args, "recycling_state", None) is not None:
         path = Path(args.recycling_state)
         new = args.save_recycling_state and not path.exists()
         if new and not path.parent.is_dir():
             raise MedheadError(f"the folder {str(path.parent)!r} of --recycling-state does not exist; make it first")
-        given["--recycling-state"] = ("recycling",), {} if new else {"warm": args.recycling_state}
+        given["--recycling-state"] = ("recycling",), {} if new else {"state": args.recycling_state}
     elif getattr(args, "save_recycling_state", False):
         raise MedheadError("--save-recycling-state needs --recycling-state FILE, the file to write")
     if not given:

@@ -1,4 +1,4 @@
-"""How the host gets what captured steps emitted: copied behind the step, read when it is needed."""
+"""How the host gets what captured steps emitted: copied after the step, read when it is needed."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ class GraphCache:
         target: the target.
         proposer: fills the trees.
         backend: a name in `BACKENDS`.
-        lag: steps that the host is behind the device; 1 on CUDA and 0 elsewhere if None.
+        lag: steps by which the host reads later than the device runs; 1 on CUDA and 0 elsewhere if None.
 
     Attributes:
         on_progress: told when something is made that takes a while.

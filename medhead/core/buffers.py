@@ -154,7 +154,7 @@ class StepBuffers:
         Args:
             places: where they are.
             lengths: their committed tokens.
-            room: tokens and nodes to leave room for behind them.
+            room: tokens and nodes to leave room for after them.
             sampling: their sampling parameters.
         """
         device = self.roots.device

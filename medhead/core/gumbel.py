@@ -9,6 +9,7 @@ communication, Daliri et al. 2024).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -78,12 +79,18 @@ class GumbelNoise:
     """
 
     def __init__(self, vocab_size: int, device: torch.device | str = "cpu") -> None:
-        index = torch.arange(vocab_size, dtype=torch.int64, device=device)
-        self._tokens = _mix_(index * _GOLDEN & _MASK)
-        self._host_tokens = _uint32(self._tokens) if self._tokens.device.type == "cpu" else None
+        self.vocab_size, self.device = vocab_size, torch.device(device)
 
-    def __len__(self) -> int:
-        return len(self._tokens)
+    @cached_property
+    def _tokens(self) -> Tensor:
+        """What the token contributes to the counter, `[vocab]`; made when noise is first asked for."""
+        index = torch.arange(self.vocab_size, dtype=torch.int64, device=self.device)
+        tokens: Tensor = _mix_(index * _GOLDEN & _MASK)
+        return tokens
+
+    @cached_property
+    def _host_tokens(self) -> _Array:
+        return _uint32(self._tokens)
 
     def uniform(self, seeds: Tensor, rows: Tensor, positions: Tensor) -> Tensor:
         """Return uniform numbers strictly between 0 and 1, `[batch, n, vocab]` float32.
@@ -94,14 +101,13 @@ class GumbelNoise:
             positions: `[batch, n]` int64, absolute position of the token to draw.
         """
         low, high, rows = seeds[:, :1], seeds[:, 1:], rows[:, None]
-        if self._host_tokens is None or type(positions) is not Tensor:
+        if self.device.type != "cpu" or type(positions) is not Tensor:
             bits = _bits(low, high, rows, positions, self._tokens) >> 9
             return bits.to(torch.float32).add_(0.5).mul_(2.0**-23)
         return torch.from_numpy(self._uniform_on_host(*map(_uint32, (low, high, rows, positions))))
 
     def _uniform_on_host(self, low: _Array, high: _Array, rows: _Array, positions: _Array) -> _Array:
         """Return the same numbers by numpy's uint32, a position at a time: its working memory stays in the processor's cache."""
-        assert self._host_tokens is not None
         first, second = (np.broadcast_to(key, positions.shape) for key in _keys(low, high, rows, positions))
         uniform = np.empty((*positions.shape, len(self._host_tokens)), np.float32)
         bits, scratch = np.empty_like(self._host_tokens), np.empty_like(self._host_tokens)

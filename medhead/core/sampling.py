@@ -220,7 +220,7 @@ class SamplingBatch:
 
         Args:
             generator: makes the noise.
-            lengths: `[batch]` committed tokens; the root stands behind them, the first drawn token behind the root.
+            lengths: `[batch]` committed tokens; the root follows them, the first drawn token follows the root.
             depths: how many.
             fixed: make all of it at once, in one shape.
         """
@@ -236,7 +236,7 @@ class SamplingBatch:
 
         if fixed:
             return LazyGumbel.of(make(0, depths))
-        return LazyGumbel(make, depths, chunk_size(len(numbers), len(generator), lengths.device))
+        return LazyGumbel(make, depths, chunk_size(len(numbers), generator.vocab_size, lengths.device))
 
 
 def draw_nodes(tree: TokenTree, scores: Tensor, noise: Tensor | None) -> Tensor:

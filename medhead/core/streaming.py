@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-_LONGEST = 32  # tokens of a window that is cut
+_MAX_WINDOW = 32  # tokens of a window before it is cut
 
 
 class ColumnStream:
@@ -51,10 +51,10 @@ class ColumnStream:
 
 
 class TextStream:
-    """Turns tokens into text piece by piece; a character whose bytes are not all there yet waits for them.
+    """Turns tokens into text incrementally; a character waits until all of its bytes have been emitted.
 
-    Only a short window is decoded at every call, not the whole output again. It begins where a character begins: tokenizers with
-    byte fallback turn all bytes in a row into U+FFFD if one of them has lost its character.
+    Every call decodes only a short window of tokens. The window begins where a character begins: tokenizers with byte fallback
+    turn all bytes in a row into U+FFFD if one of them has lost its character.
 
     Args:
         tokenizer: what decodes.
@@ -64,33 +64,29 @@ class TextStream:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, skip_special_tokens: bool = True) -> None:
         self.tokenizer, self.skip = tokenizer, skip_special_tokens
         self._window: list[int] = []
-        self._text = ""  # what was handed out of its text
-        self._complete = 0  # tokens of the window behind which a character begins
+        self._text = ""  # the part of the window's text that was returned
+        self._complete = 0  # tokens of the window up to the end of a character
 
     def push(self, tokens: list[int]) -> str:
-        """New text that is certain after these tokens."""
+        """Return the text that is final after these tokens and was not before."""
         self._window += tokens
         text = self._decode()
-        certain = text.rstrip("\ufffd")  # what may still become a character once its other bytes are there
-        fresh = self._behind(certain)
-        if fresh:
-            self._text = certain
-        if fresh and certain == text:
-            if len(self._window) > _LONGEST:
+        final = text.rstrip("\ufffd")  # U+FFFD may become a character with the next bytes
+        new_text = final[len(self._text) :]
+        if new_text:
+            self._text = final
+        if new_text and final == text:
+            if len(self._window) > _MAX_WINDOW:
                 self._window = self._window[self._complete :]
                 self._text = self._decode()
             self._complete = len(self._window)
-        return fresh
+        return new_text
 
     def finish(self) -> str:
-        """What was held back."""
-        fresh = self._behind(self._decode())
+        """Return the text that was held back."""
+        new_text = self._decode()[len(self._text) :]
         self._window, self._complete, self._text = [], 0, ""
-        return fresh
-
-    def _behind(self, text: str) -> str:
-        """The text of the window behind what was handed out, which stays, whatever becomes of its last bytes."""
-        return text[len(self._text) :]
+        return new_text
 
     def _decode(self) -> str:
         return self.tokenizer.decode(self._window, skip_special_tokens=self.skip, clean_up_tokenization_spaces=False)

@@ -1,7 +1,7 @@
-"""The token tree: everything that the target checks in one pass.
+"""The token tree: everything that the target verifies in one pass.
 
-Node 0 is the root, the newest emitted token. Every other node is a guess; its parent comes before it. All rows of a
-batch have the same number of nodes; a row with fewer guesses repeats one, which costs nothing and changes nothing.
+Node 0 is the root, the newest emitted token. Every other node is a draft token; its parent comes before it. All rows of a
+batch have the same number of nodes; a row with fewer draft tokens repeats one, which changes no text.
 """
 
 from __future__ import annotations
@@ -151,13 +151,13 @@ class TokenTree:
     @property
     def ancestor_bitmask(self) -> Tensor:
         """`[batch, nodes, ceil(nodes / 64)]` int64: bit j % 64 of word j // 64 is set when j is the node or an ancestor."""
-        words = -(-self.nodes // WORD_BITS)
-        bits = torch.nn.functional.pad(self.visible, (0, words * WORD_BITS - self.nodes)).long()
+        count = -(-self.nodes // WORD_BITS)
+        bits = torch.nn.functional.pad(self.visible, (0, count * WORD_BITS - self.nodes)).long()
         shifts = torch.arange(WORD_BITS, device=bits.device)
-        return (bits.unflatten(-1, (words, WORD_BITS)) << shifts).sum(-1)
+        return (bits.unflatten(-1, (count, WORD_BITS)) << shifts).sum(-1)
 
     def paths_to(self, row: int) -> list[tuple[int, ...]]:
-        """Tokens on the way to every node of a row, the root's own left out: `()` for the root."""
+        """Return the tokens of the path to every node of a row, without the root's own: `()` for the root."""
         tokens, parents = self.tokens[row].tolist(), self.parents[row].tolist()
         ways: list[tuple[int, ...]] = [()]
         for token, parent in zip(tokens[1:], parents[1:], strict=True):
@@ -165,7 +165,7 @@ class TokenTree:
         return ways
 
     def paths(self, row: int) -> list[list[int]]:
-        """Token paths below the root of one row, one for each leaf. For people and tests, not for the loop."""
+        """Return the token paths below the root of one row, one for each leaf; for display and tests."""
         parents, tokens = self.parents[row].tolist(), self.tokens[row].tolist()
         leaves = set(range(1, self.nodes)) - set(parents)
         found = []
@@ -179,12 +179,12 @@ class TokenTree:
 
 
 def sorted_ranks(ranks: Sequence[Sequence[int]]) -> list[tuple[int, ...]]:
-    """Rank paths in Medusa's order: by length, then lexicographically, so that a parent comes before its child."""
+    """Return rank paths in Medusa's order: by length, then lexicographically, so that a parent comes before its child."""
     return sorted({tuple(path) for path in ranks}, key=lambda path: (len(path), path))
 
 
 def rank_parents(ranks: Sequence[Sequence[int]]) -> list[int]:
-    """Parents of a static tree's nodes, root first.
+    """Return the parents of a static tree's nodes, root first.
 
     Raises:
         MedheadError: an empty path, a negative rank, or a path whose beginning is missing.
@@ -202,7 +202,7 @@ def rank_parents(ranks: Sequence[Sequence[int]]) -> list[int]:
 
 
 def _depths(parents: Tensor) -> Tensor:
-    """Depth of every node by following parents all at once, `[batch, nodes]`."""
+    """Return the depth of every node, `[batch, nodes]`, by following all parents at once."""
     depth = torch.zeros_like(parents)
     at = torch.arange(parents.shape[1], device=parents.device).expand_as(parents)
     while bool((at != 0).any()):

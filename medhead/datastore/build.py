@@ -2,27 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medhead.datastore.store import (
-    FORMAT,
-    INFO_FILE,
-    MAX_CONTEXT,
-    ORDER_FILE,
-    TOKENS_FILE,
-    Datastore,
-    DatastoreInfo,
-    read_info,
-    vocabulary_fingerprint,
-)
+from medhead.datastore import store
+from medhead.datastore.store import Datastore, DatastoreInfo, vocabulary_fingerprint
 from medhead.errors import MedheadError
 
 
@@ -33,14 +26,10 @@ def build_datastore(
     overwrite: bool = False,
     on_round: Callable[[int, int], None] | None = None,
 ) -> Datastore:
-    """Write a datastore. Sorting takes about 50 bytes of memory per token.
+    """Write a datastore of documents, given as token ids of a tokenizer. Sorting takes about 50 bytes of memory per token.
 
-    Args:
-        documents: token ids of every document.
-        tokenizer: the tokenizer of the documents; only its vocabulary is read.
-        folder: where to write; it appears when everything is written.
-        overwrite: replace an existing datastore; nothing else is ever overwritten.
-        on_round: called with the number of finished sorting rounds and their total.
+    The folder appears when everything is written; `overwrite` replaces an existing datastore and nothing else. `on_round` is
+    called with the number of finished sorting rounds and their total.
 
     Raises:
         MedheadError: the folder holds other files, there is no text, a token is not in the vocabulary, or the disk is full.
@@ -52,35 +41,27 @@ def build_datastore(
     order = sort_positions(tokens, vocab_size, on_round)
     if not len(order):
         raise MedheadError("the text is too short for a datastore: no document has two tokens; add text")
-    info = DatastoreInfo(FORMAT, len(tokens), len(order), count, vocab_size, vocabulary_fingerprint(tokenizer))
+    info = DatastoreInfo(store.FORMAT, len(tokens), len(order), count, vocab_size, vocabulary_fingerprint(tokenizer))
     _write(folder, info, tokens, order)
     return Datastore.open(folder)
 
 
 def check_output(folder: Path, overwrite: bool) -> None:
-    """Refuse to write over existing files.
-
-    Raises:
-        MedheadError: it is a file, a folder with other files, or a datastore and `overwrite` is false.
-    """
+    """Refuse to write over a file, a folder with other files, and, unless `overwrite`, a datastore."""
     if folder.exists() and not folder.is_dir():
         raise MedheadError(f"{str(folder)!r} is a file; give a folder that does not exist yet")
     names = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if not names:
         return
-    if names - {INFO_FILE, TOKENS_FILE, ORDER_FILE} or INFO_FILE not in names:
+    if names - {store.INFO_FILE, store.TOKENS_FILE, store.ORDER_FILE} or store.INFO_FILE not in names:
         raise MedheadError(f"{str(folder)!r} holds something else; give a folder that is empty or does not exist yet")
-    read_info(folder)
+    store.read_info(folder)
     if not overwrite:
         raise MedheadError(f"{str(folder)!r} holds a datastore already; give another folder, or --overwrite")
 
 
 def concatenate(documents: Iterable[list[int]], vocab_size: int) -> tuple[npt.NDArray[Any], int]:
-    """Concatenate all documents, each followed by the separator `vocab_size`; also return their number.
-
-    Raises:
-        MedheadError: a token is not below `vocab_size`.
-    """
+    """Concatenate all documents, each followed by the separator `vocab_size`; also return their number."""
     dtype = np.uint16 if vocab_size < 2**16 else np.uint32
     parts = [np.zeros(0, dtype)]
     for ids in documents:
@@ -102,7 +83,7 @@ def sort_positions(
     rank them by the last 2h. The beginning of the text sorts before every token.
     """
     ranks = tokens.astype(np.int64) + 1
-    rounds = MAX_CONTEXT.bit_length() - 1
+    rounds = store.MAX_CONTEXT.bit_length() - 1
     order = np.argsort(ranks, kind="stable")
     for done in range(rounds):
         distance = 1 << done
@@ -127,9 +108,9 @@ def _write(folder: Path, info: DatastoreInfo, tokens: npt.NDArray[Any], order: n
         try:
             new = scratch / "new"
             new.mkdir()
-            np.save(new / TOKENS_FILE, tokens, allow_pickle=False)
-            np.save(new / ORDER_FILE, order, allow_pickle=False)
-            (new / INFO_FILE).write_text(info.to_json(), encoding="utf-8")
+            np.save(new / store.TOKENS_FILE, tokens, allow_pickle=False)
+            np.save(new / store.ORDER_FILE, order, allow_pickle=False)
+            (new / store.INFO_FILE).write_text(json.dumps(asdict(info), indent=2) + "\n", encoding="utf-8")
             if folder.exists():
                 os.replace(folder, scratch / "old")
             os.replace(new, folder)

@@ -13,11 +13,7 @@ CHUNK_SIZE = 1 << 16  # characters that are tokenized at a time
 
 
 def text_files(sources: list[Path]) -> list[Path]:
-    """Return all files of the sources in order; folders are walked without their hidden files.
-
-    Raises:
-        MedheadError: a source does not exist, or there is no file at all.
-    """
+    """Return all files of the sources in order, without the hidden files of folders; at least one is required."""
     found: list[Path] = []
     for source in sources:
         if source.is_dir():
@@ -34,11 +30,7 @@ def text_files(sources: list[Path]) -> list[Path]:
 
 
 def read_documents(path: Path) -> list[str] | None:
-    """Return every string in the records of a *.jsonl file, or the whole of another file; None if it is not UTF-8 text.
-
-    Raises:
-        MedheadError: the file cannot be read, or a line of a *.jsonl file is not JSON.
-    """
+    """Return every string in the records of a *.jsonl file, or the whole of another file; None if it is not UTF-8 text."""
     try:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError:

@@ -11,14 +11,14 @@ from __future__ import annotations
 import hashlib
 import json
 from bisect import bisect_left
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 
 INFO_FILE, TOKENS_FILE, ORDER_FILE = "datastore.json", "tokens.npy", "order.npy"
 FORMAT = "medhead datastore 1"
@@ -36,10 +36,6 @@ class DatastoreInfo:
     documents: int
     vocab_size: int  # of the tokenizer; also the id of the separator
     fingerprint: str  # see `vocabulary_fingerprint`
-
-    def to_json(self) -> str:
-        """Return the content of the file."""
-        return json.dumps(asdict(self), indent=2) + "\n"
 
 
 def vocabulary_fingerprint(tokenizer: Any) -> str:
@@ -64,11 +60,7 @@ class Datastore:
 
     @classmethod
     def open(cls, folder: str | Path) -> Datastore:
-        """Memory-map the files of a datastore.
-
-        Raises:
-            MedheadError: there is no datastore, or its files are damaged or do not belong together.
-        """
+        """Memory-map the files of a datastore; one that is missing or damaged raises a `MedheadError`."""
         folder = Path(folder)
         info = read_info(folder)
         tokens, order = (_map(folder / name) for name in (TOKENS_FILE, ORDER_FILE))
@@ -111,11 +103,7 @@ class Datastore:
 
 
 def read_info(folder: Path) -> DatastoreInfo:
-    """Read a folder's `datastore.json`.
-
-    Raises:
-        MedheadError: the folder does not exist or is not a datastore, or the file is damaged.
-    """
+    """Read a folder's `datastore.json`; where it is missing or damaged raise a `MedheadError`."""
     if not folder.is_dir():
         raise MedheadError(f"datastore folder {str(folder)!r} does not exist; `python -m medhead.datastore` builds one")
     path = folder / INFO_FILE
@@ -124,19 +112,16 @@ def read_info(folder: Path) -> DatastoreInfo:
     try:
         info = DatastoreInfo(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())[:100]}; build it again") from None
+        raise MedheadError(f"{path} cannot be read: {one_line(error, 100)}; build it again") from None
     if info.format != FORMAT:
         raise MedheadError(f"{path} has the format {info.format!r}, expected {FORMAT!r}; build it again")
     return info
 
 
 def check_vocabulary(store: Datastore, vocab_size: int | None, tokenizer: Any = None) -> None:
-    """Check that a datastore was built with the target's tokenizer.
+    """Refuse a datastore that was not built with the target's tokenizer.
 
     `vocab_size` is the number of rows of the target's output matrix, which may exceed the vocabulary a little.
-
-    Raises:
-        MedheadError: the vocabularies differ.
     """
     build = "build one with this model's tokenizer: python -m medhead.datastore"
     size = store.info.vocab_size
@@ -154,5 +139,5 @@ def _map(path: Path) -> npt.NDArray[Any]:
     try:
         return np.asarray(np.load(path, mmap_mode="r", allow_pickle=False))
     except (OSError, ValueError, EOFError) as error:
-        reason = " ".join(str(error).split())[:100]
+        reason = one_line(error, 100)
         raise MedheadError(f"{path} is missing, truncated or damaged ({reason}); build the datastore again") from None

@@ -11,6 +11,7 @@ import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 from medhead.heads.base import Heads, build_heads
 from medhead.heads.config import CONFIG_FILE, check_fit, read_config, read_json
 from medhead.model.target import Target
@@ -37,25 +38,21 @@ def attach(target: nn.Module, heads: Heads) -> None:
 
 def detach(target: nn.Module) -> None:
     """Remove the heads from the target."""
-    if SUBMODULE in target._modules:
-        del target._modules[SUBMODULE]
+    target._modules.pop(SUBMODULE, None)
 
 
 def wrap(target: PreTrainedModel, heads: Heads, lora: dict[str, Any] | None = None) -> tuple[Any, Heads]:
-    """Return a PEFT model around a target with heads, and its trainable copy of the heads.
+    """Return a PEFT model around a frozen target with heads, and its trainable copy of the heads.
 
-    Args:
-        target: the model; all of it is frozen.
-        heads: the heads to train.
-        lora: fields of PEFT's `LoraConfig` to adapt the target with (`target_modules` among them), or None for a frozen target.
+    `lora` holds fields of PEFT's `LoraConfig` to adapt the target with (`target_modules` among them); None adapts nothing.
     """
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     attach(target, heads)
-    fields = lora or {"target_modules": DUMMY_TARGET_MODULES}
+    config = LoraConfig(modules_to_save=[SUBMODULE], **(lora or {"target_modules": DUMMY_TARGET_MODULES}))
     with _quiet():
-        wrapped = get_peft_model(target, LoraConfig(modules_to_save=[SUBMODULE], **fields))
+        wrapped = get_peft_model(target, config)
     return wrapped, heads_of(wrapped)
 
 
@@ -84,14 +81,7 @@ def heads_of(wrapped: Any) -> Heads:
 
 
 def save_adapter(wrapped: Any, heads: Heads, folder: str | Path, dtype: torch.dtype | None = None) -> None:
-    """Write a PEFT model's adapter and the heads' configuration.
-
-    Args:
-        wrapped: the PEFT model that `wrap` returned.
-        heads: its heads.
-        folder: where to write; created if missing.
-        dtype: type of the stored weights; their own if None.
-    """
+    """Write a PEFT model's adapter and the heads' configuration to a folder; weights keep their type if `dtype` is None."""
     from peft import get_peft_model_state_dict
 
     folder = Path(folder)
@@ -105,7 +95,7 @@ def save_adapter(wrapped: Any, heads: Heads, folder: str | Path, dtype: torch.dt
     inference, config.inference_mode = config.inference_mode, True
     config.save_pretrained(folder)
     config.inference_mode = inference
-    (folder / CONFIG_FILE).write_text(json.dumps(heads.config.to_dict(), indent=2) + "\n", encoding="utf-8")
+    (folder / CONFIG_FILE).write_text(json.dumps(asdict(heads.config), indent=2) + "\n", encoding="utf-8")
 
 
 def adapts_target(folder: str | Path) -> bool:
@@ -122,9 +112,7 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
     """Return the model with a checkpoint's LoRA weights and heads, as a `PeftModel`: its text is the adapted model's.
 
     Give the result and `heads_of(result)` to a `Decoder`; inside `result.disable_adapter()` the model is the original one.
-
-    Raises:
-        MedheadError: the checkpoint is missing, damaged, or made for another model.
+    A checkpoint that is missing, damaged, or made for another model raises a `MedheadError`.
     """
     from peft import PeftModel, get_peft_model_state_dict
 
@@ -138,8 +126,7 @@ def load_adapted(model: PreTrainedModel, folder: str | Path) -> Any:
         detach(model)
         if isinstance(error, KeyError):  # PEFT looks for a tensor of the heads
             raise MedheadError(f"{path} is incomplete: {error.args[0]} is missing") from None
-        reason = " ".join(str(error).split())[:160]
-        raise MedheadError(f"the adapter in {str(folder)!r} cannot be loaded: {reason}") from None
+        raise MedheadError(f"the adapter in {str(folder)!r} cannot be loaded: {one_line(error, 160)}") from None
     with safe_open(path, "pt") as file:  # PEFT leaves missing tensors random
         missing = sorted(get_peft_model_state_dict(wrapped).keys() - file.keys())
     if missing:

@@ -26,20 +26,14 @@ class JointAttention(Projections):
 
     def __init__(self, config: HeadsConfig, size: int) -> None:
         super().__init__(config, 2 * size, size)
-        self._init_same_token(size, config.num_kv_heads)
-
-    @torch.no_grad()
-    def _init_same_token(self, size: int, num_kv_heads: int) -> None:
-        """Start with queries that match the keys of their own token, here and at its earlier occurrences.
-
-        Under uniform attention the token itself, the most important input, is one among hundreds of keys, and short
-        training runs rarely learn to attend to it.
-        """
+        # Queries start as the keys of their own token, here and at its earlier occurrences. Under uniform attention the token
+        # itself, the most important input, is one among hundreds of keys, and short training rarely learns to attend to it.
         scale = (8.0 / (size * self.dim**0.5)) ** 0.5  # a token's score with itself is about 8
-        same = torch.randn(num_kv_heads, self.dim, size) * scale
-        self.k_proj.weight[:, :size] = same.flatten(0, 1)
-        repeat = self.q_proj.weight.shape[0] // (self.dim * num_kv_heads)
-        self.q_proj.weight[:, :size] = same.repeat_interleave(repeat, 0).flatten(0, 1)
+        same = torch.randn(config.num_kv_heads, self.dim, size) * scale
+        with torch.no_grad():
+            self.k_proj.weight[:, :size] = same.flatten(0, 1)
+            repeated = same.repeat_interleave(config.num_heads // config.num_kv_heads, 0)
+            self.q_proj.weight[:, :size] = repeated.flatten(0, 1)
 
     def project_half(self, x: Tensor, second: bool) -> Tensor:
         """Return queries, keys and values of one half of the input, `[..., (num_heads + 2 * num_kv_heads) * dim]`."""
@@ -109,5 +103,4 @@ class AttentionHeads(CachedHeads):
         """Return queries, keys and values `[..., heads, dim]` of the normed feature and the result of `encode`."""
         joint = token + self.midlayer.self_attn.project_half(normed, second=True)
         heads = joint.unflatten(-1, (-1, self.dim))
-        query, key, value = heads.split([self.config.num_heads, self.num_kv_heads, self.num_kv_heads], -2)
-        return query, key, value
+        return heads.split([self.config.num_heads, self.num_kv_heads, self.num_kv_heads], -2)

@@ -25,23 +25,17 @@ class Heads(nn.Module):
     """Base class of all kinds.
 
     Attributes:
-        path_dependent: whether a node's distribution depends on its path. If not, one distribution serves a whole depth.
-        corrections: values of `config.correction` that the kind implements.
-        fuses_layers: whether the kind reads several layers of the target at once (`config.feature_layers`).
-        encode_uses_depth: whether `encode` depends on the depth.
-        cache_entry_size: numbers stored for every committed token (`encode_cache_entry`); 0 without a draft cache.
-        has_tensor_cache: whether `new_draft_cache` returns a `TensorDraftCache` or None.
         draft_tokens: `[draft_vocab_size]` int64, the token ids that the heads can propose; None for all.
         embeddings: the heads' own embedding `[vocab, size]` of every depth, or one for all; empty if they use the target's.
         output_matrices: the same for output matrices `[draft vocabulary or vocab, size]`.
     """
 
-    path_dependent = True
-    corrections: tuple[str, ...] = ("none",)
-    fuses_layers = False
-    encode_uses_depth = False
-    cache_entry_size = 0
-    has_tensor_cache = True
+    path_dependent = True  # whether a node's distribution depends on its path; if not, one serves a whole depth
+    corrections: tuple[str, ...] = ("none",)  # values of `config.correction` that the kind implements
+    fuses_layers = False  # whether the kind reads several layers of the target at once (`config.feature_layers`)
+    encode_uses_depth = False  # whether `encode` depends on the depth
+    cache_entry_size = 0  # numbers stored for every committed token (`encode_cache_entry`); 0 without a draft cache
+    has_tensor_cache = True  # whether `new_draft_cache` returns a `TensorDraftCache` or None
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()
@@ -66,14 +60,13 @@ class Heads(nn.Module):
     def add_own_matrices(self, count: int, size: int) -> None:
         """Create `count` random embeddings and output matrices of a width, as far as the configuration asks for them."""
         config = self.config
-        rows = (
-            (config.own_embedding, config.vocab_size),
-            (config.own_output, config.draft_vocab_size or config.vocab_size),
-        )
-        self.embeddings, self.output_matrices = (
-            nn.ParameterList(nn.init.normal_(torch.empty(n, size), std=size**-0.5) for _ in range(count if own else 0))
-            for own, n in rows
-        )
+
+        def matrices(own: bool, rows: int) -> nn.ParameterList:
+            parts = (torch.empty(rows, size) for _ in range(count if own else 0))
+            return nn.ParameterList(nn.init.normal_(part, std=size**-0.5) for part in parts)
+
+        self.embeddings = matrices(config.own_embedding, config.vocab_size)
+        self.output_matrices = matrices(config.own_output, config.draft_vocab_size or config.vocab_size)
 
     def own_embedding(self, depth: int) -> Tensor | None:
         """Return the heads' own embedding `[vocab, size]`, or None if they use the target's."""
@@ -97,11 +90,8 @@ class Heads(nn.Module):
     def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
         """Return the cache entries of committed tokens, `[batch, tokens, cache_entry_size]`.
 
-        Args:
-            features: `[batch, tokens, feature_size]` of the target at these tokens.
-            token: `[batch, tokens, ...]`, the result of `encode` for the token after each of them.
-            positions: `[batch or 1, tokens]` of these tokens.
-            max_len: a bound on the host that all positions are below.
+        `features` `[batch, tokens, feature_size]` are the target's at these tokens, `token` `[batch, tokens, ...]` is the
+        result of `encode` for the token after each, and `positions` `[batch or 1, tokens]` are all below `max_len`.
         """
         raise NotImplementedError
 
@@ -115,8 +105,7 @@ class Heads(nn.Module):
             depth: number of depths that will be asked for; `config.depth` if None.
 
         Returns:
-            The state above the root, `[batch, 1 or anchors, state]`, and a context that all nodes of the proposal share;
-            each kind defines its form.
+            The state above the root, `[batch, 1 or anchors, state]`, and a context of any form that all nodes share.
         """
         raise NotImplementedError
 
@@ -130,8 +119,8 @@ class Heads(nn.Module):
             context: the context that `init_state` returned.
 
         Returns:
-            The nodes' states, and the hidden states `[batch, queries, hidden]` that the output matrix turns into the logits
-            of their children.
+            The nodes' states, and hidden states `[batch, queries, hidden]`, from which the output matrix makes the
+            logits of their children.
         """
         raise NotImplementedError
 
@@ -151,11 +140,7 @@ def register_kind(name: str) -> Callable[[H], H]:
 
 
 def build_heads(config: HeadsConfig) -> Heads:
-    """Return new heads of the configured kind.
-
-    Raises:
-        MedheadError: no kind has that name.
-    """
+    """Return new heads of the configured kind; an unknown kind raises a `MedheadError`."""
     if config.kind not in KINDS:
         raise MedheadError(f"kind of the heads must be one of {', '.join(sorted(KINDS))}, got {config.kind!r}")
     return KINDS[config.kind](config)

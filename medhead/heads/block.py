@@ -72,11 +72,8 @@ class BlockHeads(CachedHeads):
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:
         """Return the embedding, followed by the token's part of the correction."""
-        if self.cell is not None:
-            return torch.cat([embedding, self.cell.encode(embedding)], -1)
-        if self.parent is not None:
-            return torch.cat([embedding, self.parent(embedding)], -1)
-        return embedding
+        correction = self.parent if self.cell is None else self.cell.encode
+        return embedding if correction is None else torch.cat([embedding, correction(embedding)], -1)
 
     def encode_cache_entry(self, features: Tensor, token: Tensor, positions: Tensor, max_len: int) -> Tensor:
         """Return every layer's keys and values of the fused feature; the token after it does not matter."""
@@ -102,9 +99,9 @@ class BlockHeads(CachedHeads):
     def _run_block(self, root: Tensor, cache: DraftCacheView, depth: int | None) -> Tensor:
         """Map the root's embedding `[batch, anchors, hidden]` to slots `[batch, anchors, slots, hidden]`."""
         batch, anchors, _ = root.shape
-        count = self.slots
-        if depth is not None and self.config.causal:  # later slots change nothing
-            count = depth + self.first
+        count = (
+            depth + self.first if depth is not None and self.config.causal else self.slots
+        )  # later ones change nothing
         if self.mask_embedding is not None:
             root, masks = root + self.mask_embedding[0], self.mask_embedding[1:count]
         else:

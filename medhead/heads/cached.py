@@ -11,13 +11,7 @@ from medhead.heads.layers import Rotary, fuse_layers
 
 
 class CachedHeads(Heads):
-    """Base class of kinds that attend to the whole text (`DraftCacheView`).
-
-    Args:
-        config: the configuration.
-        size: width of the layers.
-        num_layers: number of layers, each with keys and values of its own.
-    """
+    """Base class of kinds that attend to the whole text (`DraftCacheView`), with `num_layers` layers of width `size`."""
 
     fuses_layers = True
 

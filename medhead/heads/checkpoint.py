@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 from medhead.heads.adapter import SUBMODULE, WEIGHTS_FILE, adapts_target, save_adapter, unwrap, wrap
 from medhead.heads.base import Heads, build_heads
 from medhead.heads.config import CONFIG_FILE, check_fit, read_config
@@ -27,11 +27,7 @@ _PREFIX = f"base_model.model.{SUBMODULE}."
 def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype: torch.dtype | None = None) -> None:
     """Write heads as a PEFT checkpoint that `PeftModel.from_pretrained` loads onto the target with heads attached.
 
-    Args:
-        heads: the trained heads.
-        target: the model they were trained for; it is left unchanged.
-        folder: where to write; created if missing.
-        dtype: type of the stored weights; the heads' own if None.
+    The target is left unchanged. Weights are stored in `dtype`, or the heads' own type if it is None.
     """
     trainable = {name: p.requires_grad for name, p in target.named_parameters()}
     copy = build_heads(heads.config)
@@ -46,8 +42,7 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
 def load_heads(folder: str | Path, target: Target) -> Heads:
     """Load heads for a `Target`, onto its device and in its type; the folder may be in another project's format.
 
-    Raises:
-        MedheadError: the checkpoint is missing, damaged, or made for another model.
+    A checkpoint that is missing, damaged, or made for another model raises a `MedheadError`.
     """
     if folder == MTP:  # a folder of that name is `./mtp`
         return load_mtp(target)
@@ -69,14 +64,13 @@ def _load(folder: Path, target: Target) -> Heads:
     try:
         stored = load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:100]
-        raise MedheadError(f"{path} is truncated or damaged ({reason}); copy it again") from None
+        raise MedheadError(f"{path} is truncated or damaged ({one_line(error, 100)}); copy it again") from None
     weights = {name.removeprefix(_PREFIX): tensor for name, tensor in stored.items() if name.startswith(_PREFIX)}
     heads = build_heads(config)
     expected = {name: tuple(t.shape) for name, t in heads.state_dict().items()}
     given = {name: tuple(t.shape) for name, t in weights.items()}
-    if expected != given:
-        wrong = sorted(name for name in expected.keys() | given.keys() if expected.get(name) != given.get(name))
+    wrong = sorted({name for name, _ in expected.items() ^ given.items()})
+    if wrong:
         first = wrong[0]
         raise MedheadError(
             f"{path} does not hold the weights that {CONFIG_FILE} describes: {first} is {given.get(first, 'missing')}, "

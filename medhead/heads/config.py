@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 
 CONFIG_FILE = "medhead_config.json"
 CORRECTIONS = ("none", "parent", "recurrent")
@@ -25,15 +25,11 @@ class HeadsConfig:
     vocab_size: int  # rows of the target's output matrix
     num_target_layers: int  # layers of the target, to recognise heads of another model
     target_type: str = ""  # `model_type` of the target's configuration
-    inner_size: int = (
-        384  # width of cell (recurrent), state (sequential), feed-forward (attention, block), correction (medusa)
-    )
+    inner_size: int = 384  # width of cell (recurrent), state (sequential), MLP (attention, block), correction (medusa)
     num_layers: int = 1  # residual blocks of each Medusa head, layers of a block head
     correction: str = "none"  # what makes the children of siblings differ in a parallel kind: none, parent or recurrent
     correction_size: int = 256  # width of a block head's correction
-    feature_layers: list[int] = field(
-        default_factory=list
-    )  # target layers whose outputs are fused; empty: last hidden state
+    feature_layers: list[int] = field(default_factory=list)  # target layers to fuse; empty: last hidden state
     num_heads: int = 4  # query heads of attention
     num_kv_heads: int = 2  # key and value heads of attention
     head_dim: int = 64  # size of an attention head
@@ -43,23 +39,19 @@ class HeadsConfig:
     rms_norm_eps: float = 1e-6
     causal: bool = True  # whether a slot of a block sees only earlier slots
     root_slot_predicts: bool = (
-        True  # whether a block's first slot predicts the root's children (DSpark), or the second (DFlash)
+        True  # whether a block's slot 0 predicts the root's children (DSpark), or slot 1 (DFlash)
     )
     mask_token_id: int = -1  # a block's masks are the target's embedding of this token (DFlash); learnt vectors if -1
     draft_hidden_size: int = 0  # width of the layer of attention heads; 0 for the target's hidden size
     norm_before_residual: bool = False  # the residual stream of attention heads is the normed feature
-    tie_weights: bool = (
-        False  # one set of weights (sequential) or one output matrix of their own (medusa) for all depths
-    )
+    tie_weights: bool = False  # all depths share weights (sequential) or their own output matrix (medusa)
     scale_input: bool = False  # normalise the first state (sequential)
     own_embedding: bool = False  # the heads bring an embedding of their own (loaded checkpoints)
     own_output: bool = False  # the heads bring an output matrix of their own (loaded checkpoints)
     # measured on held-out text: accuracies[d][r] is the share of positions at which the rank-r draft token of depth d+1 was
     # right, given that the path to it was
     accuracies: list[list[float]] = field(default_factory=list)
-    trees: dict[str, list[list[int]]] = field(
-        default_factory=dict
-    )  # best static trees by number of nodes: paths of ranks
+    trees: dict[str, list[list[int]]] = field(default_factory=dict)  # best static trees (paths of ranks) by node count
     tree_size: int = 16  # nodes of the tree that decodes fastest with these heads on the machine that measured it
     tree_depth: int = 0  # maximum depth of a tree of that size; `depth` if 0
     tree_width: int = 4  # nodes of a frontier while a tree grows
@@ -95,28 +87,31 @@ class HeadsConfig:
         """Kind and correction, for tables."""
         return self.kind if self.correction == "none" else f"{self.kind} + {self.correction}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as plain data, for JSON."""
-        return asdict(self)
-
 
 def read_config(folder: str | Path) -> HeadsConfig:
-    """Return the configuration of the heads in a folder.
-
-    Raises:
-        MedheadError: the folder, the file or one of its fields is missing or wrong.
-    """
+    """Return the configuration of the heads in a folder; raise `MedheadError` where it is missing or wrong."""
     folder = Path(folder)
     if not folder.is_dir():
         raise MedheadError(f"heads folder {str(folder)!r} does not exist")
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {CONFIG_FILE}; it is not a heads checkpoint of medhead")
-    fields = read_json(path)
     try:
-        return HeadsConfig(**fields)
+        return HeadsConfig(**read_json(path))
     except TypeError as error:
         raise MedheadError(f"{path} cannot be read: {error}") from None
+
+
+def fitting_config(target: Any, kind: str, **fields: Any) -> HeadsConfig:
+    """Return a configuration with the target's sizes."""
+    return HeadsConfig(
+        kind=kind,
+        hidden_size=target.hidden_size,
+        vocab_size=target.vocab_size,
+        num_target_layers=target.layers,
+        target_type=str(getattr(target.config, "model_type", "")),
+        **fields,
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -124,18 +119,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, OSError) as error:
-        raise MedheadError(f"{path} cannot be read: {' '.join(str(error).split())}") from None
+        raise MedheadError(f"{path} cannot be read: {one_line(error)}") from None
     if not isinstance(content, dict):
         raise MedheadError(f"{path} must hold names and values, got a {type(content).__name__}")
     return content
 
 
 def check_fit(config: HeadsConfig, target: Any, folder: str | Path) -> None:
-    """Refuse heads of another model.
-
-    Raises:
-        MedheadError: hidden size, vocabulary size or number of layers differ.
-    """
+    """Refuse heads of a model with another hidden size, vocabulary size or number of layers."""
     for name, of_heads, of_target in (
         ("hidden size", config.hidden_size, target.hidden_size),
         ("vocabulary size", config.vocab_size, target.vocab_size),

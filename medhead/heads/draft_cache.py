@@ -27,7 +27,7 @@ class DraftCacheView:
     Attributes:
         rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
         end: `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position.
-        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed behind each other), or None for 0.
+        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed one after the other), or None for 0.
         full: every query sees every entry.
     """
 
@@ -47,22 +47,15 @@ class DraftCacheView:
 
 
 class DraftCache(Protocol):
-    """What decoding asks of the storage; its lengths are advanced by the target's cache.
+    """What decoding asks of the storage; its lengths are advanced by the target's cache."""
 
-    Attributes:
-        lengths: committed tokens of every row, shared with the target's cache.
-    """
-
-    lengths: Lengths
+    lengths: Lengths  # committed tokens of every row, shared with the target's cache
 
     def write(self, encode: EncodeCacheEntry, features: Tensor, token: Tensor, counts: Tensor) -> None:
-        """Write entries behind the committed ones.
+        """Write entries, made by `encode` (`Heads.encode_cache_entry`), after the committed ones.
 
-        Args:
-            encode: `Heads.encode_cache_entry`, which makes the entries.
-            features: `[batch, n, size]` of the target.
-            token: `[batch, n, ...]` embeddings of the tokens behind them.
-            counts: `[batch]` int64, how many of the n are part of each text.
+        `features` `[batch, n, size]` are the target's, `token` `[batch, n, ...]` the embeddings of the tokens after them, and
+        `counts` `[batch]` int64 says how many of the n are part of each text.
         """
 
     def keep_rows(self, rows: list[int]) -> None:
@@ -76,14 +69,7 @@ class DraftCache(Protocol):
 
 
 class TensorDraftCache:
-    """Preallocated, ragged storage of entries in one tensor.
-
-    Args:
-        size: numbers in an entry.
-        dtype: their type.
-        lengths: see `DraftCache`.
-        capacity: entries of a row to expect; the storage doubles when that was too few.
-    """
+    """Preallocated, ragged storage of entries of `size` numbers in one tensor; it doubles when `capacity` was too small."""
 
     def __init__(self, size: int, dtype: torch.dtype, lengths: Lengths, capacity: int = 4 * PAGE) -> None:
         batch, device = len(lengths.device), lengths.device.device
@@ -131,16 +117,13 @@ class TensorDraftCache:
 
     def nbytes(self) -> int:
         """Return the memory of the storage."""
-        return self.rows.numel() * self.rows.element_size()
+        return self.rows.nbytes
 
 
 class LazyDraftCache:
     """A draft cache whose entries of plain decoding wait until they are read, so that many are written at once.
 
-    Args:
-        cache: the storage.
-        encode: `Heads.encode_cache_entry`.
-        embed: token ids to the embeddings that `DraftCache.write` takes.
+    `encode` is `Heads.encode_cache_entry`, and `embed` maps token ids to the embeddings that `DraftCache.write` takes.
     """
 
     def __init__(self, cache: DraftCache, encode: EncodeCacheEntry, embed: Callable[[Tensor], Tensor]) -> None:
@@ -148,7 +131,7 @@ class LazyDraftCache:
         self._pending: list[tuple[Tensor, Tensor]] = []
 
     def write(self, features: Tensor, tokens: Tensor, counts: Tensor) -> None:
-        """Write entries of the tokens `[batch, n]` that stand behind the features `[batch, n, size]`."""
+        """Write entries of the tokens `[batch, n]` that follow those of the features `[batch, n, size]`."""
         self.flush()
         self.cache.write(self._encode, features, self._embed(tokens), counts)
 

@@ -9,17 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.config import HeadsConfig
-from medhead_kernels import skinny_gemm as skinny_gemm
+from medhead_kernels import skinny_gemm
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, fast also for the few rows of a frontier.
+    """PyTorch's linear layer, fast also for the few rows of a frontier."""
 
-    Attributes:
-        packed: the packed weight used while decoding (`OutputHead.pack` sets it); None in training.
-    """
-
-    packed: skinny_gemm.PackedLinear | None = None
+    packed: skinny_gemm.PackedLinear | None = None  # used while decoding (`OutputHead.pack` sets it); None in training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
@@ -31,17 +27,13 @@ class Linear(nn.Linear):
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021), with tables that grow with the largest position.
 
-    Args:
-        dim: size of a head.
-        theta: base of the frequencies.
-        scaling: a `rope_scaling` entry of a transformers configuration (linear, llama3, yarn, ...), or None.
-        context: the `max_position_embeddings` that `scaling` refers to.
+    `scaling` is a `rope_scaling` entry of a transformers configuration (linear, llama3, yarn, ...), which refers to a
+    `max_position_embeddings` of `context`.
     """
 
     def __init__(self, dim: int, theta: float, scaling: dict[str, Any] | None = None, context: int = 0) -> None:
         super().__init__()
-        self.dim, self.theta = dim, theta
-        self.scaling, self.context = scaling, context
+        self.dim, self.theta, self.scaling, self.context = dim, theta, scaling, context
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def forward(self, x: Tensor, positions: Tensor, max_len: int) -> Tensor:
@@ -135,11 +127,6 @@ class GatedCell(nn.Module):
     """A recurrent cell: state + W_o (SiLU(W_g z) * W_u z), z = [norm(state); norm(embedding)], with a bias per depth.
 
     The products with state and embedding are computed apart, because the second depends on the token alone.
-
-    Args:
-        size: of the state.
-        inner: width of the gates.
-        depth: number of steps that have a bias of their own.
     """
 
     def __init__(self, size: int, inner: int, depth: int) -> None:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import time
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,7 +14,8 @@ from torch import Tensor
 from medhead.heads.base import Heads
 from medhead.heads.layers import Linear
 from medhead.model.target import Target
-from medhead_kernels import skinny_gemm as skinny_gemm
+from medhead_kernels import skinny_gemm
+from medhead_kernels.timing import time_call
 
 TABLE_BYTES = 64 * 2**20  # size of the largest table of encoded tokens that is kept
 
@@ -34,12 +34,10 @@ def shared_output_head(heads: Heads, target: Target, dtype: torch.dtype | None) 
 
 
 class OutputHead:
-    """Heads, the rows of the output matrix that they use, and the type they compute in.
+    """Heads, the rows of the target's output matrix that they use, and the type they compute in.
 
-    Args:
-        heads: the heads; moved to the target's device, and copied if they have another type.
-        target: the target whose embedding and output matrix they use.
-        dtype: the type; None measures whether the target's own or bfloat16 is faster on this machine.
+    The heads are moved to the target's device, and copied if they have another type than `dtype`; where that is None the
+    faster one of the target's own and bfloat16 is measured on this machine.
 
     Attributes:
         tokens: `[draft_vocab_size]` token ids of the output rows, or None for all.
@@ -54,7 +52,9 @@ class OutputHead:
         if self.tokens is not None:
             weight, bias = weight[self.tokens], None if bias is None else bias[self.tokens]
         self.dtype = dtype or _faster_dtype(weight)
-        self.heads = _converted(heads, target.device, self.dtype)
+        if any(parameter.dtype != self.dtype for parameter in heads.parameters()):
+            heads = deepcopy(heads)  # other proposers may hold them too
+        self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
         self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
@@ -105,7 +105,7 @@ class OutputHead:
     def packable_bytes(self) -> int:
         """Bytes that packed copies of all weights would take."""
         weights = [self.weight, *(layer.weight for layer in self._linear_layers())]
-        return sum(weight.numel() * weight.element_size() for weight in weights)
+        return sum(weight.nbytes for weight in weights)
 
     @property
     def nbytes(self) -> int:
@@ -141,19 +141,6 @@ def _measured_dtype(out: int, size: int, threads: int, repeats: int = 16) -> tor
     seconds = {}
     for dtype in (torch.float32, torch.bfloat16):
         matrix, vectors = skinny_gemm.PackedLinear(torch.ones(out, size, dtype=dtype)), torch.ones(4, size, dtype=dtype)
-        times = []
         with torch.inference_mode():
-            matrix(vectors)
-            for _ in range(repeats):
-                began = time.perf_counter()
-                matrix(vectors)
-                times.append(time.perf_counter() - began)
-        seconds[dtype] = sorted(times)[repeats // 2]
+            seconds[dtype] = time_call(partial(matrix, vectors), "cpu", seconds=0.0, min_runs=repeats)
     return min(seconds, key=lambda dtype: seconds[dtype])
-
-
-def _converted(heads: Heads, device: torch.device, dtype: torch.dtype) -> Heads:
-    """Return the heads on a device; a copy if they have another type, because other proposers may hold them too."""
-    if any(parameter.dtype != dtype for parameter in heads.parameters()):
-        return deepcopy(heads).to(device=device, dtype=dtype)
-    return heads.to(device=device)

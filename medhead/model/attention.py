@@ -39,31 +39,19 @@ NAME = "medhead"
 
 @dataclass
 class TreePass:
-    """Arguments of attention that belong to the running pass.
+    """Arguments of attention that belong to the running pass."""
 
-    Attributes:
-        lengths: `[batch]` int64, committed tokens of every row, or None when all rows have `max_length`.
-        max_length: the largest length, on the host; an upper bound where only the device knows the lengths.
-        depth: `[batch or 1, nodes]`, depth of every node.
-        visible: `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain.
-        nodes: number of nodes in this pass.
-        use_reference: use the reference attention in every layer, for comparison.
-        backend: a kernel backend for the layers that it supports, or None.
-        host_lengths: committed tokens of every row, on the host; empty where only the device knows them.
-        ancestor_bitmask: ancestors of the nodes, see `TokenTree.ancestor_bitmask`; required with a backend.
-    """
-
-    lengths: Tensor | None
-    max_length: int
-    depth: Tensor
-    visible: Tensor | None
-    nodes: int
-    use_reference: bool = False
-    backend: Backend | None = None
-    host_lengths: tuple[int, ...] = ()
-    ancestor_bitmask: Tensor | None = None
-    _biases: dict[Any, Tensor] = field(default_factory=dict)
-    _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict)
+    lengths: Tensor | None  # `[batch]` int64, committed tokens of every row, or None when all rows have `max_length`
+    max_length: int  # the largest length, on the host; an upper bound where only the device knows the lengths
+    depth: Tensor  # `[batch or 1, nodes]`, depth of every node
+    visible: Tensor | None  # `[batch or 1, nodes, nodes]` bool, node i sees node j; None for a chain
+    nodes: int  # number of nodes in this pass
+    use_reference: bool = False  # use the reference attention in every layer, for comparison
+    backend: Backend | None = None  # a kernel backend for the layers that it supports
+    host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
+    ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
+    _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
+    _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
     @property
     def num_keys(self) -> int:
@@ -200,16 +188,9 @@ def _backend_attention(
 
 
 def _attention(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
     """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`; the attention function of transformers."""
     current = _running.get()
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
@@ -225,9 +206,8 @@ def _attention(
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
-        visible = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
-        attention_mask = additive_mask(visible, torch.float32)
-    elif attention_mask is not None and attention_mask.dtype == torch.bool:
+        attention_mask = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 

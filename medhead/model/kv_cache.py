@@ -7,6 +7,7 @@ those of the accepted nodes to `length + depth`; everything behind the new lengt
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import Cache
 
 from medhead.core.lengths import Lengths
+from medhead.errors import one_line
 
 PAGE = 64  # rows are allocated in multiples of this
 
@@ -30,6 +32,11 @@ class KVSpec:
     dtype: torch.dtype
     device: torch.device
 
+    @classmethod
+    def of(cls, states: Tensor) -> KVSpec:
+        """Return the shape of cached keys or values `[batch, heads, tokens, dim]`."""
+        return cls(states.shape[1], states.shape[3], states.dtype, states.device)
+
 
 KVBuffers = dict[KVSpec, Any]  # `[layers, batch, heads, tokens, dim]` of every shape, or a list with an item per layer
 
@@ -42,7 +49,7 @@ class CacheLayout:
 
     def specs(self) -> dict[KVSpec, int]:
         """Return every shape, in the order of `TreeCache.buffers`, and how many layers' keys or values have it."""
-        return _places_of(self)[1]
+        return dict(Counter(spec for pair in self.layers.values() for spec in pair))
 
     def bytes_per_token(self) -> int:
         """Return the memory of one token of one row."""
@@ -52,13 +59,13 @@ class CacheLayout:
 class TreeCache(Cache):
     """Storage for a batch of rows. All layers of one shape share a tensor, so that `commit` is one copy for all of them.
 
-    Args:
-        layout: what the target caches, as found by probing it.
-        batch: number of rows.
-        capacity: tokens a row is expected to hold; the storage doubles when that was too few.
+    The storage doubles when `capacity`, the tokens that a row is expected to hold, was too small.
 
     Attributes:
         lengths: committed tokens of every row.
+        buffers: `[layers, batch, heads, capacity, dim]` of every shape.
+        per_layer: `[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `buffers`.
+        used: columns of keys that attention sees in the pass that was begun.
         columns: how many columns attention sees; None for the longest prefix and the nodes, or, where the host does not know
             the lengths, for all of them.
     """
@@ -84,15 +91,11 @@ class TreeCache(Cache):
 
     def _hold(self, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> None:
         super().__init__(layers=[])
-        self.layout, self._buffers, self.lengths = layout, buffers, lengths
+        self.layout, self.buffers, self.lengths = layout, buffers, lengths
         self.capacity: int = next(iter(buffers.values()))[0].shape[2]
         self.columns: int | None = None
-        self._places = _places_of(layout)[0]
-        self._views: dict[int, tuple[Tensor, Tensor]] = {}
-        self._per_layer: list[Tensor] = []  # see `per_layer`
         self._refresh_views()
-        self._nodes = 0
-        self._used = 0
+        self.used = 0
         self._start: int | None = 0  # where this pass writes, if that is the same in all rows
         self._rows_index: dict[torch.device, Tensor] = {}
 
@@ -101,77 +104,47 @@ class TreeCache(Cache):
     def begin(self, nodes: int, spare: int = 0) -> None:
         """Prepare a pass over `nodes` nodes behind the committed prefix of every row.
 
-        The storage grows if needed where the host knows the lengths; elsewhere there must be room.
-
-        Args:
-            nodes: of every row.
-            spare: columns to leave behind the nodes of the longest row.
+        The storage grows where the host knows the lengths, for `spare` columns behind the longest row's nodes too; elsewhere
+        there must be room.
         """
-        self._nodes, self._start = nodes, None
+        self._start = None
         if self.lengths.host is None:
-            self._used = self.capacity if self.columns is None else self.columns
+            self.used = self.capacity if self.columns is None else self.columns
         else:
             longest = self.lengths.longest
-            self._used = longest + nodes
-            if self._used + spare > self.capacity:
-                self._grow(self._used + spare)
+            self.used = longest + nodes
+            if self.used + spare > self.capacity:
+                self._grow(self.used + spare)
             if self.lengths.uniform:
                 self._start = longest
                 return
         device = self.lengths.device.device
         where = (self.lengths.device[:, None] + torch.arange(nodes, device=device))[:, None, :, None]
-        self._rows_index = {device: where.to(device) for device in {spec.device for spec in self._buffers}}
-
-    @property
-    def buffers(self) -> KVBuffers:
-        """`[layers, batch, heads, capacity, dim]` of every shape."""
-        return self._buffers
-
-    @property
-    def per_layer(self) -> list[Tensor]:
-        """`[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `buffers`."""
-        if not self._per_layer:
-            self._per_layer = [layer for buffer in self._buffers.values() for layer in buffer]
-        return self._per_layer
-
-    @property
-    def used(self) -> int:
-        """Columns of keys that attention sees in the pass that was begun."""
-        return self._used
+        self._rows_index = {device: where.to(device) for device in {spec.device for spec in self.buffers}}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values of this pass; return views of all keys and values of the layer.
-
-        Args:
-            key_states: `[batch, key_heads, nodes, dim]`.
-            value_states: `[batch, key_heads, nodes, value_dim]`.
-            layer_idx: which layer.
-            args: unused.
-            kwargs: unused.
-        """
+        """Store one layer's keys and values `[batch, heads, nodes, dim]` of this pass; return views of all that it has."""
         keys, values = self._views[layer_idx]
         if self._start is not None:
-            end = self._start + self._nodes
-            keys[:, :, self._start : end] = key_states
-            values[:, :, self._start : end] = value_states
+            keys[:, :, self._start : self.used] = key_states
+            values[:, :, self._start : self.used] = value_states
         else:
             index = self._rows_index[keys.device]
             keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
             values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
-        return keys[:, :, : self._used], values[:, :, : self._used]
+        return keys[:, :, : self.used], values[:, :, : self.used]
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes of the last pass into place; the caller advances `lengths` afterwards.
 
-        Args:
-            path: `[batch, steps]` int64, the node at each depth, starting with the root; arbitrary beyond `counts`.
-            counts: `[batch]` int64, how many nodes of each row stay.
+        `path` `[batch, steps]` int64 is the node at each depth, starting with the root, and arbitrary beyond `counts`
+        `[batch]` int64, the number of nodes of each row that stay.
         """
         if path.shape[1] == 1:
             return
-        for spec, buffer in self._buffers.items():
+        for spec, buffer in self.buffers.items():
             here, lengths = path.to(spec.device), self.lengths.device.to(spec.device)
             if isinstance(buffer, list):
                 for layer in buffer:
@@ -181,7 +154,9 @@ class TreeCache(Cache):
 
                 ops.move(buffer, here, lengths, counts.to(spec.device))
             elif self._start is not None and len(path) == 1:
-                _move_few(buffer, here[0], self._start)
+                buffer[:, :, :, self._start : self._start + path.shape[1]] = buffer.index_select(
+                    3, here[0] + self._start
+                )
             else:
                 _move_rows(buffer, here, lengths)
 
@@ -193,14 +168,14 @@ class TreeCache(Cache):
         assert self.lengths.host is not None
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
         in_place = all(row >= len(rows) for _, row in moves)
-        for spec, buffer in self._buffers.items():
+        for spec, buffer in self.buffers.items():
             if in_place and 2 * len(rows) > buffer.stride(0) // max(buffer.stride(1), 1):
                 for place, row in moves:
                     length = self.lengths.host[row]
                     buffer[:, place, :, :length] = buffer[:, row, :, :length]
-                self._buffers[spec] = buffer[:, : len(rows)]
+                self.buffers[spec] = buffer[:, : len(rows)]
             else:
-                self._buffers[spec] = buffer[:, torch.tensor(rows, device=buffer.device)]
+                self.buffers[spec] = buffer[:, torch.tensor(rows, device=buffer.device)]
         self._refresh_views()
 
     def join(self, other: TreeCache) -> None:
@@ -209,17 +184,17 @@ class TreeCache(Cache):
         # what long rows that left had needed is given back
         capacity = max(other.capacity, -(-(here + PAGE) // PAGE) * PAGE)
         rows, more = self.batch_size, other.batch_size
-        for spec, buffer in self._buffers.items():
+        for spec, buffer in self.buffers.items():
             joined = buffer.new_zeros(buffer.shape[0], rows + more, spec.heads, capacity, spec.dim)
             joined[:, :rows, :, :here] = buffer[:, :, :, :here]
-            joined[:, rows:, :, :there] = other._buffers.pop(spec)[:, :, :, :there]
-            self._buffers[spec] = joined
+            joined[:, rows:, :, :there] = other.buffers.pop(spec)[:, :, :, :there]
+            self.buffers[spec] = joined
         self.capacity = capacity
         self._refresh_views()
 
     def nbytes(self) -> int:
         """Return the memory of the storage, dropped rows included until it is made anew."""
-        return sum(buffer.untyped_storage().nbytes() for buffer in self._buffers.values())
+        return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers.values())
 
     # ---------------------------------------------------------------- what transformers asks of a cache
 
@@ -228,21 +203,21 @@ class TreeCache(Cache):
         return 0 if self.lengths.host is None else self.lengths.longest
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """Columns of keys in this pass, and the offset of the first."""
-        return self._used, 0
+        """Return the columns of keys in this pass, and the offset of the first."""
+        return self.used, 0
 
     def get_max_length(self, layer_idx: int | None = None) -> int:
-        """No fixed maximum."""
+        """Return -1: there is no fixed maximum."""
         return -1
 
     @property
     def is_sliding(self) -> list[bool]:
-        """No layer drops keys; windows are a matter of the mask."""
-        return [False] * (max(self.layout.layers) + 1)
+        """Return False for every layer: no layer drops keys, windows are a matter of the mask."""
+        return [False] * len(self)
 
     @property
     def is_compileable(self) -> bool:
-        """Whether transformers may compile on its own; it may not."""
+        """Return False: transformers may not compile on its own."""
         return False
 
     @property
@@ -256,16 +231,19 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- storage
 
     def _refresh_views(self) -> None:
-        self._per_layer = []
-        for layer, ((key_spec, key_at), (value_spec, value_at)) in self._places.items():
-            self._views[layer] = (self._buffers[key_spec][key_at], self._buffers[value_spec][value_at])
+        parts = {spec: [buffer[index] for index in range(len(buffer))] for spec, buffer in self.buffers.items()}
+        self.per_layer: list[Tensor] = [layer for layers in parts.values() for layer in layers]
+        left = {spec: iter(layers) for spec, layers in parts.items()}
+        self._views = {
+            layer: (next(left[key]), next(left[value])) for layer, (key, value) in self.layout.layers.items()
+        }
 
     def _grow(self, needed: int) -> None:
         grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)
-        for spec, buffer in self._buffers.items():
+        for spec, buffer in self.buffers.items():
             bigger = buffer.new_zeros(*buffer.shape[:3], grown, spec.dim)
             bigger[:, :, :, : self.capacity] = buffer
-            self._buffers[spec] = bigger
+            self.buffers[spec] = bigger
         self.capacity = grown
         self._refresh_views()
 
@@ -274,26 +252,6 @@ def compact_order(rows: list[int]) -> list[int]:
     """Return the rows in the order for which `TreeCache.keep_rows` moves the fewest: the last ones fill the gaps."""
     kept, spare = set(rows), [row for row in rows if row >= len(rows)]
     return [row if row in kept else spare.pop() for row in range(len(rows))]
-
-
-def _places_of(
-    layout: CacheLayout,
-) -> tuple[dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]], dict[KVSpec, int]]:
-    """Return where every layer's keys and values are (a shape and an index) and how many layers each shape has."""
-    found: dict[int, tuple[tuple[KVSpec, int], tuple[KVSpec, int]]] = {}
-    counts: dict[KVSpec, int] = {}
-    for layer, pair in layout.layers.items():
-        places = []
-        for spec in pair:
-            places.append((spec, counts.get(spec, 0)))
-            counts[spec] = counts.get(spec, 0) + 1
-        found[layer] = (places[0], places[1])
-    return found, counts
-
-
-def _move_few(buffer: Tensor, path: Tensor, start: int) -> None:
-    """Copy the rows `start + path[d]` of a buffer `[layers, 1, heads, tokens, dim]` to `start + d`."""
-    buffer[:, :, :, start : start + len(path)] = buffer.index_select(3, path + start)
 
 
 def _move_rows(buffer: Tensor, path: Tensor, lengths: Tensor) -> None:
@@ -325,7 +283,7 @@ def selftest_commit(device: torch.device) -> bool:
             return True
         reason = f"rows 0 to 3 became {found}"
     except Exception as error:  # whatever Triton throws, plain copies work
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(f"{type(error).__name__}: {error}", 160)
     warnings.warn(
         f"the commit kernel does not work on {device} ({reason}); rows are moved by PyTorch, which is slower",
         stacklevel=2,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from medhead.errors import UnsupportedTargetError
+from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.kv_cache import CacheLayout, KVSpec
 
 
@@ -17,8 +17,7 @@ from medhead.model.kv_cache import CacheLayout, KVSpec
 def find_layout(model: Any) -> CacheLayout:
     """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 
-    Raises:
-        UnsupportedTargetError: the model caches no keys and values, or also other states.
+    A model that caches no keys and values, or also other states, raises an `UnsupportedTargetError`.
     """
     name, argument = type(model).__name__, cache_argument(model)
     cache: Any = DynamicCache()
@@ -28,8 +27,7 @@ def find_layout(model: Any) -> CacheLayout:
     try:
         used = model(input_ids=ids, use_cache=True, **{argument: cache})
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {reason}") from error
+        raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {one_line(error, 160)}") from error
     finally:
         model.train(training)
     returned: Any = getattr(used, argument, None)
@@ -43,22 +41,17 @@ def find_layout(model: Any) -> CacheLayout:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if any(hasattr(layer, state) for state in ("conv_states", "recurrent_states")):
             raise UnsupportedTargetError(
-                f"{name} has recurrent or convolutional layers (layer {index}); "
-                "medhead cannot verify trees with them yet"
+                f"{name} has recurrent or convolutional layers (layer {index}); medhead cannot verify trees with them yet"
             )
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-            found[index] = tuple(KVSpec(t.shape[1], t.shape[3], t.dtype, t.device) for t in (keys, values))
+            found[index] = KVSpec.of(keys), KVSpec.of(values)
     if not found:
         raise UnsupportedTargetError(f"{name} wrote nothing into its key/value cache")
-    return CacheLayout(found)  # type: ignore[arg-type]
+    return CacheLayout(found)
 
 
 def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """Return the list of the model's decoder layers.
-
-    Raises:
-        UnsupportedTargetError: no list of modules has as many entries as the configuration has layers.
-    """
+    """Return the model's list of `count` decoder layers."""
     for module in model.modules():
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module

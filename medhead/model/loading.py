@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 
 DEMO_MODEL = Path(__file__).parents[1] / "assets" / "model"
 DEMO_HEADS = DEMO_MODEL.with_name("heads")
@@ -26,7 +26,7 @@ def pick_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except Exception as error:
-        reason = " ".join(str(error).split())[:80]
+        reason = one_line(error, 80)
         raise MedheadError(f"device {name!r} is not available ({reason}); use --device cpu or auto") from None
     return device
 
@@ -61,9 +61,8 @@ def load_model(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
         )
     except SafetensorError as error:
-        raise MedheadError(
-            f"a weights file of {str(name)!r} is truncated or damaged ({error}); download it again"
-        ) from None
+        damage = f"is truncated or damaged ({error}); download it again"
+        raise MedheadError(f"a weights file of {str(name)!r} {damage}") from None
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
     finally:
@@ -86,8 +85,7 @@ def load_tokenizer(
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
     """Return the token ids of a prompt, through the chat template if the tokenizer has one and `raw` is false.
 
-    Raises:
-        MedheadError: the prompt is empty, or there is a system prompt but no chat template.
+    An empty prompt, and a system prompt without a chat template, raise a `MedheadError`.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: give some text with --prompt, --prompt-file or on standard input")
@@ -115,4 +113,4 @@ def _check_folder(name: str | Path) -> None:
 
 
 def _first_sentence(error: BaseException) -> str:
-    return " ".join(str(error).split()).split(". ")[0][:240] or type(error).__name__
+    return one_line(error).split(". ")[0][:240] or type(error).__name__

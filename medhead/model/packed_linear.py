@@ -17,11 +17,9 @@ _MAX_SHARE = 0.25  # of the free memory that copies may take by default
 
 
 class PackedWeights:
-    """The packable linear layers of a model with their packed copies.
+    """The plain `nn.Linear` layers of a model with their packed copies.
 
-    Args:
-        model: its plain `nn.Linear` layers are packed; all others are unchanged.
-        enabled: whether to pack; None packs where the copies take at most a quarter of the free memory.
+    If `enabled` is None, they are packed where the copies take at most a quarter of the free memory.
     """
 
     def __init__(self, model: nn.Module, enabled: bool | None = None) -> None:
@@ -67,11 +65,8 @@ class PackedWeights:
 
 def _packable(modules: Iterable[nn.Module]) -> list[Any]:
     """Return the plain linear layers whose `forward` was not replaced by other code."""
-    return [
-        layer
-        for layer in modules
-        if type(layer) is nn.Linear and "forward" not in layer.__dict__ and can_pack(layer.weight)
-    ]
+    plain = (layer for layer in modules if type(layer) is nn.Linear and "forward" not in layer.__dict__)
+    return [layer for layer in plain if can_pack(layer.weight)]
 
 
 def fits(size: int) -> bool:
@@ -99,10 +94,8 @@ def _system_free_bytes() -> int:
 
 def cgroup_free_bytes(folder: Path = Path("/sys/fs/cgroup")) -> int:
     """Return the memory in bytes below a container's limit (cgroup version 2 or 1); 2^62 without a limit."""
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
+    version_1 = "memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"
+    for limit, used in (("memory.max", "memory.current"), version_1):
         try:
             return max(0, int((folder / limit).read_text()) - int((folder / used).read_text()))
         except (OSError, ValueError):  # a missing file, or "max"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from medhead.core.tree import TokenTree
-from medhead.errors import UnsupportedTargetError
+from medhead.errors import UnsupportedTargetError, one_line
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
 PREFIXES = (5, 3)  # two rows of different length
@@ -17,8 +17,8 @@ TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 HALF_TOLERANCE = 0.1  # of all other dtypes
 
 
-class TreeVerifier(Protocol):
-    """What the probe needs of a target, see `medhead.model.target.Target`."""
+class _TreeVerifier(Protocol):
+    """What the probe needs of a `medhead.model.target.Target`, which imports this module."""
 
     model: Any
     name: str
@@ -27,25 +27,17 @@ class TreeVerifier(Protocol):
     vocab_size: int
     embedding: Any
 
-    def active(self) -> AbstractContextManager[None]:
-        """Replace the model's attention."""
-
-    def new_cache(self, batch: int, capacity: int) -> Any:
-        """Return an empty cache."""
-
-    def prefill(self, cache: Any, rows: list[list[int]]) -> Tensor:
-        """Fill the cache with tokens."""
-
-    def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]:
-        """Return logits and features of a tree's nodes."""
+    def active(self) -> AbstractContextManager[None]: ...
+    def new_cache(self, batch: int, capacity: int) -> Any: ...
+    def prefill(self, cache: Any, rows: list[list[int]]) -> Tensor: ...
+    def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
 
 
 @torch.inference_mode()
-def check_target(target: TreeVerifier) -> None:
+def check_target(target: _TreeVerifier) -> None:
     """Compare the logits of a small tree with those of its paths, one by one, under the model's own attention.
 
-    Raises:
-        UnsupportedTargetError: the logits differ, or the pass over the tree fails.
+    If they differ, or the pass over the tree fails, raise an `UnsupportedTargetError`.
     """
     tree, prefixes = _probe_tree(target)
     expected = _path_logits(target, tree, prefixes)
@@ -57,7 +49,7 @@ def check_target(target: TreeVerifier) -> None:
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+        reason = one_line(f"{type(error).__name__}: {error}", 160)
         raise UnsupportedTargetError(
             f"{target.name} cannot verify a token tree: its attention does not go through transformers' registry ({reason})"
         ) from error
@@ -71,7 +63,7 @@ def check_target(target: TreeVerifier) -> None:
         )
 
 
-def _probe_tree(target: TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
+def _probe_tree(target: _TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, int(target.embedding.num_embeddings))
     draw = torch.randint(0, high, (len(PREFIXES), max(PREFIXES) + len(PARENTS)), generator=generator)
@@ -80,7 +72,7 @@ def _probe_tree(target: TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
     return TokenTree.from_parents(tokens, torch.tensor(PARENTS, device=target.device)), prefixes
 
 
-def _path_logits(target: TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
+def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
     """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
     training = target.model.training
     target.model.eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,19 +30,19 @@ class Target:
     """A model that verifies trees.
 
     Args:
-        model: what `from_pretrained` returned; a `PeftModel` around one is fine.
+        model: what `from_pretrained` returned, or a `PeftModel` around it.
         probe: check with a small tree that the model verifies trees correctly.
-        attention: `sdpa` (PyTorch's kernels with a dense mask; what they cannot do, soft-capping and sinks, falls to the
-            reference), `triton` (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged
-            with the tree's own block) or `reference` (plain PyTorch throughout, slower, for comparison); `auto` is `triton`
-            on CUDA where it serves the model, else `sdpa`. Layers that a named backend cannot serve say so once.
+        attention: `sdpa` (PyTorch's kernels with a dense mask; layers with soft-capping or sinks use `reference`), `triton`
+            (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
+            block) or `reference` (plain PyTorch, slower, for comparison); `auto` is `triton` on CUDA where it serves the
+            model, else `sdpa`. A named backend that cannot serve some layers warns once.
         packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
             rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
 
     Raises:
         MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
-        UnsupportedTargetError: the model cannot verify a tree (recurrent or convolutional layers, an attention that does
-            not go through transformers' registry, an encoder).
+        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, recurrent or convolutional layers, or an
+            attention that does not go through transformers' registry.
     """
 
     compiles = False  # whether passes, and what `compiled` is given, are compiled
@@ -71,15 +72,18 @@ class Target:
         self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = context_length(self.config)
-        self._configs = attention_configs(inner)
-        self._cache_name = cache_argument(inner)
+        self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
         self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self.layout = find_layout(inner)
-        self.backend = self._choose(attention)
+        specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
+        try:
+            self.backend: Backend = select_backend(attention, specs)
+        except BackendError as error:
+            raise MedheadError(str(error)) from None
         if probe:
             self._probe(attention)
 
@@ -87,10 +91,9 @@ class Target:
 
     @contextmanager
     def active(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
-        """While active, the model's attention is medhead's; afterwards the model is as it was.
+        """Replace the model's attention inside the context; passes return the outputs of `feature_layers` as features.
 
-        Args:
-            feature_layers: layers whose outputs are the features that passes return; none for the last hidden state.
+        Without `feature_layers` the features are the last hidden state.
         """
         if self._active:
             if tuple(feature_layers) != tuple(self._feature_layers):
@@ -116,7 +119,7 @@ class Target:
 
     @contextmanager
     def listening(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
-        """While listening, passes of the model leave their features behind; nothing else of the model is changed."""
+        """Keep the features of the model's passes inside the context; nothing else of the model is changed."""
         hooks = [*self._tap(feature_layers), self.output.register_forward_pre_hook(self._capture)]
         try:
             yield
@@ -126,13 +129,13 @@ class Target:
             self._hidden, self._select, self._feature_layers = None, None, {}
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
-        """An empty cache for `batch` rows of about `capacity` tokens."""
+        """Return an empty cache for `batch` rows of about `capacity` tokens."""
         cache = TreeCache(self.layout, batch, capacity)
         cache.lengths = Lengths.of([0] * batch, self.device)
         return cache
 
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
-        """Run the target's one pass over all nodes of a tree.
+        """Run one pass over all nodes of a tree.
 
         Where the host does not know the cache's lengths (a captured step), all shapes depend on those of the arguments alone
         and the host reads nothing.
@@ -148,14 +151,9 @@ class Target:
     def verify_nodes(
         self, cache: TreeCache, tokens: Tensor, depth: Tensor, visible: Tensor | None, bitmask: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """`verify` for the parts of a tree.
+        """Verify the parts of a tree: `tokens` and `depth` `[batch, nodes]`, `visible` `[batch, nodes, nodes]`.
 
-        Args:
-            cache: with room for the nodes.
-            tokens: `[batch, nodes]`.
-            depth: `[batch, nodes]`.
-            visible: `[batch, nodes, nodes]`; None for one node.
-            bitmask: the ancestor bitmask, where the backend wants it.
+        `visible` is None for one node, `bitmask` the ancestor bitmask where the backend needs it.
         """
         cache.begin(tokens.shape[1])
         current = self._pass(cache, depth, visible, tokens.shape[1])
@@ -165,27 +163,19 @@ class Target:
         return self._forward(cache, tokens, depth, current)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
-        """A function of tensors of just these sizes, for proposers; compiled where passes are.
+        """Return `run`, called `what` in messages, compiled for tensors of the sizes of `given` where passes are compiled.
 
-        Args:
-            what: its name, for people.
-            run: must not read tensors.
-            given: arguments that it is called with while it is compiled.
+        It must not read tensors on the host.
         """
         return run
 
     def prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
     ) -> Tensor:
-        """Fill an empty cache with the tokens of each row, in chunks.
+        """Fill an empty cache with the tokens of each row in chunks; return `[batch, size]` features of every last token.
 
-        Args:
-            cache: an empty cache with one row for each of `rows`.
-            rows: token ids; the rows may have different lengths, and may be empty.
-            on_chunk: called with the features `[batch, nodes, size]` of every chunk and the position of its first token.
-
-        Returns:
-            `[batch, size]`: features of every row's last token; zeros for an empty row.
+        Rows may have different lengths; an empty one has zeros as features. `on_chunk` is called with the features
+        `[batch, nodes, size]` of every chunk and the position of its first token.
         """
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = max(map(len, rows))
@@ -199,8 +189,7 @@ class Target:
             nodes = tokens.shape[1]
             cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
-            last = (lengths - 1 - start).clamp(0, nodes - 1)
-            self._select = last
+            self._select = last = (lengths - 1 - start).clamp(0, nodes - 1)
             cache.begin(nodes)
             _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
             self._select = None
@@ -213,16 +202,14 @@ class Target:
         return found
 
     def embed(self, tokens: Tensor) -> Tensor:
-        """Input embeddings of token ids, `[*tokens.shape, hidden]`."""
+        """Return the input embeddings of token ids, `[*tokens.shape, hidden]`."""
         return self.embedding(tokens)
 
     def read_hidden(self, model: nn.Module, input_ids: Tensor, position_ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
+        """Return last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
 
-        Args:
-            model: the target's model, or what wraps it.
-            input_ids: `[rows, length]`.
-            position_ids: `[rows, length]`; where they start again at 0 a new text begins, which does not see the one before.
+        `model` is the target's model, or what wraps it. Where `position_ids` start again at 0 a new text begins, which does
+        not see the one before.
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
         model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
@@ -232,15 +219,8 @@ class Target:
 
     # ---------------------------------------------------------------- inside
 
-    def _choose(self, attention: str) -> Backend:
-        cases = [AttnSpec(k.device.type, k.dtype, k.dim, v.dim) for k, v in self.layout.layers.values()]
-        try:
-            return select_backend(attention, cases)
-        except BackendError as error:
-            raise MedheadError(str(error)) from None
-
     def _probe(self, attention: str) -> None:
-        """Check the target; a kernel that nobody asked for by name gives way, out loud, where it is what fails."""
+        """Check the target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
         try:
             check_target(self)
         except UnsupportedTargetError as error:
@@ -250,14 +230,12 @@ class Target:
                 raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
             name, self.backend = self.backend.name, BACKENDS["sdpa"]
             check_target(self)
-            warnings.warn(
-                f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}", stacklevel=3
-            )
+            reason = f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}"
+            warnings.warn(reason, stacklevel=3)
 
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
-        plain = self.backend.name == "reference"
-        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, plain)
+        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, self.backend.name == "reference")
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
@@ -290,16 +268,13 @@ class Target:
         layers = decoder_layers(self.model, self.layers)
         self._feature_layers = dict.fromkeys(feature_layers)
 
-        def keep(layer: int) -> Callable[..., None]:
-            def hook(module: nn.Module, args: Any, output: Any) -> None:
-                self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
+        def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
+            self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
 
-            return hook
-
-        return [layers[layer].register_forward_hook(keep(layer)) for layer in feature_layers]
+        return [layers[layer].register_forward_hook(partial(keep, layer)) for layer in feature_layers]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Runs before the output matrix: remembers what it is given; while prefilling, only one row of it goes on."""
+        """Keep what the output matrix is given; while prefilling, pass only one row of it on."""
         hidden = args[0]
         self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
         if self._select is None:

@@ -1,18 +1,17 @@
-"""A suffix automaton of a growing text that counts: everything the text has repeated so far, and what came next.
+"""A suffix automaton of a growing text, with decaying counts of all substrings and of the tokens that follow them.
 
-A state stands for all substrings that end at the same places (Blumer et al. 1985); appending a token costs amortised
-constant time. Beside that every state keeps the weight of its occurrences, each of which counts half after `half_life`
-tokens. Instead of making all old weights smaller, every new one is larger, so the order of a state's followers only
-changes where an occurrence is added. Weights are exact for substrings of up to `bound` tokens, which costs at most `bound`
-more operations a token, and only in text that repeats itself that much.
+A state stands for all substrings that end at the same positions (Blumer et al. 1985); appending a token takes amortised
+constant time. Every state also has the weight of its occurrences; an occurrence counts half after `half_life` tokens. Old
+weights are not scaled down: new ones are larger, so the order of a state's followers changes only where an occurrence is
+added. Weights are exact for substrings of up to `bound` tokens, at the cost of at most `bound` further operations per token.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-_ROOT = 0
-_RESCALE = 500.0  # half-lives after which weights are brought down, far from the largest float
+ROOT = 0  # state of the empty substring
+_RESCALE = 500.0  # half-lives after which weights are scaled down, far from the largest float
 
 
 class SuffixAutomaton:
@@ -20,138 +19,131 @@ class SuffixAutomaton:
 
     Args:
         bound: longest substring whose weight is exact.
-        half_life: tokens after which an occurrence counts half.
-        followers: followers of a state that can be named; the heaviest are.
+        half_life: number of tokens after which an occurrence counts half.
+        followers: largest number of followers of a state that `after` returns; the heaviest are kept.
 
     Attributes:
-        size: tokens of the text.
+        size: number of tokens of the text.
         now: weight of an occurrence that ends at the newest token.
+        length: of every state, the length of its longest substring.
+        link: of every state, the state of the longest suffix of its substrings that occurs elsewhere too; -1 of `ROOT`.
+        recent: state of the text's last `bound - 1` tokens.
     """
 
     def __init__(self, bound: int, half_life: float, followers: int = 8) -> None:
         self.bound, self.half_life, self.followers = bound, half_life, followers
         self.size, self.now = 0, 1.0
-        self._scale = 0.0  # half-lives that were taken out of all weights
+        self.link, self.length, self.recent = [-1], [0], ROOT
+        self._scale = 0.0  # half-lives that were scaled out of all weights
         self._next: list[dict[int, int]] = [{}]
-        self._link, self._length, self._weight = [-1], [0], [0.0]
-        self._heaviest: list[list[int] | None] = [None]  # first followers by weight, where a state has many
-        self._last = _ROOT  # state of the whole text
-        self._near = _ROOT  # state of its last `bound - 1` tokens
+        self._weight = [0.0]
+        self._heaviest: dict[int, list[int]] = {}  # the heaviest followers in order, of states with many
+        self._last = ROOT  # state of the whole text
 
     def append(self, token: int) -> None:
-        """The text goes on with `token`."""
+        """Append a token to the text."""
         self._extend(token)
         self.now = 2.0 ** (self.size / self.half_life - self._scale)
         if self.now > 2.0**_RESCALE:
-            self._rescale()
+            self._weight = [weight * 2.0**-_RESCALE for weight in self._weight]
+            self.now, self._scale = self.now * 2.0**-_RESCALE, self._scale + _RESCALE
         self._count(token)
         self.size += 1
 
-    def suffixes(self, longest: int) -> Iterator[tuple[int, int]]:
-        """States of the text's own suffixes of at most `longest` (below `bound`) tokens that also occur earlier, each with
-        the length of its longest such suffix; the longest first. The empty suffix is left out."""
-        length = min(longest, self.size, self.bound - 1)
-        state = self._near
-        while state != _ROOT:
-            shorter = self._link[state]
-            if self._next[state] and self._length[shorter] < length:
-                yield state, min(self._length[state], length)
+    def suffixes(self, max_length: int) -> Iterator[tuple[int, int]]:
+        """Yield the states of the text's non-empty suffixes that also occur earlier, the longest first.
+
+        Each comes with the length of its longest such suffix of at most `max_length` (and below `bound`) tokens.
+        """
+        length = min(max_length, self.size, self.bound - 1)
+        state = self.recent
+        while state != ROOT:
+            shorter = self.link[state]
+            if self._next[state] and self.length[shorter] < length:
+                yield state, min(self.length[state], length)
             state = shorter
 
-    def shorter(self, state: int) -> tuple[int, int]:
-        """The longest proper suffix of a state's substrings that occurs elsewhere too, and its length."""
-        link = self._link[state]
-        return link, self._length[link]
-
     def weight(self, state: int) -> float:
-        """Weight of all occurrences of a state's substrings, in units of one that ends now."""
+        """Return the weight of all occurrences of a state's substrings, in units of one that ends now."""
         return self._weight[state] / self.now
 
     def after(self, state: int) -> list[tuple[int, int, float]]:
-        """The heaviest tokens behind a state: token, state that is then reached, weight in units of one that ends now."""
-        below, weight, now = self._next[state], self._weight, self.now
-        named = self._heaviest[state]
-        if named is None:
-            named = list(below)
-            if len(named) > 1:
-                named.sort(key=lambda token: -weight[below[token]])
-        return [(token, below[token], weight[below[token]] / now) for token in named]
-
-    # ---------------------------------------------------------------- inside
+        """Return the heaviest followers of a state: token, the state it leads to, weight in units of one that ends now."""
+        following, weight, now = self._next[state], self._weight, self.now
+        tokens = self._heaviest.get(state)
+        if tokens is None:
+            tokens = list(following)
+            if len(tokens) > 1:
+                tokens.sort(key=lambda token: -weight[following[token]])
+        return [(token, following[token], weight[following[token]] / now) for token in tokens]
 
     def _new(self, length: int) -> int:
         self._next.append({})
-        self._link.append(_ROOT)
-        self._length.append(length)
+        self.link.append(ROOT)
+        self.length.append(length)
         self._weight.append(0.0)
-        self._heaviest.append(None)
-        return len(self._length) - 1
+        return len(self.length) - 1
 
     def _extend(self, token: int) -> None:
-        """The classical online construction."""
-        below, link, length = self._next, self._link, self._length
-        fresh, state = self._new(length[self._last] + 1), self._last
-        while state != -1 and token not in below[state]:
-            below[state][token] = fresh
+        """Add the states of a new token by the classical online construction."""
+        following, link, length = self._next, self.link, self.length
+        added, state = self._new(length[self._last] + 1), self._last
+        while state != -1 and token not in following[state]:
+            following[state][token] = added
             state = link[state]
         if state != -1:
-            reached = below[state][token]
+            reached = following[state][token]
             if length[state] + 1 == length[reached]:
-                link[fresh] = reached
+                link[added] = reached
             else:
-                link[fresh] = self._split(reached, length[state] + 1)
-                while state != -1 and below[state].get(token) == reached:
-                    below[state][token] = link[fresh]
+                link[added] = self._split(reached, length[state] + 1)
+                while state != -1 and following[state].get(token) == reached:
+                    following[state][token] = link[added]
                     state = link[state]
-        self._last = fresh
+        self._last = added
 
     def _split(self, state: int, length: int) -> int:
-        """A state for those substrings of `state` that have at most `length` tokens: they occur here too."""
+        """Return a new state for the substrings of `state` with at most `length` tokens, which occur here too."""
         copy = self._new(length)
         self._next[copy] = dict(self._next[state])
-        named = self._heaviest[state]
-        self._heaviest[copy] = None if named is None else list(named)
-        self._weight[copy], self._link[copy] = self._weight[state], self._link[state]
-        self._link[state] = copy
+        if state in self._heaviest:
+            self._heaviest[copy] = list(self._heaviest[state])
+        self._weight[copy], self.link[copy] = self._weight[state], self.link[state]
+        self.link[state] = copy
         return copy
 
     def _count(self, token: int) -> None:
-        """One more occurrence of every suffix of the text, `token` included, of up to `bound` tokens."""
-        below, link, length, weight, now = self._next, self._link, self._length, self._weight, self.now
-        state = self._near
-        near, counted = below[state][token], -1
+        """Add an occurrence of every suffix of the text, `token` included, of up to `bound` tokens."""
+        following, link, length, weight, now = self._next, self.link, self.length, self._weight, self.now
+        state = self.recent
+        recent, counted = following[state][token], -1
         while state != -1:
-            reached = below[state][token]
+            reached = following[state][token]
             if reached != counted:
                 weight[reached] += now
                 counted = reached
-            if state != _ROOT:
+            if state != ROOT:
                 self._promote(state, token)
             state = link[state]
-        while length[link[near]] >= min(self.size + 1, self.bound - 1):
-            near = link[near]
-        self._near = near
+        while length[link[recent]] >= min(self.size + 1, self.bound - 1):
+            recent = link[recent]
+        self.recent = recent
 
     def _promote(self, state: int, token: int) -> None:
-        """Keep the followers of a state in order; only that of `token` became heavier."""
-        below, weight, named = self._next[state], self._weight, self._heaviest[state]
-        if named is None:
-            if len(below) <= self.followers:
-                return  # sorted when asked for
-            named = self._heaviest[state] = sorted(below, key=lambda name: -weight[below[name]])[: self.followers]
-        mine = weight[below[token]]
-        if token in named:
-            place = named.index(token)
-        elif mine > weight[below[named[-1]]]:
-            named[-1], place = token, len(named) - 1
+        """Keep the followers of a state in order after that of `token` became heavier."""
+        following, weight, heaviest = self._next[state], self._weight, self._heaviest.get(state)
+        if heaviest is None:
+            if len(following) <= self.followers:
+                return  # `after` sorts them
+            heaviest = sorted(following, key=lambda name: -weight[following[name]])[: self.followers]
+            self._heaviest[state] = heaviest
+        own = weight[following[token]]
+        if token in heaviest:
+            place = heaviest.index(token)
+        elif own > weight[following[heaviest[-1]]]:
+            heaviest[-1], place = token, len(heaviest) - 1
         else:
             return
-        while place and weight[below[named[place - 1]]] < mine:
-            named[place], named[place - 1] = named[place - 1], token
+        while place and weight[following[heaviest[place - 1]]] < own:
+            heaviest[place], heaviest[place - 1] = heaviest[place - 1], token
             place -= 1
-
-    def _rescale(self) -> None:
-        factor = 2.0**-_RESCALE
-        self._weight = [weight * factor for weight in self._weight]
-        self._scale += _RESCALE
-        self.now *= factor

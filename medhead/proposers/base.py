@@ -6,7 +6,7 @@ token tree, and learns from the target's pass over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -38,7 +38,7 @@ class DecodeState:
         noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
         draft_cache: what `Proposer.new_draft_cache` returned, brought up to date.
-        lengths: `[batch]` committed tokens of every sequence on the device; None where nobody needs them.
+        lengths: `[batch]` committed tokens of every sequence on the device; None if no proposer reads them.
         fixed: whether shapes must not depend on values and the host must not read a tensor (a captured step).
     """
 
@@ -81,13 +81,14 @@ class Proposer:
 
     Attributes:
         name: registered name.
-        max_depth: the deepest tree it fills.
+        max_depth: depth of the deepest tree that it fills.
         uses_noise: whether it ranks by the noise of the coming positions.
         feature_layers: layers of the target whose outputs it reads; none for the last hidden state.
-        skippable: whether it learns from passes without needing every one.
-        is_expensive: whether its candidates take long enough that a hybrid asks only where they pay.
-        capturable: whether its part of a step can be captured: fixed shapes, nothing that the host has to know.
+        skippable: whether it may miss calls of `update`.
+        is_expensive: whether its candidates take so long that a hybrid asks for them only where they pay.
+        capturable: whether its part of a step can be captured: fixed shapes, no host reads.
         packed_bytes: memory of packed copies of its weights.
+        row_states: what it keeps on the host of every sequence, one entry each; empty for nothing.
     """
 
     name = "none"
@@ -98,11 +99,12 @@ class Proposer:
     skippable = False
     is_expensive = False
     packed_bytes = 0
+    row_states: Sequence[Any] = ()
     _tree_size = 1
 
     @property
     def tree_size(self) -> int:
-        """Largest number of nodes of its trees, root included; setting another number than 1 to 256 is an error."""
+        """The largest number of nodes of its trees, root included, from 1 to 256."""
         return self._tree_size
 
     @tree_size.setter
@@ -111,36 +113,31 @@ class Proposer:
 
     @property
     def steps(self) -> int:
-        """Most tokens that a sequence can gain by one of its trees."""
+        """The largest number of tokens that a sequence can gain by one of its trees."""
         return min(self.max_depth, self.tree_size - 1) + 1
 
     @property
     def next_depth(self) -> int:
-        """The deepest tree it may fill now."""
+        """The deepest tree that it may fill in the next pass."""
         return self.max_depth
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Start a generation with these prompts and forget the last one."""
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> Any:
-        """Return empty storage for what it keeps of every committed token, or None.
-
-        Args:
-            lengths: committed tokens of every sequence; advanced by the decode loop.
-            capacity: tokens of a sequence to expect.
-        """
+        """Return empty storage for what it keeps of the committed tokens, with room for `capacity`, or None."""
         return None
 
     def on_prefill(self, draft_cache: Any, texts: list[list[int]], features: Tensor, start: int) -> None:
         """Read the target's features `[batch, tokens, size]` of the prompts' tokens from position `start` on."""
 
     def update_draft_cache(self, draft_cache: Any, features: Tensor, emitted: Tensor, counts: Tensor) -> None:
-        """Write what it keeps of the accepted nodes; part of the step, by tensor operations alone.
+        """Write what it keeps of the accepted nodes, by tensor operations alone: a captured step runs this.
 
         Args:
             draft_cache: see `new_draft_cache`.
             features: `[batch, steps, size]` of the nodes on the accepted path.
-            emitted: `[batch, steps]` the tokens behind them.
+            emitted: `[batch, steps]` the tokens that follow them.
             counts: `[batch]` how many of the steps are real.
         """
 
@@ -149,14 +146,16 @@ class Proposer:
         return TokenTree.root(state.roots)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """Return all candidates with their estimates, for trees of several proposers; None if it knows nothing."""
+        """Return all candidates with estimated probabilities, for trees of several proposers; None without any."""
         return None
 
     def update(self, output: VerifyOutput) -> None:
         """Learn from a verify pass."""
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Keep only these sequences."""
+        """Keep only these sequences, in this order."""
+        if self.row_states:
+            self.row_states = [self.row_states[row] for row in rows]
 
     def fork(self) -> Proposer:
         """Return a proposer for sequences that will join; it shares what was learnt and begins with their prompts."""
@@ -164,12 +163,13 @@ class Proposer:
 
     def merge(self, forked: Any) -> None:
         """Append the sequences of a `fork()` to those that are there."""
+        self.row_states = [*self.row_states, *forked.row_states]
 
     def warmup(self, target: Target, rows: int) -> None:
-        """Do now what would else take time while up to so many sequences are decoded."""
+        """Prepare for decoding up to `rows` sequences: measure and allocate now what would delay the first text."""
 
     def free(self) -> None:
-        """Give back memory that is only kept for speed; it is taken again when it is needed."""
+        """Release memory that is kept only for speed; it is allocated again when needed."""
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
         """Return the name of the proposer of every node of a row of the last tree."""
@@ -200,3 +200,13 @@ def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
     if name not in PROPOSERS:
         raise MedheadError(f"no proposer is called {name!r}; known proposers: {', '.join(sorted(PROPOSERS))}")
     return PROPOSERS[name](target, **{key: value for key, value in options.items() if value is not None})
+
+
+@register_proposer("none")
+class PlainProposer(Proposer):
+    """Plain decoding: proposes nothing but the root, whatever the tree size."""
+
+    capturable = True
+
+    def __init__(self, target: Any = None, **options: Any) -> None:
+        self.tree_size = 1

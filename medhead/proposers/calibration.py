@@ -1,8 +1,8 @@
-"""How far a proposer's estimates can be trusted, learnt while decoding.
+"""Calibration of a proposer's probabilities while decoding.
 
-At every depth, of the nodes that turned out to be on the text's path, a share `predicted` of their children's
-probabilities was promised, and in a share `right` of cases one of the children was the text's next token. Their ratio
-corrects the coming estimates (ALGORITHMS: probabilities must be calibrated before a budget is chosen by them).
+At every depth, of the nodes on the text's path, `_predicted` sums the probabilities of their children and `_observed` counts
+how often one of the children was the text's next token. Their ratio corrects later estimates: probabilities must be
+calibrated before a tree size is chosen by them.
 """
 
 from __future__ import annotations
@@ -12,43 +12,33 @@ import math
 
 from medhead.proposers.candidates import Candidates
 
-_PRIOR = 4.0  # promises that count as kept before any was seen
-_MEMORY = 0.99  # what a pass remembers of the ones before
-_MOST = -1e-3  # largest log-probability after the correction: nothing is certain
+_PRIOR = 4.0  # nodes that count as seen, with correct estimates
+_DECAY = 0.99  # weight of the past at every node
+_MAX_SCORE = -1e-3  # largest corrected log-probability
 
 
 class Calibration:
-    """Ratios by depth for one proposer."""
+    """Ratios of observed to predicted probability, by depth, of one proposer."""
 
     def __init__(self) -> None:
-        self._right: list[float] = []
-        self._predicted: list[float] = []
+        self._observed: dict[int, float] = {}  # by depth
+        self._predicted: dict[int, float] = {}
 
     def ratio(self, depth: int) -> float:
-        """How much likelier than promised a right child is at this depth, 0 for the root's children."""
-        if depth >= len(self._right):
-            return 1.0
-        return self._right[depth] / self._predicted[depth]
+        """Return the factor by which estimates at a depth are too low; depth 0 is that of the root's children."""
+        return self._observed.get(depth, 1.0) / self._predicted.get(depth, 1.0)
 
     def correct(self, candidates: Candidates) -> Candidates:
-        """The same candidates with corrected scores."""
+        """Return the candidates with corrected scores."""
         steps = [math.log(self.ratio(depth)) for depth in range(len(candidates.levels))]
-        if not any(steps):
-            return candidates
-        return candidates.corrected(list(itertools.accumulate(steps)), _MOST)
+        return candidates.shift(list(itertools.accumulate(steps)), _MAX_SCORE) if any(steps) else candidates
 
-    def learn(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
-        """See what the text went on with.
-
-        Args:
-            candidates: what was promised, before the correction.
-            emitted: tokens of every row after the pass.
-            counts: how many of them are real.
-        """
+    def update(self, candidates: Candidates, emitted: list[list[int]], counts: list[int]) -> None:
+        """Compare uncorrected candidates with the emitted tokens of every row, of which the first `counts` are real."""
         all_tokens, all_parents = candidates.tokens.tolist(), candidates.parent_index.tolist()
-        promised = candidates.scores.exp().tolist()
+        all_probs = candidates.scores.exp().tolist()
         for row, count in enumerate(counts):
-            tokens, parent_index, probs = all_tokens[row], all_parents[row], promised[row]
+            tokens, parent_index, probs = all_tokens[row], all_parents[row], all_probs[row]
             node, begin, prob = -1, 0, 1.0
             for depth, size in enumerate(candidates.levels[:count]):
                 level = range(begin, begin + size)
@@ -62,9 +52,6 @@ class Calibration:
                     break
                 node, prob = hit, probs[hit]
 
-    def _note(self, depth: int, predicted: float, right: bool) -> None:
-        while len(self._right) <= depth:
-            self._right.append(_PRIOR)
-            self._predicted.append(_PRIOR)
-        self._right[depth] = _MEMORY * self._right[depth] + (1 - _MEMORY) * _PRIOR + right
-        self._predicted[depth] = _MEMORY * self._predicted[depth] + (1 - _MEMORY) * _PRIOR + predicted
+    def _note(self, depth: int, predicted: float, hit: bool) -> None:
+        for sums, value in ((self._observed, hit), (self._predicted, predicted)):
+            sums[depth] = _DECAY * sums.get(depth, _PRIOR) + (1 - _DECAY) * _PRIOR + value

@@ -1,15 +1,15 @@
-"""Candidates: all that a proposer can name below the roots, with how likely each is; the best N of them are the tree.
+"""Candidates: all draft tokens of a proposer below the roots, with their probabilities; the most probable ones are the tree.
 
-A candidate's score is the log-probability that its whole path is accepted. A parent is never less likely than its
-child and ties go to the parent, so the best N are closed under parents (EAGLE-2, Li et al. 2024). Candidates of several
-proposers are merged by their paths: equal paths become one candidate with the best of its scores.
+A candidate's score is the log-probability that its whole path is accepted. A parent is never less probable than its child
+and wins ties, so the best N are closed under parents (EAGLE-2, Li et al. 2024). Candidates of several proposers are merged
+by their paths: equal paths become one candidate with the best of their scores.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -20,8 +20,8 @@ from torch import Tensor
 from medhead.core.tree import TokenTree
 from medhead.proposers.trie import DraftTrie
 
-_TIE = 1e-4  # what a level costs, so that a child never ties with its parent
-_MIX, _PLACE = 6364136223846793005, 1442695040888963407  # of the hash of a path
+_TIE = 1e-4  # subtracted from scores per level, so that a child never ties with its parent
+_MIX, _PLACE = 6364136223846793005, 1442695040888963407  # multipliers of the hash of a path
 
 
 @dataclass
@@ -30,9 +30,9 @@ class Candidates:
 
     Attributes:
         tokens: `[batch, n]` int64.
-        above: `[batch, n]` int64, index of each candidate's parent, -1 below the root.
-        scores: `[batch, n]` log-probability of the whole path; -inf for what only fills a row up.
-        levels: how many candidates each depth has, on the host.
+        parent_index: `[batch, n]` int64, index of each candidate's parent, -1 below the root.
+        scores: `[batch, n]` log-probability of the whole path; -inf for padding.
+        levels: number of candidates of every depth, on the host.
     """
 
     tokens: Tensor
@@ -40,145 +40,117 @@ class Candidates:
     scores: Tensor
     levels: tuple[int, ...]
 
-    def to(self, device: torch.device | str) -> Candidates:
-        """The same on a device."""
-        return Candidates(self.tokens.to(device), self.parent_index.to(device), self.scores.to(device), self.levels)
+    def shift(self, totals: Sequence[float], max_score: float) -> Candidates:
+        """Return the candidates with `totals[level]` added to their scores, none above its parent's or `max_score`."""
+        depth, _ = _depths(self.levels, self.scores.device)
+        scores = (self.scores + torch.tensor([0.0, *totals], device=depth.device)[depth[1:]]).clamp(max=max_score)
+        shifted = replace(self, scores=scores)
+        return shifted.make_monotone() if any(below > above for above, below in pairwise(totals)) else shifted
 
-    def corrected(self, totals: Sequence[float], most: float) -> Candidates:
-        """The same candidates with other scores; a child that would become likelier than its parent gets its parent's.
-
-        Args:
-            totals: what is added to the scores of every level.
-            most: the largest score.
-        """
-        scores = (self.scores + self.of_levels(totals)).clamp(max=most)
-        found = Candidates(self.tokens, self.parent_index, scores, self.levels)
-        rises = any(deeper > parent_index for parent_index, deeper in pairwise(totals))
-        return found.make_monotone() if rises else found
-
-    def best(self, roots: Tensor, nodes: int) -> TokenTree:
-        """Return the tree of the `nodes - 1` likeliest candidates below `roots` `[batch]`; its shapes are always the same."""
+    def best_tree(self, roots: Tensor, nodes: int) -> TokenTree:
+        """Return the tree of the `nodes - 1` best candidates below `roots` `[batch]`; its shapes do not depend on values."""
         count = min(nodes - 1, self.tokens.shape[1])
         if count < 1:
             return TokenTree.root(roots)
-        depth, ties = _depths(self.levels, roots.device)
+        _, ties = _depths(self.levels, roots.device)
         ranked = (self.scores * (1 - ties) + ties).topk(count, dim=1)
-        unknown = ranked.values == -torch.inf
-        likeliest = ranked.indices[:, :1].masked_fill(unknown[:, :1], 0)  # the first candidate is always below the root
-        chosen = torch.where(unknown, likeliest, ranked.indices)  # a row that knows too little repeats its best
-        chosen = chosen.sort(1).values  # in order of depth, so parents stay before their children
+        padding = ranked.values == -torch.inf
+        best = ranked.indices[:, :1].masked_fill(padding[:, :1], 0)  # the first candidate is always below the root
+        chosen = torch.where(padding, best, ranked.indices)  # a row with too few candidates repeats its best
+        return self.select(roots, chosen.sort(1).values)
+
+    def select(self, roots: Tensor, chosen: Tensor) -> TokenTree:
+        """Return the tree of the candidates `chosen` `[batch, n]`: indices in rising order, parents included."""
+        depth, _ = _depths(self.levels, roots.device)
         ids = F.pad(chosen + 1, (1, 0))
         parents = F.pad(torch.searchsorted(ids, self.parent_index.gather(1, chosen) + 1), (1, 0))
         tokens = torch.cat([roots[:, None], self.tokens.gather(1, chosen)], 1)
         return TokenTree(tokens, parents, depth[ids], len(self.levels))
 
-    def of_levels(self, values: Sequence[float]) -> Tensor:
-        """`[n]`: the value of every candidate's level."""
-        depth, _ = _depths(self.levels, self.scores.device)
-        return torch.tensor([0.0, *values], device=depth.device)[depth[1:]]
-
-    def gains(self, nodes: int) -> Tensor:
-        """`[batch, nodes]`: probabilities of acceptance of the likeliest candidates, falling."""
-        count = min(nodes, self.tokens.shape[1])
-        return self.scores.topk(count, dim=1).values.exp()
+    def top_probs(self, count: int) -> Tensor:
+        """Return the probabilities of the `count` best candidates in falling order, `[batch, count]`."""
+        return self.scores.topk(min(count, self.tokens.shape[1]), dim=1).values.exp()
 
     def paths(self, row: int) -> dict[tuple[int, ...], float]:
-        """Scores of all paths of a row by their tokens; for people who look, it walks over nodes."""
-        tokens, parent_index, scores = (part[row].tolist() for part in (self.tokens, self.parent_index, self.scores))
-        ways: list[tuple[int, ...]] = []
-        for token, parent in zip(tokens, parent_index, strict=True):
-            ways.append((*(ways[parent] if parent >= 0 else ()), token))
-        return {way: score for way, score in zip(ways, scores, strict=True) if score > -torch.inf}
+        """Return the scores of a row's paths by their tokens, for traces and tests."""
+        found: list[tuple[int, ...]] = []
+        for token, parent in zip(self.tokens[row].tolist(), self.parent_index[row].tolist(), strict=True):
+            found.append((*(found[parent] if parent >= 0 else ()), token))
+        scores = self.scores[row].tolist()
+        return {path: score for path, score in zip(found, scores, strict=True) if score > -torch.inf}
 
     def keys(self) -> Tensor:
-        """`[batch, n]` int64: a hash of every candidate's path, the sum of hashes of its tokens and their places."""
+        """Return a hash of every candidate's path, `[batch, n]` int64: the sum of the hashes of its (token, depth) pairs."""
         depth, _ = _depths(self.levels, self.scores.device)
         key = (self.tokens + 1) * _MIX + depth[1:] * _PLACE
         key = (key ^ (key >> 29)) * _MIX
-        return self._along_paths(key ^ (key >> 32), torch.add, 0)
+        return self._reduce_paths(key ^ (key >> 32), torch.add, 0)
 
     def make_monotone(self) -> Candidates:
-        """The same candidates, none likelier than its parent, as `best` needs them: a node comes with all above it."""
-        scores = self._along_paths(self.scores, torch.minimum, math.inf)
-        return Candidates(self.tokens, self.parent_index, scores, self.levels)
+        """Return the candidates with no score above the parent's."""
+        return replace(self, scores=self._reduce_paths(self.scores, torch.minimum, math.inf))
 
-    def _along_paths(self, values: Tensor, add: Callable[[Tensor, Tensor], Tensor], nothing: float) -> Tensor:
-        """Values `[batch, n]` added up from the root to every candidate.
-
-        Args:
-            values: of the candidates.
-            add: joins two of them, in any order.
-            nothing: what changes nothing when it is added.
-        """
-        values = F.pad(values, (1, 0), value=nothing)  # position 0 is the root, which is its own parent
+    def _reduce_paths(self, values: Tensor, join: Callable[[Tensor, Tensor], Tensor], neutral: float) -> Tensor:
+        """Return the values `[batch, n]` joined along the path to every candidate, in any order."""
+        values = F.pad(values, (1, 0), value=neutral)  # position 0 is the root, which is its own parent
         parents = F.pad(self.parent_index + 1, (1, 0))
         for _ in range((len(self.levels) - 1).bit_length()):  # every round reaches twice as far up
-            values, parents = add(values, values.gather(1, parents)), parents.gather(1, parents)
+            values, parents = join(values, values.gather(1, parents)), parents.gather(1, parents)
         return values[:, 1:]
 
     def condition_on_noise(self, noise: Tensor) -> Candidates:
-        """The same candidates, likelier where the noise of their positions favours them.
+        """Return the candidates with the probabilities that they have once the noise of their positions is known.
 
-        A token of probability p is drawn when its `log p + noise` beats all others'. Those have 1 - p together, so the
-        largest of them is `log(1 - p)` plus Gumbel noise too, and stays below with the probability
-        `exp(-exp(-noise) (1 - p) / p)`.
-
-        Args:
-            noise: `[batch, depths, vocab]` Gumbel noise, see `DecodeState.noise`.
+        A token of probability p is drawn when its `log p + noise` is above that of all others. Those have the probability
+        1 - p together, so the largest of them is `log(1 - p)` plus Gumbel noise, and is below with the probability
+        `exp(-exp(-noise) (1 - p) / p)`. The noise is `[batch, depths, vocab]`.
         """
         depth, _ = _depths(self.levels, self.scores.device)
-        share = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.parent_index + 1)).exp()
-        seen = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
-        seen = self._along_paths(-(-seen).exp() * (1 - share).clamp(min=0) / share, torch.add, 0)
-        return Candidates(self.tokens, self.parent_index, seen.masked_fill(share == 0, -torch.inf), self.levels)
+        prob = (self.scores - F.pad(self.scores, (1, 0)).gather(1, self.parent_index + 1)).exp()
+        own = noise.flatten(1).gather(1, (depth[1:] - 1) * noise.shape[2] + self.tokens)
+        scores = self._reduce_paths(-(-own).exp() * (1 - prob).clamp(min=0) / prob, torch.add, 0)
+        return replace(self, scores=scores.masked_fill(prob == 0, -torch.inf))
 
 
 def merge(members: list[Candidates]) -> Candidates:
-    """One set of candidates with every path once; of equal paths the best score counts.
+    """Return the candidates of all members with every path once, with the best of its scores.
 
-    What several members name keeps its first place; later ones are left behind with a score of -inf.
+    The first of equal paths keeps its place; the others become padding.
     """
     if len(members) == 1:
         return members[0]
-    whole = _side_by_side(members)
-    key, order = whole.keys().sort(dim=1, stable=True)
-    fresh = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
-    group = fresh.long().cumsum(1) - 1
-    best = torch.full_like(whole.scores, -torch.inf)
-    best.scatter_reduce_(1, group, whole.scores.gather(1, order), "amax")
-    of_sorted = best.gather(1, group).masked_fill(~fresh, -torch.inf)
-    scores = torch.empty_like(of_sorted).scatter_(1, order, of_sorted)
-    starts = torch.where(fresh, torch.arange(key.shape[1], device=key.device), 0).cummax(1).values
-    first = torch.empty_like(order).scatter_(1, order, order.gather(1, starts))  # where each path stands first
-    parent_index = F.pad(first, (1, 0), value=-1).gather(1, whole.parent_index + 1)
-    return Candidates(whole.tokens, parent_index, scores, whole.levels)
+    joined = _side_by_side(members)
+    key, order = joined.keys().sort(dim=1, stable=True)
+    is_first = F.pad(key[:, 1:] != key[:, :-1], (1, 0), value=True)
+    group = is_first.long().cumsum(1) - 1
+    best = torch.full_like(joined.scores, -torch.inf)
+    best.scatter_reduce_(1, group, joined.scores.gather(1, order), "amax")
+    sorted_scores = best.gather(1, group).masked_fill(~is_first, -torch.inf)
+    scores = torch.empty_like(sorted_scores).scatter_(1, order, sorted_scores)
+    starts = torch.where(is_first, torch.arange(key.shape[1], device=key.device), 0).cummax(1).values
+    first = torch.empty_like(order).scatter_(1, order, order.gather(1, starts))  # where each path comes first
+    parent_index = F.pad(first, (1, 0), value=-1).gather(1, joined.parent_index + 1)
+    return Candidates(joined.tokens, parent_index, scores, joined.levels)
 
 
 def _side_by_side(members: list[Candidates]) -> Candidates:
-    """All members' candidates, still level by level, their parents' places renewed."""
+    """Return all members' candidates, level by level, equal paths included."""
     order, place, levels = _interleaved(tuple(member.levels for member in members), members[0].scores.device)
-    tokens, scores = (
-        torch.cat(parts, 1).index_select(1, order)
-        for parts in ([member.tokens for member in members], [member.scores for member in members])
-    )
-    parent_index, slot = [], 1  # the root comes before every member's candidates
+    parents, slot = [], 1  # the root comes before every member's candidates
     for member in members:
-        parent_index.append(member.parent_index + slot)
+        parents.append(member.parent_index + slot)
         slot += member.parent_index.shape[1] + 1
-    return Candidates(tokens, place[torch.cat(parent_index, 1).index_select(1, order)], scores, levels)
+    tokens = torch.cat([member.tokens for member in members], 1).index_select(1, order)
+    scores = torch.cat([member.scores for member in members], 1).index_select(1, order)
+    return Candidates(tokens, place[torch.cat(parents, 1).index_select(1, order)], scores, levels)
 
 
 @lru_cache(maxsize=1024)
 def _interleaved(members: tuple[tuple[int, ...], ...], device: torch.device) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-    """How candidates of several members become one set, level by level.
+    """Return how candidates of members with such levels become one set, level by level.
 
-    Args:
-        members: levels of each.
-        device: of what is given.
-
-    Returns:
-        Which candidate of all members' stands at every place, `[n]`; the place of every member's root (-1) and candidates,
-        member by member; the levels.
+    That is the index among all members' candidates of the candidate at every place, `[n]`; the places of every member's root
+    (-1) and candidates, member by member; and the levels.
     """
     depth = torch.cat([torch.arange(len(levels)).repeat_interleave(torch.tensor(levels)) for levels in members])
     order = depth.sort(stable=True).indices
@@ -190,33 +162,28 @@ def _interleaved(members: tuple[tuple[int, ...], ...], device: torch.device) -> 
 
 @lru_cache(maxsize=256)
 def _depths(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Depth of the root and every candidate, `[1 + n]`, and what the depth costs, `[n]`."""
-    counts = torch.tensor([1, *levels])
-    depth = torch.arange(len(levels) + 1).repeat_interleave(counts).to(device)
+    """Return the depth of the root and every candidate, `[1 + n]`, and the shift of the scores that breaks ties, `[n]`."""
+    depth = torch.arange(len(levels) + 1).repeat_interleave(torch.tensor([1, *levels])).to(device)
     return depth, -_TIE * depth[1:]
 
 
-def candidates_from_tries(rows: Sequence[DraftTrie], device: torch.device | str = "cpu") -> Candidates | None:
-    """DraftTrie of every row as tensors; None if no row has any."""
-    levels: list[list[list[int]]] = []  # [depth][row] nodes
-    for row, guesses in enumerate(rows):
-        for node in range(1, len(guesses)):
-            depth = guesses.depths[node] - 1
-            if depth == len(levels):
-                levels.append([[] for _ in rows])
-            levels[depth][row].append(node)
+def candidates_from_tries(tries: Sequence[DraftTrie], device: torch.device | str = "cpu") -> Candidates | None:
+    """Return the nodes of every row's trie as candidates; None if there are none."""
+    levels: list[list[list[int]]] = [[[] for _ in tries] for _ in range(max(max(trie.depths) for trie in tries))]
+    for row, trie in enumerate(tries):
+        for node, depth in enumerate(trie.depths[1:], 1):
+            levels[depth - 1][row].append(node)
     if not levels:
         return None
     sizes = tuple(max(map(len, level)) for level in levels)
-    total = sum(sizes)
-    tokens, parent_index = ([[fill] * total for _ in rows] for fill in (0, -1))
-    scores = [[-torch.inf] * total for _ in rows]
-    for row, guesses in enumerate(rows):
+    tokens, parent_index, scores = ([[fill] * sum(sizes) for _ in tries] for fill in (0, -1, -math.inf))
+    for row, trie in enumerate(tries):
         begin, places = 0, {0: -1}
         for size, level in zip(sizes, levels, strict=True):
             for place, node in enumerate(level[row], begin):
                 places[node] = place
-                tokens[row][place], parent_index[row][place] = guesses.tokens[node], places[guesses.parents[node]]
-                scores[row][place] = math.log(guesses.probs[node])
+                tokens[row][place], parent_index[row][place] = trie.tokens[node], places[trie.parents[node]]
+                scores[row][place] = math.log(trie.probs[node])
             begin += size
-    return Candidates(torch.tensor(tokens), torch.tensor(parent_index), torch.tensor(scores), sizes).to(device)
+    tensors = [torch.tensor(values, device=device) for values in (tokens, parent_index, scores)]
+    return Candidates(tensors[0], tensors[1], tensors[2], sizes)

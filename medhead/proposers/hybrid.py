@@ -1,15 +1,16 @@
 """Trees of several proposers at once, no larger than pays.
 
-Every member names candidates with estimates; the estimates are corrected by what was really accepted (`Calibration`);
-equal paths are merged; the likeliest nodes are the tree, as many as `TreeSizeController` says. Heads are only asked
-where what cheaper members name leaves something to gain.
+Every member proposes candidates with probabilities, which are corrected by what was accepted before (`Calibration`). Equal
+paths are merged, and the most probable nodes are the tree, as many as `TreeSizeController` chooses. Expensive members, the
+heads, are asked only where the candidates of the others leave something to gain.
 """
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor
@@ -17,30 +18,22 @@ from torch import Tensor
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.base import (
-    DecodeState,
-    Proposer,
-    VerifyOutput,
-    build_proposer,
-    register_proposer,
-)
+from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, build_proposer, register_proposer
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
-from medhead.scheduling.cost_model import CostModel, costs_batch, costs_of, known_costs
+from medhead.scheduling.cost_model import MAX_NODES, CostModel, costs_batch, get_costs, known_costs, moving_mean
 from medhead.scheduling.tree_size import TreeSizeController
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
-MOST_NODES = 64
-_FOLLOW = 0.1  # weight of the newest pass
-_DOUBT = 2.0  # how often what looks certain is wrong, by what the estimates say
-_MULTIPLE = 2.0  # of what is_expensive members bring
-OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "warm": "recycling"}  # of options; all others are of heads
+_ERROR_FACTOR = 2.0  # the share of wrong tokens, by that of the estimates
+_MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
+_OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
 
 
-class Expected(NamedTuple):
-    """Nodes of a tree, tokens a second that are expected of it, and how many guesses are expected to come true."""
+class Plan(NamedTuple):
+    """The number of nodes of a tree, its expected tokens per second, and its expected number of accepted draft tokens."""
 
     nodes: int
     rate: float = 0.0
@@ -54,14 +47,16 @@ class HybridProposer(Proposer):
     Args:
         target: the target.
         heads: heads for the member `heads`, see `HeadsProposer`.
-        tree_size: nodes of every tree, root included; None adapts them to what pays.
-        members: names of registered proposers, or proposers; by default heads (if given), `ngram` and `recycling`.
-        costs: of a pass, for tests and tuned settings; measured (or taken from the user's cache) if None.
-        options: further options of the members: `datastore` and `tokenizer` of `ngram`, `warm` of `recycling`, all others
+        tree_size: number of nodes of every tree, root included; None adapts it to what pays.
+        members: names of registered proposers, or proposers; by default `heads` and `ngram`, or without heads `ngram` and
+            `recycling`.
+        costs: cost of a pass; None reads it from the user's cache or measures it.
+        clock: returns the time in seconds.
+        options: further options of the members: `datastore` and `tokenizer` of `ngram`, `state` of `recycling`, all others
             of `heads`.
 
     Raises:
-        MedheadError: no members, a member that names no candidates, or two members that read different layers.
+        MedheadError: there are no members, a member gives no candidates, or two members read different layers.
     """
 
     def __init__(
@@ -71,92 +66,69 @@ class HybridProposer(Proposer):
         tree_size: int | None = None,
         members: list[str | Proposer] | None = None,
         costs: CostModel | None = None,
+        clock: Callable[[], float] = time.perf_counter,
         **options: Any,
     ) -> None:
         if members is None:
             members = ["ngram", "recycling"] if heads is None else ["heads", "ngram"]
-        names = {member if isinstance(member, str) else "" for member in members}
-        lost = sorted(key for key in options if OWNERS.get(key, "heads") not in names)
-        if lost:
-            raise MedheadError(f"{', '.join(lost)}: no member of the hybrid takes this option")
-        self.members = [self._member(member, target, heads, options, tree_size) for member in members]
+        unused = sorted(key for key in options if _OWNERS.get(key, "heads") not in members)
+        if unused:
+            raise MedheadError(f"no member of the hybrid takes the options {', '.join(unused)}; leave them out")
+        options |= {"heads": heads, "tree_size": tree_size, "clock": clock}
+        self.members = [_build_member(member, target, options) for member in members]
         if not self.members:
             raise MedheadError("a hybrid needs at least one member, got none")
         self.calibrations = [Calibration() for _ in self.members]
         self.adapts = tree_size is None
-        self.tree_size = MOST_NODES if tree_size is None else tree_size
+        self.tree_size = MAX_NODES if tree_size is None else tree_size
         self.max_depth = max(member.max_depth for member in self.members)
         self.uses_noise = any(member.uses_noise for member in self.members)
-        feature_layers = {
-            tuple(member.feature_layers) for member in self.members if member.feature_layers or member.name == "heads"
-        }
-        if len(feature_layers) > 1:
-            raise MedheadError(
-                f"members of a hybrid read one set of layers of the target, got {sorted(feature_layers)}"
-            )
-        self.feature_layers = next(iter(feature_layers), ())
-        self._given, self._costs = costs, dict[int, CostModel | None]()  # by rows; None where nobody has measured
-        self.budget: TreeSizeController | None = None
-        self._named: list[Candidates | None] = [None] * len(self.members)
-        self._corrected: list[Candidates] = []  # the same, by what those who named any can be trusted with
-        self._began, self._asked = (
-            0.0,
-            False,
-        )  # the running step: when it began, whether is_expensive members were asked
-        self._asking: float | None = None  # seconds
-        self._brought: float | None = None  # tokens of a pass in which they were asked, the last one not counted
-
-    @staticmethod
-    def _member(
-        member: str | Proposer, target: Target, heads: Any, options: dict[str, Any], tree_size: int | None
-    ) -> Proposer:
-        if isinstance(member, str):
-            mine = {key: value for key, value in options.items() if OWNERS.get(key, "heads") == member}
-            if member == "heads":
-                mine |= {"heads": heads, "tree_size": tree_size}
-            member = build_proposer(member, target, **mine)
-        if type(member).candidates is Proposer.candidates:
-            raise MedheadError(f"the proposer {member.name!r} names no candidates, so it cannot be part of a hybrid")
-        return member
+        layers = {tuple(one.feature_layers) for one in self.members if one.feature_layers or one.name == "heads"}
+        if len(layers) > 1:
+            raise MedheadError(f"members of a hybrid must read the same layers of the target, got {sorted(layers)}")
+        self.feature_layers = next(iter(layers), ())
+        self.controller: TreeSizeController | None = None
+        self.clock, self._given_costs = clock, costs
+        self._costs: dict[int, CostModel | None] = {}  # by batch class; None where nothing is in the user's cache
+        self._proposed: list[Candidates | None] = [None] * len(self.members)
+        self._corrected: list[Candidates] = []
+        self._began, self._asked = 0.0, False  # of the running step; whether expensive members were asked
+        self._ask_seconds: float | None = None  # that expensive members take
+        self._ask_gain: float | None = None  # draft tokens accepted in passes in which they were asked
 
     def free(self) -> None:
-        """All members give back."""
+        """Release the memory that members keep only for speed."""
         for member in self.members:
             member.free()
 
     @property
     def packed_bytes(self) -> int:  # type: ignore[override]
-        """All members' together."""
+        """Memory of packed copies of all members' weights."""
         return sum(member.packed_bytes for member in self.members)
 
     @property
     def next_depth(self) -> int:
-        """None while it rests, and no deeper than what it would choose now."""
-        return self.max_depth if self.budget is None else min(self.max_depth, self.budget.deepest())
+        """Depth of the deepest tree that the controller may choose now; 0 during a pause."""
+        return self.max_depth if self.controller is None else min(self.max_depth, self.controller.max_depth)
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """Members begin; budget and calibrations go on with what they learnt."""
+        """Begin a generation; controller and calibrations keep what they learnt."""
         for member in self.members:
             member.begin(target, texts)
         self._target, self._rows = target, len(texts)
         if self.adapts:
-            costs = self._measured(len(texts))
-            if self.budget is None:
-                self.budget = TreeSizeController(costs, self.tree_size, costs_batch(len(texts)))
-            self.budget.again(costs, costs_batch(len(texts)))
+            costs, batch = self._costs_of(len(texts), measure=True), costs_batch(len(texts))
+            assert costs is not None
+            if self.controller is None:
+                self.controller = TreeSizeController(costs, self.tree_size, batch)
+            self.controller.begin_text(costs, batch)
 
-    def _measured(self, rows: int) -> CostModel:
-        """Costs of a pass over so many rows; they are kept for 1, 2, 4, 8 ... rows."""
+    def _costs_of(self, rows: int, measure: bool) -> CostModel | None:
+        """Return the cost of a pass over so many rows; None if it is not known and may not be measured now."""
         batch = costs_batch(rows)
-        costs = self._costs.get(batch) or self._given or costs_of(self._target, batch, self.tree_size)
-        self._costs[batch] = costs
-        return costs
-
-    def _known(self, rows: int) -> CostModel | None:
-        """The same where nothing may be measured: in the midst of a text."""
-        batch = costs_batch(rows)
-        if batch not in self._costs:
-            self._costs[batch] = self._given or known_costs(self._target, batch, self.tree_size)
+        if self._costs.get(batch) is None and (measure or batch not in self._costs):
+            read = get_costs if measure else known_costs
+            self._costs[batch] = self._given_costs or read(self._target, batch)
         return self._costs[batch]
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> MemberDraftCaches | None:
@@ -180,129 +152,112 @@ class HybridProposer(Proposer):
                 member.update_draft_cache(cache, features, emitted, counts)
 
     def _with_caches(self, draft_cache: MemberDraftCaches | None) -> list[tuple[Proposer, Any]]:
-        caches = [None] * len(self.members) if draft_cache is None else draft_cache.caches
-        return list(zip(self.members, caches, strict=True))
+        return list(zip(self.members, draft_cache or [None] * len(self.members), strict=True))
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """The likeliest candidates of all members, as many as pay."""
-        self._named, self._corrected = [None] * len(self.members), []
-        self._began, self._asked = time.perf_counter(), False
-        if max_depth < 1 or (self.budget is not None and self.budget.resting()):
+        """Return the most probable candidates of all members, as many as pay."""
+        self._proposed, self._corrected = [None] * len(self.members), []
+        self._began, self._asked = self.clock(), False
+        if max_depth < 1 or (self.controller is not None and self.controller.is_paused):
             return TokenTree.root(state.roots)
+        rows = len(state.texts)
         self._ask(state, max_depth, is_expensive=False)
-        found, rows = self._merged(), len(state.texts)
-        expected = None if found is None else self._expected(found, rows)
-        self._asked = self._pays_to_ask(found, expected, rows)
+        merged, plan = self._plan(rows)
+        self._asked = self._pays_to_ask(merged, plan, rows)
         if self._asked:
-            began = time.perf_counter()
+            began = self.clock()
             self._ask(state, max_depth, is_expensive=True)
-            self._asking = _followed(self._asking, time.perf_counter() - began)
-            found = self._merged()
-            expected = None if found is None else self._expected(found, rows)
-        if found is None or expected is None:
-            return TokenTree.root(state.roots)
-        return found.best(state.roots, expected.nodes)
+            self._ask_seconds = moving_mean(self._ask_seconds, self.clock() - began)
+            merged, plan = self._plan(rows)
+        return TokenTree.root(state.roots) if merged is None else merged.best_tree(state.roots, plan.nodes)
 
     def _ask(self, state: DecodeState, max_depth: int, is_expensive: bool) -> None:
+        """Collect the candidates of the members that are expensive, or of those that are not."""
         for place, (member, cache) in enumerate(self._with_caches(state.draft_cache)):
-            if member.is_expensive != is_expensive:
-                continue
-            named = self._named[place] = member.candidates(
-                state if cache is None else replace(state, draft_cache=cache), max_depth
-            )
-            if named is not None:
-                self._corrected.append(self.calibrations[place].correct(named))
+            if member.is_expensive == is_expensive:
+                given = state if cache is None else replace(state, draft_cache=cache)
+                proposed = self._proposed[place] = member.candidates(given, max_depth)
+                if proposed is not None:
+                    self._corrected.append(self.calibrations[place].correct(proposed))
 
-    def _merged(self) -> Candidates | None:
-        """All that was named so far."""
-        return merge(self._corrected) if self._corrected else None
+    def _plan(self, rows: int) -> tuple[Candidates | None, Plan]:
+        """Return all candidates so far, and the plan of their tree."""
+        if not self._corrected:
+            return None, Plan(1)
+        merged = merge(self._corrected)
+        if self.controller is None:
+            return merged, Plan(self.tree_size)
+        probs = merged.top_probs(self.controller.sizes[-1] - 1).sum(0).tolist()
+        nodes, rate = self.controller.choose(probs, rows, self.clock() - self._began)
+        return merged, Plan(nodes, rate, sum(probs[: nodes - 1]))
 
-    def _pays_to_ask(self, found: Candidates | None, expected: Expected | None, rows: int) -> bool:
-        """Whether is_expensive members are worth their time, beside what the others have named.
+    def _pays_to_ask(self, merged: Candidates | None, plan: Plan, rows: int) -> bool:
+        """Return whether the gain of expensive members, where the others are wrong, has a better rate than the planned tree.
 
-        Where those are right, expensive ones add nothing; where they are wrong, what expensive ones brought lately. That many tokens
-        for the time of asking must be a better rate than the pass has without them. And who promises little is not believed:
-        is_expensive members are only left out for a tree that promises a multiple of what they bring.
+        They are left out only for a tree that promises a multiple of their gain.
         """
         if not any(member.is_expensive for member in self.members):
             return False
-        if self.budget is None or found is None or expected is None or self._asking is None or self._brought is None:
+        if self.controller is None or merged is None or self._ask_seconds is None or self._ask_gain is None:
             return True
-        if expected.gain < _MULTIPLE * rows * self._brought:
+        if plan.gain < _MIN_MULTIPLE * rows * self._ask_gain:
             return True
-        sure = float(found.scores[:, : found.levels[0]].exp().sum(1).clamp(max=1).sum())
-        return _DOUBT * (rows - sure) * self._brought > expected.rate * self._asking
+        right = float(merged.scores[:, : merged.levels[0]].exp().sum(1).clamp(max=1).sum())
+        return _ERROR_FACTOR * (rows - right) * self._ask_gain > plan.rate * self._ask_seconds
 
-    def _expected(self, found: Candidates, rows: int) -> Expected:
-        """What the tree of these candidates would be, and bring."""
-        if self.budget is None:
-            return Expected(self.tree_size)
-        gains = found.gains(self.budget.most - 1).sum(0).tolist()
-        nodes, rate = self.budget.choose(gains, rows, time.perf_counter() - self._began)
-        return Expected(nodes, rate, sum(gains[: nodes - 1]))
-
-    def update(self, verified: VerifyOutput) -> None:
-        """Members see the pass; calibrations and budget learn from it."""
-        asleep = self.budget is not None and self.budget.asleep()
+    def update(self, output: VerifyOutput) -> None:
+        """Let members, calibrations and the controller learn from a pass."""
+        skips = self.controller is not None and self.controller.may_skip_updates
         for member in self.members:
-            if not (asleep and member.skippable):
-                member.update(verified)
-        counts = verified.counts
-        for calibration, named in zip(self.calibrations, self._named, strict=True):
-            if named is not None:
-                calibration.learn(named, verified.emitted, counts)
-        tokens = sum(counts) / len(counts)
+            if not (skips and member.skippable):
+                member.update(output)
+        for calibration, proposed in zip(self.calibrations, self._proposed, strict=True):
+            if proposed is not None:
+                calibration.update(proposed, output.emitted, output.counts)
+        tokens = sum(output.counts) / len(output.counts)
         if self._asked:
-            self._brought = _followed(self._brought, tokens - 1)
-        if self.budget is not None:
-            self.budget.saw(verified.tree.nodes, tokens, verified.seconds, self._outside(verified))
-
-    def _outside(self, verified: VerifyOutput) -> float:
-        """Seconds of the step so far that were not the pass."""
-        return max(0.0, time.perf_counter() - self._began - verified.seconds)
+            self._ask_gain = moving_mean(self._ask_gain, tokens - 1)
+        if self.controller is not None:
+            other = max(0.0, self.clock() - self._began - output.seconds)
+            self.controller.update(output.tree.nodes, tokens, output.seconds, other)
 
     def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on."""
+        """Keep only these rows."""
         for member in self.members:
             member.keep_rows(rows)
-        self._now_rows(len(rows))
+        self._set_rows(len(rows))
 
     def fork(self) -> HybridProposer:
-        """Newcomers of all members."""
+        """Return a hybrid of the members' forks, with a controller of its own."""
         copied = copy(self)
-        copied.members, copied.budget = [member.fork() for member in self.members], None
+        copied.members, copied.controller = [member.fork() for member in self.members], None
         return copied
 
-    def merge(self, newcomers: HybridProposer) -> None:
-        """Rows join all members."""
-        for member, joining in zip(self.members, newcomers.members, strict=True):
+    def merge(self, forked: HybridProposer) -> None:
+        """Append the rows of a fork to all members."""
+        for member, joining in zip(self.members, forked.members, strict=True):
             member.merge(joining)
-        self._now_rows(self._rows + newcomers._rows)
+        self._set_rows(self._rows + forked._rows)
 
-    def _now_rows(self, rows: int) -> None:
+    def _set_rows(self, rows: int) -> None:
         self._rows = rows
-        if self.budget is None:
-            return
-        self.budget.rows_change(
-            self._known(rows) or self.budget.costs, costs_batch(rows)
-        )  # those of before are near enough
+        if self.controller is not None:  # nothing is measured in the middle of a text: the last costs are close enough
+            costs = self._costs_of(rows, measure=False) or self.controller.costs
+            self.controller.set_batch(costs, costs_batch(rows))
 
     def warmup(self, target: Target, rows: int) -> None:
-        """Measure what passes over 1, 2, 4 ... rows cost, where that is not known; members do the same with theirs."""
+        """Measure the costs of passes over 1, 2, 4 ... rows where they are not known, and warm up the members."""
         self._target = target
         for member in self.members:
             member.warmup(target, rows)
         if self.adapts:
             for batch in {costs_batch(count) for count in range(1, rows + 1)}:
-                self._measured(batch)
+                self._costs_of(batch, measure=True)
 
     def origins(self, tree: TokenTree, row: int) -> list[str]:
-        """The member that thinks most of a node's path."""
-        known = [
-            (member.name, named.paths(row))
-            for member, named in zip(self.members, self._named, strict=True)
-            if named is not None
-        ]
+        """Return for every node the member that gave its path the largest probability."""
+        both = zip(self.members, self._proposed, strict=True)
+        known = [(member.name, proposed.paths(row)) for member, proposed in both if proposed is not None]
         found = ["root"]
         for path in tree.paths_to(row)[1:]:
             names = [(paths[path], name) for name, paths in known if path in paths]
@@ -310,25 +265,27 @@ class HybridProposer(Proposer):
         return found
 
 
-@dataclass
-class MemberDraftCaches:
+class MemberDraftCaches(list[Any]):
     """The draft caches of a hybrid's members, None for a member without one."""
 
-    caches: list[Any]
-
     def keep_rows(self, rows: list[int]) -> None:
-        """Drop all rows but these."""
-        for cache in self.caches:
+        """Keep only these rows."""
+        for cache in self:
             if cache is not None:
                 cache.keep_rows(rows)
 
     def join(self, other: MemberDraftCaches) -> None:
         """Append the rows of other draft caches of these members."""
-        for cache, joining in zip(self.caches, other.caches, strict=True):
+        for cache, joining in zip(self, other, strict=True):
             if cache is not None:
                 cache.join(joining)
 
 
-def _followed(known: float | None, new: float) -> float:
-    """A mean in which the newest counts a tenth."""
-    return new if known is None else known + _FOLLOW * (new - known)
+def _build_member(member: str | Proposer, target: Target, options: dict[str, Any]) -> Proposer:
+    """Return a member, built with its share of the options if it is given by name."""
+    if isinstance(member, str):
+        own = {key: value for key, value in options.items() if _OWNERS.get(key, "heads") == member}
+        member = build_proposer(member, target, **own)
+    if type(member).candidates is Proposer.candidates:
+        raise MedheadError(f"the proposer {member.name!r} gives no candidates, so it cannot be part of a hybrid")
+    return member

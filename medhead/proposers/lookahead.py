@@ -1,47 +1,113 @@
-"""Lookahead decoding (Fu et al. 2024): the target guesses its own future in the same pass that verifies the guesses.
+"""Lookahead decoding (Fu et al. 2024): the target predicts its own future in the pass that verifies the draft tokens.
 
-The window (see `window.py`) and the n-grams to verify are one token tree: level 0 is a chain below the root, and the node
-above column i of level l is column i of level l - 1. A node's ancestors are then exactly what the paper's mask shows it,
-and its depth is its position. Nodes with one path are one node: the target says the same behind both.
+Names are those of the paper: W columns, N tokens in an n-gram, G n-grams verified at a time. The window has N - 1 levels. With
+the root at position p, column i of level l predicts the token at position p + l + i; column 0 of level 0 is the root itself.
+Each pass gives the next token after the last level. That completes an n-gram per column; the levels move up by one, and the new
+tokens are the last level (parallel Jacobi iterations of all columns).
 
-A window node may be accepted, as any node: it is kept only if its token is the one that the target draws at its parent, so
-the text is plain decoding's whatever the window holds.
+Window and n-grams are one token tree: level 0 is a chain below the root, and column i of level l is a child of column i of level
+l - 1. A node's ancestors are then what the paper's mask shows it. A window node may be accepted like any node.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from medhead.core.acceptance import gather_path
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
 from medhead.proposers.candidates import Candidates, candidates_from_tries
-from medhead.proposers.lookahead_sizes import DEFAULTS, MOST_NODES, fit, nodes_needed, tuned_sizes
+from medhead.proposers.lookahead_sizes import DEFAULTS, MAX_NODES, choose_sizes, nodes_needed, tuned_sizes
 from medhead.proposers.trie import DraftTrie, to_token_tree
-from medhead.proposers.window import Pool, Window
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
+Gram = tuple[int, ...]
+
+
+@dataclass
+class Window:
+    """One row's window.
+
+    Attributes:
+        depth: N - 1, number of levels of the full window.
+        levels: tokens of every level, level 0 without its column 0. At first there is one level of W + N - 3 tokens of any kind:
+            each of the first passes adds a level and removes a column, until there are N - 1 levels of W columns.
+    """
+
+    depth: int
+    levels: list[list[int]]
+
+    def advance(self, root: int, answers: Sequence[int]) -> list[Gram]:
+        """Take the target's token after each column of the last level; return the complete n-grams."""
+        levels, newest = self.levels, list(answers)
+        if len(levels) < self.depth:
+            self.levels = [level[1:] for level in [*levels, newest]]
+            return []
+        moved = [*levels[1:], newest]
+        self.levels = [moved[0][1:], *moved[1:]]
+        return list(zip([root, *levels[0]], *moved, strict=True))
+
+
+@dataclass
+class Pool:
+    """n-grams by their first token, of each first token the newest `kept`."""
+
+    kept: int
+    _after: dict[int, dict[Gram, None]] = field(default_factory=dict)
+
+    def add(self, gram: Sequence[int]) -> None:
+        """Add an n-gram as the newest of its first token."""
+        first, rest = gram[0], tuple(gram[1:])
+        known = self._after.setdefault(first, {})
+        known.pop(rest, None)
+        known[rest] = None
+        if len(known) > self.kept:
+            del known[next(iter(known))]
+
+    def after(self, token: int) -> list[Gram]:
+        """Return what followed a token, newest first."""
+        return list(reversed(self._after.get(token, {})))
+
+
+@dataclass
+class LookaheadRow:
+    """What lookahead keeps of one row.
+
+    Attributes:
+        last_level: nodes of the window's last level in the tree being verified; empty if the window is not in the tree.
+        tokens_read: number of tokens of the text whose n-grams are in the pool.
+    """
+
+    pool: Pool
+    window: Window
+    last_level: list[int] = field(default_factory=list)
+    tokens_read: int = 0
+
 
 @register_proposer("lookahead")
 class LookaheadProposer(Proposer):
-    """Proposes n-grams that the target wrote in its window, in the prompt and in the output.
+    """Proposes n-grams of the prompt, of the output, and of what the target predicted in its window.
 
     Args:
-        target: the target; what the tuner found for it here is the default of W, N and G.
-        tree_size: most nodes of the tree, root included. Of W, N and G those that are not given are made to fit it.
-        window: W, columns of the window, at least 1 (default: tuned, else 5).
+        target: the target; the sizes that were tuned for it are the defaults of W, N and G.
+        tree_size: largest number of nodes of the tree, root included. Of W, N and G those not given are chosen to fit it.
+        window: W, number of columns of the window, at least 1 (default: tuned, else 5).
         ngram: N, tokens of an n-gram, at least 2 (default: tuned, else 4). A pass accepts at most N - 1 of its tokens.
-        guesses: G, n-grams that are verified at a time and remembered for each first token, at least 1 (default: tuned, else 5).
+        guess_set: G, n-grams verified at a time and kept for each first token, at least 1 (default: tuned, else 5).
 
     Raises:
-        MedheadError: W, N or G cannot be, or need more nodes than the tree may have.
+        MedheadError: W, N or G is out of range, or they need more nodes than the tree may have.
     """
+
+    row_states: list[LookaheadRow]
 
     def __init__(
         self,
@@ -49,127 +115,90 @@ class LookaheadProposer(Proposer):
         tree_size: int | None = None,
         window: int | None = None,
         ngram: int | None = None,
-        guesses: int | None = None,
+        guess_set: int | None = None,
     ) -> None:
-        for name, value, least in (("W (window)", window, 1), ("N (ngram)", ngram, 2), ("G (guesses)", guesses, 1)):
-            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
-                raise MedheadError(f"lookahead needs a whole number {name} of at least {least}, got {value!r}")
-        self.tree_size = limit = MOST_NODES if tree_size is None else tree_size
-        if target is not None and tree_size is window is ngram is guesses is None:
-            window, ngram, guesses = tuned_sizes(target) or DEFAULTS
-        self.window, self.ngram, self.verified = fit((window, ngram, guesses), limit, tree_size is None)
-        self.tree_size = 1 if limit == 1 else nodes_needed(self.window, self.ngram, self.verified)
+        for name, value, low in (("W (window)", window, 1), ("N (ngram)", ngram, 2), ("G (guess_set)", guess_set, 1)):
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < low):
+                raise MedheadError(f"lookahead needs a whole number {name} of at least {low}, got {value!r}")
+        self.tree_size = limit = MAX_NODES if tree_size is None else tree_size
+        if target is not None and tree_size is window is ngram is guess_set is None:
+            window, ngram, guess_set = tuned_sizes(target) or DEFAULTS
+        self.window, self.ngram, self.guess_set = choose_sizes(window, ngram, guess_set, limit, tree_size is None)
+        self.tree_size = 1 if limit == 1 else nodes_needed(self.window, self.ngram, self.guess_set)
         self.window_depth = self.window + self.ngram - 3
         self.max_depth = 0 if limit == 1 else max(self.ngram - 1, self.window_depth)
-        self.pools: list[Pool] = []
-        self.windows: list[Window] = []
-        self._read: list[int] = []
-        self._last: list[
-            list[int]
-        ] = []  # of every row the nodes of the window's last level, in the tree being verified
         self._state: DecodeState | None = None
 
     def begin(self, target: Target, texts: list[list[int]]) -> None:
-        """New pools, seeded from the prompts, and windows of random tokens of the prompts."""
-        self.pools = [Pool(self.verified) for _ in texts]
-        self.windows = [Window(self.window, self.ngram - 1, self.first_level(text)) for text in texts]
-        self._read = [0] * len(texts)
-
-    def first_level(self, text: list[int]) -> list[int]:
-        """Tokens a window starts with, the same for the same prompt."""
-        return Random(len(text)).choices(text, k=self.window + self.ngram - 3)
-
-    def _read_text(self, state: DecodeState) -> None:
-        """The pools take in what the texts have gained."""
-        for row, (pool, text) in enumerate(zip(self.pools, state.texts, strict=True)):
-            for end in range(max(self._read[row] + 1, self.ngram), len(text) + 1):
-                pool.add(text[end - self.ngram : end])
-            self._read[row] = len(text)
-
-    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """The n-grams of all rows."""
-        return candidates_from_tries(self.guesses(state, max_depth), state.roots.device)
-
-    def guesses(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
-        """The n-grams behind every root, newest first; the chances are 2/3 a token and 1/2, 1/3, ... for each older one.
-
-        The window is left out: it is there to be continued, not to be accepted.
-        """
-        self._read_text(state)
-        return [
-            self._guess(DraftTrie(text[-1]), pool, max_depth)
-            for pool, text in zip(self.pools, state.texts, strict=True)
+        """Start with empty pools, and with windows of random tokens of the prompts."""
+        self.row_states = [
+            LookaheadRow(Pool(self.guess_set), Window(self.ngram - 1, [self.first_level(text)])) for text in texts
         ]
 
-    def _guess(self, found: DraftTrie, pool: Pool, max_depth: int) -> DraftTrie:
-        for rank, gram in enumerate(pool.after(found.tokens[0])):
-            node = 0
-            for depth, token in enumerate(gram[:max_depth], 1):
-                node = found.add(node, token, (2 / 3) ** depth / (rank + 1))
-        return found
+    def first_level(self, text: list[int]) -> list[int]:
+        """Return the tokens that a window starts with, the same for the same prompt."""
+        return Random(len(text)).choices(text, k=self.window + self.ngram - 3)
+
+    def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
+        """Return the n-grams of all rows as candidates."""
+        return candidates_from_tries(self.tries(state, max_depth), state.roots.device)
+
+    def tries(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
+        """Return the n-grams after every root, of probabilities 2/3 per token, times 1, 1/2, 1/3, ... from the newest one."""
+        self._read_texts(state)
+        tries = [DraftTrie(text[-1]) for text in state.texts]
+        for trie, row in zip(tries, self.row_states, strict=True):
+            _add_ngrams(trie, row.pool, max_depth)
+        return tries
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Window and guesses of every row. Where the window would be too deep (the end is near) it waits."""
-        self._read_text(state)
-        self._state, self._last = state, []
-        looks = self.tree_size > 1 and max_depth >= self.window_depth
-        rows = []
-        for pool, window, text in zip(self.pools, self.windows, state.texts, strict=True):
-            row = DraftTrie(text[-1])
-            if looks:
-                self._last.append(_place(row, window))
-            rows.append(self._guess(row, pool, min(max_depth, self.max_depth)))
-        return to_token_tree(rows, state.roots)
+        """Return the window and the n-grams of every row; where the window is too deep, near the end, it is left out."""
+        self._read_texts(state)
+        self._state = state
+        has_window = self.tree_size > 1 and max_depth >= self.window_depth
+        tries = [DraftTrie(text[-1]) for text in state.texts]
+        for trie, row in zip(tries, self.row_states, strict=True):
+            row.last_level = _add_window(trie, row.window) if has_window else []
+            _add_ngrams(trie, row.pool, min(max_depth, self.max_depth))
+        return to_token_tree(tries, state.roots)
 
-    def update(self, verified: VerifyOutput) -> None:
-        """Read what the target says at the window's last level, as it would draw it there."""
-        if not self._last:
+    def update(self, output: VerifyOutput) -> None:
+        """Advance the windows by the tokens that the target draws at their last levels."""
+        if not any(row.last_level for row in self.row_states):
             return
-        tokens, answers = verified.tree.tokens, self._answers(verified)
-        roots = tokens[:, 0].tolist()
-        for pool, window, root, fresh in zip(self.pools, self.windows, roots, answers, strict=True):
-            for gram in window.advance(root, fresh):
-                pool.add(gram)
-
-    def _answers(self, verified: VerifyOutput) -> list[list[int]]:
-        """`[batch][columns]`: the target's token behind each node of the last level."""
         assert self._state is not None
-        longest = max(map(len, self._last))  # rows that joined later have younger windows
-        padded = [nodes + [0] * (longest - len(nodes)) for nodes in self._last]
-        nodes = torch.tensor(padded, device=verified.logits.device)
-        logits = _take(verified.logits, nodes)
+        longest = max(len(row.last_level) for row in self.row_states)  # windows of rows that joined later are smaller
+        padded = [row.last_level + [0] * (longest - len(row.last_level)) for row in self.row_states]
+        nodes = torch.tensor(padded, device=output.logits.device)
+        logits = gather_path(output.logits, nodes)
         if self._state.noise is not None:
-            depth = verified.tree.depth.gather(1, nodes)
-            logits = logits.float() / self._state.temperature + _take(
-                self._state.noise.prefix(verified.tree.max_depth + 1), depth
-            )
-        answers: list[list[int]] = logits.argmax(-1).tolist()
-        return [row[: len(nodes)] for row, nodes in zip(answers, self._last, strict=True)]
+            noise = self._state.noise.prefix(output.tree.max_depth + 1)
+            logits = logits.float() / self._state.temperature + gather_path(noise, output.tree.depth.gather(1, nodes))
+        roots = output.tree.tokens[:, 0].tolist()
+        for row, root, answers in zip(self.row_states, roots, logits.argmax(-1).tolist(), strict=True):
+            for gram in row.window.advance(root, answers[: len(row.last_level)]):
+                row.pool.add(gram)
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Only these rows go on."""
-        self.pools, self.windows = [self.pools[row] for row in rows], [self.windows[row] for row in rows]
-        self._read = [self._read[row] for row in rows]
-
-    def merge(self, newcomers: LookaheadProposer) -> None:
-        """Their pools and windows join."""
-        self.pools, self.windows = self.pools + newcomers.pools, self.windows + newcomers.windows
-        self._read = self._read + newcomers._read
+    def _read_texts(self, state: DecodeState) -> None:
+        """Add the n-grams of what the texts have gained to the pools."""
+        for row, text in zip(self.row_states, state.texts, strict=True):
+            for end in range(max(row.tokens_read + 1, self.ngram), len(text) + 1):
+                row.pool.add(text[end - self.ngram : end])
+            row.tokens_read = len(text)
 
 
-def _place(row: DraftTrie, window: Window) -> list[int]:
-    """Put a window's nodes below the root; returns those of its last level by column.
+def _add_ngrams(trie: DraftTrie, pool: Pool, max_depth: int) -> None:
+    for rank, gram in enumerate(pool.after(trie.tokens[0])):
+        node = 0
+        for depth, token in enumerate(gram[:max_depth], 1):
+            node = trie.add(node, token, (2 / 3) ** depth / (rank + 1))
 
-    Chances are not estimated for them.
-    """
+
+def _add_window(trie: DraftTrie, window: Window) -> list[int]:
+    """Add a window's nodes, with no estimate of their probabilities; return those of its last level by column."""
     nodes = [0]
     for token in window.levels[0]:
-        nodes.append(row.add(nodes[-1], token, 1.0))
+        nodes.append(trie.add(nodes[-1], token, 1.0))
     for level in window.levels[1:]:
-        nodes = [row.add(parent_index, token, 1.0) for parent_index, token in zip(nodes, level, strict=True)]
+        nodes = [trie.add(parent, token, 1.0) for parent, token in zip(nodes, level, strict=True)]
     return nodes
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """`[batch, n, vocab]` at `index` `[batch, n]` of `[batch, m, vocab]`."""
-    return values.gather(1, index[..., None].expand(-1, -1, values.shape[-1]))

@@ -1,45 +1,48 @@
-"""Token Recycling (Luo et al. 2024): the candidates that the target itself named the last time it saw a token.
+"""Token Recycling (Luo et al. 2024): the most probable successors that the target gave each token when it last saw it.
 
-An adjacency matrix holds the last top-k successors of every token; it is updated from every verified node, accepted or
-not, and needs no training. Log-probabilities are kept beside the tokens, so that trees are grown by them. What was learnt
-can be saved, and another run can start with it.
+An adjacency matrix holds the top-k successors of every token with their log-probabilities. Every verified node updates it,
+accepted or not; nothing is trained. It can be saved, and another run can start with it.
 """
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, register_proposer
 from medhead.proposers.candidates import Candidates
-from medhead.proposers.growth import grow, grow_tree
-from medhead.proposers.recycling_state import load_state, save_state
+from medhead.proposers.growth import grow
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
+FORMAT = "medhead recycling 1"
 _UNSEEN = -20.0  # log-probability of a successor that was never seen
 
 
 @register_proposer("recycling")
 class RecyclingProposer(Proposer):
-    """Proposes recycled tokens. What was learnt stays for later generations.
+    """Proposes recycled tokens. What was learnt is kept for later generations.
 
     Args:
         target: the target; its vocabulary sizes the matrix.
-        tree_size: nodes of the tree, root included.
-        successors: candidates kept for every token.
+        tree_size: number of nodes of the tree, root included.
+        successors: number of successors kept for every token.
         max_depth: depth of the tree.
-        width: nodes of a frontier.
-        warm: file of `save` to start with; of its successors the likeliest are taken.
+        width: number of nodes of a frontier.
+        state: file of `save` to start with; of its successors the most probable are taken.
 
     Raises:
-        MedheadError: a number that cannot be, or a file that is missing, damaged, foreign, or of another vocabulary.
+        MedheadError: a number is out of range, or the file is missing, damaged, foreign, or of another vocabulary.
     """
 
     uses_noise, skippable = True, True
@@ -51,65 +54,109 @@ class RecyclingProposer(Proposer):
         successors: int = 8,
         max_depth: int = 6,
         width: int = 8,
-        warm: str | Path | None = None,
+        state: str | Path | None = None,
     ) -> None:
         if min(successors, max_depth, width) < 1:
-            raise MedheadError(
-                f"successors, depth and width must be at least 1, got {successors}, {max_depth} and {width}"
-            )
+            given = f"{successors}, {max_depth} and {width}"
+            raise MedheadError(f"successors, max_depth and width must be at least 1, got {given}")
         self.tree_size, self.max_depth, self.width = tree_size, max_depth, width
         shape = (target.vocab_size, min(successors, target.vocab_size))
         self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
         self.logp = torch.full(shape, _UNSEEN, device=target.device)
         self._newest = torch.zeros(target.vocab_size, dtype=torch.long, device=target.device)
-        self._state: DecodeState | None = None
-        if warm is not None:
-            tokens, logp = load_state(warm, target.vocab_size)
+        if state is not None:
+            tokens, logp = _load_state(Path(state), target.vocab_size)
             known = min(shape[1], tokens.shape[1])
             self.tokens[:, :known], self.logp[:, :known] = tokens[:, :known], logp[:, :known]
 
     def save(self, path: str | Path) -> None:
-        """Write what was learnt to a safetensors file, for `warm`; only a file of this kind is overwritten.
+        """Write the matrix to a safetensors file, for `state`; a file of another kind is not overwritten.
 
         Raises:
             MedheadError: the file holds something else, or it cannot be written.
         """
-        save_state(self.tokens, self.logp, path)
+        path = Path(path)
+        if path.exists():
+            _read_state(path)
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        content = {"tokens": self.tokens.to("cpu", torch.int32), "logp": self.logp.to("cpu", torch.float32)}
+        try:
+            save_file(content, scratch, metadata={"format": FORMAT})
+            os.replace(scratch, path)
+        except (OSError, SafetensorError) as error:
+            raise MedheadError(f"{str(path)!r} cannot be written: {_reason(error)}") from None
+        finally:
+            scratch.unlink(missing_ok=True)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """The likeliest recycled paths below every root."""
+        """Return the most probable recycled paths below every root."""
         depth = min(max_depth, self.max_depth, self.tree_size - 1)
         if depth < 1:
             return TokenTree.root(state.roots)
-        self._state = state
-        return grow_tree(state.roots, self, self.tree_size, depth, self.width)
+        found = grow(state.roots, RecyclingExpander(self, state), depth, self.width, self.tree_size)
+        return found.best_tree(state.roots, self.tree_size)
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
-        """The frontiers' recycled successors."""
+        """Return the successors of all frontiers."""
         depth = min(max_depth, self.max_depth)
-        if depth < 1:
-            return None
-        self._state = state
-        return grow(state.roots, self, depth, self.width)
+        return grow(state.roots, RecyclingExpander(self, state), depth, self.width) if depth > 0 else None
+
+    def update(self, output: VerifyOutput) -> None:
+        """Replace the successors of every token of the tree by those at one of its nodes."""
+        nodes = output.tree.tokens.flatten()
+        self._newest[nodes] = torch.arange(len(nodes), device=nodes.device)  # one node of each token, for both matrices
+        taken = self._newest[nodes]
+        top = output.logits.flatten(0, 1).float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
+        self.tokens[nodes], self.logp[nodes] = top.indices[taken], top.values[taken]
+
+
+@dataclass
+class RecyclingExpander:
+    """The successors of a frontier, see `growth.Expander`; when sampling, with the noise of their position."""
+
+    proposer: RecyclingProposer
+    given: DecodeState
 
     def start(self) -> Tensor:
-        """There is no state along a path."""
-        assert self._state is not None
-        return self.logp.new_zeros(len(self._state.texts), 1, 0)
+        """Return an empty state: successors depend on the last token alone."""
+        return self.proposer.logp.new_zeros(len(self.given.roots), 1, 0)
 
     def expand(self, state: Tensor, tokens: Tensor, depth: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Successors of the frontier; when sampling, ranked by the noise of the position too."""
-        assert self._state is not None
-        children, logp = self.tokens[tokens], self.logp[tokens]
-        if self._state.noise is not None:
-            noise = self._state.noise.at(depth).gather(1, children.flatten(1)).view_as(logp)
-            logp = (logp / self._state.temperature + noise).log_softmax(-1)
+        """See `growth.Expander.expand`."""
+        children, logp = self.proposer.tokens[tokens], self.proposer.logp[tokens]
+        if self.given.noise is not None:
+            noise = self.given.noise.at(depth).gather(1, children.flatten(1)).view_as(logp)
+            logp = (logp / self.given.temperature + noise).log_softmax(-1)
         return state.expand(-1, tokens.shape[1], -1), logp, children
 
-    def update(self, verified: VerifyOutput) -> None:
-        """EncodeCacheEntry what the target named at every node; of nodes with one token, one is remembered."""
-        nodes = verified.tree.tokens.flatten()
-        self._newest[nodes] = torch.arange(len(nodes), device=nodes.device)  # whichever wins, it wins both matrices
-        taken = self._newest[nodes]
-        top = verified.logits.flatten(0, 1).float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
-        self.tokens[nodes], self.logp[nodes] = top.indices[taken], top.values[taken]
+
+def _load_state(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:
+    """Return the saved tokens (int64) and log-probabilities (float32), each `[vocab_size, successors]`, or raise an error."""
+    tokens, logp = _read_state(path)
+    tokens, logp, name = tokens.long(), logp.float(), f"the recycling state {str(path)!r}"
+    if tokens.ndim != 2 or tokens.shape != logp.shape or not tokens.numel():
+        shapes = f"{list(tokens.shape)} and {list(logp.shape)}, expected two of [vocabulary, successors]"
+        raise MedheadError(f"{name} holds matrices of {shapes}; delete it and start a new one")
+    if len(tokens) != vocab_size:
+        sizes = f"{len(tokens)} tokens, this one has {vocab_size}"
+        raise MedheadError(f"{name} was learnt from a model with {sizes}; give each model a file of its own")
+    if int(tokens.min()) < 0 or int(tokens.max()) >= vocab_size or bool((logp > 0).any() | logp.isnan().any()):
+        raise MedheadError(f"{name} is damaged: a token or a log-probability is out of range; delete it")
+    return tokens, logp
+
+
+def _read_state(path: Path) -> tuple[Tensor, Tensor]:
+    """Return the tensors of a file, unchecked; raise an error if it is no recycling state."""
+    if not path.is_file():
+        raise MedheadError(f"the recycling state {str(path)!r} {'is no file' if path.exists() else 'does not exist'}")
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("format") == FORMAT and set(file.keys()) == {"tokens", "logp"}:
+                return file.get_tensor("tokens"), file.get_tensor("logp")
+    except (OSError, SafetensorError) as error:
+        raise MedheadError(f"{str(path)!r} is no recycling state, or truncated or damaged: {_reason(error)}") from None
+    raise MedheadError(f"{str(path)!r} is not a recycling state of medhead, but a safetensors file of something else")
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(getattr(error, "strerror", None) or error).split())[:100]

@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from medhead.core.tree import TokenTree, rank_parents, sorted_ranks
 from medhead.errors import MedheadError
-from medhead.proposers.growth import Expander
+from medhead.proposers.growth import Expander, grow
 
 
 def best_static_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[list[int]]:
-    """The `nodes - 1` paths of ranks with the largest product of accuracies.
+    """Return the `nodes - 1` paths of ranks with the largest product of accuracies.
 
-    Best-first: whenever a path is taken, its next sibling and its first child become candidates.
+    Best-first search: once a path is taken, its next sibling and its first child become candidates.
 
     Args:
-        accuracies: `accuracies[d][r]`, how often the rank-r guess of depth d+1 was right.
+        accuracies: `accuracies[d][r]`, the share of tokens at depth d + 1 that the draft token of rank r predicted.
         nodes: size of the tree, root included.
 
     Raises:
-        MedheadError: no accuracies, or fewer than two nodes.
+        MedheadError: there are no accuracies, or fewer than two nodes.
     """
     if not accuracies or not accuracies[0] or nodes < 2:
         raise MedheadError(f"a static tree needs measured accuracies and at least 2 nodes, got {nodes} nodes")
@@ -34,56 +33,42 @@ def best_static_tree(accuracies: Sequence[Sequence[float]], nodes: int) -> list[
         value, path = heapq.heappop(heap)
         taken.append(list(path))
         depth, rank = len(path) - 1, path[-1]
-        if rank + 1 < len(accuracies[depth]) and accuracies[depth][rank] > 0:
-            heapq.heappush(
-                heap, (value / accuracies[depth][rank] * accuracies[depth][rank + 1], (*path[:-1], rank + 1))
-            )
+        here = accuracies[depth]
+        if rank + 1 < len(here) and here[rank] > 0:
+            heapq.heappush(heap, (value / here[rank] * here[rank + 1], (*path[:-1], rank + 1)))
         if depth + 1 < len(accuracies):
             heapq.heappush(heap, (value * accuracies[depth + 1][0], (*path, 0)))
     return sorted(taken, key=lambda path: (len(path), path))
 
 
 class StaticShape:
-    """A shape of ranks with the index tensors that fill it level by level.
-
-    Args:
-        ranks: paths of ranks, every beginning included.
-        device: where trees are filled.
-    """
+    """A shape of paths of ranks: which candidates of every level are expanded, and which are in the tree."""
 
     def __init__(self, ranks: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> None:
         paths = sorted_ranks(ranks)
         if not paths:
             raise MedheadError("a static tree needs at least one path of ranks")
-        self.parents = torch.tensor(rank_parents(ranks), device=device)
+        inner = set(rank_parents(ranks))
         self.nodes, self.depth = len(paths) + 1, max(map(len, paths))
-        self.widest = max(max(path) for path in paths) + 1
-        self.node_depth = torch.tensor([0, *map(len, paths)], device=device)
-        root: tuple[int, ...] = ()
-        levels = [[root], *([p for p in paths if len(p) == d + 1] for d in range(self.depth))]
-        self._expand, self._pick = [], []
-        for parent_index, below in pairwise(levels):
-            inner = [place for place, path in enumerate(parent_index) if any(child[:-1] == path for child in below)]
-            order = {parent_index[place]: index for index, place in enumerate(inner)}
-            self._expand.append(torch.tensor(inner, device=device))
-            picked = [order[child[:-1]] * self.widest + child[-1] for child in below]
-            self._pick.append(torch.tensor(picked, device=device))
-        self._above = [
-            torch.tensor([int(i) // self.widest for i in pick.tolist()], device=device) for pick in self._pick
-        ]
+        self.width = max(max(path) for path in paths) + 1
+        self._frontiers: list[Tensor] = []
+        self._counts: list[int] = []  # nodes below the root down to every level
+        chosen: list[int] = []
+        frontier: list[tuple[int, ...]] = [()]
+        begin = 0
+        for level in range(1, self.depth + 1):
+            order = {path: place for place, path in enumerate(frontier)}
+            of_level = [(node, path) for node, path in enumerate(paths, 1) if len(path) == level]
+            places = {path: order[path[:-1]] * self.width + path[-1] for _, path in of_level}
+            chosen += [begin + place for place in places.values()]
+            begin += len(frontier) * self.width
+            frontier = [path for node, path in of_level if node in inner]
+            self._frontiers.append(torch.tensor([places[path] for path in frontier], device=device, dtype=torch.long))
+            self._counts.append(len(chosen))
+        self._chosen = torch.tensor(chosen, device=device)
 
     def fill(self, roots: Tensor, expander: Expander, max_depth: int) -> TokenTree:
-        """Fill the shape's first `max_depth` levels for roots `[batch]`; the expander must name `widest` children."""
-        state, tokens, filled = expander.start(), roots[:, None], [roots[:, None]]
-        for level, (expand, pick, parent_index) in enumerate(zip(self._expand, self._pick, self._above, strict=True)):
-            if level == max_depth:
-                break
-            state = state[:, expand] if state.shape[1] > 1 else state.expand(-1, len(expand), -1)
-            state, _, children = expander.expand(state, tokens[:, expand], level)
-            tokens = children.flatten(1)[:, pick]
-            state = state[:, parent_index] if state.shape[1] > 1 else state.expand(-1, len(parent_index), -1)
-            filled.append(tokens)
-        tree_tokens = torch.cat(filled, 1)  # nodes are in order of depth: fewer levels are a beginning of the shape
-        batch, nodes = tree_tokens.shape
-        parents, depth = self.parents[:nodes].expand(batch, -1), self.node_depth[:nodes].expand(batch, -1)
-        return TokenTree(tree_tokens, parents, depth, min(self.depth, max_depth))
+        """Fill the first `max_depth` levels for `roots` `[batch]`; the expander must give `width` children."""
+        depth = min(self.depth, max_depth)
+        found = grow(roots, expander, depth, self._frontiers)
+        return found.select(roots, self._chosen[: self._counts[depth - 1]].expand(len(roots), -1))

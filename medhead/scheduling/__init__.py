@@ -1,1 +1,1 @@
-"""How many nodes a tree gets: the cost of passes and the tree size that follows from it."""
+"""What a verify pass costs, and how many nodes the next one has."""

@@ -1,10 +1,11 @@
-"""What a verify pass costs by its number of nodes: measured once, kept in the user's cache folder, followed while decoding."""
+"""The seconds of a verify pass by its number of nodes: measured once, cached on disk, corrected while decoding."""
 
 from __future__ import annotations
 
 import time
 from bisect import bisect_left
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,143 +17,125 @@ from medhead.core.tree import TokenTree
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
-GRID = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in the order of measuring; the first three in any case
-MOST = max(GRID)
+SIZES = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in the order of measuring; the first three are always measured
+MAX_NODES = max(SIZES)
 PREFIX = 128  # committed tokens of every row while measuring
-SECONDS = 2.0  # the measurement ends after about so long
-_TURNS = 12
-_WORTHLESS = 6.0  # no tree is worth a pass that takes so many times as long as a pass over one node
-_FOLLOW = 0.1  # weight of the newest pass
-_FORGET = 0.01  # how much of the trees' own dearness every pass takes back
-_DEAREST = 1.6  # no tree is so many times dearer (or cheaper) than measured, beside a pass over one node
-_FARTHEST = 10.0  # no pass counts as more than so many times as slow (or fast) as measured
+MAX_SECONDS = 2.0  # approximate length of a measurement
+_ROUNDS = 12
+_MAX_RATIO = 6.0  # sizes beyond one that takes so many times as long as one node are not measured
+_FOLLOW = 0.1  # weight of the newest value in a moving mean
+_FORGET = 0.01  # share of the trees' own factor that decays at every pass
+_MAX_TREE_FACTOR = 1.6  # limit of the trees' own factor, and of its inverse
+_MAX_OUTLIER = 10.0  # a pass counts as at most so many times as slow (or fast) as measured
+
+
+def moving_mean(known: float | None, new: float) -> float:
+    """Return the mean after a new value; `known` is the mean before it, None at first."""
+    return new if known is None else known + _FOLLOW * (new - known)
 
 
 class CostModel:
-    """Seconds of a pass over n nodes a row, between measured numbers by straight lines.
+    """Seconds of a pass over n nodes per row, interpolated linearly between measured numbers.
 
     Args:
-        seconds: measured seconds by number of nodes; 1 is among them.
+        seconds: measured seconds by number of nodes, 1 among them.
 
     Attributes:
-        drift: how much longer all passes take than measured: longer texts and busy machines make them dearer alike.
-        skew: how much longer passes over trees take besides: rows of different lengths, memory that a batch has to fetch.
+        nodes: measured numbers of nodes.
+        measured: measured seconds by number of nodes, made to rise.
+        max_nodes: the largest measured number of nodes.
+        load_factor: by how much all passes take longer than measured, as with longer texts or on a busy machine.
+        tree_factor: by how much passes over trees take longer still, as with rows of different lengths.
     """
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.nodes = sorted(seconds)
-        self._seconds = [seconds[n] for n in self.nodes]
-        for place in range(1, len(self._seconds)):  # noise must not make more nodes look cheaper
-            self._seconds[place] = max(self._seconds[place], self._seconds[place - 1])
-        self.drift = self.skew = 1.0
-
-    @property
-    def measured(self) -> dict[int, float]:
-        """Seconds by number of nodes, as they were measured."""
-        return dict(zip(self.nodes, self._seconds, strict=True))
-
-    @property
-    def most(self) -> int:
-        """The largest number of nodes that was measured."""
-        return self.nodes[-1]
+        self._seconds = list(accumulate((seconds[n] for n in self.nodes), max))  # more nodes never look cheaper
+        self.measured, self.max_nodes = dict(zip(self.nodes, self._seconds, strict=True)), self.nodes[-1]
+        self.load_factor = self.tree_factor = 1.0
 
     def __call__(self, nodes: int) -> float:
-        """Seconds of a pass over so many nodes a row, as things are now."""
-        return self.drift * (1.0 if nodes == 1 else self.skew) * self._between(nodes)
+        """Return the expected seconds of a pass over so many nodes per row."""
+        return self.load_factor * (1.0 if nodes == 1 else self.tree_factor) * self._interpolate(nodes)
 
-    def _between(self, nodes: int) -> float:
+    def _interpolate(self, nodes: int) -> float:
         place = bisect_left(self.nodes, nodes)
         if place == len(self.nodes):
-            return self._seconds[-1] * nodes / self.most
+            return self._seconds[-1] * nodes / self.max_nodes
         if self.nodes[place] == nodes:
             return self._seconds[place]
         left, right = self.nodes[place - 1], self.nodes[place]
         share = (nodes - left) / (right - left)
         return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
-    def saw(self, nodes: int, seconds: float) -> None:
-        """A pass took so long. What only passes over trees tell is half theirs, and in the long run everybody's."""
-        measured = self._between(nodes)
-        seconds = min(_FARTHEST * measured, max(measured / _FARTHEST, seconds))
+    def update(self, nodes: int, seconds: float) -> None:
+        """Learn from a pass. Half of what a tree's pass tells goes to the tree factor, which decays to 1."""
+        measured = self._interpolate(nodes)
+        seconds = min(_MAX_OUTLIER * measured, max(measured / _MAX_OUTLIER, seconds))
         change = 1 + _FOLLOW * (seconds / self(nodes) - 1)
         if nodes == 1:
-            self.drift *= change
-            self.skew **= 1 - _FORGET
+            self.load_factor *= change
+            self.tree_factor **= 1 - _FORGET
             return
-        skew = min(_DEAREST, max(1 / _DEAREST, (self.skew * change**0.5) ** (1 - _FORGET)))
-        self.drift, self.skew = self.drift * change * self.skew / skew, skew
+        factor = (self.tree_factor * change**0.5) ** (1 - _FORGET)
+        factor = min(_MAX_TREE_FACTOR, max(1 / _MAX_TREE_FACTOR, factor))
+        self.load_factor, self.tree_factor = self.load_factor * change * self.tree_factor / factor, factor
 
 
-def measure_costs(target: Target, batch: int, most: int = MOST) -> CostModel:
+def measure_costs(
+    target: Target, batch: int, max_nodes: int = MAX_NODES, clock: Callable[[], float] = time.perf_counter
+) -> CostModel:
     """Time passes of `target` (active) over `batch` rows.
 
-    All sizes are timed in turn, several times over, so that a busy moment of the machine does not fall on one of them. Sizes
-    too dear to be worth it are left out, and it ends early where passes take long.
+    All sizes are timed in turn, in several rounds, so that a busy moment of the machine does not fall on one of them. Sizes
+    that cannot pay are left out; the measurement ends early where passes take long.
     """
-    most = max(1, min(most, target.context - 1))
-    cache = target.new_cache(batch, PREFIX + most)
-    cache.lengths.set([min(PREFIX, max(1, target.context - most - 1))] * batch)
-    sizes = [nodes for nodes in GRID if nodes <= most]
-    trees = {nodes: _tree(target, batch, nodes) for nodes in sizes}
+    max_nodes = max(1, min(max_nodes, target.context - 1))
+    cache = target.new_cache(batch, PREFIX + max_nodes)
+    cache.lengths.set([min(PREFIX, max(1, target.context - max_nodes - 1))] * batch)
+    sizes = [nodes for nodes in SIZES if nodes <= max_nodes]
+    roots = torch.zeros(batch, dtype=torch.long, device=target.device)
+    trees = {nodes: TokenTree.chain(roots[:, None].repeat(1, nodes)) for nodes in sizes if nodes > 1}
+    trees[1] = TokenTree.root(roots)
     for nodes in sizes[:2] if target.compiles else []:
-        target.verify(cache, trees[nodes])  # compiling is no cost of a pass
-    began, found = time.perf_counter(), dict[int, list[float]]()
-    for turn in range(_TURNS):
+        target.verify(cache, trees[nodes])  # compiles
+    began, found = clock(), dict[int, list[float]]()
+    for turn in range(_ROUNDS):
         for place, nodes in enumerate(sizes):
-            late = time.perf_counter() - began > SECONDS
-            if late and (turn > 0 or place > 2):
+            if clock() - began > MAX_SECONDS and (turn > 0 or place > 2):
                 break
-            if any(known < nodes and min(found[known]) > _WORTHLESS * min(found[1]) for known in found):
+            if any(known < nodes and min(found[known]) > _MAX_RATIO * min(found[1]) for known in found):
                 continue
-            found.setdefault(nodes, []).append(_seconds(target, lambda nodes=nodes: target.verify(cache, trees[nodes])))  # type: ignore[misc]
-    return CostModel({nodes: _typical(times) for nodes, times in found.items()})
-
-
-def _tree(target: Target, batch: int, nodes: int) -> TokenTree:
-    tokens = torch.zeros(batch, nodes, dtype=torch.long, device=target.device)
-    return TokenTree.root(tokens[:, 0]) if nodes == 1 else TokenTree.chain(tokens)
-
-
-def _typical(times: list[float]) -> float:
-    """The lower quartile after the first turns, which warm up."""
-    return sorted(times[min(2, len(times) - 1) :])[len(times[2:]) // 4]
-
-
-def _seconds(target: Target, action: Callable[[], Any]) -> float:
-    began = time.perf_counter()
-    action()
-    if target.device.type == "cuda":
-        torch.cuda.synchronize(target.device)
-    return time.perf_counter() - began
+            start = clock()
+            target.verify(cache, trees[nodes])
+            if target.device.type == "cuda":
+                torch.cuda.synchronize(target.device)
+            found.setdefault(nodes, []).append(clock() - start)
+    warm = {nodes: sorted(times[2:] or times[-1:]) for nodes, times in found.items()}  # the first two rounds warm up
+    return CostModel({nodes: times[len(times) // 4] for nodes, times in warm.items()})
 
 
 def costs_batch(rows: int) -> int:
-    """The number of rows whose costs serve so many: the next power of two."""
+    """Return the number of rows that is measured for so many: the next power of two."""
     return 1 << (rows - 1).bit_length()
 
 
-def costs_of(target: Target, batch: int, most: int = MOST) -> CostModel:
-    """The costs from the user's cache, or measured now and kept there."""
-    found = known_costs(target, batch, most)
-    if found is not None:
-        return found
-    measured = measure_costs(target, batch)
-    store_costs(target, batch, measured)
-    return _up_to(most, measured.measured)
+def get_costs(target: Target, batch: int) -> CostModel:
+    """Return the costs from the user's cache; measure and store them if they are not there."""
+    found = known_costs(target, batch)
+    if found is None:
+        found = measure_costs(target, batch)
+        store_costs(target, batch, found)
+    return found
 
 
-def known_costs(target: Target, batch: int, most: int = MOST) -> CostModel | None:
-    """The costs from the user's cache; None if they are not there."""
-    known = user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
-    return None if known is None else _up_to(most, known)
-
-
-def _up_to(most: int, seconds: dict[int, float]) -> CostModel:
-    return CostModel({nodes: spent for nodes, spent in seconds.items() if nodes <= max(most, 1)})
+def known_costs(target: Target, batch: int) -> CostModel | None:
+    """Return the costs from the user's cache, None if they are not there."""
+    return user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
 
 
 def store_costs(target: Target, batch: int, costs: CostModel) -> None:
-    """Keep costs in the user's cache."""
+    """Store costs in the user's cache."""
     user_cache.write(_file(target, batch), costs.measured)
 
 
@@ -160,8 +143,8 @@ def _file(target: Target, batch: int) -> Path:
     return user_cache.cache_folder() / f"{user_cache.fingerprint(target, batch)}.json"
 
 
-def _parse(content: Any) -> dict[int, float]:
+def _parse(content: Any) -> CostModel:
     found = {int(nodes): float(seconds) for nodes, seconds in content.items()}
     if 1 not in found or not all(0 < seconds < 3600 for seconds in found.values()):
-        raise ValueError("numbers that cannot be")
-    return found
+        raise ValueError("the seconds of a pass are out of range")
+    return CostModel(found)

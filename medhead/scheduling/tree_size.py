@@ -1,181 +1,150 @@
-"""How many nodes the next pass verifies: as many as pay, and none when guessing does not.
+"""The automatic tree size: the number of nodes with the best expected rate of tokens, and a pause where speculation loses.
 
-The expected tokens of a pass are one a row, plus the probabilities of its nodes; the expected seconds are those of
-proposing and of the pass. The budget maximises tokens by seconds (CaDDTree). When guessing has been slower than plain
-decoding for a while, it rests, and looks again after a pause that grows with every failure.
+The expected tokens of a pass are one per row plus the probabilities of its nodes; the expected seconds are those of the
+proposers and of the pass. The chosen size maximises tokens per second (CaDDTree). When speculation has been slower than plain
+decoding for a while, it pauses with exponential backoff, tracked per batch size.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from medhead.scheduling.cost_model import CostModel
+from medhead.scheduling.cost_model import CostModel, moving_mean
 
-_FIRST_REST, _LONGEST_REST, _GROWTH = 16, 512, 2
-_START, _TRUST = 0.8, 10.0  # before anything was seen: time of guessing by that of plain decoding, over so many tokens
-_AGAIN, _DOUBT = 0.98, 3.0  # the same after a rest: one bad pass is enough to rest again, one good one to go on
-_DEAR = 1.5  # passes of plain decoding: no dearer tree for several rows as long as guessing has not paid once
-_AWAKE = 8  # passes before the end of a rest
-_SHARE = 0.05  # of the time may be lost by looks at the beginnings of texts
-_MEMORY = 0.97  # what a pass remembers of the ones before
-_STEP, _FOLLOW = 1.05, 0.1  # a step of plain decoding by its pass alone, before any was seen; weight of the newest
+_FIRST_PAUSE, _MAX_PAUSE, _BACKOFF = 16, 512, 2  # passes, passes, factor from one pause to the next
+_PRIOR_COST, _PRIOR_TOKENS = 0.8, 10.0  # assumed at first: time per token by that of plain decoding, number of tokens
+_PROBE_COST, _PROBE_TOKENS = 0.98, 3.0  # the same after a pause: one bad pass pauses again
+_MAX_PROBE_COST = 1.5  # plain passes that a tree for several rows may take before speculation has paid once
+_CATCH_UP = 8  # last passes of a pause in which skippable proposers are updated again
+_MAX_PROBE_SHARE = 0.05  # share of the time that probes at the beginnings of texts may lose
+_DECAY = 0.97  # weight of the past at every pass
+_STEP_RATIO = 1.05  # time of a plain step by that of its pass, at first
 
 
 class SpeculationBackoff:
-    """Whether guessing has paid lately, and how long it rests after it has not; for one number of rows.
+    """Whether speculation has paid lately and how long it pauses otherwise, for one batch size.
 
-    Args:
-        trust: tokens that count as seen before anything was.
-        share: time they took, by that of plain decoding.
+    Times are counted in passes of plain decoding. At first `tokens` tokens count as seen that took `cost` each.
+
+    Attributes:
+        pause: remaining passes of the pause; 0 while speculation runs.
+        has_paid: whether a pass since the last pause gained tokens faster than plain decoding.
     """
 
-    def __init__(self, trust: float, share: float) -> None:
-        self._tokens, self._spent = trust, share * trust  # recently, the second in passes of plain decoding
-        self._rest, self._pause = 0, _FIRST_REST
-        self.proven = False  # since the last rest
-        self._owed = 0.0  # passes that make good for what the last look lost
+    def __init__(self, tokens: float, cost: float) -> None:
+        self._tokens, self._spent = tokens, cost * tokens  # decaying sums
+        self.pause, self._next_pause = 0, _FIRST_PAUSE
+        self.has_paid = False
+        self._debt = 0.0  # passes until the loss of the last failure is small enough for a probe
 
-    def resting(self) -> bool:
-        """Whether the next pass is one of plain decoding, without asking anybody."""
-        return self._rest > 0
+    def probe(self) -> None:
+        """End a pause for one pass, if the loss of the last failure is made good; another failure pauses again."""
+        if self._next_pause > _FIRST_PAUSE and self._debt <= 0:
+            self._resume()
 
-    def asleep(self) -> bool:
-        """Whether the rest goes on for some passes, so that nothing has to be known now."""
-        return self._rest > _AWAKE
+    def count_plain(self) -> None:
+        """Count a pass of plain decoding."""
+        self.pause, self._debt = self.pause - 1, self._debt - 1
+        if not self.pause:
+            self._resume()
 
-    def look(self) -> None:
-        """One look now where there was failure, if the last one is paid for; it rests on at once if that fails too."""
-        if self._pause > _FIRST_REST and self._owed <= 0:
-            self._doubt()
-
-    def rested(self) -> None:
-        """A pass of plain decoding is over."""
-        self._rest, self._owed = self._rest - 1, self._owed - 1
-        if not self._rest:
-            self._doubt()
-
-    def saw(self, tokens: float, spent: float) -> None:
-        """A pass over a tree is over, which a row got so many tokens from in the time of `spent` passes of plain decoding."""
-        self._tokens = _MEMORY * self._tokens + tokens
-        self._spent = _MEMORY * self._spent + spent
+    def update(self, tokens: float, spent: float) -> None:
+        """Learn from a pass over a tree that emitted `tokens` per row in the time of `spent` passes of plain decoding."""
+        self._tokens = _DECAY * self._tokens + tokens
+        self._spent = _DECAY * self._spent + spent
         if self._spent > self._tokens:
-            self._owed = (spent - tokens) / _SHARE
-            self._rest, self._pause = self._pause, min(_LONGEST_REST, self._pause * _GROWTH)
-        elif self._spent < _START * self._tokens:
-            self._pause = _FIRST_REST
-        self.proven = self.proven or 1 < tokens > spent
+            self._debt = (spent - tokens) / _MAX_PROBE_SHARE
+            self.pause, self._next_pause = self._next_pause, min(_MAX_PAUSE, self._next_pause * _BACKOFF)
+        elif self._spent < _PRIOR_COST * self._tokens:
+            self._next_pause = _FIRST_PAUSE
+        self.has_paid = self.has_paid or 1 < tokens > spent
 
-    def _doubt(self) -> None:
-        self._rest, self._tokens, self._spent, self.proven = 0, _DOUBT, _AGAIN * _DOUBT, False
+    def _resume(self) -> None:
+        self.pause, self._tokens, self._spent, self.has_paid = 0, _PROBE_TOKENS, _PROBE_COST * _PROBE_TOKENS, False
 
 
 class TreeSizeController:
-    """The budget of one generation after the other.
+    """Chooses the tree size of every pass.
 
     Args:
-        costs: of a pass over n nodes a row.
-        most: nodes that are never exceeded.
-        batch: class of the number of rows: what pays for one text need not pay for sixteen.
+        costs: cost of a pass over n nodes per row.
+        max_nodes: largest tree.
+        batch: class of the number of rows, see `costs_batch`; every class has a backoff of its own.
     """
 
-    def __init__(self, costs: CostModel, most: int, batch: int = 1) -> None:
-        self._all_sizes, self._step = _sizes(most), _STEP
-        self._known: dict[int, SpeculationBackoff] = {}
-        self.rows_change(costs, batch)
+    def __init__(self, costs: CostModel, max_nodes: int, batch: int = 1) -> None:
+        self._all_sizes, self._step_ratio = _candidate_sizes(max_nodes), _STEP_RATIO
+        self._backoffs: dict[int, SpeculationBackoff] = {}
+        self.set_batch(costs, batch)
+
+    def set_batch(self, costs: CostModel, batch: int) -> None:
+        """Change the class of the number of rows and the costs; the backoff continues where it was with that class."""
+        self.costs = costs
+        self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.max_nodes, 1)]
+        if batch not in self._backoffs:  # a first text may be unlucky for some passes; one pass over many rows tells
+            trusted = batch == 1 and not self._backoffs
+            prior = (_PRIOR_TOKENS, _PRIOR_COST) if trusted else (_PROBE_TOKENS, _PROBE_COST)
+            self._backoffs[batch] = SpeculationBackoff(*prior)
+        self._backoff = self._backoffs[batch]
+
+    def begin_text(self, costs: CostModel, batch: int = 1) -> None:
+        """Begin another text: as `set_batch`, and probe during a pause."""
+        self.set_batch(costs, batch)
+        self._backoff.probe()
 
     @property
-    def most(self) -> int:
-        """The largest tree it may choose."""
-        return self.sizes[-1]
+    def is_paused(self) -> bool:
+        """Whether the next pass is one of plain decoding and no proposer is asked."""
+        return self._backoff.pause > 0
 
-    def resting(self) -> bool:
-        """Whether the next pass is one of plain decoding, without asking anybody."""
-        return self._patience.resting()
+    @property
+    def may_skip_updates(self) -> bool:
+        """Whether the pause lasts so long that proposers may miss the next update."""
+        return self._backoff.pause > _CATCH_UP
 
-    def asleep(self) -> bool:
-        """Whether it rests, and will for some passes yet: who learns from passes may miss this one."""
-        return self._patience.asleep()
+    @property
+    def max_depth(self) -> int:
+        """Depth of the deepest tree that it may choose now."""
+        return 0 if self.is_paused else max(self._allowed_sizes()) - 1
 
-    def again(self, costs: CostModel, batch: int = 1) -> None:
-        """Another text begins: one look, with the patience that was left, unless looks would take too much of the time.
+    def choose(self, probs: Sequence[float], rows: int, propose_seconds: float) -> tuple[int, float]:
+        """Return the number of nodes of the next tree, and its expected tokens per second.
 
-        Args:
-            costs: of a pass over the rows that there are now.
-            batch: class of their number.
+        `probs` are the acceptance probabilities of the best nodes, summed over the rows, falling.
         """
-        self.rows_change(costs, batch)
-        self._patience.look()
-
-    def rows_change(self, costs: CostModel, batch: int) -> None:
-        """There are more or fewer rows; what was learnt with so many goes on. The arguments are those of `again`."""
-        self.costs = costs
-        self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.most, 1)]  # that were worth measuring
-        self._patience = self._of(batch)
-
-    def _of(self, batch: int) -> SpeculationBackoff:
-        """Of one class of rows. One text may be unlucky for some passes; one pass over many texts tells."""
-        if batch not in self._known:
-            trusted = batch == 1 and not self._known
-            self._known[batch] = SpeculationBackoff(_TRUST, _START) if trusted else SpeculationBackoff(_DOUBT, _AGAIN)
-        return self._known[batch]
-
-    def choose(self, gains: Sequence[float], rows: int, proposing: float) -> tuple[int, float]:
-        """Nodes of the next tree, and the tokens a second that are expected of it.
-
-        Args:
-            gains: probabilities of acceptance of the likeliest nodes, added up over the rows, falling.
-            rows: running rows.
-            proposing: seconds it took to propose.
-        """
-        best, rate = 1, 0.0
+        best, best_rate = 1, 0.0
         expected, place = float(rows), 0
-        for nodes in self._affordable():
-            while place < min(nodes - 1, len(gains)):
-                expected += gains[place]
+        for nodes in self._allowed_sizes():
+            while place < min(nodes - 1, len(probs)):
+                expected += probs[place]
                 place += 1
-            now = expected / (proposing + self.costs(nodes))
-            if now > rate:
-                best, rate = nodes, now
-        return best, rate
+            rate = expected / (propose_seconds + self.costs(nodes))
+            if rate > best_rate:
+                best, best_rate = nodes, rate
+        return best, best_rate
 
-    def deepest(self) -> int:
-        """No tree that it would choose now is deeper."""
-        return 0 if self.resting() else max(self._affordable()) - 1
+    def update(self, nodes: int, tokens: float, verify_seconds: float, other_seconds: float) -> None:
+        """Learn from a step: the nodes of its tree, the tokens it emitted per row, and the seconds of the pass and the rest."""
+        self.costs.update(nodes, verify_seconds)
+        if not self.is_paused:
+            self._backoff.update(tokens, (verify_seconds + other_seconds) / (self.costs(1) * self._step_ratio))
+            return
+        if verify_seconds > 0:
+            self._step_ratio = moving_mean(self._step_ratio, min(2.0, 1 + other_seconds / verify_seconds))
+        self._backoff.count_plain()
 
-    def _affordable(self) -> list[int]:
-        """Sizes that may be chosen now: before guessing has paid, none but the smallest that is dear.
-
-        A look at one row is cheap, and tells little when its tree is small.
-        """
-        sizes, dearest = self.sizes, _DEAR * self.costs(1)
-        if self._patience.proven or self._patience is self._known.get(1):
-            return sizes
-        return [nodes for nodes in sizes if nodes <= 2 or self.costs(nodes) <= dearest]
-
-    def saw(self, nodes: int, tokens: float, seconds: float, outside: float) -> None:
-        """A step is over.
-
-        Args:
-            nodes: of its tree.
-            tokens: emitted by a row on average.
-            seconds: of the pass.
-            outside: seconds of the step that were not the pass: proposing, accepting, learning.
-        """
-        self.costs.saw(nodes, seconds)
-        if self.resting():
-            if seconds > 0:
-                self._step += _FOLLOW * (min(2.0, 1 + outside / seconds) - self._step)
-            self._patience.rested()
-        else:
-            self._patience.saw(tokens, (seconds + outside) / (self.costs(1) * self._step))
+    def _allowed_sizes(self) -> list[int]:
+        """Return the sizes that may be chosen now: for several rows no expensive ones before speculation has paid."""
+        if self._backoff.has_paid or self._backoff is self._backoffs.get(1):
+            return self.sizes
+        limit = _MAX_PROBE_COST * self.costs(1)
+        return [nodes for nodes in self.sizes if nodes <= 2 or self.costs(nodes) <= limit]
 
 
-def _sizes(most: int) -> list[int]:
-    """Sizes that are tried: every one up to 8, then about six in an octave, and `most` itself."""
-    found: list[int] = []
-    size = 1.0
-    while size < most:
-        if not found or int(size) > found[-1]:
-            found.append(int(size))
-        size = size + 1 if size < 8 else size * 1.125
-    return [*found, most]
+def _candidate_sizes(max_nodes: int) -> list[int]:
+    """Return every size up to 8, about six per octave beyond, and `max_nodes`."""
+    found, size = list(range(1, min(8, max_nodes))), 8.0
+    while size < max_nodes:
+        found.append(int(size))
+        size *= 1.125
+    return [*found, max_nodes]

@@ -295,7 +295,7 @@ class Engine:
             self._totals.busy += seconds
 
     def _activate(self, batch: DecodeBatch) -> None:
-        """Let the model leave behind the features that the batch's proposer reads."""
+        """Make passes keep the features that the batch's proposer reads."""
         reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
         if reading != self._reading:
             self._active.close()

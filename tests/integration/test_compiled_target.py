@@ -15,7 +15,7 @@ from torch import Tensor
 from conftest import noise_heads, tiny_llama
 from medhead import Decoder, MedheadError
 from medhead.compile import CompiledTarget
-from medhead.compile.trace import compile_tape, write_down
+from medhead.compile.trace import compile_graph, trace
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.scheduling.cost_model import measure_costs
@@ -172,7 +172,7 @@ def test_what_nobody_uses_does_not_confuse_the_packing() -> None:
 
     given = [torch.randn(3, 16), *store.unbind()]
     with torch.no_grad():
-        compile_tape(write_down(run, given, "fake"), given, dynamic=False)
+        compile_graph(trace(run, given, "fake"), given, dynamic=False)
         torch.testing.assert_close(store[1], given[0] @ weights[0].t() @ weights[1].t())
 
 
@@ -184,4 +184,4 @@ def test_a_constant_that_changes_is_refused() -> None:
 
     given = list(store.unbind())
     with torch.no_grad(), pytest.raises(ValueError, match="shares memory with an argument"):
-        compile_tape(write_down(run, given, "fake"), given, dynamic=False)
+        compile_graph(trace(run, given, "fake"), given, dynamic=False)

@@ -23,7 +23,8 @@ from medhead.datastore.documents import chunks, encode, read_documents
 from medhead.datastore.store import FORMAT, MAX_CONTEXT, DatastoreInfo
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
-from medhead.proposers.ppm import StoreMemory, doubt
+from medhead.proposers.ppm import StoreMemory, escape_mass
+from scripted import trie_paths
 
 DOCUMENTS = st.lists(st.lists(st.integers(0, 3), max_size=25), min_size=1, max_size=6)
 
@@ -91,7 +92,7 @@ def test_the_positions_most_like_a_text_are_found(
 
 @given(DOCUMENTS, st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 3))
 def test_candidates_are_those_of_a_search(documents: list[list[int]], text: list[int], depth: int) -> None:
-    found = dict(StoreMemory(in_memory(documents), 5, 10**6).guesses(text, 10**6, depth, 0.0).paths())
+    found = trie_paths(StoreMemory(in_memory(documents), 5, 10**6).trie(text, 10**6, depth, 0.0))
     positions = [position for position in all_positions(documents, text, 5) if position[0]]
     expected: dict[tuple[int, ...], float] = {(): 1.0}
     frontier: list[tuple[int, ...]] = [()]
@@ -111,9 +112,9 @@ def test_candidates_are_those_of_a_search(documents: list[list[int]], text: list
                 key = (*path, token)
                 if key not in expected:
                     frontier.append(key)
-                share = rest / (len(seen) + doubt(length))
+                share = rest / (len(seen) + escape_mass(length))
                 expected[key] = expected.get(key, 0.0) + expected[path] * share
-            rest *= doubt(length) / (len(seen) + doubt(length))
+            rest *= escape_mass(length) / (len(seen) + escape_mass(length))
             if rest <= 0.02:
                 break
     del expected[()]
@@ -198,7 +199,7 @@ def test_both_sources_share_one_tree(target: Target, store: Path) -> None:
     proposer = build_proposer("ngram", target, datastore=Datastore.open(store), tree_size=8, max_depth=3)
     text = [2, 3, 50, 51, 2, 3]
     proposer.begin(target, [text])
-    found = dict(proposer.guesses(state(target, [text]), 3)[0].paths())
+    found = trie_paths(proposer.tries(state(target, [text]), 3)[0])
     assert {(50, 51, 2), (4, 5, 6)} <= set(found)
     tree = proposer.propose(state(target, [text]), 2)
     assert {tuple(path) for path in tree.paths(0)} >= {(50, 51), (4, 5)}

@@ -180,7 +180,7 @@ def test_demo_heads_that_do_not_load_are_left_out(
         (["--max-new-tokens", "160"], "leaves no room"),
         (["--proposers", "oracle"], "invalid choice"),
         (["--proposers"], "nothing to evaluate"),
-        (["--max-depth", "9", "--heads", "RECURRENT"], "these heads guess 4 tokens ahead"),
+        (["--max-depth", "9", "--heads", "RECURRENT"], "these heads predict 4 tokens ahead"),
         (["--output", __file__], "is a file"),
         (["--dtype", "float7"], "dtype must be"),
     ],

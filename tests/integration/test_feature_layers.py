@@ -82,7 +82,7 @@ def test_a_model_whose_layers_cannot_be_found() -> None:
     model = tiny_llama()
     target, before = Target(model, probe=False), hooks_of(model)
     target.layers = 5
-    with pytest.raises(UnsupportedTargetError, match="no list of its 5 layers"), target.active([1]):
+    with pytest.raises(UnsupportedTargetError, match="no module list of its 5 layers"), target.active([1]):
         pass
     assert hooks_of(model) == before
 

@@ -807,7 +807,7 @@ def test_a_run_that_was_killed_at_its_very_beginning(
         with calls_of(Path, killed_in, raising(Killed(), 1)), pytest.raises(Killed):
             finetune.main(command(folders, data, tmp_path / killed_in, *HEADS))
         line = refusal(command(folders, data, tmp_path / killed_in, *HEADS, "--feature-layers", "7"), capsys)
-        assert "feature_layers name layers of the target from 0 to 1" in line
+        assert "feature_layers must be layers of the target from 0 to 1" in line
         assert run(command(folders, data, tmp_path / killed_in, *HEADS, "--max-steps", "1"), capsys)[0] == 0
     (tmp_path / "replace" / "run" / OPTIONS_FILE).write_text("{")
     line = refusal(command(folders, data, tmp_path / "replace", *HEADS), capsys)
@@ -856,14 +856,16 @@ def test_what_does_not_fit_the_model(
         return refusal(command(folders, data, tmp_path / "heads", *more), capsys)
 
     assert "--seq-len 161 is more than the 160 tokens that LlamaForCausalLM can read" in message("--seq-len", "161")
-    assert "know the corrections none, parent" in message("--kind", "medusa", "--correction", "recurrent")
+    assert "correction of 'medusa' heads must be one of none, parent, got 'recurrent'" in message(
+        "--kind", "medusa", "--correction", "recurrent"
+    )
     assert "read one layer of the target" in message("--kind", "recurrent", "--feature-layers", "0", "1")
     line = message("--kind", "block", "--init-from", str(folders["recurrent"]))
     assert line.endswith("--init-from holds heads of kind 'recurrent', but --kind is 'block'; give the same kind")
     other = tiny_llama(seed=4)
     save_heads(noise_heads(Target(other)), other, tmp_path / "other")
     line = message("--kind", "recurrent", "--init-from", str(tmp_path / "other"))
-    assert "were trained for another model: their vocabulary is 64" in line
+    assert "were trained for another model: their vocabulary size is 64" in line
     own = model_of(folders)
     save_heads(noise_heads(Target(own), "attention_own", draft_hidden_size=0), own, tmp_path / "own")
     assert "an output matrix of their own" in message("--kind", "attention", "--init-from", str(tmp_path / "own"))

@@ -1,11 +1,10 @@
-"""Hybrid trees: what estimates, costs and the budget make of them."""
+"""Hybrid trees: calibration, costs, the automatic tree size, and the proposer."""
 
 from __future__ import annotations
 
 import json
 import math
 import random
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,11 +27,37 @@ from medhead.proposers.base import VerifyOutput
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.heads import HeadsProposer
-from medhead.scheduling.cost_model import CostModel, costs_of, measure_costs
+from medhead.proposers.hybrid import HybridProposer
+from medhead.scheduling.cost_model import CostModel, get_costs, measure_costs
 from medhead.scheduling.tree_size import TreeSizeController
 from medhead.user_cache import cache_folder
 
 COSTS = {1: 1.0, 8: 1.2, 32: 2.0}
+
+
+class FakeClock:
+    """Seconds that pass only where a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class TimedHybrid(HybridProposer):
+    """A hybrid whose passes take what the costs say and whose steps take `overhead` seconds more, whatever the machine."""
+
+    def __init__(self, target: Target, costs: CostModel, overhead: float, **options: Any) -> None:
+        self.fake = FakeClock()
+        super().__init__(target, costs=costs, clock=self.fake, **options)
+        self.measured, self.overhead, self.nodes = CostModel(costs.measured), overhead, list[int]()
+
+    def update(self, output: VerifyOutput) -> None:
+        self.nodes.append(output.tree.nodes)
+        output.seconds = self.measured(output.tree.nodes)
+        self.fake.now += output.seconds + self.overhead
+        super().update(output)
 
 
 # --- costs ---
@@ -42,20 +67,20 @@ def test_costs_between_measurements() -> None:
     """Straight lines between, in proportion beyond, and never cheaper with more nodes."""
     costs = CostModel({1: 1.0, 8: 0.9, 32: 2.0})
     assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 4.0])
-    assert costs.most == 32
+    assert costs.max_nodes == 32
 
 
 def test_costs_follow_the_passes() -> None:
     """A machine that became half as fast makes every size dearer; one outlier does not."""
     costs = CostModel(COSTS)
-    costs.saw(8, 120.0)
+    costs.update(8, 120.0)
     assert costs(1) < 2
     for _ in range(100):
-        costs.saw(8, 2.4)
+        costs.update(8, 2.4)
     assert costs(32) == pytest.approx(4.0, rel=1e-3)
     assert 1.4 < costs(1) < 2.0  # trees alone may have become dearer
     for _ in range(900):
-        costs.saw(8, 2.4)
+        costs.update(8, 2.4)
     assert [costs(1), costs(32)] == pytest.approx([2.0, 4.0], rel=1e-2)
 
 
@@ -63,18 +88,18 @@ def test_trees_dearer_than_measured_do_not_make_plain_decoding_look_dear() -> No
     """Ragged batches: passes over trees take longer than measured, passes over one node do not; a busy machine slows both."""
     costs = CostModel({1: 1.0, 8: 2.0})
     for _ in range(30):
-        costs.saw(8, 2.8)
-        costs.saw(1, 1.0)
+        costs.update(8, 2.8)
+        costs.update(1, 1.0)
     assert costs(1) == pytest.approx(1.0, abs=0.1)
     assert costs(8) == pytest.approx(2.8, abs=0.3)
     for _ in range(200):
-        costs.saw(1, 3.0)
+        costs.update(1, 3.0)
     assert costs(1) == pytest.approx(3.0, rel=0.01)
     assert costs(8) == pytest.approx(6.0, rel=0.1)  # and what was so dear back then is forgotten
     for _ in range(50):
-        costs.saw(8, 600.0)
+        costs.update(8, 600.0)
     assert costs(8) <= 1.01 * 10 * 2.0
-    assert costs.skew <= 1.6
+    assert costs.tree_factor <= 1.6
 
 
 def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path) -> None:
@@ -85,57 +110,63 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target
         "medhead.scheduling.cost_model.measure_costs",
         lambda target, batch: measured.append(batch) or CostModel(dict(COSTS)),
     )
-    assert [costs_of(target, 1)(8), costs_of(target, 1)(8)] == [1.2, 1.2]
-    assert costs_of(target, 2)(8) == 1.2
+    assert [get_costs(target, 1)(8), get_costs(target, 1)(8)] == [1.2, 1.2]
+    assert get_costs(target, 2)(8) == 1.2
     assert measured == [1, 2]
-    assert costs_of(target, 1, most=8).most == 8
     files = sorted(cache_folder().glob("*.json"))
     assert len(files) == 2
     for damaged in ("{", "[]", '{"2": 1.0}', '{"1": -1}', '{"1": "x"}', '{"one": 1}'):
         for file in files:
             file.write_text(damaged)
         with pytest.warns(UserWarning, match="measured again"):
-            assert costs_of(target, 1)(8) == 1.2
+            assert get_costs(target, 1)(8) == 1.2
     assert json.loads(files[0].read_text()) or json.loads(files[1].read_text())
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "file"))
-    assert costs_of(target, 1)(8) == 1.2
+    assert get_costs(target, 1)(8) == 1.2
 
 
 @torch.inference_mode()
 def test_measured_costs(target: Target) -> None:
     """The measurement runs for batches, leaves nothing behind, and knows one node."""
     with target.active():
-        costs = measure_costs(target, 2, most=8)
+        costs = measure_costs(target, 2, max_nodes=8)
     assert costs.nodes == [1, 2, 4, 8]
     assert 0 < costs(1) <= costs(8)
 
 
+def timed_passes(
+    monkeypatch: pytest.MonkeyPatch, target: Target, seconds: Callable[[int, int], float]
+) -> tuple[list[int], FakeClock]:
+    """Let passes take `seconds(nodes, index of the pass)` on the returned clock; also return the nodes of all passes."""
+    passes, clock = list[int](), FakeClock()
+
+    def verify(cache: Any, tree: TokenTree) -> None:
+        clock.now += seconds(tree.nodes, len(passes))
+        passes.append(tree.nodes)
+
+    monkeypatch.setattr(target, "verify", verify)
+    return passes, clock
+
+
 @torch.inference_mode()
 def test_slow_models_are_measured_shortly(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
-    """Three sizes and one run of each; sizes beyond one that is too dear are left out."""
-    passes: list[int] = []
-    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
-    monkeypatch.setattr("medhead.scheduling.cost_model._seconds", lambda target, action: action() or float(passes[-1]))
-    monkeypatch.setattr("medhead.scheduling.cost_model.SECONDS", -1.0)
-    assert measure_costs(target, 1).nodes == [1, 16]
+    """Three sizes and one run of each; sizes beyond one that takes too many times as long are left out."""
+    passes, clock = timed_passes(monkeypatch, target, lambda nodes, _: 3.0 * nodes)
+    assert measure_costs(target, 1, clock=clock).nodes == [1, 16]
     assert passes == [1, 16]
-    monkeypatch.setattr("medhead.scheduling.cost_model._WORTHLESS", 20)
-    assert measure_costs(target, 1).nodes == [1, 16, 64]
+    passes, clock = timed_passes(monkeypatch, target, lambda nodes, _: 3.0 * nodes**0.5)
+    assert measure_costs(target, 1, clock=clock).nodes == [1, 16, 64]
+    assert passes == [1, 16, 64]
 
 
 def test_a_busy_moment_does_not_make_a_size_dear(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
     """Every size costs its square root, but 4 passes in a row, some time after the first turns, take ten times as long."""
-    passes: list[int] = []
-    monkeypatch.setattr(target, "verify", lambda cache, tree: passes.append(tree.nodes))
-
-    def seconds(_: Target, action: Callable[[], None]) -> float:
-        action()
-        return passes[-1] ** 0.5 * (10 if 30 <= len(passes) < 34 else 1)
-
-    monkeypatch.setattr("medhead.scheduling.cost_model._seconds", seconds)
-    found = measure_costs(target, 1).measured
-    assert found == {nodes: pytest.approx(nodes**0.5) for nodes in found}
+    _, clock = timed_passes(
+        monkeypatch, target, lambda nodes, index: 1e-3 * nodes**0.5 * (10 if 29 <= index < 33 else 1)
+    )
+    found = measure_costs(target, 1, clock=clock).measured
+    assert found == {nodes: pytest.approx(1e-3 * nodes**0.5) for nodes in found}
     assert set(found) == {1, 2, 4, 8, 12, 16, 24, 32, 64}
 
 
@@ -150,7 +181,7 @@ def test_calibration_learns_ratios() -> None:
     assert named is not None
     for _ in range(3000):
         first, second = source.random() < 0.45, source.random() < 0.9
-        calibration.learn(named, [[1 if first else 9, 2 if second else 9, 5]], [3])
+        calibration.update(named, [[1 if first else 9, 2 if second else 9, 5]], [3])
     assert calibration.ratio(0) == pytest.approx(0.5, abs=0.15)
     assert calibration.ratio(1) == pytest.approx(1.0, abs=0.15)
     found = calibration.correct(named).scores.exp()[0].tolist()
@@ -162,127 +193,128 @@ def test_calibration_learns_only_what_is_known() -> None:
     calibration = Calibration()
     named = candidates_from_paths([[([1, 2, 3], [-0.1, -0.2, -0.3])], []])
     assert named is not None
-    calibration.learn(named, [[1, 9, 9], [1, 2, 3]], [1, 3])
+    calibration.update(named, [[1, 9, 9], [1, 2, 3]], [1, 3])
     assert calibration.ratio(0) > 1
     assert calibration.ratio(1) == 1
-    calibration.learn(named, [[7, 2, 3], [0, 0, 0]], [3, 3])
+    calibration.update(named, [[7, 2, 3], [0, 0, 0]], [3, 3])
     assert calibration.ratio(1) == 1
     for _ in range(500):
-        calibration.learn(named, [[1, 2, 3], [0, 0, 0]], [3, 3])
+        calibration.update(named, [[1, 2, 3], [0, 0, 0]], [3, 3])
     assert bool((calibration.correct(named).scores < 0).all())
 
 
-# --- budget ---
+# --- the automatic tree size ---
 
 
 @given(st.integers(0, 10**6), st.integers(1, 4), st.booleans())
-def test_the_budget_is_the_best_size(seed: int, rows: int, proven: bool) -> None:
-    """No size that may be chosen has more expected tokens a second; before guessing has paid once, none is dear."""
+def test_the_chosen_size_is_the_best(seed: int, rows: int, proven: bool) -> None:
+    """No size that may be chosen has more expected tokens a second; before speculation has paid once, none is expensive."""
     source = random.Random(seed)
-    gains = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
-    budget, proposing = TreeSizeController(CostModel(COSTS), 32, batch=2), source.random()
+    probs = sorted((rows * source.random() ** 3 for _ in range(31)), reverse=True)
+    controller, proposing = TreeSizeController(CostModel(COSTS), 32, batch=2), source.random()
     if proven:
-        budget.saw(2, 2.0, budget.costs(2), 0.0)
-    chosen, _ = budget.choose(gains, rows, proposing)
-    sizes = [n for n in budget.sizes if proven or n <= 2 or budget.costs(n) <= 1.5 * budget.costs(1)]
-    assert 1 < len(sizes) < len(budget.sizes) or proven
-    assert budget.deepest() == max(sizes) - 1
-    rates = {n: (rows + sum(gains[: n - 1])) / (proposing + budget.costs(n)) for n in sizes}
+        controller.update(2, 2.0, controller.costs(2), 0.0)
+    chosen, _ = controller.choose(probs, rows, proposing)
+    sizes = [n for n in controller.sizes if proven or n <= 2 or controller.costs(n) <= 1.5 * controller.costs(1)]
+    assert 1 < len(sizes) < len(controller.sizes) or proven
+    assert controller.max_depth == max(sizes) - 1
+    rates = {n: (rows + sum(probs[: n - 1])) / (proposing + controller.costs(n)) for n in sizes}
     assert rates[chosen] == pytest.approx(max(rates.values()))
-    assert budget.sizes[0] == 1
-    assert budget.sizes[-1] == 32
+    assert controller.sizes[0] == 1
+    assert controller.sizes[-1] == 32
 
 
-def test_looks_are_cheap_again_after_a_rest() -> None:
-    gains, budget = (
+def test_probes_are_cheap_again_after_a_pause() -> None:
+    probs, controller = (
         [0.9**n for n in range(1, 32)],
         TreeSizeController(CostModel({1: 1.0, 4: 1.5, 32: 4.0}), 32, batch=2),
     )
-    assert budget.choose(gains, 1, 0.0)[0] == 4
-    budget.saw(4, 4.0, 1.5, 0.1)
-    assert budget.choose(gains, 1, 0.0)[0] > 4
-    while not budget.resting():
-        budget.saw(4, 1.0, 1.5, 1.0)
-    asleep = []
-    while budget.resting():
-        asleep.append(budget.asleep())
-        budget.saw(1, 1.0, 1.0, 0.0)
-    assert asleep == [True] * (len(asleep) - 8) + [False] * 8
-    assert budget.choose(gains, 1, 0.0)[0] == 4
+    assert controller.choose(probs, 1, 0.0)[0] == 4
+    controller.update(4, 4.0, 1.5, 0.1)
+    assert controller.choose(probs, 1, 0.0)[0] > 4
+    while not controller.is_paused:
+        controller.update(4, 1.0, 1.5, 1.0)
+    skipped = []
+    while controller.is_paused:
+        skipped.append(controller.may_skip_updates)
+        controller.update(1, 1.0, 1.0, 0.0)
+    assert skipped == [True] * (len(skipped) - 8) + [False] * 8
+    assert controller.choose(probs, 1, 0.0)[0] == 4
 
 
 def test_plain_passes_prove_nothing() -> None:
-    """However long one took: only tokens that guesses brought say that guessing pays. The smallest tree can always be tried."""
-    budget = TreeSizeController(CostModel({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
-    assert budget.deepest() == 1
-    budget.saw(1, 1.0, 0.5, 0.0)
-    assert budget.deepest() == 1
-    budget.saw(2, 1.9, 1.7, 0.1)
-    assert budget.deepest() == 15
+    """However long one took: only accepted draft tokens say that speculation pays. The smallest tree can always be tried."""
+    controller = TreeSizeController(CostModel({1: 1.0, 2: 1.7, 16: 4.0}), 16, batch=16)
+    assert controller.max_depth == 1
+    controller.update(1, 1.0, 0.5, 0.0)
+    assert controller.max_depth == 1
+    controller.update(2, 1.9, 1.7, 0.1)
+    assert controller.max_depth == 15
 
 
 def test_sizes_follow_the_rows() -> None:
     """Sizes that were not worth measuring for many rows are there again for one."""
-    budget = TreeSizeController(CostModel({1: 1.0, 16: 7.0}), 64, batch=16)
-    assert budget.most == 16
-    budget.again(CostModel({1: 1.0, 16: 1.05, 64: 8.0}), 1)
-    assert budget.most == 64
-    assert budget.deepest() == 63  # one row may look at any tree
+    controller = TreeSizeController(CostModel({1: 1.0, 16: 7.0}), 64, batch=16)
+    assert controller.sizes[-1] == 16
+    controller.begin_text(CostModel({1: 1.0, 16: 1.05, 64: 8.0}), 1)
+    assert controller.sizes[-1] == 64
+    assert controller.max_depth == 63  # one row may try any tree
 
 
 def test_costs_of_a_short_context(tmp_path: Path) -> None:
     config = GPT2Config(n_positions=64, n_embd=32, n_layer=1, n_head=2, vocab_size=99, bos_token_id=1, eos_token_id=2)
     target = Target(GPT2LMHeadModel(config).eval())
     with torch.inference_mode(), target.active():
-        assert measure_costs(target, 1).most == 32
+        assert measure_costs(target, 1).max_nodes == 32
 
 
-def test_failure_rests_and_success_does_not() -> None:
+def test_failure_pauses_and_success_does_not() -> None:
     """What never helps is asked ever more rarely; what helps is always asked, also after bad luck."""
     costs = {1: 1.0, 8: 1.2}
     noise, good = TreeSizeController(CostModel(costs), 8), TreeSizeController(CostModel(costs), 8)
     asked = 0
     for _ in range(1000):
-        resting = noise.resting()
-        asked += not resting
-        noise.saw(1 if resting else 8, 1, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+        paused = noise.is_paused
+        asked += not paused
+        noise.update(1 if paused else 8, 1, 1.0 if paused else 1.2, 0.0 if paused else 0.8)
     assert asked < 15
     source = random.Random(1)
     asked = 0
     for _ in range(1000):
-        resting = good.resting()
-        asked += not resting
-        tokens = 1 if resting else source.choice([1, 2, 3, 6])
-        good.saw(1 if resting else 8, tokens, 1.0 if resting else 1.2, 0.0 if resting else 0.8)
+        paused = good.is_paused
+        asked += not paused
+        tokens = 1 if paused else source.choice([1, 2, 3, 6])
+        good.update(1 if paused else 8, tokens, 1.0 if paused else 1.2, 0.0 if paused else 0.8)
     assert asked > 900
 
 
 # --- the proposer ---
 
 
-def test_a_sleeping_hybrid_spares_who_may_miss_passes(target: Target) -> None:
+def test_skippable_members_miss_passes_of_a_pause(target: Target) -> None:
     class Watching(Fixed):
-        def update(self, verified: VerifyOutput) -> None:
-            self.seen = [*getattr(self, "seen", []), verified.tree.nodes]
+        def update(self, output: VerifyOutput) -> None:
+            self.seen = [*getattr(self, "seen", []), output.tree.nodes]
 
-    class Missing(Watching):
+    class Skippable(Watching):
         skippable = True
 
-    members: list[Any] = [Watching(target, []), Missing(target, [])]
-    hybrid = build_proposer("hybrid", target, members=members, costs=CostModel({1: 1.0, 8: 1.2}))
+    members: list[Any] = [Watching(target, []), Skippable(target, [])]
+    hybrid = HybridProposer(target, members=members, costs=CostModel({1: 1.0, 8: 1.2}), clock=FakeClock())
     hybrid.begin(target, [[0]])
+    assert hybrid.controller is not None
     verified = VerifyOutput(TokenTree.root(torch.tensor([0])), *[torch.zeros(1, 1, 1)] * 2, None, [1], [[0]], 9.0)  # type: ignore[arg-type]
-    while not hybrid.budget.resting():
+    while not hybrid.controller.is_paused:
         hybrid.update(verified)
     begun = len(members[0].seen)
-    while hybrid.budget.resting():
+    while hybrid.controller.is_paused:
         hybrid.update(verified)
     assert len(members[0].seen) > begun + 8
     assert len(members[1].seen) == begun + 8
 
 
 class Fixed(HeadsProposer):
-    """Names given paths, whatever the heads."""
+    """Proposes given paths, whatever the heads."""
 
     def __init__(self, target: Target, paths: list[tuple[list[int], list[float]]]) -> None:
         super().__init__(target, noise_heads(target, "medusa"))
@@ -293,7 +325,7 @@ class Fixed(HeadsProposer):
 
 
 def test_members_are_merged(target: Target) -> None:
-    """The likeliest of all members' paths, equal ones once; a member that knows nothing is no trouble."""
+    """The most probable of all members' paths, equal ones once; a member may have no candidates."""
     one = Fixed(target, [([1, 2], [-0.1, -0.5]), ([3], [-0.4])])
     two = Fixed(target, [([1, 4], [-0.2, -0.3]), ([1, 2], [-0.2, -0.35])])
     hybrid = build_proposer("hybrid", target, members=[one, two, Fixed(target, [])], tree_size=4)
@@ -305,7 +337,8 @@ def test_members_are_merged(target: Target) -> None:
 
 
 def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
-    """Asking costs time: not where a cheap member has been right all the time, but where it doubts or names nothing."""
+    """Asking takes time: not where a cheap member was right in every pass, but where it is uncertain or has no candidates."""
+    clock = FakeClock()
 
     class Cheap(Fixed):
         is_expensive = False
@@ -315,11 +348,12 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
 
         def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
             self.asked += 1
-            time.sleep(0.001)
+            clock.now += 0.001
             return super().candidates(state, max_depth)
 
     cheap, slow = Cheap(target, [([1, 2, 3], [-0.01, -0.02, -0.03])]), Slow(target, [([4, 5], [-0.3, -0.6])])
-    hybrid: Any = build_proposer("hybrid", target, members=[slow, cheap], costs=CostModel({1: 1e-3, 8: 1.2e-3}))
+    costs = CostModel({1: 1e-3, 8: 1.2e-3})
+    hybrid = HybridProposer(target, members=[slow, cheap], costs=costs, clock=clock)
     hybrid.begin(target, [[0]])
     state = DecodeState(target, [[0]], torch.tensor([0]), torch.zeros(1, 16))
     copied, asked = list(range(1, 8)), []
@@ -329,9 +363,10 @@ def test_heads_are_not_asked_where_others_are_certain(target: Target) -> None:
         for _ in range(6):
             tree = hybrid.propose(state, 8)
             count = 8 if len(paths) == 1 and len(paths[0][0]) > 1 else 2
-            emitted, nowhere = torch.tensor([[*copied, 9]]), torch.zeros(1, 8, dtype=torch.long)
-            accepted = Accepted(emitted, torch.tensor([count]), torch.tensor([0]), nowhere)
+            emitted, path = torch.tensor([[*copied, 9]]), torch.zeros(1, 8, dtype=torch.long)
+            accepted = Accepted(path, torch.tensor([count]), emitted, torch.tensor([0]))
             logits, features = torch.zeros(1, tree.nodes, target.vocab_size), torch.zeros(1, tree.nodes, 16)
+            clock.now += 1e-3
             hybrid.update(VerifyOutput(tree, logits, features, accepted, [count], emitted.tolist(), 1e-3))
         asked.append(slow.asked - before)
     assert asked == [6, 0, 6, 6]
@@ -362,50 +397,50 @@ def test_nothing_is_measured_while_rows_leave(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
     asked: list[int] = []
 
-    def measured(_: Target, batch: int, most: int = 64) -> CostModel:
+    def measured(_: Target, batch: int) -> CostModel:
         asked.append(batch)
         return CostModel({1: 1e-3 * batch, 8: 2e-3 * batch})
 
     monkeypatch.setattr("medhead.scheduling.cost_model.measure_costs", measured)
     hybrid: Any = build_proposer("hybrid", target, members=["ngram"])
-    costs_of(target, 1)
+    get_costs(target, 1)
     hybrid.begin(target, [[5, 6]] * 4)
     hybrid.keep_rows([0, 1])
-    assert hybrid.budget.costs(1) == 4e-3
+    assert hybrid.controller.costs(1) == 4e-3
     hybrid.keep_rows([0])
-    assert hybrid.budget.costs(1) == 1e-3
+    assert hybrid.controller.costs(1) == 1e-3
     assert asked == [1, 4]
 
 
-def test_a_budget_that_failed_looks_once_at_the_next_text() -> None:
+def test_a_pause_is_probed_once_at_the_next_text() -> None:
     """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
     costs = CostModel({1: 1.0, 8: 4.0})
-    budget, rests = TreeSizeController(costs, 8), []
+    controller, rests = TreeSizeController(costs, 8), []
     for _ in range(2):
-        while not budget.resting():
-            budget.saw(8, 1.0, 4.0, 0.1)
+        while not controller.is_paused:
+            controller.update(8, 1.0, 4.0, 0.1)
         rest = 0
-        while budget.resting():
+        while controller.is_paused:
             rest += 1
-            budget.saw(1, 1.0, 1.0, 0.0)
+            controller.update(1, 1.0, 1.0, 0.0)
         rests.append(rest)
     assert rests == [16, 32]
-    budget.saw(8, 1.0, 4.0, 0.1)
+    controller.update(8, 1.0, 4.0, 0.1)
     for _ in range(2):
-        assert budget.resting()
-        budget.again(costs)
-        assert budget.resting()  # a look every few passes would cost more than a twentieth
+        assert controller.is_paused
+        controller.begin_text(costs)
+        assert controller.is_paused  # a look every few passes would cost more than a twentieth
         for _ in range(63):  # some three passes were lost
-            budget.saw(1, 1.0, 1.0, 0.0)
-        budget.again(costs)
-        assert not budget.resting()
-        budget.saw(8, 1.0, 4.0, 0.1)
+            controller.update(1, 1.0, 1.0, 0.0)
+        controller.begin_text(costs)
+        assert not controller.is_paused
+        controller.update(8, 1.0, 4.0, 0.1)
     for _ in range(63):
-        budget.saw(1, 1.0, 1.0, 0.0)
-    budget.again(costs)
+        controller.update(1, 1.0, 1.0, 0.0)
+    controller.begin_text(costs)
     for _ in range(40):
-        budget.saw(8, 6.0, 4.0, 0.1)
-        assert not budget.resting()
+        controller.update(8, 6.0, 4.0, 0.1)
+        assert not controller.is_paused
 
 
 def test_warming_measures_before_the_first_text(
@@ -426,123 +461,106 @@ def test_warming_measures_before_the_first_text(
 
 
 def test_what_fails_with_many_rows_may_pay_with_few() -> None:
-    """Every class of rows has its own patience, which goes on where it was when rows leave and come back."""
+    """Every class of rows has its own backoff, which continues where it was when rows leave and come back."""
     costs, few = CostModel({1: 1.0, 8: 4.0}), CostModel({1: 1.0, 8: 1.5})
-    budget = TreeSizeController(costs, 8, 16)
-    while not budget.resting():
-        budget.saw(8, 2.0, 4.0, 0.1)
-    budget.rows_change(few, 1)
+    controller = TreeSizeController(costs, 8, 16)
+    while not controller.is_paused:
+        controller.update(8, 2.0, 4.0, 0.1)
+    controller.set_batch(few, 1)
     for _ in range(30):
-        assert not budget.resting()
-        budget.saw(8, 2.0, 1.5, 0.1)
-    budget.rows_change(costs, 16)  # success elsewhere says nothing
+        assert not controller.is_paused
+        controller.update(8, 2.0, 1.5, 0.1)
+    controller.set_batch(costs, 16)  # success elsewhere says nothing
     for _ in range(16):
-        assert budget.resting()
-        budget.saw(1, 1.0, 1.0, 0.0)
-    assert not budget.resting()
-    budget.saw(8, 2.0, 4.0, 0.1)
-    assert budget.resting()
+        assert controller.is_paused
+        controller.update(1, 1.0, 1.0, 0.0)
+    assert not controller.is_paused
+    controller.update(8, 2.0, 4.0, 0.1)
+    assert controller.is_paused
     for _ in range(40):
-        budget.saw(1, 1.0, 1.0, 0.0)
-    budget.again(costs, 16)  # another text: one look
-    assert not budget.resting()
-    budget.saw(8, 2.0, 4.0, 0.1)
-    assert budget.resting()
-    budget.rows_change(costs, 8)  # never seen: one look is enough
-    assert not budget.resting()
-    budget.saw(8, 2.0, 4.0, 0.1)
-    assert budget.resting()
+        controller.update(1, 1.0, 1.0, 0.0)
+    controller.begin_text(costs, 16)  # another text: one look
+    assert not controller.is_paused
+    controller.update(8, 2.0, 4.0, 0.1)
+    assert controller.is_paused
+    controller.set_batch(costs, 8)  # never seen: one look is enough
+    assert not controller.is_paused
+    controller.update(8, 2.0, 4.0, 0.1)
+    assert controller.is_paused
 
 
-def test_no_noise_is_made_for_trees_that_are_not_named(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """While the hybrid rests, a step draws for one position; the text is the same."""
-
-    costs = CostModel({1: 1e-3, 8: 4e-3})
-    hybrid: Any = build_proposer(
-        "hybrid", target, members=[Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])], costs=costs
-    )
+def test_no_noise_is_made_for_trees_that_are_not_proposed(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """During a pause a step makes the noise of one position; the text is the same."""
+    member = Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])
+    hybrid = TimedHybrid(target, CostModel({1: 1e-3, 8: 4e-3}), 1e-2, members=[member])
     made, gumbel = [], GumbelNoise.gumbel
 
-    def watch(self: GumbelNoise, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        made.append((hybrid.budget.resting(), positions.shape[1]))
-        return gumbel(self, rows, positions)
+    def watch(self: GumbelNoise, seeds: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        assert hybrid.controller is not None
+        made.append((hybrid.controller.is_paused, positions.shape[1]))
+        return gumbel(self, seeds, rows, positions)
 
     decoder, ids = Decoder(target, hybrid), torch.tensor([[5, 9, 13]])
     sampling: dict[str, Any] = {"max_new_tokens": 60, "do_sample": True, "top_k": 0, "seed": 4}
     expected = Decoder(target, "none").generate(ids, **sampling)
     monkeypatch.setattr(GumbelNoise, "gumbel", watch)
-    monkeypatch.setattr(hybrid, "_outside", lambda verified: 1e-2)
     assert torch.equal(decoder.generate(ids, **sampling), expected)
-    assert {depths for resting, depths in made if resting} == {1}
-    assert any(not resting for resting, _ in made)
+    assert {depths for paused, depths in made if paused} == {1}
+    assert any(not paused for paused, _ in made)
 
 
 def test_heads_of_noise_are_left_alone(target: Target) -> None:
-    """DraftTrie that cost and never come true end in plain decoding."""
+    """Draft tokens that take time and are never accepted end in plain decoding."""
     model = tiny_llama()
-    paths = [([1, 2, 3], [-0.1, -0.2, -0.3])]
-    costs = CostModel({1: 1e-3, 8: 4e-3})
-    hybrid: Any = build_proposer("hybrid", target, members=[Fixed(target, paths)], costs=costs)
-    sizes = []
-    watch = hybrid.update
-
-    def update(verified: VerifyOutput) -> None:
-        """The pass took what such passes cost, however busy the machine is."""
-        sizes.append(verified.tree.nodes)
-        verified.seconds = costs(verified.tree.nodes)
-        watch(verified)
-
-    hybrid.update, hybrid._outside = update, lambda verified: 1e-4
-    decoder = Decoder(model, hybrid)
+    member = Fixed(target, [([1, 2, 3], [-0.1, -0.2, -0.3])])
+    hybrid = TimedHybrid(target, CostModel({1: 1e-3, 8: 4e-3}), 1e-4, members=[member])
     ids = torch.tensor([[5, 9, 13]])
-    text = decoder.generate(ids, max_new_tokens=100, do_sample=False)
+    text = Decoder(model, hybrid).generate(ids, max_new_tokens=100, do_sample=False)
     assert torch.equal(text, model.generate(ids, max_new_tokens=100, do_sample=False))
-    assert len(sizes) > 20
-    assert sizes.count(1) > 0.8 * len(sizes)
+    assert len(hybrid.nodes) > 20
+    assert hybrid.nodes.count(1) > 0.8 * len(hybrid.nodes)
 
 
 class Seldom(HeadsProposer):
-    """A tree at every third pass only."""
+    """A tree at every third pass only; records what the heads keep of the text after every pass that reads it."""
 
     passes = 0
-    patient = True
+    lazy = True
+    entries: torch.Tensor | None = None
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         self.passes += 1
+        if not self.lazy:
+            state.draft_cache.flush()
         if self.passes % 3:
             return TokenTree.root(state.roots)
+        view = state.draft_cache.view()
+        self.entries, self.ends = view.rows.clone(), view.end[:, 0].tolist()
         return super().propose(state, max_depth)
-
-    def update(self, verified: Any) -> None:
-        super().update(verified)
-        if not self.patient:
-            self._catch_up()
 
 
 @pytest.mark.parametrize("name", ["attention", "block"])
 @torch.inference_mode()
-def test_memory_catches_up(target: Target, name: str) -> None:
-    """Passes of plain decoding that were remembered late are remembered right, also when rows end."""
+def test_the_draft_cache_catches_up(target: Target, name: str) -> None:
+    """Entries of plain decoding that are written late are those written at once, also when rows end."""
     ids = torch.tensor([[5, 9, 13, 5, 9], [20, 21, 22, 23, 24], [7, 7, 7, 7, 7]])
     sampling = {"do_sample": True, "seed": 3, "top_k": 0, "eos_token_id": [1, 2, 3, 4, 5, 6], "max_new_tokens": 25}
-    rows = []
-    for Seldom.patient in (True, False):
+    found = []
+    for Seldom.lazy in (True, False):
         proposer = Seldom(target, noise_heads(target, name), dtype=torch.float32)
         Decoder(target, proposer).generate(ids, **sampling)
-        proposer._catch_up()
-        assert proposer._memory is not None
-        view = proposer._memory.view()
-        rows.append((proposer._memory.lengths, view.rows))
-    assert rows[0][0] == rows[1][0]
-    torch.testing.assert_close(rows[0][1], rows[1][1], rtol=1e-5, atol=1e-5)
-    assert max(rows[0][0]) > 12
+        assert proposer.entries is not None
+        found.append((proposer.ends, proposer.entries))
+    assert found[0][0] == found[1][0]
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-5)
+    assert max(found[0][0]) > 12
 
 
 @pytest.mark.parametrize(
     ("options", "says"),
     [
         ({"members": []}, "at least one member"),
-        ({"members": ["none"]}, "names no candidates"),
+        ({"members": ["none"]}, "gives no candidates"),
         ({"members": ["heads"]}, "needs heads"),
         ({"members": ["recycling"], "tree_size": 0}, "from 1 to 256"),
         ({"members": ["nobody"]}, "no proposer is called"),

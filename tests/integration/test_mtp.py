@@ -122,7 +122,7 @@ class SpyExpander(HeadsExpander):
                 if depth:
                     above = self.paths[row][int(state[row, place])]
                     self.paths[row][index] = [*above, int(tokens[row, place])]
-                logits = self.output_head.logits(self._shared.said[row, index], depth)
+                logits = self.output_head.logits(self._shared.outputs[row, index], depth)
                 self.records.append((list(text), self.paths[row][index], logits))
         return found
 

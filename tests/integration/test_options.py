@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,7 @@ def test_every_option_is_on_the_command_line_and_in_the_file(tmp_path: Path) -> 
     import yaml
 
     given = read("--no-causal", "--feature-layers", "1", "2", "--lr", "0.5", "--correction", "parent", "--blocks", "3")
-    assert from_yaml(tmp_path / "all.yaml", yaml.safe_dump(given.to_dict())) == given
+    assert from_yaml(tmp_path / "all.yaml", yaml.safe_dump(asdict(given))) == given
     text = " ".join(finetune.parser().format_help().split())
     assert all(f"--{entry.name.replace('_', '-')}" in text for entry in fields(TrainOptions))
     assert "(default: 0.9)" in text

@@ -79,9 +79,9 @@ def test_tree_sizes(target: Target, size: Any) -> None:
 
 def test_a_tree_deeper_than_the_heads(target: Target) -> None:
     heads = noise_heads(target, depth=3)
-    with pytest.raises(MedheadError, match=r"4 deep, but these heads guess 3"):
+    with pytest.raises(MedheadError, match=r"4 deep, but these heads predict 3"):
         build_proposer("heads", target, heads=heads, max_depth=4)
-    with pytest.raises(MedheadError, match=r"4 deep, but these heads guess 3"):
+    with pytest.raises(MedheadError, match=r"4 deep, but these heads predict 3"):
         build_proposer("heads", target, heads=heads, shape=[[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]])
 
 

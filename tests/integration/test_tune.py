@@ -159,10 +159,10 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
     """A dry run writes nothing; later proposers for this model have what a real one found, unless told otherwise."""
     monkeypatch.setattr(windows, "NGRAMS", (3,))
     monkeypatch.setattr(windows, "WINDOWS", (2, 200))  # 200 columns are too many nodes
-    monkeypatch.setattr(windows, "GUESSES", (4,))
+    monkeypatch.setattr(windows, "GUESS_SETS", (4,))
 
     def rate(tried: list[Sizes]) -> list[float]:
-        return [-abs(s.window - 2) - abs(s.ngram - 3) - abs(s.guesses - 4.0) for s in tried]
+        return [-abs(s.window - 2) - abs(s.ngram - 3) - abs(s.guess_set - 4.0) for s in tried]
 
     monkeypatch.setattr(command, "throughput", lambda *args: rate)
     options = ["--proposer", "lookahead", "--num-prompts", "1"]
@@ -173,7 +173,7 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
     target = Target(load_model(DEMO_MODEL, torch.device("cpu"), torch.float32))
     assert tuned_sizes(target) == (2, 3, 4)
     proposer = LookaheadProposer(target)
-    assert (proposer.window, proposer.ngram, proposer.verified) == (2, 3, 4)
+    assert (proposer.window, proposer.ngram, proposer.guess_set) == (2, 3, 4)
     assert LookaheadProposer(target, window=7).window == 7
     assert LookaheadProposer(target, tree_size=30).window == DEFAULTS.window
     assert LookaheadProposer().window == DEFAULTS.window
@@ -181,7 +181,7 @@ def test_sizes_of_lookahead_are_tuned_and_found_again(
 
 def test_sizes_are_measured(cache: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """The whole way, small."""
-    for name, sizes in (("NGRAMS", (2,)), ("WINDOWS", (1,)), ("GUESSES", (1,))):
+    for name, sizes in (("NGRAMS", (2,)), ("WINDOWS", (1,)), ("GUESS_SETS", (1,))):
         monkeypatch.setattr(windows, name, sizes)
     options = ["--proposer", "lookahead", "--num-prompts", "1", "--max-new-tokens", "6", "--repeats", "1"]
     assert command.main(options) == 0
@@ -195,8 +195,8 @@ def test_sizes_are_measured(cache: Path, capsys: pytest.CaptureFixture[str], mon
     [
         "{",
         "[1, 2]",
-        '{"window": 0, "ngram": 3, "guesses": 1}',
-        '{"window": 99, "ngram": 9, "guesses": 99}',
+        '{"window": 0, "ngram": 3, "guess_set": 1}',
+        '{"window": 99, "ngram": 9, "guess_set": 99}',
         '{"window": 2}',
     ],
 )
@@ -205,5 +205,5 @@ def test_damaged_sizes_are_left_alone(target: Target, cache: Path, text: str) ->
     file = store_sizes(target, DEFAULTS)
     assert file is not None
     file.write_text(text)
-    with pytest.warns(UserWarning, match="is damaged .* lookahead has its usual sizes"):
+    with pytest.warns(UserWarning, match="is damaged .* lookahead uses its default sizes"):
         assert LookaheadProposer(target).window == DEFAULTS.window

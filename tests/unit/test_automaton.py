@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from medhead.proposers.automaton import SuffixAutomaton
+from medhead.proposers.automaton import ROOT, SuffixAutomaton
 
 TEXTS = st.lists(st.integers(0, 3), min_size=1, max_size=60)
 
@@ -27,9 +27,11 @@ def built(text: list[int], bound: int, half_life: float = 7.0, followers: int = 
 
 
 def state_of(automaton: SuffixAutomaton, part: list[int]) -> int | None:
-    state: int | None = 0
+    """Walk along a part; the automaton must return all followers."""
+    state: int | None = ROOT
     for token in part:
-        state = automaton._next[state].get(token) if state is not None else None
+        following = {} if state is None else {name: reached for name, reached, _ in automaton.after(state)}
+        state = following.get(token)
     return state
 
 
@@ -47,8 +49,8 @@ def test_weights_of_all_substrings(text: list[int], bound: int, half_life: float
 
 
 def check_followers(text: list[int], bound: int, kept: int, longest: int) -> None:
-    """The followers of every substring of at most `longest` tokens."""
-    automaton = built(text, bound, 7.0, kept)
+    """The followers of every substring of at most `longest` tokens; states do not depend on how many are kept."""
+    automaton, complete = built(text, bound, 7.0, kept), built(text, bound, 7.0, len(text))
     for length in range(1, longest + 1):
         for start in range(len(text) - length):
             part = text[start : start + length]
@@ -57,7 +59,7 @@ def check_followers(text: list[int], bound: int, kept: int, longest: int) -> Non
                 for token in set(text)
                 if ends(text, [*part, token])
             }
-            state = state_of(automaton, part)
+            state = state_of(complete, part)
             assert state is not None
             named = automaton.after(state)
             best = sorted(weights, key=lambda token: -weights[token])
@@ -84,8 +86,8 @@ def test_no_more_than_the_bound_is_counted(text: list[int], bound: int) -> None:
     automaton = SuffixAutomaton(bound, 7.0)
     for size, token in enumerate(text, 1):
         automaton.append(token)
-        near = automaton._near
-        assert automaton._length[automaton._link[near]] < min(size, bound - 1) <= automaton._length[near]
+        recent = automaton.recent
+        assert automaton.length[automaton.link[recent]] < min(size, bound - 1) <= automaton.length[recent]
 
 
 @given(TEXTS, st.integers(2, 9), st.integers(1, 12))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 
@@ -10,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from medhead.core.tree import TokenTree
-from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, candidates_from_tries, merge
 from medhead.proposers.trie import DraftTrie
 
@@ -34,12 +34,12 @@ def candidates_from_paths(rows: list[Paths]) -> Candidates | None:
     """Paths of every row as candidates."""
     made = []
     for paths in rows:
-        guesses = DraftTrie(9)
+        trie = DraftTrie(9)
         for tokens, scores in paths:
             node = 0
             for token, score in zip(tokens, scores, strict=True):
-                node = guesses.add(node, token, math.exp(score))
-        made.append(guesses)
+                node = trie.add(node, token, math.exp(score))
+        made.append(trie)
     return candidates_from_tries(made)
 
 
@@ -69,8 +69,8 @@ def test_the_best_of_all_members(seed: int, nodes: int, members: int, batch: int
         return
     merged = merge(made)
     roots = torch.arange(batch)
-    tree = merged.best(roots, nodes)
-    gains = merged.gains(nodes - 1)
+    tree = merged.best_tree(roots, nodes)
+    gains = merged.top_probs(nodes - 1)
     for row in range(batch):
         scores = by_path([path for rows in given_paths for path in rows[row]])
         ranked = sorted(scores, key=lambda path: 1e-4 * len(path) - scores[path])
@@ -99,13 +99,13 @@ def test_nothing_found() -> None:
     assert candidates_from_paths([[], []]) is None
     found = candidates_from_paths([[], [([5, 6], [-0.1, -0.2])]])
     assert found is not None
-    tree = found.best(torch.tensor([1, 2]), 3)
+    tree = found.best_tree(torch.tensor([1, 2]), 3)
     assert nodes_of(tree, 1) == {(5,), (5, 6)}
-    assert found.gains(2)[0].tolist() == [0, 0]
-    assert found.best(torch.tensor([1, 2]), 1).nodes == 1
+    assert found.top_probs(2)[0].tolist() == [0, 0]
+    assert found.best_tree(torch.tensor([1, 2]), 1).nodes == 1
 
 
-def test_chances_seen_with_noise() -> None:
+def test_probabilities_conditioned_on_noise() -> None:
     """A token is drawn as often as the noise at its place promises; a path is as likely as its tokens together."""
     torch.manual_seed(0)
     share = torch.tensor([0.6, 0.3, 0.08, 0.02])
@@ -137,14 +137,14 @@ def test_chances_seen_with_noise() -> None:
     assert float(probs[:, 0].std()) > 0.2  # the noise does tell
 
 
-def test_rows_without_guesses_stay_without() -> None:
+def test_rows_without_candidates_stay_without() -> None:
     """What only fills a row up is not brought to life by noise."""
     named = candidates_from_paths([[([1, 2], [-0.5, -0.7])], []])
     assert named is not None
     seen = named.condition_on_noise(torch.full((2, 2, 4), 9.0))
     assert bool((seen.scores[1] == -torch.inf).all())
     assert bool((seen.scores[0] > -0.01).all())
-    assert nodes_of(seen.best(torch.tensor([0, 0]), 3), 0) == {(1,), (1, 2)}
+    assert nodes_of(seen.best_tree(torch.tensor([0, 0]), 3), 0) == {(1,), (1, 2)}
 
 
 @settings(max_examples=60, deadline=None)
@@ -166,9 +166,8 @@ def test_corrected_candidates_still_make_trees(seed: int, nodes: int, ratios: li
         begin += size
     tokens = torch.arange(len(parent_index))[None] + 100
     named = Candidates(tokens, torch.tensor([parent_index]), torch.tensor([scores]), levels)
-    calibration = Calibration()
-    calibration._right, calibration._predicted = list(ratios), [1.0] * 4
-    tree = calibration.correct(named).best(torch.tensor([7]), nodes)
+    shifted = named.shift(list(itertools.accumulate(map(math.log, ratios))), -1e-3)
+    tree = shifted.best_tree(torch.tensor([7]), nodes)
     assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
     assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))
 
@@ -185,7 +184,7 @@ def test_children_as_likely_as_their_parents_never_stand_alone(seed: int, nodes:
     for parent in parent_index[4:]:
         scores.append(scores[parent])
     named = Candidates(torch.arange(16)[None] + 100, torch.tensor([parent_index]), torch.tensor([scores]), levels)
-    tree = named.best(torch.tensor([7]), nodes)
+    tree = named.best_tree(torch.tensor([7]), nodes)
     assert all(parent < node for node, parent in enumerate(tree.parents[0].tolist()) if node)
     assert set(tree.paths_to(0)[1:]) <= set(named.paths(0))
 
@@ -208,7 +207,7 @@ def test_best_is_a_tree_whatever_the_scores_are(seed: int, nodes: int, unknown: 
     tokens = torch.tensor([[source.randrange(9) for _ in parent_index]])
     found = Candidates(tokens, torch.tensor([parent_index]), torch.tensor([scores]), levels)
     found = found.make_monotone() if unknown else found  # below what is unknown all is
-    tree = found.best(torch.tensor([3]), nodes)
+    tree = found.best_tree(torch.tensor([3]), nodes)
     assert torch.equal(TokenTree.from_parents(tree.tokens, tree.parents).depth, tree.depth)
     assert tree.nodes <= nodes
     known = int((found.scores > -math.inf).sum())

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.proposers.growth import grow, grow_tree
+from medhead.proposers.growth import grow
 from medhead.proposers.static_tree import StaticShape, best_static_tree
 
 
@@ -34,7 +34,7 @@ def test_grown_tree_is_the_best_one(seed: int, nodes: int) -> None:
     depth, vocab = 3, 3
     generator = torch.Generator().manual_seed(seed)
     table = (2 * torch.randn(depth, vocab, vocab, generator=generator)).log_softmax(-1)
-    tree = grow_tree(torch.tensor([1]), TableExpander(table, 1), nodes, depth, width=27)
+    tree = grow(torch.tensor([1]), TableExpander(table, 1), depth, 27, nodes).best_tree(torch.tensor([1]), nodes)
     scores = {}
     for length in range(1, depth + 1):
         for path in itertools.product(range(vocab), repeat=length):
@@ -51,7 +51,7 @@ def test_grown_trees_are_valid(seed: int, nodes: int, width: int, batch: int) ->
     generator = torch.Generator().manual_seed(seed)
     table = torch.randn(4, 3, 3, generator=generator).log_softmax(-1)
     roots = torch.randint(0, 3, (batch,), generator=generator)
-    tree = grow_tree(roots, TableExpander(table, batch), nodes, 4, width)
+    tree = grow(roots, TableExpander(table, batch), 4, width, nodes).best_tree(roots, nodes)
     checked = TokenTree.from_parents(tree.tokens, tree.parents)  # raises when invalid
     assert torch.equal(checked.depth, tree.depth)
     assert int(tree.depth.max()) <= 4
@@ -74,14 +74,14 @@ def test_growing_ends_when_nothing_deeper_can_matter(seed: int, nodes: int, widt
     table = (3 * torch.randn(6, 3, 3, generator=generator)).log_softmax(-1)
     roots = torch.randint(0, 3, (batch,), generator=generator)
     expander = Counting(table, batch)
-    tree = grow_tree(roots, expander, nodes, 6, width)
-    whole = grow(roots, TableExpander(table, batch), 6, width).best(roots, nodes)
+    tree = grow(roots, expander, 6, width, nodes).best_tree(roots, nodes)
+    whole = grow(roots, TableExpander(table, batch), 6, width).best_tree(roots, nodes)
     for row in range(batch):
         assert sorted(tree.paths(row)) == sorted(whole.paths(row))
     deepest = int(whole.depth.max())
     assert deepest <= expander.levels <= 6
     certain = Counting(torch.tensor([0.98, 0.01, 0.01]).log().expand(6, 3, 3), 1)
-    grow(roots[:1], certain, 6, 2, least=math.exp(-0.05))
+    grow(roots[:1], certain, 6, 2, min_prob=math.exp(-0.05))
     assert certain.levels == 3  # 0.98 ** 3 is the first below 0.95
 
 
@@ -89,16 +89,16 @@ def test_rows_share_what_a_level_costs() -> None:
     """How deep to look is a matter of all rows' chances together: one hopeful row does not make a batch look."""
     table = torch.tensor([[[0.9, 0.05, 0.05], [0.4, 0.3, 0.3], [0.4, 0.3, 0.3]]]).log().expand(6, 3, 3)
     alone, batch = Counting(table, 1), Counting(table, 4)
-    grow(torch.tensor([0]), alone, 6, 1, least=0.4)
+    grow(torch.tensor([0]), alone, 6, 1, min_prob=0.4)
     assert alone.levels == 6  # 0.9 ** 6 is above 0.4
-    grow(torch.tensor([0, 1, 1, 1]), batch, 6, 1, least=0.4)
+    grow(torch.tensor([0, 1, 1, 1]), batch, 6, 1, min_prob=0.4)
     assert batch.levels == 4  # (0.9 + 3 * 0.4) / 4 = 0.525; 0.9 ** 3 of it is the first below 0.4
 
 
 def test_a_certain_child_never_displaces_its_parent() -> None:
     table = torch.full((3, 3, 3), -100.0)
     table[:, :, 1] = 0.0  # token 1 follows everything for certain: all log-probabilities on the path are equal
-    tree = grow_tree(torch.tensor([0]), TableExpander(table, 1), 3, 3, 3)
+    tree = grow(torch.tensor([0]), TableExpander(table, 1), 3, 3, 3).best_tree(torch.tensor([0]), 3)
     assert tree.paths(0) == [[1, 1]]
 
 

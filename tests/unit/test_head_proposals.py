@@ -128,7 +128,7 @@ def test_output_rows_of_a_draft_vocabulary_with_a_bias() -> None:
 def test_trees_deeper_than_the_heads(target: Target) -> None:
     heads = noise_heads(target, "block_recurrent", depth=3)
     for options in ({"max_depth": 4}, {"shape": [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]}):
-        with pytest.raises(MedheadError, match="4 deep, but these heads guess 3 tokens ahead"):
+        with pytest.raises(MedheadError, match="4 deep, but these heads predict 3 tokens ahead"):
             HeadsProposer(target, heads, **options)  # type: ignore[arg-type]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +177,7 @@ def test_untrained_medusa_heads_repeat_the_target(target: Target) -> None:
 
 
 def test_heads_propose_only_their_draft_vocabulary(model: PreTrainedModel, target: Target) -> None:
-    fields = noise_heads(target).config.to_dict() | {"draft_vocab_size": 7}
+    fields = asdict(noise_heads(target).config) | {"draft_vocab_size": 7}
     heads = build_heads(HeadsConfig(**fields))
     allowed = torch.tensor([3, 9, 10, 22, 40, 41, 63])
     heads.draft_tokens.copy_(allowed)

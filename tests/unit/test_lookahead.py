@@ -14,29 +14,36 @@ from medhead.core.gumbel import GumbelNoise
 from medhead.core.sequence import Sequence
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
-from medhead.proposers.lookahead import LookaheadProposer, nodes_needed
-from medhead.proposers.window import Pool, Window
+from medhead.proposers.lookahead import LookaheadProposer, Pool, Window
+from medhead.proposers.lookahead_sizes import nodes_needed
+from scripted import trie_paths
 
 Grams = dict[int, list[tuple[int, ...]]]
+SEED = 5
 PROMPTS = [[5, 9, 13, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
 
 
+def content(pool: Pool) -> Grams:
+    return {token: grams for token in range(64) if (grams := pool.after(token))}
+
+
 class Model:
-    """What the model says behind a text, asked one text at a time."""
+    """Returns the model's next token, one text at a time."""
 
     def __init__(self, model: PreTrainedModel, noise: GumbelNoise | None, row: int, temperature: float) -> None:
         self.model, self.noise, self.row, self.temperature = model, noise, row, temperature
-        self.said: dict[tuple[int, ...], int] = {}
+        self.known: dict[tuple[int, ...], int] = {}
 
     def __call__(self, text: list[int]) -> int:
         key = tuple(text)
-        if key not in self.said:
+        if key not in self.known:
             logits = self.model(torch.tensor([text]), use_cache=False).logits[0, -1]
             if self.noise is not None:
                 logits = logits / self.temperature
-                logits = logits + self.noise.gumbel(torch.tensor([self.row]), torch.tensor([len(text)]))[0]
-            self.said[key] = int(logits.argmax())
-        return self.said[key]
+                where = torch.tensor([[SEED, 0]]), torch.tensor([self.row]), torch.tensor([[len(text)]])
+                logits = logits + self.noise.gumbel(*where)[0, 0]
+            self.known[key] = int(logits.argmax())
+        return self.known[key]
 
 
 def papers_loop(
@@ -53,7 +60,7 @@ def papers_loop(
     levels = [list(first)]
     passes, pools = [], []
 
-    def encode_cache_entry(gram: tuple[int, ...]) -> None:
+    def remember(gram: tuple[int, ...]) -> None:
         entries = pool.setdefault(gram[0], [])
         if gram[1:] in entries:
             entries.remove(gram[1:])
@@ -62,24 +69,24 @@ def papers_loop(
 
     while len(text) - len(prompt) < new:
         for start in range(known, len(text) - n + 1):
-            encode_cache_entry(tuple(text[start : start + n]))
+            remember(tuple(text[start : start + n]))
         known = max(0, len(text) - n + 1)
         # the columns of the window, from the root to the last level: level 0 is a chain, then straight up
         columns = []
         for column in range(len(levels[0]) + 1):
             columns.append(levels[0][:column] + [level[column] for level in levels[1:]])
-        guesses = [list(gram) for gram in pool.get(text[-1], [])]
-        # verify: the longest beginning of a guess (or column) that the model says itself, and one token more
-        guesses += [[text[-1]]] if padded[len(passes)] else []
+        drafts = [list(gram) for gram in pool.get(text[-1], [])]
+        # verify: the longest beginning of an n-gram (or column) that the model generates itself, and one token more
+        drafts += [[text[-1]]] if padded[len(passes)] else []
         fresh = [say(text)]
-        while any(path[: len(fresh)] == fresh for path in guesses + columns):
+        while any(path[: len(fresh)] == fresh for path in drafts + columns):
             fresh.append(say(text + fresh))
         # look ahead: what comes behind every column
         answers = [say(text + column) for column in columns]
         if len(levels) == n - 1:
             for column, answer in enumerate(answers):
                 key = text[-1] if column == 0 else levels[0][column - 1]
-                encode_cache_entry((key, *(level[column] for level in levels[1:]), answer))
+                remember((key, *(level[column] for level in levels[1:]), answer))
             levels = [*levels[1:], answers]
             levels[0] = levels[0][1:]
         else:
@@ -98,16 +105,16 @@ def test_same_pool_and_same_accepted_tokens(sizes: tuple[int, int, int], sample:
     """Three rows of different length at once, each against the loop on its own."""
     model = tiny_llama(eos_token_id=None, initializer_range=0.4)
     width, n, kept = sizes
-    proposer = LookaheadProposer(None, window=width, ngram=n, guesses=kept)
+    proposer = LookaheadProposer(None, window=width, ngram=n, guess_set=kept)
     decoder = Decoder(model, proposer)
     passes: list[list[list[int]]] = [[] for _ in PROMPTS]
     pools: list[list[Grams]] = [[] for _ in PROMPTS]
     held: list[Pool] = []
 
     def record(row: Sequence, new: list[int]) -> None:
-        held.extend(proposer.pools[len(held) :])  # rows that have ended leave the list
+        held.extend(row.pool for row in proposer.row_states[len(held) :])  # rows that have ended leave the list
         passes[row.index].append(new)
-        pools[row.index].append(held[row.index].content())
+        pools[row.index].append(content(held[row.index]))
 
     padded: list[list[bool]] = [[] for _ in PROMPTS]
     verify = decoder.target.verify
@@ -123,10 +130,10 @@ def test_same_pool_and_same_accepted_tokens(sizes: tuple[int, int, int], sample:
     ids = torch.tensor([[0] * (size - len(p)) + p for p in PROMPTS])
     mask = torch.tensor([[0] * (size - len(p)) + [1] * len(p) for p in PROMPTS])
     how: dict[str, Any] = (
-        {"do_sample": True, "top_k": 0, "temperature": 0.6, "seed": 5} if sample else {"do_sample": False}
+        {"do_sample": True, "top_k": 0, "temperature": 0.6, "seed": SEED} if sample else {"do_sample": False}
     )
     decoder.generate(ids, attention_mask=mask, max_new_tokens=70, **how)
-    noise = GumbelNoise(5, 64) if sample else None
+    noise = GumbelNoise(64) if sample else None
     accepted = 0
     for row, prompt in enumerate(PROMPTS):
         expected = papers_loop(
@@ -159,28 +166,28 @@ def tree_of(proposer: LookaheadProposer, text: list[int], max_depth: int = 99) -
 
 
 def test_the_tree_is_the_papers_mask() -> None:
-    """Level 0 is a chain; every other node is above its column; guesses hang on the root."""
-    proposer = LookaheadProposer(None, window=3, ngram=4, guesses=2)
+    """Level 0 is a chain; every other node is above its column; n-grams hang on the root."""
+    proposer = LookaheadProposer(None, window=3, ngram=4, guess_set=2)
     text = [50, 51, 52, 53, 60, 50]
     proposer.begin(None, [text])  # type: ignore[arg-type]
-    window = proposer.windows[0]
+    window = proposer.row_states[0].window
     window.levels = [[1, 2], [10, 11, 12], [20, 21, 22]]
     tree = tree_of(proposer, text)
     paths = {tuple(path) for path in tree.paths(0)}
     assert paths == {(10, 20), (1, 11, 21), (1, 2, 12, 22), (51, 52, 53)}
-    last = [tree.tokens[0, node].item() for node in proposer._last[0]]
+    last = [tree.tokens[0, node].item() for node in proposer.row_states[0].last_level]
     assert last == [20, 21, 22]
     assert window.advance(50, [30, 31, 32]) == [(50, 10, 20, 30), (1, 11, 21, 31), (2, 12, 22, 32)]
     assert window.levels == [[11, 12], [20, 21, 22], [30, 31, 32]]
 
 
 def test_near_the_end_the_window_waits() -> None:
-    proposer = LookaheadProposer(None, window=3, ngram=4, guesses=2)
+    proposer = LookaheadProposer(None, window=3, ngram=4, guess_set=2)
     text = [50, 51, 52, 53, 60, 50]
     proposer.begin(None, [text])  # type: ignore[arg-type]
     assert proposer.max_depth == 4
     assert {tuple(p) for p in tree_of(proposer, text, 2).paths(0)} == {(51, 52)}
-    assert proposer._last == []
+    assert proposer.row_states[0].last_level == []
     assert tree_of(proposer, text, 0).nodes == 1
     assert len(tree_of(proposer, text, 4).paths(0)) == 2
 
@@ -188,7 +195,7 @@ def test_near_the_end_the_window_waits() -> None:
 @pytest.mark.parametrize("sizes", [(1, 2, 1), (5, 4, 5), (2, 6, 3), (9, 3, 1), (1, 8, 2)])
 def test_no_tree_is_larger_than_it_says(sizes: tuple[int, int, int]) -> None:
     width, n, kept = sizes
-    proposer = LookaheadProposer(None, window=width, ngram=n, guesses=kept)
+    proposer = LookaheadProposer(None, window=width, ngram=n, guess_set=kept)
     text = [7, *range(100, 100 + n), *([7, *range(200, 200 + n)] * kept), 7]
     for row in range(kept):
         text += [7, *range(300 + 20 * row, 300 + 20 * row + n)]
@@ -196,12 +203,12 @@ def test_no_tree_is_larger_than_it_says(sizes: tuple[int, int, int]) -> None:
     proposer.begin(None, [text])  # type: ignore[arg-type]
     assert proposer.tree_size == nodes_needed(*sizes)
     sizes_seen, fresh = [], iter(range(1000, 9000))
-    proposer.windows[0].levels = [[next(fresh) for _ in proposer.windows[0].levels[0]]]
+    proposer.row_states[0].window.levels = [[next(fresh) for _ in proposer.row_states[0].window.levels[0]]]
     for _ in range(n + 1):
         tree = tree_of(proposer, text)
         sizes_seen.append(tree.nodes)
         assert tree.max_depth <= proposer.max_depth
-        proposer.windows[0].advance(7, [next(fresh) for _ in proposer._last[0]])
+        proposer.row_states[0].window.advance(7, [next(fresh) for _ in proposer.row_states[0].last_level])
     assert max(sizes_seen) == proposer.tree_size
 
 
@@ -209,12 +216,12 @@ def test_a_pool_forgets_what_was_seen_longest_ago() -> None:
     pool = Pool(2)
     for gram in ((1, 2, 3), (1, 4, 5), (1, 2, 3), (1, 6, 7), (2, 8, 9)):
         pool.add(gram)
-    assert pool.content() == {1: [(6, 7), (2, 3)], 2: [(8, 9)]}
+    assert content(pool) == {1: [(6, 7), (2, 3)], 2: [(8, 9)]}
     assert pool.after(9) == []
 
 
 def test_the_first_passes_fill_the_window() -> None:
-    window = Window(2, 3, [1, 2, 3])
+    window = Window(3, [[1, 2, 3]])
     assert window.advance(0, [10, 11, 12, 13]) == []
     assert window.levels == [[2, 3], [11, 12, 13]]
     assert window.advance(0, [21, 22, 23]) == []
@@ -238,13 +245,13 @@ def test_candidates_are_the_pools_n_grams() -> None:
     from test_ngram import state
 
     target: Any = None
-    proposer = LookaheadProposer(None, window=2, ngram=3, guesses=2)
+    proposer = LookaheadProposer(None, window=2, ngram=3, guess_set=2)
     text = [5, 1, 2, 5, 3, 4, 5]
     proposer.begin(None, [text])  # type: ignore[arg-type]
-    found = dict(proposer.guesses(state(target, [text]), 9)[0].paths())
+    found = trie_paths(proposer.tries(state(target, [text]), 9)[0])
     assert set(found) == {(3,), (3, 4), (1,), (1, 2)}
     assert 1 >= found[3,] > found[3, 4] > found[1, 2] > 0
-    assert set(dict(proposer.guesses(state(target, [text]), 1)[0].paths())) == {(3,), (1,)}
+    assert set(trie_paths(proposer.tries(state(target, [text]), 1)[0])) == {(3,), (1,)}
 
 
 @pytest.mark.parametrize(
@@ -252,10 +259,10 @@ def test_candidates_are_the_pools_n_grams() -> None:
     [
         ({"window": 0}, r"W \(window\) of at least 1, got 0"),
         ({"ngram": 1}, r"N \(ngram\) of at least 2, got 1"),
-        ({"guesses": -1}, r"G \(guesses\) of at least 1"),
+        ({"guess_set": -1}, r"G \(guess_set\) of at least 1"),
         ({"window": 2.5}, "whole number"),
-        ({"window": 60, "ngram": 8, "guesses": 60}, "W=60, N=8, G=60 needs 840 nodes, the tree has at most 256"),
-        ({"window": 5, "ngram": 4, "guesses": 5, "tree_size": 16}, "needs 30 nodes, the tree has at most 16"),
+        ({"window": 60, "ngram": 8, "guess_set": 60}, "W=60, N=8, G=60 needs 840 nodes, the tree has at most 256"),
+        ({"window": 5, "ngram": 4, "guess_set": 5, "tree_size": 16}, "needs 30 nodes, the tree has at most 16"),
         ({"tree_size": 300}, "from 1 to 256"),
     ],
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conftest import tiny_llama
 from medhead import Decoder, MedheadError, TokenTree
-from medhead.core.acceptance import accept
+from medhead.core.acceptance import accept_drawn
 from medhead.model.target import Target
 from medhead.proposers import VerifyOutput, build_proposer
 from medhead.proposers.recycling import RecyclingProposer
@@ -25,7 +25,7 @@ IDS = torch.tensor([[5, 9, 13]])
 
 def verified(tokens: Tensor, logits: Tensor) -> VerifyOutput:
     tree = TokenTree.from_parents(tokens, torch.zeros_like(tokens))
-    accepted = accept(tree, logits.argmax(-1))
+    accepted = accept_drawn(tree, logits.argmax(-1))
     return VerifyOutput(tree, logits, logits, accepted, accepted.counts.tolist())
 
 
@@ -57,8 +57,8 @@ def test_candidates_have_the_targets_probabilities(target: Target) -> None:
     proposer.tokens[6], proposer.logp[6] = torch.tensor([8, 5]), torch.tensor([0.5, 0.2]).log()
     found = proposer.candidates(state(target, [[1, 5], [1, 40]]), 3)
     assert found is not None
-    assert found.gains(5)[0].tolist() == pytest.approx([0.6, 0.3, 0.3, 0.12, 0.072], rel=1e-3)
-    assert float(found.gains(1)[1]) < 1e-8
+    assert found.top_probs(5)[0].tolist() == pytest.approx([0.6, 0.3, 0.3, 0.12, 0.072], rel=1e-3)
+    assert float(found.top_probs(1)[1]) < 1e-8
     tree = proposer.propose(state(target, [[1, 5]]), 3)
     nodes = {tuple(path[:n]) for path in tree.paths(0) for n in range(1, len(path) + 1)}
     assert nodes == {(6,), (7,), (6, 8), (6, 5), (6, 5, 6)}
@@ -74,7 +74,7 @@ def test_what_was_saved_warms_another_run(tmp_path: Path) -> None:
     assert isinstance(first.proposer, RecyclingProposer)
     first.proposer.save(path)
     first.proposer.save(path)  # over itself
-    second = Decoder(model, "recycling", warm=path)
+    second = Decoder(model, "recycling", state=path)
     assert isinstance(second.proposer, RecyclingProposer)
     assert torch.equal(second.proposer.tokens, first.proposer.tokens)
     assert torch.equal(second.proposer.logp, first.proposer.logp)
@@ -84,7 +84,7 @@ def test_what_was_saved_warms_another_run(tmp_path: Path) -> None:
     assert path.read_bytes() == content  # nothing is written unasked
     assert [file.name for file in tmp_path.iterdir()] == ["state.safetensors"]
     for successors in (3, 12):
-        other = RecyclingProposer(target, successors=successors, warm=path)
+        other = RecyclingProposer(target, successors=successors, state=path)
         known = min(successors, 8)
         assert torch.equal(other.tokens[:, :known], first.proposer.tokens[:, :known])
         found = Decoder(model, other).generate(IDS, max_new_tokens=60, do_sample=False)
@@ -133,7 +133,7 @@ def test_wrong_files_get_one_line(target: Target, tmp_path: Path, how: str) -> N
     RecyclingProposer(target).save(path)
     damage(path, how)
     with pytest.raises(MedheadError, match=WRONG[how]) as refusal:
-        build_proposer("recycling", target, warm=path)
+        build_proposer("recycling", target, state=path)
     assert "\n" not in str(refusal.value)
     assert str(path) in str(refusal.value)
 
@@ -155,7 +155,7 @@ def test_another_vocabulary(target: Target, tmp_path: Path) -> None:
     path = tmp_path / "state.safetensors"
     RecyclingProposer(Target(tiny_llama(vocab=80))).save(path)
     with pytest.raises(MedheadError, match="a model with 80 tokens, this one has 64"):
-        RecyclingProposer(target, warm=path)
+        RecyclingProposer(target, state=path)
 
 
 @pytest.mark.parametrize("options", [{"successors": 0}, {"max_depth": 0}, {"width": -1}])

@@ -37,21 +37,13 @@ PROFILED_BATCHES = 2  # answered once more to time the parts of a step
 
 @dataclass
 class Candidate:
-    """A proposer to evaluate.
+    """A proposer to evaluate."""
 
-    Attributes:
-        name: of the proposer, or folder of the heads.
-        proposer: the proposer.
-        target: its target.
-        heads: of the proposer, if it has any.
-        static: whether its tree is a static one.
-    """
-
-    name: str
+    name: str  # of the proposer, or folder of its heads
     proposer: Proposer
     target: Target
     heads: Heads | None = None
-    static: bool = False
+    static: bool = False  # whether its tree is a static one
 
     @property
     def label(self) -> str:
@@ -64,55 +56,40 @@ class Candidate:
         lengths = [tokens / passes for tokens, passes in zip(found.new_tokens, found.passes, strict=True)]
         milliseconds = found.parts_ms()
         return {
-            "name": self.name,
-            "label": self.label,
+            "name": self.name, "label": self.label,
             "kind": "" if self.heads is None else self.heads.config.kind,
             "parameters": 0 if self.heads is None else sum(p.numel() for p in self.heads.parameters()),
-            "tree_size": self.proposer.tree_size,
-            "static": self.static,
-            "temperature": temperature,
-            "prompts": len(lengths),
-            "new_tokens": sum(found.new_tokens),
-            "passes": sum(found.passes),
+            "tree_size": self.proposer.tree_size, "static": self.static, "temperature": temperature,
+            "prompts": len(lengths), "new_tokens": sum(found.new_tokens), "passes": sum(found.passes),
             "accepted_length": round(sum(found.new_tokens) / sum(found.passes), 4),
             "mean_over_prompts": round(sum(lengths) / len(lengths), 4),
             "accepted_length_by_prompt": [round(length, 3) for length in lengths],
-            "propose_ms": round(milliseconds["propose"], 4),
-            "forward_ms": round(milliseconds["forward"], 4),
+            "propose_ms": round(milliseconds["propose"], 4), "forward_ms": round(milliseconds["forward"], 4),
             "identical": len(lengths) - found.mismatches,
-        }
+        }  # fmt: skip
 
 
 def parser() -> Parser:
     """Return the command's parser."""
-    options = Parser(
-        prog="medhead evaluate",
-        description="Measure the accepted length of heads and other proposers in real decoding, by tree size.",
-        epilog=EXAMPLES,
-    )
+    description = "Measure the accepted length of heads and other proposers in real decoding, by tree size."
+    options = Parser(prog="medhead evaluate", description=description, epilog=EXAMPLES)
     names = sorted(PROPOSERS.keys() - {"heads"})
     harness.add_decoding_options(options, max_new_tokens=200, num_prompts=24)
-    options.add_argument(
-        "--heads", nargs="+", metavar="FOLDER", help="heads (default: the demo heads with the demo model)"
-    )
-    options.add_argument("--proposers", nargs="*", choices=names, default=["none", "ngram", "recycling"], metavar="NAME",
-                         help="other proposers; hybrid is run with all heads (default: none ngram recycling)")  # fmt: skip
-    options.add_argument(
-        "--tree-sizes", type=int, nargs="+", default=[16, 32, 64], help="nodes of the trees (default: 16 32 64)"
-    )
-    options.add_argument("--temperatures", type=float, nargs="+", default=[0.0, 1.0],
-                         help="0 is greedy decoding (default: 0 1)")  # fmt: skip
-    options.add_argument("--batch-size", type=int, default=1, help="prompts decoded together (default: 1)")
-    options.add_argument("--max-depth", type=int, help="maximum depth of the heads' trees (default: the heads')")
-    options.add_argument("--width", type=int, help="nodes per level that are expanded (default: the heads')")
-    options.add_argument("--branching", type=int, help="children drafted for each such node (default: the heads')")
-    options.add_argument("--static", action="store_true", help="evaluate static trees of the heads too")
-    options.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    options.add_argument("--output", type=Path, help="folder for results.json, table.md and accepted_length.png")
-    options.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
-    options.add_argument(
-        "--dtype", default="auto", help="dtype of the target (default: float32 on a CPU, else bfloat16)"
-    )
+    add = options.add_argument
+    add("--heads", nargs="+", metavar="FOLDER", help="heads (default: the demo heads with the demo model)")
+    add("--proposers", nargs="*", choices=names, default=["none", "ngram", "recycling"], metavar="NAME",
+        help="other proposers; hybrid is run with all heads (default: none ngram recycling)")  # fmt: skip
+    add("--tree-sizes", type=int, nargs="+", default=[16, 32, 64], help="nodes of the trees (default: 16 32 64)")
+    add("--temperatures", type=float, nargs="+", default=[0.0, 1.0], help="0 is greedy decoding (default: 0 1)")
+    add("--batch-size", type=int, default=1, help="prompts decoded together (default: 1)")
+    add("--max-depth", type=int, help="maximum depth of the heads' trees (default: the heads')")
+    add("--width", type=int, help="nodes per level that are expanded (default: the heads')")
+    add("--branching", type=int, help="children drafted for each such node (default: the heads')")
+    add("--static", action="store_true", help="evaluate static trees of the heads too")
+    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    add("--output", type=Path, help="folder for results.json, table.md and accepted_length.png")
+    add("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--dtype", default="auto", help="dtype of the target (default: float32 on a CPU, else bfloat16)")
     options.set_defaults(title="")
     return options
 
@@ -183,15 +160,12 @@ def run(args: argparse.Namespace) -> None:
             arguments = sampling_arguments(temperature, args.max_new_tokens)
             for group in groups.values():
                 methods = [Method(c.label, arguments, Decoder(c.target, c.proposer), seed=args.seed) for c in group]
-                found = measure(
-                    methods, prompts, batch_size=args.batch_size, profile=PROFILED_BATCHES, progress=bar.update
-                )
+                given = {"batch_size": args.batch_size, "profile": PROFILED_BATCHES, "progress": bar.update}
+                found = measure(methods, prompts, **given)
                 rows += [c.results(temperature, result) for c, result in zip(group, found, strict=True)]
     dtype = str(target.dtype).removeprefix("torch.")
-    title = harness.heading(
-        args, harness.label(args.model), f"{len(prompts)} prompts", f"at most {args.max_new_tokens} tokens", dtype,
-        f"batch size {args.batch_size}",
-    )  # fmt: skip
+    limits = f"at most {args.max_new_tokens} tokens", dtype, f"batch size {args.batch_size}"
+    title = harness.heading(args, harness.label(args.model), f"{len(prompts)} prompts", *limits)
     text = results_table(rows)
     print(f"{title}\n\n{text}")
     if args.output is not None:

@@ -49,17 +49,11 @@ def check_output(folder: Path) -> None:
 
 
 def write(exported: ExportedCheckpoint, folder: Path, dtype: torch.dtype) -> None:
-    """Write a checkpoint into an empty or missing folder, its floating-point tensors as `dtype`.
-
-    Raises:
-        MedheadError: the folder is not empty.
-    """
+    """Write a checkpoint into an empty or missing folder, its floating-point tensors as `dtype`."""
     check_output(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, tensor in exported.tensors.items():
-        cast = tensor.to(dtype) if tensor.is_floating_point() else tensor
-        tensors[name] = cast.detach().cpu().contiguous().clone()  # safetensors refuses shared storage
+    cast = {name: t.to(dtype) if t.is_floating_point() else t for name, t in exported.tensors.items()}
+    tensors = {name: t.detach().cpu().contiguous().clone() for name, t in cast.items()}  # storage must not be shared
     save_file(tensors, folder / exported.weights_file, metadata={"format": "pt"})
     name = str(dtype).removeprefix("torch.")
     config = exported.config | {"dtype": name, "torch_dtype": name}
@@ -79,11 +73,8 @@ def run(args: argparse.Namespace) -> None:
 
 def parser() -> Parser:
     """Return the options of the command."""
-    options = Parser(
-        prog="medhead export",
-        description="Write heads in the checkpoint format of a serving engine.",
-        epilog=EXAMPLES,
-    )
+    description = "Write heads in the checkpoint format of a serving engine."
+    options = Parser(prog="medhead export", description=description, epilog=EXAMPLES)
     add = options.add_argument
     add("--heads", type=Path, required=True, help="heads checkpoint folder")
     add("--model", required=True, help="folder or hub id of the model that the heads belong to")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 from transformers.integrations import TensorBoardCallback
 
-from medhead.cli.common import Parser, guarded
+from medhead.cli.common import Parser, run_command
 from medhead.errors import MedheadError
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
@@ -65,11 +64,8 @@ MAX_HELD_OUT = 256  # documents
 
 def parser() -> Parser:
     """Return the command's parser."""
-    options = Parser(
-        prog="medhead finetune",
-        description="Train heads that draft a model's next tokens, for speculative decoding.",
-        epilog=EXAMPLES,
-    )
+    description = "Train heads that draft a model's next tokens, for speculative decoding."
+    options = Parser(prog="medhead finetune", description=description, epilog=EXAMPLES)
     add_options(options)
     return options
 
@@ -94,11 +90,8 @@ def check_anchors(rows: PackedDataset) -> None:
 def held_out_texts(store: TokenStore, documents: np.ndarray, seq_len: int) -> list[Document]:
     """Return held-out documents with a token to predict, shortest first, cut to `seq_len` tokens."""
     pairs = [store[document] for document in sorted(documents.tolist(), key=lambda d: int(store.lengths[d]))]
-    return [
-        (torch.from_numpy(ids[:seq_len].astype(np.int64)), torch.from_numpy(mask[:seq_len].copy()))
-        for ids, mask in pairs
-        if mask[2:seq_len].any()
-    ]
+    cut = [(ids[:seq_len].astype(np.int64), mask[:seq_len].copy()) for ids, mask in pairs if mask[2:seq_len].any()]
+    return [(torch.from_numpy(ids), torch.from_numpy(mask)) for ids, mask in cut]
 
 
 def run(options: TrainOptions) -> None:
@@ -167,9 +160,8 @@ def run(options: TrainOptions) -> None:
         f"{len(held_out)} documents held out; {parameters:,} parameters to train", main,
     )  # fmt: skip
     if not module.supports_packing:
-        _print(
-            f"{target.name} does not separate packed documents: each is read in a row of its own, which is slower", main
-        )
+        line = "does not separate packed documents: each is read in a row of its own, which is slower"
+        _print(f"{target.name} {line}", main)
     if main and options.tensorboard:
         log_to_tensorboard(trainer, folder / "logs")
     checkpoint = last_checkpoint(folder)
@@ -237,11 +229,11 @@ def _print(line: str, main: bool = True) -> None:
         print(line, file=sys.stderr)
 
 
-@contextmanager
-def resource_errors(options: TrainOptions) -> Iterator[None]:
-    """Turn lack of memory or disk space into one line that says what to do."""
+def work(args: argparse.Namespace) -> None:
+    """Read the options and run; turn lack of memory or disk space into one line that says what to do."""
+    options = read_options(args)
     try:
-        yield
+        run(options)
     except torch.OutOfMemoryError as error:
         raise MedheadError(
             f"out of memory: lower --batch-size ({options.batch_size}), --seq-len ({options.seq_len}) or --anchor-fraction "
@@ -250,22 +242,13 @@ def resource_errors(options: TrainOptions) -> Iterator[None]:
     except OSError as error:
         if error.errno not in DISK_FULL:
             raise
-        raise MedheadError(
-            f"no space is left ({error}): free some and start again; the run resumes where it was"
-        ) from None
+        hint = "free some and start again; the run resumes where it was"
+        raise MedheadError(f"no space is left ({error}): {hint}") from None
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code."""
-    options_parser = parser()
-    args = options_parser.parse_args(argv)
-
-    def work() -> None:
-        options = read_options(args)
-        with resource_errors(options):
-            run(options)
-
-    code = guarded(options_parser.prog, work)
+    code = run_command(parser(), work, argv)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         # at once: while Python shuts down, threads of the process group can abort a process that has finished its work
         sys.stdout.flush()

@@ -23,6 +23,8 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from medhead.bench.measure import sampling_arguments
+from medhead.bench.prompts import padded
 from medhead.cli.common import Parser, add_device_options, check_range, make_decoder, run_command
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -51,6 +53,8 @@ exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
 WRITER = "medhead generate-data 1"
 WINDOW = 64  # batches whose prompts are sorted by length together
+# what an answer depends on, beside the prompts, their tokens and the model
+RECORDED = ("num_answers", "system", "max_new_tokens", "max_prompt_tokens", "temperatures", "seed", "batch_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,30 +68,27 @@ class Prompt:
 
 def parser() -> Parser:
     """Return the command's parser."""
-    options = Parser(
-        prog="medhead generate-data",
-        description="Let a model answer prompts. The answers are the training data of its heads.",
-        epilog=EXAMPLES,
-    )
-    data = options.add_argument_group("data")
-    data.add_argument("--prompts", type=Path, required=True, help="file of prompts (JSON lines)")
-    data.add_argument("--output", type=Path, required=True, help="file to write (JSON lines)")
-    data.add_argument("--num-answers", type=int, help="number of answers (default: one per prompt)")
-    data.add_argument("--system", help="system prompt for chats without one")
-    data.add_argument("--max-new-tokens", type=int, default=512, help="maximum tokens of an answer (default: 512)")
-    data.add_argument(
+    description = "Let a model answer prompts. The answers are the training data of its heads."
+    options = Parser(prog="medhead generate-data", description=description, epilog=EXAMPLES)
+    add = options.add_argument_group("data").add_argument
+    add("--prompts", type=Path, required=True, help="file of prompts (JSON lines)")
+    add("--output", type=Path, required=True, help="file to write (JSON lines)")
+    add("--num-answers", type=int, help="number of answers (default: one per prompt)")
+    add("--system", help="system prompt for chats without one")
+    add("--max-new-tokens", type=int, default=512, help="maximum tokens of an answer (default: 512)")
+    add(
         "--max-prompt-tokens", type=int, help="longer prompts lose their oldest tokens (default: what fits the context)"
     )
-    data.add_argument("--temperatures", type=float, nargs="+", default=[0.7], metavar="T",
-                      help="one or more, used by batches in turn; 0 is greedy decoding (default: 0.7)")  # fmt: skip
-    data.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
+    add("--temperatures", type=float, nargs="+", default=[0.7], metavar="T",
+        help="one or more, used by batches in turn; 0 is greedy decoding (default: 0.7)")  # fmt: skip
+    add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     decoding = options.add_argument_group("decoding")
-    decoding.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
-    decoding.add_argument("--heads", help="folder of a heads checkpoint")
-    decoding.add_argument("--proposer", choices=sorted(PROPOSERS),
-                          help="what drafts the tokens (default: heads if given, else none)")  # fmt: skip
-    decoding.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
-    decoding.add_argument("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
+    add = decoding.add_argument
+    add("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    add("--heads", help="folder of a heads checkpoint")
+    add("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: heads if given, else none)")
+    add("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
+    add("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
     add_device_options(decoding)
     options.set_defaults(attention="auto")
     return options
@@ -135,25 +136,13 @@ def answer_batch(
     eos = tokenizer.eos_token_id
     ends = generation_end_tokens(decoder.model) or ([] if eos is None else [eos])
     pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    longest = max(len(prompt.ids) for prompt in batch)
-    padding = [longest - len(prompt.ids) for prompt in batch]
-    inputs = torch.tensor([[pad] * n + prompt.ids for n, prompt in zip(padding, batch, strict=True)])
-    mask = torch.tensor([[0] * n + [1] * (longest - n) for n in padding])
+    inputs, mask = padded([prompt.ids for prompt in batch], decoder.target.device)
     temperature = args.temperatures[number % len(args.temperatures)]
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    output = decoder.generate(
-        inputs.to(decoder.target.device),
-        attention_mask=mask.to(decoder.target.device),
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=ends or None,
-        pad_token_id=pad,
-        seed=args.seed + number,
-        **sampling,
-    )
+    arguments = {"eos_token_id": ends or None, "pad_token_id": pad, "seed": args.seed + number}
+    arguments |= sampling_arguments(temperature, args.max_new_tokens)
+    output = decoder.generate(inputs, attention_mask=mask, **arguments)
     lines = []
-    for prompt, row in zip(batch, output[:, longest:].tolist(), strict=True):
+    for prompt, row in zip(batch, output[:, inputs.shape[1] :].tolist(), strict=True):
         stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
         ids = row[:stop]
         visible = ids[:-1] if ids[-1] in ends else ids
@@ -186,16 +175,6 @@ def weights_fingerprint(model: torch.nn.Module) -> str:
     return digest.hexdigest()[:32]
 
 
-def recorded_options(
-    args: argparse.Namespace, digest: str, dtype: torch.dtype, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, Any]:
-    """Return everything that an answer depends on, except for the model."""
-    names = ("num_answers", "system", "max_new_tokens", "max_prompt_tokens", "temperatures", "seed", "batch_size")
-    options = {f"--{name.replace('_', '-')}": getattr(args, name) for name in names}
-    options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
-    return options | {"tokenizer": tokenizer_fingerprint(tokenizer)}
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_options(args)
@@ -215,11 +194,14 @@ def run(args: argparse.Namespace) -> None:
     if args.system is not None and not tokenizer.chat_template:
         raise MedheadError("--system needs a tokenizer with a chat template")
     output = ResumableFile(args.output, WRITER)
-    options = recorded_options(args, digest, dtype, tokenizer)
+    window = WINDOW * args.batch_size
+    options = {f"--{option.replace('_', '-')}": getattr(args, option) for option in RECORDED}
+    options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
+    options["tokenizer"] = tokenizer_fingerprint(tokenizer)
     started = output.is_started(options)  # checked before a large model is loaded
     if started:
         with output.open() as file:
-            if len(output.read_indices(file, args.num_answers, WINDOW * args.batch_size)) == args.num_answers:
+            if len(output.read_indices(file, args.num_answers, window)) == args.num_answers:
                 print(f"{args.output} holds all {args.num_answers} answers already")
                 return
     model = load_model(name, device, dtype, args.trust_remote_code)
@@ -232,20 +214,16 @@ def run(args: argparse.Namespace) -> None:
         check_prompts(args, tokenizer, min(number, args.num_answers), max_tokens)
         output.start(options)
     with output.open() as file:
-        written = output.read_indices(file, args.num_answers, WINDOW * args.batch_size)
+        written = output.read_indices(file, args.num_answers, window)
         batches = prompt_batches(args, tokenizer, number, max_tokens, len(written))
         write_answers(decoder, tokenizer, batches, written, args, file)
     print(f"{args.output}: {args.num_answers} answers")
 
 
 def write_answers(
-    decoder: Decoder,
-    tokenizer: PreTrainedTokenizerBase,
-    batches: Iterator[tuple[int, list[Prompt]]],
-    written: array[int],
-    args: argparse.Namespace,
-    file: IO[bytes],
-) -> None:
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, batches: Iterator[tuple[int, list[Prompt]]],
+    written: array[int], args: argparse.Namespace, file: IO[bytes],
+) -> None:  # fmt: skip
     """Answer and write the batches that are not in the file yet."""
     tokens = passes = 0
     start = time.perf_counter()
@@ -260,9 +238,8 @@ def write_answers(
             try:
                 lines = answer_batch(decoder, tokenizer, batch, number, args)
             except torch.OutOfMemoryError:
-                raise MedheadError(
-                    f"--batch-size {args.batch_size} is too large for the memory of this device; lower it"
-                ) from None
+                given = f"--batch-size {args.batch_size}"
+                raise MedheadError(f"{given} is too large for the memory of this device; lower it") from None
             file.write(b"".join(lines[len(there) :]))
             file.flush()
             tokens, passes = tokens + decoder.statistics.new_tokens, passes + decoder.statistics.passes

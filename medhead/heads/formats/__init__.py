@@ -42,8 +42,7 @@ def is_third_party(folder: str | Path) -> bool:
 def import_heads(folder: str | Path, target: Target) -> Heads:
     """Return the heads of a folder in another project's format, in the types they are stored in.
 
-    Raises:
-        MedheadError: the format is unknown, a part of it is not supported, or it does not fit the target.
+    A format that is unknown, not supported in some part, or does not fit the target raises a `MedheadError`.
     """
     reader = CheckpointReader(Path(folder))
     for checkpoint_format in FORMATS.values():
@@ -55,11 +54,7 @@ def import_heads(folder: str | Path, target: Target) -> Heads:
 
 
 def export_heads(heads: Heads, target: Target, format_name: str) -> ExportedCheckpoint:
-    """Return heads in another project's format, which computes exactly the same.
-
-    Raises:
-        MedheadError: the format is unknown, or cannot express what these heads compute.
-    """
+    """Return heads in another project's format; one that cannot compute exactly the same raises a `MedheadError`."""
     if format_name not in FORMATS:
         raise MedheadError(f"checkpoint format must be one of {', '.join(FORMATS)}, got {format_name!r}")
     return FORMATS[format_name].write(heads, target)

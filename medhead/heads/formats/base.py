@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
-from medhead.heads.base import Heads, HeadsConfig
+from medhead.heads.base import Heads
+from medhead.heads.config import HeadsConfig
 from medhead.heads.formats.reader import WEIGHTS_FILE, CheckpointReader
 from medhead.model.target import Target
 
@@ -53,13 +54,13 @@ class CheckpointFormat(ABC):
         """Yield conditions under which the format cannot express heads, each with the reason."""
         config = heads.config
         yield config.kind != self.kind, f"it holds heads of kind {self.kind!r}, these are of kind {config.kind!r}"
-        has_correction = f"it has no correction, these heads have correction {config.correction!r}"
-        yield config.correction != "none", f"{has_correction}: train with --correction none to export"
-        has_draft_vocab = (
-            f"it has no draft vocabulary, these heads propose {config.draft_vocab_size} of {config.vocab_size}"
+        reason = f"it has no correction, these heads have correction {config.correction!r}"
+        yield config.correction != "none", f"{reason}: train with --correction none to export"
+        reason = (
+            f"it has no draft vocabulary, these heads propose {config.draft_vocab_size} of {config.vocab_size} tokens"
         )
         refused = config.draft_vocab_size > 0 and not self.has_draft_vocab
-        yield refused, f"{has_draft_vocab} tokens: train with --draft-vocab 0 to export"
+        yield refused, f"{reason}: train with --draft-vocab 0 to export"
 
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
         """Return the tensors to store: the heads' under the format's names; formats add those they compute."""
@@ -72,18 +73,6 @@ class CheckpointFormat(ABC):
             if refused:
                 raise MedheadError(f"these heads cannot be written in the format {self.name!r}: {reason}")
         return ExportedCheckpoint(self.config_json(heads, target), self.tensors(heads, target), self.weights_file)
-
-
-def fitting_config(target: Target, kind: str, **fields: Any) -> HeadsConfig:
-    """Return a configuration with the target's sizes."""
-    return HeadsConfig(
-        kind=kind,
-        hidden_size=target.hidden_size,
-        vocab_size=target.vocab_size,
-        num_target_layers=target.layers,
-        target_type=str(getattr(target.config, "model_type", "")),
-        **fields,
-    )
 
 
 def output_matrix(heads: Heads, target: Target, depth: int = 0) -> Tensor:

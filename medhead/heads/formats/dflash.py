@@ -12,14 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
-from medhead.heads.base import Heads, HeadsConfig
-from medhead.heads.formats.base import (
-    CheckpointFormat,
-    decoder_config_json,
-    embedding_row,
-    fitting_config,
-    output_matrix,
-)
+from medhead.heads.base import Heads
+from medhead.heads.config import HeadsConfig, fitting_config
+from medhead.heads.formats.base import CheckpointFormat, decoder_config_json, embedding_row, output_matrix
 from medhead.heads.formats.reader import CheckpointReader
 from medhead.model.target import Target
 
@@ -47,8 +42,7 @@ class DFlash(CheckpointFormat):
         _refuse_variants(reader)
         reader.config = {**reader.config, **reader.section("dflash_config")}
         reader.check_target(target, hidden_size=target.hidden_size, num_target_layers=target.layers)
-        shape = reader.shape("layers.0.self_attn.q_norm.weight")
-        fields = reader.decoder_fields(shape[0] if shape else None)
+        fields = reader.decoder_fields(next(iter(reader.shape("layers.0.self_attn.q_norm.weight")), None))
         slots = reader.number("block_size")
         if slots < 2:
             raise reader.error("block_size in config.json must be at least 2: the root and one mask")
@@ -57,16 +51,10 @@ class DFlash(CheckpointFormat):
         norm = reader.take("norm.weight", target.hidden_size) * reader.real("output_multiplier", 1.0)
         causal = reader.config.get("is_causal")
         config = fitting_config(
-            target,
-            self.kind,
-            depth=slots - 1,
-            num_layers=reader.number("num_hidden_layers"),
-            feature_layers=feature_layers,
-            causal=reader.flag("causal") if causal is None else bool(causal),
-            root_slot_predicts=False,
-            mask_token_id=mask_token_id,
-            **fields,
-        )
+            target, self.kind, depth=slots - 1, num_layers=reader.number("num_hidden_layers"),
+            feature_layers=feature_layers, causal=reader.flag("causal") if causal is None else bool(causal),
+            root_slot_predicts=False, mask_token_id=mask_token_id, **fields,
+        )  # fmt: skip
         return reader.load(config, self.stored_name, {"norm.weight": norm, "mask_row": mask})
 
     def stored_name(self, name: str, config: HeadsConfig) -> str | None:
@@ -79,10 +67,8 @@ class DFlash(CheckpointFormat):
         output_matrix(heads, target)  # refuses a bias
         config, mask = heads.config, heads.config.mask_token_id
         yield config.root_slot_predicts, "its root slot predicts nothing, that of these heads does (root_slot_predicts)"
-        yield (
-            mask < 0,
-            "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)",
-        )
+        own_masks = "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)"
+        yield mask < 0, own_masks
         row = embedding_row(target, mask)
         other = row is None or not row.equal(heads.state_dict()["mask_row"].to(row))
         yield other, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
@@ -119,10 +105,9 @@ def _refuse_variants(reader: CheckpointReader) -> None:
         if any(variant in name.lower() for variant in ("dflash2", "dspark")):
             raise reader.error(f"the architecture {name} is not supported, only DFlashDraftModel")
     reader.refuse(("speculators_model_type",), "speculators' form of DFlash is")
+    variants = ("use_swa", "attention_sink_bias", "final_logit_softcapping")
     for section in (reader.config, reader.section("dflash_config")):
-        reader.refuse(
-            ("use_swa", "attention_sink_bias", "final_logit_softcapping"), "this variant of DFlash is", section
-        )
+        reader.refuse(variants, "this variant of DFlash is", section)
 
 
 def _mask(reader: CheckpointReader, token: Any, target: Target) -> tuple[int, Tensor]:

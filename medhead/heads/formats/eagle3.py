@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medhead.heads.base import Heads, HeadsConfig
-from medhead.heads.formats.base import CheckpointFormat, decoder_config_json, fitting_config, output_matrix
+from medhead.heads.base import Heads
+from medhead.heads.config import HeadsConfig, fitting_config
+from medhead.heads.formats.base import CheckpointFormat, decoder_config_json, output_matrix
 from medhead.heads.formats.reader import CheckpointReader
 from medhead.model.target import Target
 
@@ -37,8 +38,7 @@ class Eagle3(CheckpointFormat):
     def read(self, reader: CheckpointReader, target: Target) -> Heads:
         """Read attention heads."""
         reader.rename("layers.0.", "midlayer.")
-        inner = reader.section("transformer_layer_config")  # speculators
-        if inner:
+        if inner := reader.section("transformer_layer_config"):  # speculators
             reader.config = {**inner, "norm_before_residual": True, **reader.config}
         _refuse_variants(reader)
         size, fields = reader.number("hidden_size"), reader.decoder_fields(None, rope_theta=10000.0)
@@ -52,17 +52,12 @@ class Eagle3(CheckpointFormat):
         if tokens is not None:
             given["draft_tokens"] = tokens
         config = fitting_config(
-            target,
-            self.kind,
-            depth=DEPTH,
-            feature_layers=_feature_layers(reader, target),
+            target, self.kind, depth=DEPTH, feature_layers=_feature_layers(reader, target),
             draft_hidden_size=0 if size == target.hidden_size else size,
             norm_before_residual=reader.flag("norm_before_residual"),
-            own_embedding="embed_tokens.weight" in reader.names,
-            own_output=own_output,
-            draft_vocab_size=0 if tokens is None else draft,
-            **fields,
-        )
+            own_embedding="embed_tokens.weight" in reader.names, own_output=own_output,
+            draft_vocab_size=0 if tokens is None else draft, **fields,
+        )  # fmt: skip
         return reader.load(config, self.stored_name, given)
 
     def stored_name(self, name: str, config: HeadsConfig) -> str | None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medhead.heads.base import Heads, HeadsConfig
-from medhead.heads.formats.base import CheckpointFormat, fitting_config, output_matrix
+from medhead.heads.base import Heads
+from medhead.heads.config import HeadsConfig, fitting_config
+from medhead.heads.formats.base import CheckpointFormat, output_matrix
 from medhead.heads.formats.reader import MEDUSA_FILE, CheckpointReader
 from medhead.model.target import Target
 
@@ -133,11 +134,7 @@ class VllmMedusa(CheckpointFormat):
 
 
 def _count_blocks(reader: CheckpointReader, block: re.Pattern[str], example: str) -> tuple[int, int]:
-    """Return the numbers of heads and of blocks a head, from names that match `block`: (head).(block).
-
-    Raises:
-        MedheadError: no name matches.
-    """
+    """Return the numbers of heads and of blocks a head, from the names that match `block`: (head).(block)."""
     found = [match for match in map(block.fullmatch, reader.names) if match]
     if not found:
         raise reader.error(f"holds no block of a Medusa head: no tensor is called {example}")

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from medhead.heads.base import Heads, HeadsConfig
-from medhead.heads.formats.base import CheckpointFormat, fitting_config, output_matrix
+from medhead.heads.base import Heads
+from medhead.heads.config import HeadsConfig, fitting_config
+from medhead.heads.formats.base import CheckpointFormat, output_matrix
 from medhead.heads.formats.reader import CheckpointReader
 from medhead.model.target import Target
 
 _ARCHITECTURE = "MLPSpeculatorPreTrainedModel"
-_NAMES = {"embeddings": "emb", "norms": "ln", "output_matrices": "head"}
+_NAMES = {"embeddings": "emb.{}.weight", "norms": "ln.{}", "output_matrices": "head.{}.weight"}
 
 
 class MlpSpeculator(CheckpointFormat):
@@ -36,15 +37,10 @@ class MlpSpeculator(CheckpointFormat):
         reader.check_target(target, emb_dim=target.hidden_size, vocab_size=target.vocab_size)
         unset = reader.config.get("inner_dim") in (0, None)
         config = fitting_config(
-            target,
-            self.kind,
-            depth=reader.number("n_predict"),
+            target, self.kind, depth=reader.number("n_predict"), own_embedding=True, own_output=True,
             inner_size=target.hidden_size if unset else reader.number("inner_dim"),
-            tie_weights=reader.flag("tie_weights"),
-            scale_input=reader.flag("scale_input"),
-            own_embedding=True,
-            own_output=True,
-        )
+            tie_weights=reader.flag("tie_weights"), scale_input=reader.flag("scale_input"),
+        )  # fmt: skip
         if config.tie_weights:
             for pattern in ("emb.{}.weight", "ln.{}.weight", "ln.{}.bias", "head.{}.weight", "proj.{}.weight"):
                 first = 1 if pattern.startswith("proj") else 0
@@ -54,13 +50,11 @@ class MlpSpeculator(CheckpointFormat):
     def stored_name(self, name: str, config: HeadsConfig) -> str | None:
         """Shorten the names; `first` is `proj.0`, and encoders and outputs are not stored as they are."""
         part, _, rest = name.partition(".")
-        if part in ("encoders", "outputs"):
-            return None
         if part == "first":
             return "proj.0.weight"
         if part == "proj":
             return re.sub(r"\d+", lambda index: str(int(index[0]) + 1), name)
-        return f"{_NAMES[part]}.{rest}" if part == "norms" else f"{_NAMES[part]}.{rest}.weight"
+        return _NAMES[part].format(rest) if part in _NAMES else None
 
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
         """Multiply out embeddings and output matrices where the heads use the target's."""
@@ -95,11 +89,9 @@ class MlpSpeculator(CheckpointFormat):
 def _merge_copies(reader: CheckpointReader, names: list[str]) -> None:
     """Keep one of the tensors that tied depths share, under the first name; it may be stored several times."""
     stored = [name for name in names if name in reader.names]
-    if not stored:
-        return
-    first = reader.peek(stored[0])
     for name in stored[1:]:
-        if not torch.equal(reader.peek(name), first):
+        if not torch.equal(reader.peek(name), reader.peek(stored[0])):
             raise reader.error(f"config.json says tie_weights, but the tensors {stored[0]} and {name} differ")
     reader.drop(*stored[1:])
-    reader.rename(stored[0], names[0])
+    if stored:
+        reader.rename(stored[0], names[0])

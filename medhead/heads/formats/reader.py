@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 from medhead.heads.base import Heads, HeadsConfig, build_heads
 from medhead.heads.config import read_json
 from medhead.heads.layers import Rotary
@@ -26,15 +26,10 @@ SCALINGS = ("linear", "llama3", "yarn")  # rotary scalings whose angles do not d
 
 
 class CheckpointReader:
-    """The configuration and the tensors of a folder; a tensor is read when it is taken.
+    """The configuration (`config.json`) and the tensors of a folder; a tensor is read when it is taken.
 
     Every method raises `MedheadError`, in one line that names the cause, where the checkpoint is damaged or does not fit.
-
-    Args:
-        folder: holds `config.json` and safetensors; pickles are never opened.
-
-    Attributes:
-        config: content of `config.json`.
+    The folder holds `config.json` and safetensors; pickles are never opened.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,8 +41,7 @@ class CheckpointReader:
                 handle = safe_open(path, framework="pt")
                 self._entries.update({name: (handle, name) for name in handle.keys()})  # noqa: SIM118
             except (SafetensorError, OSError) as error:
-                reason = " ".join(str(error).split())[:100]
-                raise MedheadError(f"{path} is truncated or damaged ({reason}); copy it again") from None
+                raise MedheadError(f"{path} is truncated or damaged ({one_line(error, 100)}); copy it again") from None
 
     def _files(self) -> list[Path]:
         for name in (MEDUSA_FILE, WEIGHTS_FILE):
@@ -75,10 +69,8 @@ class CheckpointReader:
 
     def rename(self, old: str, new: str = "") -> None:
         """Replace a prefix of names."""
-        self._entries = {
-            new + name.removeprefix(old) if name.startswith(old) else name: entry
-            for name, entry in self._entries.items()
-        }
+        renamed = ((new if name.startswith(old) else "") + name.removeprefix(old) for name in self._entries)
+        self._entries = dict(zip(renamed, self._entries.values(), strict=True))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
@@ -96,9 +88,8 @@ class CheckpointReader:
         """Read a tensor and remove it from the names."""
         given = self.shape(name)
         if given != shape:
-            raise self.error(
-                f"the tensor {name} is {list(given)}, expected {list(shape)} for this target and config.json"
-            )
+            expected = f"expected {list(shape)} for this target and config.json"
+            raise self.error(f"the tensor {name} is {list(given)}, {expected}")
         tensor = self.peek(name)
         self.drop(name)
         if floating and tensor.dtype not in FLOATS:
@@ -106,14 +97,7 @@ class CheckpointReader:
         return tensor
 
     def take_token_ids(self, name: str, count: int, target: Target, offsets: bool = False) -> Tensor:
-        """Read the token id of every row of an output matrix, `[count]` int64.
-
-        Args:
-            name: of the tensor.
-            count: its length.
-            target: the target.
-            offsets: the tensor holds the differences of token id and row index.
-        """
+        """Read the token id of every row of an output matrix, `[count]` int64; `offsets` are token id minus row index."""
         token_ids = self.take(name, count, floating=False).long() + (torch.arange(count) if offsets else 0)
         if count == 0 or int(token_ids.min()) < 0 or int(token_ids.max()) >= target.vocab_size:
             raise self.error(f"the tensor {name} names tokens outside the vocabulary's {target.vocab_size}")
@@ -131,10 +115,7 @@ class CheckpointReader:
     ) -> Heads:
         """Return heads with this checkpoint's tensors, in the types they are stored in.
 
-        Args:
-            config: of the heads.
-            stored_name: `CheckpointFormat.stored_name`.
-            given: tensors by the heads' names that are taken already.
+        `stored_name` is that of a `CheckpointFormat`; `given` are tensors, by the heads' names, that are taken already.
         """
         with torch.device("meta"):
             heads = build_heads(config)
@@ -165,7 +146,7 @@ class CheckpointReader:
             raise self.error(f"{name} in config.json must be a whole number of at least 1, got {value!r}")
         return value
 
-    def real(self, name: str, default: float) -> float:
+    def real(self, name: str, default: float | None) -> float:
         """Return a number above 0 from the configuration."""
         value = default if self.config.get(name) is None else self.config[name]
         if not isinstance(value, int | float) or isinstance(value, bool) or not value > 0:
@@ -197,9 +178,8 @@ class CheckpointReader:
         for name, of_target in sizes.items():
             value = self.config.get(name)
             if value is not None and value != of_target:
-                raise self.error(
-                    f"was made for another model: {name} in config.json is {value}, {target.name} has {of_target}"
-                )
+                here = f"{name} in config.json is {value}, {target.name} has {of_target}"
+                raise self.error(f"was made for another model: {here}")
 
     def refuse(self, names: tuple[str, ...], subject: str, section: dict[str, Any] | None = None) -> None:
         """Refuse switches that are on, at the top level or in a section."""
@@ -210,9 +190,7 @@ class CheckpointReader:
     def decoder_fields(self, head_dim: int | None, rope_theta: float | None = None) -> dict[str, Any]:
         """Return the fields of `HeadsConfig` that describe decoder layers.
 
-        Args:
-            head_dim: size of a head, where the configuration does not name it; hidden size / heads if None.
-            rope_theta: base of the rotary positions, where the configuration does not name it.
+        The arguments are used where `config.json` does not name them; a `head_dim` of None means hidden size / heads.
         """
         activation = self.config.get("hidden_act") or "silu"
         if activation != "silu":
@@ -250,7 +228,7 @@ class CheckpointReader:
         try:
             Rotary(dim, float(theta), scaling, context)(torch.zeros(1, 1, dim), torch.zeros(1, dtype=torch.long), 1)
         except Exception as error:
-            reason = " ".join(f"{type(error).__name__} {error}".split())[:100]
+            reason = one_line(f"{type(error).__name__} {error}", 100)
             raise self.error(f"the rotary scaling {scaling} in config.json cannot be used: {reason}") from None
         return {"rope_theta": float(theta), "rope_scaling": scaling, "max_position_embeddings": context}
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from itertools import takewhile
+from itertools import accumulate, takewhile
 from typing import Any
 
 from jinja2 import TemplateError
@@ -44,12 +44,9 @@ class EncodedRecord:
 
 
 class Encoder:
-    """Encode records with one tokenizer.
+    """Encode records with one tokenizer; records longer than `max_length` tokens keep their beginning.
 
-    Args:
-        tokenizer: with a chat template, if there are chats.
-        max_length: longer records keep their beginning; None for no limit.
-        end_tokens: ids that end a turn, as in the model's generation configuration; the tokenizer's EOS is added.
+    `end_tokens` are the ids that end a turn, as in the model's generation configuration; the tokenizer's EOS is added.
     """
 
     def __init__(
@@ -115,10 +112,9 @@ class Encoder:
     # ---------------------------------------------------------------- find the assistant's text
 
     def _render(self, messages: list[Message], generation_prompt: bool = False) -> str:
+        options = {"tokenize": False, "add_generation_prompt": generation_prompt}
         try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation_prompt)
-            )
+            return str(self.tokenizer.apply_chat_template(messages, **options))
         except TEMPLATE_ERRORS as error:
             raise _SkipRecordError(template_refusal(error)) from None
 
@@ -129,18 +125,15 @@ class Encoder:
         in several versions of transformers (issue 47325).
         """
         try:
+            tokens = self.tokenizer.special_tokens_map
             texts, spans = render_jinja_template(
-                conversations=[messages],
-                chat_template=self.template,
-                return_assistant_tokens_mask=True,
-                **self.tokenizer.special_tokens_map,
+                [messages], chat_template=self.template, return_assistant_tokens_mask=True, **tokens
             )
         except TEMPLATE_ERRORS as error:
             raise _SkipRecordError(template_refusal(error)) from None
         return texts[0], [(start, end) for start, end in spans[0] if end > start]
 
     def _untagged_spans(self, messages: list[Message]) -> tuple[str, list[Span]]:
-        """Return the text and the assistant's spans by comparing renderings of the chat."""
         text = self._render(messages)
         spans: list[Span] = []
         for index, message in enumerate(messages):
@@ -156,7 +149,6 @@ class Encoder:
         return text, spans
 
     def _prefix_length(self, text: str, messages: list[Message], generation_prompt: bool) -> int | None:
-        """Return the length of the rendered messages if they are a prefix of `text`, else None."""
         if not messages:
             return None
         try:
@@ -178,7 +170,8 @@ class Encoder:
             turn_end = self._render(replaced[: index + 1]).rpartition(name)[2]  # how a turn ends when nothing follows
         except _SkipRecordError:
             turn_end = ""
-        return len(before), len(text) - len(after) + _common_prefix(after, turn_end)
+        same = takewhile(lambda pair: pair[0] == pair[1], zip(after, turn_end, strict=False))
+        return len(before), len(text) - len(after) + len(list(same))
 
     # ---------------------------------------------------------------- from characters to tokens
 
@@ -190,11 +183,9 @@ class Encoder:
         if not self.tokenizer.is_fast:
             return self._token_ids(text), None
         output = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        offsets: list[Span] = []
-        reached = 0
-        for start, end in output["offset_mapping"]:  # byte-level tokenizers leave white space out of their offsets
-            offsets.append((min(start, reached), end))
-            reached = max(reached, end)
+        spans = output["offset_mapping"]  # byte-level tokenizers leave white space out
+        reached = accumulate((end for _, end in spans), max, initial=0)
+        offsets = [(min(start, before), end) for (start, end), before in zip(spans, reached, strict=False)]
         return list(output["input_ids"]), offsets
 
     def _token_range(
@@ -221,13 +212,11 @@ class Encoder:
 
     def _trim_turn(self, ids: list[int], first: int, last: int) -> tuple[int, int]:
         """End a turn with its first end token; what the template writes after it is not the assistant's."""
-        for at in range(first, last):
-            if ids[at] in self.end_tokens:
-                return first, at + 1
-        after = last
-        while after < len(ids) and self._is_space(ids[after]):
-            after += 1
-        if after < len(ids) and ids[after] in self.end_tokens and first < last:
+        end = next((at for at in range(first, last) if ids[at] in self.end_tokens), None)
+        if end is not None:
+            return first, end + 1
+        after = next((at for at in range(last, len(ids)) if not self._is_space(ids[at])), None)
+        if after is not None and ids[after] in self.end_tokens and first < last:
             return first, after + 1
         shorter = last
         while shorter > first and self._is_space(ids[shorter - 1]):
@@ -236,10 +225,6 @@ class Encoder:
 
     def _is_space(self, token: int) -> bool:
         return token not in self._control and self.tokenizer.decode([token]).isspace()
-
-
-def _common_prefix(first: str, second: str) -> int:
-    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False)))
 
 
 def template_refusal(error: Exception) -> str:

@@ -21,11 +21,7 @@ WINDOW = 4096  # pieces that are packed together
 
 
 def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Assign sizes, each from 1 to `capacity`, to bins: largest first, each into the fullest bin with room for it.
-
-    Returns:
-        For every bin the indices of its sizes.
-    """
+    """Return bins of indices of `sizes` (1 to `capacity`): largest first, each in the fullest bin with room for it."""
     bins: list[list[int]] = []
     rooms: list[int] = []  # free room of the open bins, ascending; `owners` says which bins these are
     owners: list[int] = []
@@ -46,37 +42,22 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 class PackedDataset(Dataset[dict[str, Tensor]]):
-    """Rows of exactly `length` tokens, all epochs one after the other.
+    """Rows of exactly `length` tokens, all epochs one after the other; each epoch is packed and ordered differently.
 
     A row is a dictionary of `input_ids` (int64), `mask` (bool, tokens of the assistant), `document` (int64, index of the
     document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
     Documents longer than `length` are cut into pieces, which count as documents of their own.
-
-    Args:
-        store: holds the token ids.
-        documents: indices of the documents to use.
-        length: tokens of a row.
-        seed: of the packing and the order.
-        epochs: number of epochs; each is packed differently.
-        pad_token: id of the padding.
     """
 
     def __init__(
-        self,
-        store: TokenStore,
-        documents: Sequence[int] | np.ndarray,
-        length: int,
-        seed: int = 0,
-        epochs: int = 1,
-        pad_token: int = 0,
-    ) -> None:
+        self, store: TokenStore, documents: Sequence[int] | np.ndarray, length: int,
+        seed: int = 0, epochs: int = 1, pad_token: int = 0,
+    ) -> None:  # fmt: skip
         chosen = np.asarray(documents, dtype=np.int64)
         if not len(chosen):
             raise MedheadError("there is no document to pack")
         if length < 1 or epochs < 1 or seed < 0:
-            raise MedheadError(
-                f"length and epochs must be at least 1, the seed at least 0; got {length}, {epochs}, {seed}"
-            )
+            raise MedheadError(f"length and epochs must be at least 1, seed at least 0; got {length}, {epochs}, {seed}")
         self.store, self.length, self.seed, self.epochs, self.pad_token = store, length, seed, epochs, pad_token
         sizes = store.lengths[chosen]
         starts = np.asarray(store.ends)[chosen] - sizes
@@ -116,24 +97,20 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         epoch = int(np.searchsorted(self._first, index, side="right")) - 1
         order, bounds = self._plan(epoch)
         row = index - int(self._first[epoch])
-        input_ids = np.full(self.length, self.pad_token, dtype=np.int64)
-        mask = np.zeros(self.length, dtype=np.bool_)
-        document = np.full(self.length, -1, dtype=np.int64)
-        position_ids = np.zeros(self.length, dtype=np.int64)
+        input_ids, document = np.full(self.length, self.pad_token, np.int64), np.full(self.length, -1, np.int64)
+        mask, position_ids = np.zeros(self.length, np.bool_), np.zeros(self.length, np.int64)
         at = 0
         for number, piece in enumerate(order[bounds[row] : bounds[row + 1]]):
             start, size = int(self._starts[piece]), int(self._sizes[piece])
             here = slice(at, at + size)
             input_ids[here], mask[here] = self.store.read(start, start + size)
-            document[here] = number
-            position_ids[here] = np.arange(size)
+            document[here], position_ids[here] = number, np.arange(size)
             at += size
         arrays = {"input_ids": input_ids, "mask": mask, "document": document, "position_ids": position_ids}
         return {name: torch.from_numpy(values) for name, values in arrays.items()}
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the pieces in row order, and the bounds of every row among them."""
-        if epoch not in self._plans:
+        if epoch not in self._plans:  # the pieces in row order, and the bounds of every row among them
             generator = np.random.default_rng([self.seed, epoch])
             shuffled = generator.permutation(len(self._sizes))
             rows: list[np.ndarray] = []

@@ -10,25 +10,18 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
+from medhead_training.data import records
 from medhead_training.data.encode import TEMPLATE_ERRORS, template_refusal
-from medhead_training.data.records import (
-    Message,
-    parse_json,
-    parse_messages,
-    parse_text,
-    present_fields,
-    read_lines,
-    unknown_fields,
-)
+from medhead_training.data.records import Message
 
 FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
 
 
 def parse_prompt(fields: Any, where: str) -> list[Message]:
     """Return a chat that waits for an answer; answers at its end are removed."""
-    has = present_fields(fields, where, FIELDS)
+    has = records.present_fields(fields, where, FIELDS)
     if "messages" in has:
-        messages = parse_messages(fields["messages"], where)
+        messages = records.parse_messages(fields["messages"], where)
         while messages and messages[-1]["role"] == "assistant":
             messages.pop()
         if not any(message["role"] not in ("system", "developer") for message in messages):
@@ -36,9 +29,9 @@ def parse_prompt(fields: Any, where: str) -> list[Message]:
         return messages
     name = next((name for name in ("prompt", "question", "turns", "text") if name in has), None)
     if name is None:
-        raise unknown_fields(fields, where, FIELDS)
+        raise records.unknown_fields(fields, where, FIELDS)
     value = fields[name]
-    text = parse_text(value[0] if name == "turns" and isinstance(value, list) and value else value, name, where)
+    text = records.parse_text(value[0] if name == "turns" and isinstance(value, list) and value else value, name, where)
     if not text.strip():
         raise MedheadError(f"{where}: `{name}` is empty")
     return [{"role": "user", "content": text}]
@@ -49,7 +42,7 @@ def scan_prompts(path: Path) -> tuple[str, int]:
     if not path.is_file() and not path.is_dir():
         raise MedheadError(f"prompts file {str(path)!r} {'is no regular file' if path.exists() else 'does not exist'}")
     digest, number = hashlib.sha256(), 0
-    for _, line in read_lines(path):
+    for _, line in records.read_lines(path):
         digest.update(line.strip() + b"\n")
         number += 1
     if not number:
@@ -58,19 +51,12 @@ def scan_prompts(path: Path) -> tuple[str, int]:
 
 
 def cycle_prompts(path: Path, start: int, number: int, system: str | None) -> Iterator[tuple[int, str, list[Message]]]:
-    """Yield index, place and chat of every prompt from index `start` on, repeating the file without end.
-
-    Args:
-        path: file of prompts.
-        start: index of the first.
-        number: prompts in the file.
-        system: system prompt for chats without one.
-    """
+    """Yield index, place and chat from index `start` on, repeating the file of `number` prompts without end."""
     index = start - start % number
     while True:
-        for where, line in read_lines(path):
+        for where, line in records.read_lines(path):
             if index >= start:
-                messages = parse_prompt(parse_json(line, where), where)
+                messages = parse_prompt(records.parse_json(line, where), where)
                 if system is not None and messages[0]["role"] not in ("system", "developer"):
                     messages.insert(0, {"role": "system", "content": system})
                 yield index, where, messages
@@ -82,11 +68,7 @@ def encode_prompt(
 ) -> list[int]:
     """Return the token ids of a chat with the generation prompt, or of its last message without a chat template.
 
-    Args:
-        tokenizer: of the model that will answer.
-        messages: the chat.
-        where: file and line, for error messages.
-        max_tokens: a longer prompt keeps its newest tokens, and a BOS token at its start.
+    A prompt of more than `max_tokens` keeps its newest tokens, and a BOS token at its start.
     """
     try:
         if tokenizer.chat_template:

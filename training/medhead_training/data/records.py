@@ -23,27 +23,18 @@ _KINDS = {type(None): "nothing", list: "a list", str: "text", bool: "true or fal
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One training record; exactly one of `messages`, `text` and `ids` is set.
+    """One training record; exactly one of `messages`, `text` and `ids` is set."""
 
-    Attributes:
-        where: file and line (or dataset and row), for error messages.
-        messages: a chat of roles and contents.
-        text: plain text.
-        ids: token ids of a prompt and of its answer.
-    """
-
-    where: str
+    where: str  # file and line, or dataset and row, for error messages
     messages: list[Message] | None = None
     text: str | None = None
-    ids: tuple[list[int], list[int]] | None = None
+    ids: tuple[list[int], list[int]] | None = None  # of a prompt and of its answer
 
 
 def read_records(sources: Sources, on_bytes: Callable[[int], None] | None = None) -> Iterator[Record]:
-    """Yield the records of all sources in order.
+    """Yield the records of files, folders of *.jsonl files and Hugging Face datasets (owner/name, split `train`).
 
-    Args:
-        sources: files, folders of *.jsonl files, or names of Hugging Face datasets (owner/name, split `train`).
-        on_bytes: called with the size of every line, for progress bars.
+    `on_bytes` is called with the size of every line, for progress bars.
     """
     for source in source_list(sources):
         empty = True
@@ -58,9 +49,7 @@ def source_list(sources: Sources) -> list[str | Path]:
     """Return the sources as a list; raise a `MedheadError` if it is empty."""
     listed = [sources] if isinstance(sources, str | Path) else list(sources)
     if not listed:
-        raise MedheadError(
-            "no training data was given: name files, folders of *.jsonl files, or a Hugging Face dataset"
-        )
+        raise MedheadError("no training data was given: name files, folders of *.jsonl files or a Hugging Face dataset")
     return listed
 
 
@@ -113,11 +102,9 @@ def parse_record(fields: Any, where: str) -> Record:
         return Record(where, messages=parse_messages(fields["messages"], where))
     for question in ("prompt", "question"):
         if {question, "answer"} <= has:
-            contents = [parse_text(fields[name], name, where) for name in (question, "answer")]
-            return Record(
-                where,
-                [{"role": role, "content": text} for role, text in zip(("user", "assistant"), contents, strict=True)],
-            )
+            roles = {"user": question, "assistant": "answer"}
+            chat = [{"role": role, "content": parse_text(fields[name], name, where)} for role, name in roles.items()]
+            return Record(where, messages=chat)
     if "text" in has:
         return Record(where, text=parse_text(fields["text"], "text", where))
     raise unknown_fields(fields, where, FIELDS)
@@ -138,14 +125,13 @@ def unknown_fields(fields: Mapping[str, Any], where: str, expected: str) -> Medh
 
 def parse_messages(value: Any, where: str) -> list[Message]:
     """Return the messages without null fields; raise a `MedheadError` if they are no chat."""
+    expected = "with `role` and `content`"
     if not isinstance(value, list) or not value:
-        raise MedheadError(
-            f"{where}: `messages` must be a list of objects with `role` and `content`, got {_kind(value)}"
-        )
+        raise MedheadError(f"{where}: `messages` must be a list of objects {expected}, got {_kind(value)}")
     messages: list[Message] = []
     for number, message in enumerate(value, 1):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
-            raise MedheadError(f"{where}: message {number} must be an object with `role` and `content`")
+            raise MedheadError(f"{where}: message {number} must be an object {expected}")
         kept = {name: part for name, part in message.items() if part is not None}  # datasets fill absent fields so
         if not (kept.get("tool_calls") and "content" not in kept):
             kept["content"] = parse_text(kept.get("content"), f"content of message {number}", where)

@@ -15,17 +15,19 @@ from typing import IO, Any
 from medhead.errors import MedheadError
 
 
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file under a temporary name and rename it, so that it is never incomplete."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
 @dataclass(frozen=True, slots=True)
 class ResumableFile:
-    """Lines with an `index` each, written by one command with one set of options.
-
-    Args:
-        path: of the lines.
-        writer: name and version of the command.
-    """
+    """Lines with an `index` each, written by one command with one set of options."""
 
     path: Path
-    writer: str
+    writer: str  # name and version of the command
 
     @property
     def meta(self) -> Path:
@@ -34,11 +36,10 @@ class ResumableFile:
 
     def is_started(self, options: dict[str, Any]) -> bool:
         """Return whether the file was started before with (at least) these options."""
+        path = str(self.path)
         if not self.meta.exists():
             if self.path.exists() or self.path.is_symlink():
-                raise MedheadError(
-                    f"{str(self.path)!r} exists and was not written by this command; choose another --output"
-                )
+                raise MedheadError(f"{path!r} exists and was not written by this command; choose another --output")
             return False
         try:
             meta = json.loads(self.meta.read_text(encoding="utf-8"))
@@ -50,18 +51,15 @@ class ResumableFile:
         for name, value in options.items():
             if before.get(name) != value:
                 was, now = (json.dumps(v)[:60] for v in (before.get(name), value))
-                raise MedheadError(
-                    f"{str(self.path)!r} was started with {name} {was}, now it is {now}; use the same, or another --output"
-                )
+                was_started = f"{path!r} was started with {name} {was}, now it is {now}"
+                raise MedheadError(f"{was_started}; use the same, or another --output")
         return True
 
     def start(self, options: dict[str, Any]) -> None:
         """Record the options atomically, before the first line."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.meta.with_name(f".{self.meta.name}.{os.getpid()}")
         meta = {"written_by": self.writer, "options": options}
-        temporary.write_text(json.dumps(meta, indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, self.meta)
+        write_atomically(self.meta, json.dumps(meta, indent=2) + "\n")
 
     def open(self) -> IO[bytes]:
         """Open the file for appending, locked against a second process where the system has locks."""
@@ -78,12 +76,9 @@ class ResumableFile:
         return file
 
     def read_indices(self, file: IO[bytes], count: int, window: int) -> array[int]:
-        """Return the indices of the lines in order; an incomplete last line is removed from the file.
+        """Return the indices of at most `count` lines in order; an incomplete last line is removed from the file.
 
-        Args:
-            file: what `open` returned.
-            count: maximum number of lines.
-            window: every `window` lines hold the next `window` indices, in any order.
+        Every `window` lines hold the next `window` indices, in any order.
         """
         found: array[int] = array("q")
         complete = 0

@@ -32,18 +32,9 @@ _PROBE = "The quick  brown fox\n\njumps, 1234 ÄÖ 日本語 🙂"
 
 
 class TokenStore:
-    """A complete store.
+    """A complete store, and its numbers of documents, tokens, tokens of the assistant, and records read.
 
-    Args:
-        folder: as `prepare_tokens` wrote it.
-
-    Attributes:
-        ends: end of each document among all tokens, `[documents]` int64.
-        documents: number of documents.
-        tokens: number of tokens.
-        assistant_tokens: number of tokens that the assistant wrote.
-        records: number of records read.
-        skipped: number of skipped records by reason.
+    `ends` `[documents]` int64 is the end of each document among all tokens, `skipped` counts skipped records by reason.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,9 +59,8 @@ class TokenStore:
 
     def __getitem__(self, document: int) -> tuple[np.ndarray, np.ndarray]:
         """Return token ids and mask of one document."""
-        end = int(self.ends[document])
-        start = int(self.ends[document - 1]) if document % self.documents else 0
-        return self.read(start, end)
+        start = self.ends[document - 1] if document % self.documents else 0
+        return self.read(int(start), int(self.ends[document]))
 
     def __reduce__(self) -> tuple[type[TokenStore], tuple[Path]]:
         return TokenStore, (self.folder,)  # another process maps the files itself
@@ -89,12 +79,7 @@ class TokenStore:
         return np.diff(self.ends, prepend=0)
 
     def split(self, held_out: float | int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the documents to train on and the held-out ones, which depend on the seed alone.
-
-        Args:
-            held_out: a fraction of the documents from 0 to below 1 (a float), or their number (an int).
-            seed: of the choice.
-        """
+        """Return the documents to train on and, by seed alone, the held-out ones: a fraction (float) or a number (int)."""
         count = held_out
         if isinstance(held_out, float):
             if not 0.0 <= held_out < 1.0:
@@ -107,22 +92,12 @@ class TokenStore:
 
 
 def prepare_tokens(
-    sources: Sources,
-    tokenizer: PreTrainedTokenizerBase,
-    cache: str | Path,
-    max_length: int | None = None,
-    end_tokens: Iterable[int] = (),
-    progress: bool = True,
-) -> TokenStore:
-    """Return the token store of these sources: an existing one from `cache`, or a new one written there.
+    sources: Sources, tokenizer: PreTrainedTokenizerBase, cache: str | Path,
+    max_length: int | None = None, end_tokens: Iterable[int] = (), progress: bool = True,
+) -> TokenStore:  # fmt: skip
+    """Return the token store of these sources: an existing one from the folder `cache`, or a new one written there.
 
-    Args:
-        sources: as `read_records` takes them.
-        tokenizer: of the target.
-        cache: folder in which each store has a folder of its own.
-        max_length: longer records keep their beginning; None for no limit.
-        end_tokens: ids that end a turn, from the model's generation configuration.
-        progress: show a progress bar.
+    The sources are those of `read_records`; `max_length` and `end_tokens` are those of `Encoder`.
     """
     cache, ends = Path(cache), sorted(set(end_tokens))
     key = _key(sources, tokenizer, max_length, ends)
@@ -214,15 +189,10 @@ def _remove_leftovers(cache: Path) -> None:
     """Delete the temporary folders of killed processes of this machine."""
     for path in cache.glob(f".*.{socket.gethostname()}.*"):
         pid = path.name.rpartition(".")[2]
-        if pid.isdecimal() and int(pid) != os.getpid() and not _is_running(int(pid)):
+        try:
+            if pid.isdecimal():
+                os.kill(int(pid), 0)  # sends nothing
+        except ProcessLookupError:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _is_running(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass
-    return True
+        except OSError:  # it runs
+            pass

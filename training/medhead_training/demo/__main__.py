@@ -14,8 +14,9 @@ from medhead.cli.common import Parser, check_range, run_command
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_MODEL
 from medhead_training import finetune, generate_data
+from medhead_training.data.resumable import write_atomically
 from medhead_training.demo import pretrain
-from medhead_training.demo.answers import write_atomically, write_held_out_answers, write_training_answers
+from medhead_training.demo.answers import write_held_out_answers, write_training_answers
 from medhead_training.demo.card import finish_heads, write_model_card
 from medhead_training.demo.corpus import Chat, opening_prompts
 
@@ -40,29 +41,24 @@ COMMON = ["--draft-vocab", "2560", "--seq-len", "512", "--batch-size", "6", "--s
 
 def parser() -> Parser:
     """Return the command's parser."""
-    options = Parser(
-        prog="python -m medhead_training.demo",
-        description=DESCRIPTION,
-        epilog="example:\n  python -m medhead_training.demo --data data/train --eval data/eval --output runs/demo",
-    )
-    options.add_argument("--data", type=Path, required=True, help="folder with the training files (jsonl)")
-    options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
-    options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and results")
-    options.add_argument("--minutes", type=float, default=94.0, help="time to train the target (default: 94)")
-    options.add_argument("--answers", type=int, default=17664, help="answers to train heads on (default: 17664)")
-    options.add_argument("--chats", type=int, default=7400,
-                         help="additional chats, whose looping answers are used (default: 7400)")  # fmt: skip
-    options.add_argument("--held-out", type=int, default=320, help="answers to evaluate heads on (default: 320)")
-    options.add_argument("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
-    options.add_argument("--heads-steps", type=int, default=0, help="maximum updates of heads (default: 0, no maximum)")
-    options.add_argument("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
-                         help="default tree stored with the heads (default: 16 6)")  # fmt: skip
-    options.add_argument("--hidden", type=int, default=256, help="hidden size of the target (default: 256)")
-    options.add_argument("--layers", type=int, default=6, help="layers of the target (default: 6)")
-    options.add_argument("--vocab-size", type=int, default=4096, help="vocabulary of the target (default: 4096)")
-    options.add_argument(
-        "--install", action="store_true", help="replace the demo model inside this checkout of medhead"
-    )
+    example = "example:\n  python -m medhead_training.demo --data data/train --eval data/eval --output runs/demo"
+    options = Parser(prog="python -m medhead_training.demo", description=DESCRIPTION, epilog=example)
+    add = options.add_argument
+    add("--data", type=Path, required=True, help="folder with the training files (jsonl)")
+    add("--eval", type=Path, help="folder with held-out files, for the validation loss")
+    add("--output", type=Path, required=True, help="folder for checkpoints and results")
+    add("--minutes", type=float, default=94.0, help="time to train the target (default: 94)")
+    add("--answers", type=int, default=17664, help="answers to train heads on (default: 17664)")
+    add("--chats", type=int, default=7400, help="additional chats, whose looping answers are used (default: 7400)")
+    add("--held-out", type=int, default=320, help="answers to evaluate heads on (default: 320)")
+    add("--heads", nargs="+", choices=KINDS, default=list(KINDS), help="heads to train (default: all)")
+    add("--heads-steps", type=int, default=0, help="maximum updates of heads (default: 0, no maximum)")
+    add("--tree", type=int, nargs=2, default=[16, 6], metavar=("NODES", "DEPTH"),
+        help="default tree stored with the heads (default: 16 6)")  # fmt: skip
+    add("--hidden", type=int, default=256, help="hidden size of the target (default: 256)")
+    add("--layers", type=int, default=6, help="layers of the target (default: 6)")
+    add("--vocab-size", type=int, default=4096, help="vocabulary of the target (default: 4096)")
+    add("--install", action="store_true", help="replace the demo model inside this checkout of medhead")
     return options
 
 
@@ -125,7 +121,7 @@ def ask(args: argparse.Namespace, model: Path, name: str, chats: list[Chat], tem
     """Run stage `name`, which writes the target's answers to these chats into `name`.jsonl."""
     prompts, done = args.output / f"{name}-prompts.jsonl", args.output / f"{name}.done"
     if not prompts.exists():
-        write_atomically(prompts, (json.dumps({"messages": chat}) + "\n" for chat in chats))
+        write_atomically(prompts, "".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
     run_stage(
         name, done, generate_data.main, "--model", model, "--prompts", prompts, "--output", args.output / f"{name}.jsonl",
         "--batch-size", 96, "--temperatures", *temperatures, "--max-new-tokens", 208, "--max-prompt-tokens", 600,
@@ -141,14 +137,12 @@ def check_same_recipe(args: argparse.Namespace) -> None:
     wanted = {name: getattr(args, name) for name in names} | {"data": str(args.data), "eval": str(args.eval or "")}
     if not path.exists():
         args.output.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, [json.dumps(wanted, indent=1) + "\n"])
+        write_atomically(path, json.dumps(wanted, indent=1) + "\n")
     found = json.loads(path.read_text(encoding="utf-8"))
     for name, value in wanted.items():
         if found.get(name) != value:
-            option = f"--{name.replace('_', '-')}"
-            raise MedheadError(
-                f"{args.output} holds a run with {option} {found.get(name)}, not {value}; give another --output"
-            )
+            run_with = f"{args.output} holds a run with --{name.replace('_', '-')} {found.get(name)}"
+            raise MedheadError(f"{run_with}, not {value}; give another --output")
 
 
 def packaged_name(name: str, names: list[str]) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from medhead.errors import MedheadError
+from medhead_training.data.resumable import write_atomically
 from medhead_training.demo.jsonl import read_jsonl
 
 LOOP_WINDOW, MAX_PERIOD = 48, 16  # tokens at the end that must repeat, and the longest period
@@ -32,16 +33,9 @@ def loop_period(ids: Sequence[int]) -> int:
 
 
 def write_training_answers(answers: Path, chats: Path, output: Path, seed: int) -> tuple[int, int]:
-    """Write all answers, a part of those to the additional chats, and copies of looping answers, shuffled.
+    """Write all answers, a part of the greedy ones to additional chats, and copies of looping answers, shuffled.
 
-    Args:
-        answers: the model's answers (`medhead generate-data`).
-        chats: its greedy answers to the additional chats.
-        output: the same JSON lines.
-        seed: of the order.
-
-    Returns:
-        The number of answers written, and of distinct ones that loop.
+    Return the number of answers written, and of distinct ones that loop.
     """
     loops: dict[Any, Record] = {}
     others: list[Record] = []
@@ -72,16 +66,9 @@ def write_held_out_answers(answers: Path, training: Path, output: Path, seed: in
     return len(chosen)
 
 
-def write_atomically(path: Path, lines: Iterable[str]) -> None:
-    """Write a file under a temporary name and rename it, so that it is never incomplete."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_text("".join(lines), encoding="utf-8")
-    partial.rename(path)
-
-
 def _token_ids(record: Record) -> tuple[tuple[int, ...], tuple[int, ...]]:
     return tuple(record["prompt_ids"]), tuple(record["answer_ids"])
 
 
-def _lines(records: list[Record]) -> Iterator[str]:
-    return (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+def _lines(records: list[Record]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)

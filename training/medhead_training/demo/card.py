@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from medhead.bench.measure import sampling_arguments
 from medhead.decoder import Decoder
 
 NAME = "Llama-medhead-demo-5M"
@@ -74,12 +75,9 @@ def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
             chat: list[dict[str, str]] = []
             for turn in turns:
                 chat.append({"role": "user", "content": turn})
-                given = tokenizer.apply_chat_template(
-                    chat, add_generation_prompt=True, return_dict=True, return_tensors="pt"
-                )
-                options = {"max_new_tokens": 250, "do_sample": True, "temperature": 0.7, "top_k": 0, "seed": seed}
-                output = decoder.generate(given["input_ids"], attention_mask=given["attention_mask"], **options)
-                text = tokenizer.decode(output[0, given["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+                prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
+                output = decoder.generate(torch.tensor([prompt]), seed=seed, **sampling_arguments(0.7, 250))
+                text = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
                 chat.append({"role": "assistant", "content": text})
             found.append(chat)
     return found
@@ -112,13 +110,9 @@ def write_model_card(folder: Path, training: dict[str, Any]) -> None:
 
 
 def finish_heads(folder: Path, size: int, depth: int, destination: str) -> None:
-    """Give trained heads the demo model's name (instead of a folder), licence and default tree.
+    """Give trained heads the demo model's name (instead of a folder), licence and default tree of `size` nodes.
 
-    Args:
-        folder: of the heads.
-        size: nodes of the default tree.
-        depth: of the default tree.
-        destination: name of their folder in the package.
+    `destination` is the name of their folder in the package.
     """
     _edit(folder / "medhead_config.json", lambda old: {"tree_size": size, "tree_depth": min(depth, old["depth"])})
     adapter = _edit(folder / "adapter_config.json", lambda old: {"base_model_name_or_path": NAME})

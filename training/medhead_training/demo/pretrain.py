@@ -70,13 +70,6 @@ def validation_losses(model: LlamaForCausalLM, streams: dict[str, np.ndarray], l
     return losses
 
 
-def save_checkpoint(folder: Path, state: dict) -> None:
-    """Write the training state atomically: a kill leaves the old one or the new one."""
-    temporary = folder / "state.tmp"
-    torch.save(state, temporary)
-    os.replace(temporary, folder / "state.pt")
-
-
 def prepare_text(args: argparse.Namespace) -> tuple[PreTrainedTokenizerBase, np.ndarray, dict[str, np.ndarray]]:
     """Return tokenizer, training stream and held-out streams, which are made once and kept in the output folder."""
     work = args.output / "work"
@@ -153,9 +146,8 @@ def train(args: argparse.Namespace) -> None:
             logits = forward(input_ids=ids, use_cache=False).logits
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1).float(), ids[:, 1:].flatten())
         if not torch.isfinite(loss):
-            raise MedheadError(
-                f"the loss is {float(loss)} at step {step}: lower --muon-lr; the run resumes from its last checkpoint"
-            )
+            hint = "lower --muon-lr; the run resumes from its last checkpoint"
+            raise MedheadError(f"the loss is {float(loss)} at step {step}: {hint}")
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -168,7 +160,8 @@ def train(args: argparse.Namespace) -> None:
         if time.monotonic() - saved_at > 60 * args.save_minutes:
             seconds = time.monotonic() - began
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "seconds": seconds}
-            save_checkpoint(work, state)
+            torch.save(state, work / "state.tmp")
+            os.replace(work / "state.tmp", work / "state.pt")  # a kill leaves the old state or the new one
             export(model, tokenizer, args.output / "snapshot")
             saved_at = time.monotonic()
     bar.close()
@@ -217,29 +210,26 @@ def parser() -> Parser:
         description="Train the demo target from scratch. If it is killed, start it again: it resumes from its last checkpoint.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    options.add_argument("--data", type=Path, required=True, help="folder with the training files (jsonl)")
-    options.add_argument("--eval", type=Path, help="folder with held-out files, for the validation loss")
-    options.add_argument("--output", type=Path, required=True, help="folder for checkpoints and the model")
-    options.add_argument(
-        "--init-from", type=Path, help="Llama model to train further; without it training starts from scratch"
-    )
-    options.add_argument("--mix", type=mix_entry, nargs="+", metavar="NAME=TIMES", default=list(MIX.items()),
-                         help="datasets and how often each is read; `repeats` is made from tinystories")  # fmt: skip
-    options.add_argument(
-        "--minutes", type=float, default=0.0, help="end of the schedule in minutes (0: --steps decides)"
-    )
-    options.add_argument("--steps", type=int, default=2400, help="updates")
-    options.add_argument("--tokens-per-step", type=int, default=8192, help="tokens of an update")
-    options.add_argument("--hidden", type=int, default=256, help="hidden size")
-    options.add_argument("--layers", type=int, default=6, help="layers")
-    options.add_argument("--vocab-size", type=int, default=4096, help="size of the vocabulary")
-    options.add_argument("--muon-lr", type=float, default=0.01, help="peak learning rate of matrices")
-    options.add_argument("--adamw-lr", type=float, default=0.004, help="peak learning rate of the rest")
-    options.add_argument("--warmup", type=int, default=40, help="updates in which the learning rates rise")
-    options.add_argument("--save-minutes", type=float, default=4.0, help="minutes between checkpoints")
-    options.add_argument("--seed", type=int, default=0, help="seed of everything random")
-    options.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
-    options.add_argument("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the model")
+    add = options.add_argument
+    add("--data", type=Path, required=True, help="folder with the training files (jsonl)")
+    add("--eval", type=Path, help="folder with held-out files, for the validation loss")
+    add("--output", type=Path, required=True, help="folder for checkpoints and the model")
+    add("--init-from", type=Path, help="Llama model to train further; without it training starts from scratch")
+    add("--mix", type=mix_entry, nargs="+", metavar="NAME=TIMES", default=list(MIX.items()),
+        help="datasets and how often each is read; `repeats` is made from tinystories")  # fmt: skip
+    add("--minutes", type=float, default=0.0, help="end of the schedule in minutes (0: --steps decides)")
+    add("--steps", type=int, default=2400, help="updates")
+    add("--tokens-per-step", type=int, default=8192, help="tokens of an update")
+    add("--hidden", type=int, default=256, help="hidden size")
+    add("--layers", type=int, default=6, help="layers")
+    add("--vocab-size", type=int, default=4096, help="size of the vocabulary")
+    add("--muon-lr", type=float, default=0.01, help="peak learning rate of matrices")
+    add("--adamw-lr", type=float, default=0.004, help="peak learning rate of the rest")
+    add("--warmup", type=int, default=40, help="updates in which the learning rates rise")
+    add("--save-minutes", type=float, default=4.0, help="minutes between checkpoints")
+    add("--seed", type=int, default=0, help="seed of everything random")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=True, help="bfloat16 autocast")
+    add("--compile", action=argparse.BooleanOptionalAction, default=False, help="compile the model")
     return options
 
 

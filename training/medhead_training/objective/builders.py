@@ -55,7 +55,7 @@ def select_draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: in
         return None
     counts = np.zeros(vocab_size, dtype=np.int64)
     for start in range(0, store.tokens, 1 << 22):
-        tokens, mask = store.read(start, min(start + (1 << 22), store.tokens))
+        tokens, mask = store.read(start, start + (1 << 22))
         counts += np.bincount(tokens[mask], minlength=vocab_size)[:vocab_size]
     wanted = options.draft_vocab
     if wanted < 0:
@@ -75,9 +75,7 @@ def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Head
                 f"--init-from holds heads of kind {heads.config.kind!r}, but --kind is {options.kind!r}; give the same kind"
             )
         if heads.config.own_output:
-            raise MedheadError(
-                "--init-from holds heads with an output matrix of their own, which this command cannot train"
-            )
+            raise MedheadError("--init-from holds heads with an output matrix of their own, which cannot be trained")
         return heads.float().requires_grad_(True)
     tokens = select_draft_tokens(options, store, target.vocab_size)
     torch.manual_seed(options.seed)
@@ -123,9 +121,8 @@ def wrap_for_training(options: TrainOptions, target: Target, heads: Heads) -> tu
     try:
         if options.gradient_checkpointing:
             new = hasattr(model, "activation_checkpointing_enable")  # its name since transformers 5.24
-            (model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable)(
-                {"use_reentrant": False}
-            )
+            enable = model.activation_checkpointing_enable if new else model.gradient_checkpointing_enable
+            enable({"use_reentrant": False})
         wrapped, heads = wrap(model, heads, lora)
     except ValueError as error:
         raise MedheadError(f"{target.name} cannot be adapted: {' '.join(str(error).split())[:200]}") from None
@@ -136,11 +133,10 @@ def wrap_for_training(options: TrainOptions, target: Target, heads: Heads) -> tu
 
 def find_linear_layers(model: Any) -> list[str]:
     """Return the names of the linear layers inside the decoder layers, the default targets of LoRA."""
-    names = set()
-    for name, module in model.named_modules():
-        linear = "Linear" in type(module).__name__ or type(module).__name__ == "Conv1D"  # GPT-2's linear layer
-        if linear and any(part.isdigit() for part in name.split(".")):
-            names.add(name.rsplit(".", 1)[-1])
+    types = {name: type(module).__name__ for name, module in model.named_modules()}
+    # GPT-2 calls its linear layers Conv1D
+    linear = [name.split(".") for name, kind in types.items() if "Linear" in kind or kind == "Conv1D"]
+    names = {parts[-1] for parts in linear if any(part.isdigit() for part in parts)}
     if not names:
         raise MedheadError("no linear layers were found for LoRA; name some with --lora-targets")
     return sorted(names)

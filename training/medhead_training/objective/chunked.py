@@ -38,7 +38,6 @@ def _chunk_size(chunk: int | None, weight: Tensor) -> int:
 
 
 def _cast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return both in the dtype of the product: autocast's if it is on, else the weight's own."""
     dtype, device = weight.dtype, weight.device.type
     if dtype != torch.float64 and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -93,33 +92,22 @@ def _sum_over_chunks(features: Tensor, weights: Tensor | None, chunk: int, chunk
 
 def chunked_loss(
     name: str,
-    features: Tensor,
-    weight: Tensor,
+    features: Tensor,  # inputs of the output matrix, [n, H]
+    weight: Tensor,  # frozen rows of the output matrix for the draft vocabulary, [Vd, H]
     *,
-    bias: Tensor | None = None,
-    teacher_hidden: Tensor | None = None,
-    teacher_weight: Tensor | None = None,
-    teacher_bias: Tensor | None = None,
-    labels: Tensor | None = None,
-    weights: Tensor | None = None,
+    bias: Tensor | None = None,  # [Vd]
+    teacher_hidden: Tensor | None = None,  # hidden states of the teacher, [n, Ht]; required by all losses but `hard`
+    teacher_weight: Tensor | None = None,  # the same rows of the teacher's output matrix, [Vd, Ht]
+    teacher_bias: Tensor | None = None,  # [Vd]
+    labels: Tensor | None = None,  # in the draft vocabulary, [n], -100 to ignore a position; required by `hard`
+    weights: Tensor | None = None,  # [n], ones by default
     chunk: int | None = None,
 ) -> Tensor:
-    """Return the scalar sum_i weights_i loss_i of the loss called `name`; 0 for no positions.
+    """Return the scalar sum_i weights_i loss_i of the loss called `name` (a key of `LOSSES`); 0 for no positions.
 
-    Only `features` gets a gradient. Products use the dtype of the matrix, or autocast's if that is on.
-
-    Args:
-        name: a key of `LOSSES`.
-        features: inputs of the output matrix, `[n, H]`.
-        weight: frozen rows of the output matrix for the draft vocabulary, `[Vd, H]`.
-        bias: `[Vd]`.
-        teacher_hidden: hidden states of the teacher, `[n, Ht]`; required by all losses but `hard`.
-        teacher_weight: the same rows of the teacher's output matrix, `[Vd, Ht]`. If they are not all of its rows, the
-            teacher's distribution is renormalised over the draft vocabulary.
-        teacher_bias: `[Vd]`.
-        labels: indices into the draft vocabulary, `[n]`, -100 to ignore a position; required by `hard`.
-        weights: `[n]`, ones by default.
-        chunk: positions per chunk; by default as many as have `CHUNK_BYTES` of logits.
+    Only `features` gets a gradient. Products use the dtype of the matrix, or autocast's if that is on. If `teacher_weight`
+    does not hold all rows of the teacher, its distribution is renormalised over the draft vocabulary. A chunk has `chunk`
+    positions, by default as many as have `CHUNK_BYTES` of logits.
     """
     loss, chunk = get_loss(name), _chunk_size(chunk, weight)
     if loss is hard:
@@ -155,10 +143,7 @@ def chunked_loss(
 
 
 def _exponentials(hidden: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return exp(z - max z) `[c, V]` of z = W h + b, its sums `[c, 1]` and logsumexp(z) `[c]`, without gradient.
-
-    The first result lies in `buffer` `[at least c, V]`, which has the dtype of `weight`.
-    """
+    """Return exp(z - max z) `[c, V]`, in `buffer`, of z = W h + b, its sums `[c, 1]` and logsumexp(z) `[c]`."""
     hidden, logits = hidden.to(weight.dtype), buffer[: len(hidden)]
     if bias is None:
         torch.mm(hidden, weight.T, out=logits)
@@ -177,23 +162,15 @@ def _mean_row(exponentials: Tensor, total: Tensor, weight: Tensor) -> Tensor:
     return to_float32(exponentials @ weight).div_(total)
 
 
-def _logits_buffer(features: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    return weight.new_empty(min(chunk, len(features)), len(weight))
-
-
 @torch.no_grad()
 def mean_output(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chunk: int | None = None) -> Tensor:
     """Return W^T p `[n, H]` of p = softmax(W h + b), the mean output row, in the dtype of `hidden` and without gradient.
 
-    Args:
-        hidden: hidden states of the teacher, `[n, H]`.
-        weight: rows of the output matrix W for the draft vocabulary, `[Vd, H]`.
-        bias: `[Vd]`.
-        chunk: positions per chunk; by default as many as have `CHUNK_BYTES` of logits.
+    h are the teacher's hidden states `[n, H]`, W `[Vd, H]` and b `[Vd]` the output matrix's rows for the draft vocabulary.
     """
     chunk = _chunk_size(chunk, weight)
     weight, bias = _cast(weight, bias)
-    buffer, mean = _logits_buffer(hidden, weight, chunk), torch.empty_like(hidden)
+    buffer, mean = weight.new_empty(min(chunk, len(hidden)), len(weight)), torch.empty_like(hidden)
     for begin in range(0, len(hidden), chunk):
         part = slice(begin, begin + chunk)
         exponentials, total, _ = _exponentials(hidden[part], weight, bias, buffer)
@@ -202,35 +179,25 @@ def mean_output(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, chun
 
 
 def soft_by_mean(
-    features: Tensor,
-    mean: Tensor,
-    weight: Tensor,
+    features: Tensor,  # [n, H]
+    mean: Tensor,  # W^T p of the teacher's distribution p over the same rows W, [n, H] (see `mean_output`)
+    weight: Tensor,  # W, frozen rows of the output matrix for the draft vocabulary, [Vd, H]
     *,
-    bias: Tensor | None = None,
-    bias_mean: Tensor | None = None,
-    weights: Tensor | None = None,
-    chunk: int | None = None,
+    bias: Tensor | None = None,  # [Vd]
+    bias_mean: Tensor | None = None,  # b . p, [n], a constant: without it the loss is larger, the gradient the same
+    weights: Tensor | None = None,  # [n], ones by default
+    chunk: int | None = None,  # positions per chunk, by default as many as have `CHUNK_BYTES` of logits
 ) -> Tensor:
     """Return the sum of the `soft` loss computed from W^T p instead of p.
 
     It equals `chunked_loss("soft", ...)` up to rounding: sum_i weights_i (logsumexp(W f_i + b) - f_i . mean_i - b . p_i).
     A chunk takes two products, W f and W^T softmax(W f); the gradient is the second minus the mean.
-
-    Args:
-        features: `[n, H]`.
-        mean: W^T p of the teacher's distribution p over the same rows W, `[n, H]` (see `mean_output`).
-        weight: frozen rows of the output matrix W for the draft vocabulary, `[Vd, H]`.
-        bias: `[Vd]`.
-        bias_mean: b . p, `[n]`. It is constant: without it the loss is too large by sum_i weights_i b . p_i and the
-            gradient is the same.
-        weights: `[n]`, ones by default.
-        chunk: positions per chunk; by default as many as have `CHUNK_BYTES` of logits.
     """
     chunk = _chunk_size(chunk, weight)
     _check_lengths(len(features), mean=mean, bias_mean=bias_mean, weights=weights)
     _check_constants(mean=mean, weight=weight, bias=bias, bias_mean=bias_mean, weights=weights)
     weight, bias = _cast(weight, bias)
-    buffer = _logits_buffer(features, weight, chunk)
+    buffer = weight.new_empty(min(chunk, len(features)), len(weight))
 
     def chunk_fn(part: slice, with_gradient: bool) -> tuple[Tensor, Tensor | None]:
         here, teacher = features[part], to_float32(mean[part])

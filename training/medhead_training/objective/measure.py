@@ -11,13 +11,14 @@ from itertools import islice
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from medhead.errors import MedheadError
 from medhead.heads import Heads
 from medhead.heads.output_head import OutputHead
 from medhead.model.target import Target
 from medhead_training.objective.chunked import positions_per_chunk
-from medhead_training.objective.module import eval_mode
+from medhead_training.objective.module import draft_columns, eval_mode
 from medhead_training.objective.tree_eval import MISSED, UNREACHED, HeadAccuracy, summarize_ranks
 from medhead_training.objective.unroll import DraftLevel, PackedBatch, sample_anchors, unroll
 
@@ -31,14 +32,9 @@ Document = tuple[Tensor, Tensor]  # token ids and the mask of the tokens to pred
 def measure_accuracy(
     heads: Heads, target: Target, documents: Iterable[Document], ranks: int = 10, max_anchors: int = 50_000
 ) -> HeadAccuracy:
-    """Run heads along held-out documents, heads and target each in their own dtype.
+    """Run heads along held-out documents, heads and target each in their own dtype, until `max_anchors` are measured.
 
-    Args:
-        heads: the heads, on the target's device; their training mode is restored.
-        target: their target.
-        documents: held-out text.
-        ranks: ranks to distinguish; a larger rank counts as a miss.
-        max_anchors: the measurement stops after this many.
+    `ranks` ranks are distinguished; a larger one counts as a miss.
     """
     if ranks < 1 or max_anchors < 1:
         raise MedheadError(f"ranks and max_anchors must be at least 1, got {ranks} and {max_anchors}")
@@ -46,7 +42,7 @@ def measure_accuracy(
     count = 0
     with eval_mode(heads), target.active(heads.config.feature_layers):
         output_head = OutputHead(heads, target, next((p.dtype for p in heads.parameters()), target.dtype))
-        columns = _columns(output_head, target)
+        columns = draft_columns(output_head.tokens, target.vocab_size, target.device)
         for batch in _batches(documents, target.device):
             found.append(_ranks_along(output_head, columns, target, batch, ranks))
             count += len(found[-1][0])
@@ -63,69 +59,41 @@ def _batches(documents: Iterable[Document], device: torch.device) -> Iterator[Pa
     source = iter(documents)
     while window := sorted(islice(source, 8), key=lambda document: -len(document[0])):
         while window:
-            longest = len(window[0][0])
-            rows = max(1, MAX_BATCH_TOKENS // longest)
+            rows = max(1, MAX_BATCH_TOKENS // len(window[0][0]))
             group, window = window[:rows], window[rows:]
-            shape = len(group), longest
-            ids, document = torch.zeros(shape, dtype=torch.long), torch.full(shape, -1)
-            mask = torch.zeros(shape, dtype=torch.bool)
-            for row, (row_ids, row_mask) in enumerate(group):
-                size = len(row_ids)
-                ids[row, :size], mask[row, :size], document[row, :size] = row_ids, row_mask, 0
-            batch = PackedBatch(ids.to(device), mask.to(device), document.to(device))
+            ids, mask = (pad_sequence(list(parts), batch_first=True).to(device) for parts in zip(*group, strict=True))
+            document = pad_sequence([torch.zeros_like(ids) for ids, _ in group], batch_first=True, padding_value=-1)
+            batch = PackedBatch(ids, mask, document.to(device))
             if bool(batch.predictable(2).any()):
                 yield batch
 
 
-def _columns(output_head: OutputHead, target: Target) -> Tensor | None:
-    """Return each token's column in the heads' logits `[vocab]`, -1 outside the draft vocabulary; None for all tokens."""
-    if output_head.tokens is None:
-        return None
-    columns = torch.full((target.vocab_size,), -1, device=target.device)
-    columns[output_head.tokens] = torch.arange(len(output_head.tokens), device=target.device)
-    return columns
-
-
 def _ranks_along(
-    output_head: OutputHead, columns: Tensor | None, target: Target, batch: PackedBatch, ranks: int
+    output_head: OutputHead, columns: Tensor, target: Target, batch: PackedBatch, ranks: int
 ) -> tuple[Tensor, Tensor]:
     """Return ranks `[anchors, depth]` int16 in text order, and whether an anchor is the last of its answer `[anchors]`."""
-    heads, (rows, length) = output_head.heads, batch.ids.shape
+    heads, dtype, (rows, length) = output_head.heads, output_head.dtype, batch.ids.shape
     positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
-    _, features = target.read_hidden(target.model, batch.ids, positions)
-    features = features.to(output_head.dtype)
+    features = target.read_hidden(target.model, batch.ids, positions)[1].to(dtype)
     anchors, valid = sample_anchors(batch, 1.0)
     width = anchors.shape[1]
     if heads.cache_entry_size:  # every anchor attends to the whole text
         width = max(1, MAX_ATTENTION_SCORES // (rows * length * heads.config.num_heads * heads.config.depth))
     found = torch.full((rows, length, heads.config.depth), UNREACHED, dtype=torch.int16, device=target.device)
-    for begin in range(0, anchors.shape[1], width):
-        part = slice(begin, begin + width)
-        levels = unroll(
-            heads,
-            batch,
-            features,
-            lambda ids: target.embed(ids).to(output_head.dtype),
-            anchors[:, part],
-            valid[:, part],
-        )
+    for some_anchors, some_valid in zip(anchors.split(width, 1), valid.split(width, 1), strict=True):
+        levels = unroll(heads, batch, features, lambda ids: target.embed(ids).to(dtype), some_anchors, some_valid)
         for depth, level in enumerate(levels):
-            labels = batch.ids[level.rows, level.at + 1]
-            found[level.rows, level.at - 1 - depth, depth] = _ranks_of(
-                output_head, columns, level, depth, labels, ranks
-            )
+            column = columns[batch.ids[level.rows, level.at + 1]]
+            found[level.rows, level.at - 1 - depth, depth] = _ranks_of(output_head, level, depth, column, ranks)
     possible = batch.predictable(2)
     last = possible.clone()
     last[:, :-1] &= ~possible[:, 1:]
     return found[possible].cpu(), last[possible].cpu()
 
 
-def _ranks_of(
-    output_head: OutputHead, columns: Tensor | None, level: DraftLevel, depth: int, labels: Tensor, ranks: int
-) -> Tensor:
+def _ranks_of(output_head: OutputHead, level: DraftLevel, depth: int, column: Tensor, ranks: int) -> Tensor:
     """Return how many draft tokens rank above each label, int16 `[n]`; among equal logits the smaller column is first."""
-    result = torch.full_like(labels, MISSED, dtype=torch.int16)
-    column = labels if columns is None else columns[labels]
+    result = torch.full_like(column, MISSED, dtype=torch.int16)
     for chosen in (column >= 0).nonzero()[:, 0].split(positions_per_chunk(len(output_head.weight))):
         logits = output_head.logits(level.features[chosen], depth)
         own = column[chosen, None]

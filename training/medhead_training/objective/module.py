@@ -22,14 +22,7 @@ ACCURACY_SAMPLES = 64  # anchors per depth whose top-1 draft token is compared w
 
 
 class HeadsModule(nn.Module):
-    """Compute the loss of draft heads on a batch of packed documents.
-
-    Args:
-        model: the PEFT model that holds target and heads.
-        target: its target.
-        heads: the trained heads, a part of `model`.
-        options: of the run.
-    """
+    """Compute the loss of draft heads on a batch of packed documents; target and heads are parts of the PEFT `model`."""
 
     target: Target
     heads: Heads
@@ -44,13 +37,10 @@ class HeadsModule(nn.Module):
         self.options = options
         self.supports_packing = separates_documents(target)
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
-        index = torch.zeros(weight.shape[0], dtype=torch.long, device=weight.device)
-        if heads.draft_tokens is None:
-            index = torch.arange(weight.shape[0], device=weight.device)
-        else:
-            tokens = heads.draft_tokens.to(weight.device)
+        tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(weight.device)
+        index = draft_columns(tokens, len(weight), weight.device)
+        if tokens is not None:
             weight, bias = weight[tokens], None if bias is None else bias[tokens]
-            index = index.fill_(-1).scatter(0, tokens, torch.arange(len(tokens), device=weight.device))
         # buffers hold a copy (or a view) of the frozen rows that FSDP does not shard
         self.register_buffer("output", weight, persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
@@ -70,14 +60,9 @@ class HeadsModule(nn.Module):
     def forward(
         self, input_ids: Tensor, mask: Tensor, document: Tensor, position_ids: Tensor, seed: int
     ) -> dict[str, Tensor]:
-        """Return `loss` (a scalar) and the numbers of the progress bar.
+        """Return `loss` (a scalar) and the numbers of the progress bar; anchors and depth depend on `seed`.
 
-        Args:
-            input_ids: `[rows, length]`.
-            mask: bool, tokens to predict, `[rows, length]`.
-            document: as in `PackedBatch`, `[rows, length]`.
-            position_ids: from 0 in each document, `[rows, length]`; they separate documents in the target's attention.
-            seed: of the anchors and the depth.
+        The tensors are a `PackedBatch` and its position ids, which separate documents in the target's attention.
         """
         options, batch = self.options, PackedBatch(input_ids, mask, document)
         generator = torch.Generator().manual_seed(seed)
@@ -87,9 +72,8 @@ class HeadsModule(nn.Module):
         depth, weights = self.sample_depth(generator)
         anchors, valid = sample_anchors(batch, options.anchor_fraction, generator)
         dtype = next(self.heads.parameters()).dtype  # the target's may differ
-        levels = unroll(
-            self.heads, batch, features.to(dtype), lambda ids: self.target.embed(ids).to(dtype), anchors, valid, depth
-        )
+        features, embed = features.to(dtype), self.target.embed
+        levels = unroll(self.heads, batch, features, lambda ids: embed(ids).to(dtype), anchors, valid, depth)
         loss, hits, tried = self.heads_loss(levels, batch, hidden.detach(), weights)
         result = {"heads_loss": loss.detach(), "hits": hits, "tried": tried}
         if trains_target and options.preservation_weight:
@@ -106,9 +90,8 @@ class HeadsModule(nn.Module):
                 return self.target.read_hidden(self.model, batch.ids, position_ids)
             places = unpacked_positions(batch)
             inside, order = places >= 0, torch.arange(places.shape[1], device=places.device)
-            unpacked = self.target.read_hidden(
-                self.model, batch.ids.flatten()[places.clamp(min=0)], order.expand(places.shape)
-            )
+            ids = batch.ids.flatten()[places.clamp(min=0)]
+            unpacked = self.target.read_hidden(self.model, ids, order.expand(places.shape))
             empty = (part.new_zeros(batch.ids.numel(), part.shape[-1]) for part in unpacked)
             packed = [e.index_put((places[inside],), part[inside]) for e, part in zip(empty, unpacked, strict=True)]
             return packed[0].view(*batch.ids.shape, -1), packed[1].view(*batch.ids.shape, -1)
@@ -128,7 +111,10 @@ class HeadsModule(nn.Module):
         """Return the weighted loss over depths, and per depth the top-1 hits and how many anchors were compared."""
         total = teacher.new_zeros((), dtype=torch.float32)
         hits, tried = torch.zeros(2, self.heads.config.depth, device=teacher.device)
-        mean = self._mean_output_rows(batch, teacher) if self.options.loss == "soft" else None
+        mean = torch.zeros_like(teacher) if self.options.loss == "soft" else None  # [rows, length, hidden]
+        if mean is not None:
+            needed = batch.predictable(1)
+            mean[needed] = mean_output(teacher[needed], self.output, self.bias)
         for depth, level in enumerate(levels):
             rows, at, drafted = level.rows, level.at, level.features
             labels = self.draft_index[batch.ids[rows, at + 1]]
@@ -148,13 +134,6 @@ class HeadsModule(nn.Module):
                 hits[depth] += (top1 == labels[few]).sum()
                 tried[depth] += len(top1)
         return total, hits, tried
-
-    def _mean_output_rows(self, batch: PackedBatch, teacher: Tensor) -> Tensor:
-        """Return the mean output row of the target's distribution where a token is predicted, `[rows, length, hidden]`."""
-        needed = batch.predictable(1)
-        mean = torch.zeros_like(teacher)
-        mean[needed] = mean_output(teacher[needed], self.output, self.bias).to(mean.dtype)
-        return mean
 
     def _preservation(self, batch: PackedBatch, hidden: Tensor, position_ids: Tensor) -> Tensor:
         """Return KL(target without adapter || target with it), the mean over answer tokens in nats."""
@@ -192,6 +171,12 @@ def separates_documents(target: Target) -> bool:
         packed, _ = target.read_hidden(target.model, ids, positions)
         alone, _ = target.read_hidden(target.model, ids[:, 6:], positions[:, 6:])
     return bool((packed[:, 6:] - alone).abs().max() <= 0.05 * alone.abs().max())
+
+
+def draft_columns(tokens: Tensor | None, vocab: int, device: torch.device) -> Tensor:
+    """Return each token's column in the heads' logits `[vocab]`, -1 outside the draft vocabulary (None: all tokens)."""
+    columns = torch.arange(vocab, device=device)
+    return columns if tokens is None else torch.full_like(columns, -1).scatter(0, tokens, columns[: len(tokens)])
 
 
 @contextmanager

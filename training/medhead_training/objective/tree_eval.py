@@ -9,9 +9,10 @@ start more often where drafting is hard. Trees are therefore searched on a simul
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -31,25 +32,15 @@ Tree = list[list[int]]
 
 @dataclass
 class HeadAccuracy:
-    """What heads drafted on held-out text.
+    """What heads drafted on held-out text."""
 
-    Attributes:
-        anchors: number of anchors; each stands for one token that decoding would emit.
-        ranks: number of ranks that were distinguished; larger ones are misses.
-        reached: per depth, the number of anchors whose answer reaches that far.
-        accuracies: `accuracies[d][r]`, the share of these at which the rank-r draft token of depth d+1 was right.
-        paths: every rank path that occurred, cut at its first miss or at the end of the answer, and its count.
-        trees: the best static tree found by number of nodes, as `HeadsProposer(shape=...)` takes it.
-        accepted_lengths: simulated accepted length of greedy decoding with each of `trees`, and with the top-1 draft
-            tokens only (`chain`). The mean over all anchors, `mean_length`, is larger.
-    """
-
-    anchors: int
-    ranks: int
-    reached: list[int]
-    accuracies: list[list[float]]
-    paths: dict[Path, int]
-    trees: dict[str, Tree] = field(default_factory=dict)
+    anchors: int  # each stands for one token that decoding would emit
+    ranks: int  # number of ranks that were distinguished; larger ones are misses
+    reached: list[int]  # per depth, the number of anchors whose answer reaches that far
+    accuracies: list[list[float]]  # [d][r]: the share of these at which the rank-r draft token of depth d+1 was right
+    paths: dict[Path, int]  # every rank path, cut at its first miss or at the end of the answer, and its count
+    trees: dict[str, Tree] = field(default_factory=dict)  # by number of nodes, as `HeadsProposer(shape=...)` takes them
+    # simulated accepted length of greedy decoding with each of `trees`, and with the top-1 draft tokens only (`chain`)
     accepted_lengths: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -95,27 +86,15 @@ class HeadAccuracy:
         """
         alive = [now / max(before, 1) for before, now in zip([self.anchors, *self.reached], self.reached, strict=False)]
         rates = [[alive[depth] * rate for rate in row] for depth, row in enumerate(self.accuracies)]
-        tree, total = best_static_tree(rates, nodes), 1.0
-        for path in tree:
-            value = 1.0
-            for depth, rank in enumerate(path):
-                value *= rates[depth][rank]
-            total += value
-        return tree, total
+        tree = best_static_tree(rates, nodes)
+        return tree, 1.0 + sum(math.prod(rates[depth][rank] for depth, rank in enumerate(path)) for path in tree)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; `mean_lengths` is for readers, `from_dict` ignores it."""
         lengths = {nodes: round(self.mean_length(tree), 4) for nodes, tree in self.trees.items()}
-        return {
-            "anchors": self.anchors,
-            "ranks": self.ranks,
-            "reached": self.reached,
-            "accuracies": self.accuracies,
-            "mean_lengths": lengths | {"chain": round(self.chain_length(), 4)},
-            "accepted_lengths": self.accepted_lengths,
-            "trees": self.trees,
-            "paths": {",".join(map(str, path)): count for path, count in self.paths.items()},
-        }
+        data = asdict(self) | {"mean_lengths": lengths | {"chain": round(self.chain_length(), 4)}}
+        paths = {",".join(map(str, path)): count for path, count in data.pop("paths").items()}
+        return data | {"paths": paths}  # the longest part is the last
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> HeadAccuracy:
@@ -128,19 +107,16 @@ class HeadAccuracy:
 def summarize_ranks(found: Tensor, last: Tensor, ranks: int) -> HeadAccuracy:
     """Count ranks `[anchors, depth]`; `last` `[anchors]` says which anchors are the last of their answer."""
     reached = (found != UNREACHED).cumprod(1).bool()  # after a gap another turn begins, which is not of this path
-    counts_reached = reached.sum(0)
-    hits = torch.stack([((found == rank) & reached).sum(0) for rank in range(ranks)], 1)  # [depth, ranks]
+    reached_counts = reached.sum(0).tolist()
+    hits = torch.stack([((found == rank) & reached).sum(0) for rank in range(ranks)], 1).tolist()  # [depth, ranks]
     right = (found >= 0).cumprod(1).bool()
     unique, kind, counts = found.masked_fill(~right, MISSED).unique(dim=0, return_inverse=True, return_counts=True)
     paths = [tuple(rank for rank in row if rank >= 0) for row in unique.tolist()]
     result = HeadAccuracy(
         anchors=len(found),
         ranks=ranks,
-        reached=counts_reached.tolist(),
-        accuracies=[
-            [round(n / max(of, 1), 5) for n in row]
-            for row, of in zip(hits.tolist(), counts_reached.tolist(), strict=True)
-        ],
+        reached=reached_counts,
+        accuracies=[[round(n / max(of, 1), 5) for n in row] for row, of in zip(hits, reached_counts, strict=True)],
         paths=dict(zip(paths, counts.tolist(), strict=True)),
     )
     index = torch.arange(len(last))
@@ -153,17 +129,13 @@ def summarize_ranks(found: Tensor, last: Tensor, ranks: int) -> HeadAccuracy:
     return result
 
 
+@dataclass(frozen=True)
 class DecodingSimulation:
-    """Simulate greedy decoding along the measured text.
+    """Simulate greedy decoding along the measured text."""
 
-    Args:
-        paths: the distinct rank paths.
-        kinds: per anchor, the index of its path.
-        ends: per anchor, the index after the last anchor of its answer.
-    """
-
-    def __init__(self, paths: list[Path], kinds: list[int], ends: list[int]) -> None:
-        self.paths, self.kinds, self.ends = paths, kinds, ends
+    paths: list[Path]  # the distinct rank paths
+    kinds: list[int]  # per anchor, the index of its path
+    ends: list[int]  # per anchor, the index after the last anchor of its answer
 
     def passes(self, tree: Iterable[Sequence[int]]) -> list[int]:
         """Return the anchors at which decoding with this tree has its verify passes."""
@@ -188,8 +160,9 @@ class DecodingSimulation:
         visited: Counter[Path] = Counter()
         for _ in range(SEARCH_ROUNDS):
             passes = self.passes(tree)
-            if len(self.kinds) / len(passes) > best_length:
-                best, best_length = tree, len(self.kinds) / len(passes)
+            length = len(self.kinds) / len(passes)
+            if length > best_length:
+                best, best_length = tree, length
             visited.update(self.paths[self.kinds[at]] for at in passes)
             tree = _best_paths(_prefix_counts(visited), nodes)
         return best, best_length

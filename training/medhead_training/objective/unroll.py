@@ -21,17 +21,11 @@ from medhead.heads.draft_cache import DraftCacheView
 
 @dataclass
 class PackedBatch:
-    """Rows of documents packed one after the other.
-
-    Attributes:
-        ids: token ids, `[rows, length]`.
-        mask: bool, tokens to learn to predict (those of the assistant), `[rows, length]`.
-        document: int64, index of each token's document within its row, -1 for padding, `[rows, length]`.
-    """
+    """Rows of documents packed one after the other; each tensor is `[rows, length]`."""
 
     ids: Tensor
-    mask: Tensor
-    document: Tensor
+    mask: Tensor  # bool: tokens to learn to predict (those of the assistant)
+    document: Tensor  # int64: index of each token's document within its row, -1 for padding
 
     def document_starts(self) -> Tensor:
         """Return the position at which each token's document starts, `[rows, length]`."""
@@ -52,11 +46,7 @@ class PackedBatch:
 def sample_anchors(
     batch: PackedBatch, fraction: float, generator: torch.Generator | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sample a fraction of the possible anchors.
-
-    Returns:
-        Positions `[rows, anchors]` in ascending order and a bool mask `[rows, anchors]` of the valid ones.
-    """
+    """Return a random fraction of the possible anchors, `[rows, anchors]` ascending, and a bool mask of the valid ones."""
     possible = batch.predictable(2)
     scores = torch.rand(possible.shape, generator=generator).to(possible.device)
     most = int(possible.sum(1).max())
@@ -68,38 +58,21 @@ def sample_anchors(
 
 @dataclass
 class DraftLevel:
-    """What the heads drafted at one depth, for the n anchors whose path reaches it.
+    """What the heads drafted at one depth, for the n anchors whose path reaches it."""
 
-    Attributes:
-        features: inputs of the output matrix, `[n, hidden]`.
-        rows: row of each, `[n]`.
-        at: position whose next-token distribution is predicted, `[n]`; the label is the token at `at + 1`.
-    """
-
-    features: Tensor
-    rows: Tensor
-    at: Tensor
+    features: Tensor  # inputs of the output matrix, [n, hidden]
+    rows: Tensor  # row of each, [n]
+    at: Tensor  # position whose next-token distribution is predicted, [n]; the label is the token at `at + 1`
 
 
 def unroll(
-    heads: Heads,
-    batch: PackedBatch,
-    features: Tensor,
-    embedding: Any,
-    anchors: Tensor,
-    valid: Tensor,
-    depth: int | None = None,
-) -> Iterator[DraftLevel]:
-    """Yield what the heads draft at every depth, given the true tokens above it.
+    heads: Heads, batch: PackedBatch, features: Tensor, embedding: Any,
+    anchors: Tensor, valid: Tensor, depth: int | None = None,
+) -> Iterator[DraftLevel]:  # fmt: skip
+    """Yield what the heads draft at each of `depth` levels (None: all), given the true tokens above it.
 
-    Args:
-        heads: the heads.
-        batch: the text.
-        features: of the target, `[rows, length, size]`.
-        embedding: the target's embedding module; heads with an embedding of their own use that.
-        anchors: positions, `[rows, anchors]`.
-        valid: bool, `[rows, anchors]`.
-        depth: number of levels; the heads' depth if None.
+    The target's features are `[rows, length, size]`; `anchors` and `valid` are those of `sample_anchors`. Heads with an
+    embedding of their own use that instead of the target's `embedding`.
     """
     depth = heads.config.depth if depth is None else depth
     length = batch.ids.shape[1]

@@ -32,14 +32,9 @@ class MuonAdamW(torch.optim.AdamW):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> Any:
         """Update all groups once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = None if closure is None else torch.enable_grad()(closure)()
         for group in self.param_groups:
-            if not group.get("muon"):
-                continue
-            for parameter in group["params"]:
+            for parameter in group["params"] if group.get("muon") else []:
                 if parameter.grad is not None:
                     self._update_matrix(parameter, group)
                     parameter.grad = None  # so that AdamW skips it
@@ -71,12 +66,11 @@ def muon_and_adamw(
     trained = [(name, p) for name, p in named if p.requires_grad]
     matrices = [p for name, p in trained if is_matrix(name, p)]
     others = [p for name, p in trained if not is_matrix(name, p)]
-    groups: list[dict[str, Any]] = []
-    if matrices:
-        groups.append({"params": matrices, "lr": muon_lr, "weight_decay": weight_decay, "muon": True, "momentum": 0.95})
-    if others:
-        groups.append({"params": others, "lr": adamw_lr, "weight_decay": 0.0, "muon": False})
-    optimizer = MuonAdamW(groups, lr=adamw_lr, betas=(0.9, 0.98))
+    groups: list[dict[str, Any]] = [
+        {"params": matrices, "lr": muon_lr, "weight_decay": weight_decay, "muon": True, "momentum": 0.95},
+        {"params": others, "lr": adamw_lr, "weight_decay": 0.0, "muon": False},
+    ]
+    optimizer = MuonAdamW([group for group in groups if group["params"]], lr=adamw_lr, betas=(0.9, 0.98))
     for group in optimizer.param_groups:
         group["peak_lr"] = group["lr"]
     return optimizer

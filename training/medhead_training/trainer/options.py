@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,6 @@ class TrainOptions:
             raise _not_allowed("seq_len", self.seq_len, f"at least {self.depth + 2}, 2 more than --depth")
         if self.shard and self.recipe != "heads":
             raise _not_allowed("recipe", self.recipe, "heads with --shard")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
 
 
 def _flag(name: str) -> str:

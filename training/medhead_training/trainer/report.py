@@ -56,14 +56,10 @@ medhead evaluate --model {model} --heads {folder}
 
 
 def write_card(folder: str | Path, config: HeadsConfig, facts: dict[str, Any], measured: HeadAccuracy | None) -> Path:
-    """Write `README.md`, a model card with PEFT's front matter, and return its path.
+    """Write `README.md`, a model card with PEFT's front matter, into the heads' folder, and return its path.
 
-    Args:
-        folder: of the heads.
-        config: of the heads.
-        facts: about the training; these keys are used if present: `model` (the target's name or folder), `recipe`, `loss`,
-            `steps`, `epochs`, `documents`, `tokens`, `answer_tokens`, `minutes`, `resumed`, `seed`, `parameters`, `init_from`.
-        measured: on held-out text; None if there was none.
+    Used of `facts`, if present: `model` (the target's name or folder), `recipe`, `loss`, `steps`, `epochs`, `documents`,
+    `tokens`, `answer_tokens`, `minutes`, `resumed`, `seed`, `parameters`, `init_from`. `measured` is None without held-out text.
     """
     folder, model = Path(folder), str(facts.get("model") or "the target")
     recipe = str(facts.get("recipe") or "heads")
@@ -115,16 +111,14 @@ def plot_accuracy(path: Path, measured: HeadAccuracy) -> bool:
 
 def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list[str]]:
     correction = "" if config.correction == "none" else f", correction `{config.correction}`"
-    vocabulary = (
-        f"{config.draft_vocab_size:,} of {config.vocab_size:,} tokens" if config.draft_vocab_size else "all tokens"
-    )
+    size, vocab_size = config.draft_vocab_size, config.vocab_size
     layers = ", ".join(map(str, config.feature_layers))
     counts = [("documents", "documents"), ("tokens", "tokens"), ("answer_tokens", "tokens to predict")]
     rows: dict[str, str] = {
         "kind": f"`{config.kind}`{correction}",
         "parameters": f"{facts['parameters']:,}" if "parameters" in facts else "",
         "depth": str(config.depth),
-        "draft vocabulary": vocabulary,
+        "draft vocabulary": f"{size:,} of {vocab_size:,} tokens" if size else "all tokens",
         "feature layers": f"{layers} of {config.num_target_layers}" if layers else "",
         "trained on": ", ".join(f"{facts[name]:,} {what}" for name, what in counts if name in facts),
         "initialised from": f"`{facts['init_from']}`" if facts.get("init_from") else "",
@@ -145,10 +139,9 @@ def _depths(measured: HeadAccuracy) -> str:
 
 def _lengths(measured: HeadAccuracy) -> str:
     sizes = sorted(map(int, measured.trees))
-    simulated = [measured.accepted_lengths[name] for name in ("chain", *map(str, sizes))]
     mean = [measured.chain_length(), *(measured.mean_length(measured.best_tree(nodes)) for nodes in sizes)]
     rows = [
-        ["simulated decoding", *(f"{length:.2f}" for length in simulated)],
+        ["simulated decoding", *(f"{measured.accepted_lengths[name]:.2f}" for name in ("chain", *map(str, sizes)))],
         ["mean over positions", *(f"{length:.2f}" for length in mean)],
         ["if independent", "", *(f"{measured.independent(nodes)[1]:.2f}" for nodes in sizes)],
     ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 from medhead.errors import MedheadError
@@ -18,17 +19,13 @@ CHANGEABLE = frozenset((
 
 
 def claim_folder(options: TrainOptions, main: bool = True) -> Path:
-    """Return the run's folder, which is new or belongs to the same run.
+    """Return the run's folder, which is new or belongs to the same run; only the `main` process writes.
 
     The options in `CHANGEABLE` may always change, the others until the first checkpoint.
-
-    Args:
-        options: of the run.
-        main: whether this process writes; the others only read.
     """
     output, folder = Path(options.output), Path(options.output) / "run"
     record, temporary = folder / OPTIONS_FILE, folder / f".{OPTIONS_FILE}"
-    now = json.loads(json.dumps(options.to_dict()))
+    now = json.loads(json.dumps(asdict(options)))
     if output.exists() and not output.is_dir():
         raise MedheadError(f"--output {options.output!r} is a file; give a folder")
     if record.exists():
@@ -60,12 +57,11 @@ def check_same_data(folder: Path, stores: list[TokenStore], main: bool = True) -
     """Refuse to resume with other data than the run started with; `main` is that of `claim_folder`."""
     record = folder / DATA_FILE
     now = [[store.documents, store.tokens, store.assistant_tokens] for store in stores]
-    if record.exists() and last_checkpoint(folder) is not None:
-        before = json.loads(record.read_text(encoding="utf-8"))
-        if before != now:
-            raise MedheadError(
-                f"the data is not what this run started with: documents, tokens and tokens to predict were {before}, now "
-                f"{now}; give the same data to resume it, or another --output"
-            )
+    resumes = record.exists() and last_checkpoint(folder) is not None
+    if resumes and (before := json.loads(record.read_text(encoding="utf-8"))) != now:
+        raise MedheadError(
+            f"the data is not what this run started with: documents, tokens and tokens to predict were {before}, now {now}; "
+            "give the same data to resume it, or another --output"
+        )
     if main:
         record.write_text(json.dumps(now) + "\n", encoding="utf-8")

@@ -22,15 +22,9 @@ def check_processes() -> None:
 
 
 def shard_layers(target: Target, whole: nn.Module, device: torch.device) -> tuple[int, int]:
-    """Shard the target's layers and move the rest to each process's device.
+    """Shard the layers of a frozen target on the CPU, and move the rest of `whole`, target and heads, to this device.
 
-    Args:
-        target: loaded on the CPU; all of it must be frozen.
-        whole: the module that holds target and heads.
-        device: of this process.
-
-    Returns:
-        The number of the layers' parameters in this process, and in all.
+    Return the number of the layers' parameters in this process, and in all.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset, SequentialSampler
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medhead.errors import MedheadError
@@ -62,15 +62,7 @@ def training_arguments(options: TrainOptions, folder: Path, device: torch.device
 
 
 class HeadsTrainer(Trainer):
-    """Train a `HeadsModule`.
-
-    Args:
-        module: what to train.
-        arguments: of transformers.
-        options: of the run.
-        dataset: packed rows, all epochs in order.
-        evaluate_heads: measures the heads on held-out text; returns numbers to log.
-    """
+    """Train a `HeadsModule` on packed rows, all epochs in order; `evaluate_heads` measures it on held-out text."""
 
     optimizer: Any
     lr_scheduler: Any
@@ -78,20 +70,14 @@ class HeadsTrainer(Trainer):
     _seeded_step, _micro_batch = -1, 0  # the step of the last loss, and the batch within it
 
     def __init__(
-        self,
-        module: HeadsModule,
-        arguments: TrainingArguments,
-        options: TrainOptions,
-        dataset: Dataset[Any],
+        self, module: HeadsModule, arguments: TrainingArguments, options: TrainOptions, dataset: Dataset[Any],
         evaluate_heads: Callable[[], dict[str, float]],
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.module, self.options, self.evaluate_heads = module, options, evaluate_heads
-        self.metrics = StepMetrics(module.heads.config.depth)
-        self.bar = ProgressBar()
+        self.metrics, self.bar = StepMetrics(), ProgressBar()
         super().__init__(model=module, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.model_accepts_loss_kwargs = False
-        for callback in (PrinterCallback, ProgressCallback):
-            self.remove_callback(callback)
+        self.remove_callback(PrinterCallback)  # `disable_tqdm` puts it in the place of transformers' progress bar
         self.add_callback(self.bar)
 
     def train(self, resume_from_checkpoint: Any = None, **more: Any) -> Any:
@@ -147,11 +133,11 @@ class HeadsTrainer(Trainer):
             options, scale = self.options, (256 / self.module.heads.config.hidden_size) ** 0.5
             adamw_lr = options.adamw_lr or 0.003 * scale
             heads = dict(self.module.heads.named_parameters())
-            of_heads = {id(p) for p in heads.values()}
             if options.optimizer == "muon":
                 self.optimizer = muon_and_adamw(heads.items(), options.lr or 0.02 * scale, adamw_lr)
             else:
                 self.optimizer = torch.optim.AdamW(heads.values(), lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
+            of_heads = {id(p) for p in heads.values()}
             adapter = [p for p in self.module.parameters() if p.requires_grad and id(p) not in of_heads]
             if adapter:
                 extra = {"params": adapter, "lr": options.lora_lr, "weight_decay": 0.0, "muon": False, "adapter": True}
@@ -197,9 +183,8 @@ class HeadsTrainer(Trainer):
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
         if self._trained_names() != weights.keys():
-            raise MedheadError(
-                f"{resume_from_checkpoint} was written by a run with other heads or another recipe; use another --output"
-            )
+            written = f"{resume_from_checkpoint} was written by a run with other heads or another recipe"
+            raise MedheadError(f"{written}; use another --output")
         self.module.load_state_dict(weights, strict=False)  # names were compared above; the frozen target is not stored
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -237,8 +222,7 @@ class HeadsTrainer(Trainer):
 class StepMetrics:
     """Metrics of the steps since the last log entry; they are read from the device only when they are logged."""
 
-    def __init__(self, depth: int) -> None:
-        self.depth = depth
+    def __init__(self) -> None:
         self._found: list[dict[str, Tensor]] = []
 
     def add(self, found: dict[str, Tensor]) -> None:
@@ -252,7 +236,7 @@ class StepMetrics:
         hits, tried = (torch.stack([f[name] for f in self._found]).sum(0).tolist() for name in ("hits", "tried"))
         top1 = [h / t if t else 0.0 for h, t in zip(hits, tried, strict=True)]
         numbers = {f"top1/depth_{d + 1}": value for d, value in enumerate(top1)}
-        numbers["predicted_accepted_length"] = 1 + sum(math.prod(top1[: d + 1]) for d in range(self.depth))
+        numbers["predicted_accepted_length"] = 1 + sum(math.prod(top1[: d + 1]) for d in range(len(top1)))
         for name in ("heads_loss", "preservation"):
             if name in self._found[0]:
                 numbers[name] = float(torch.stack([f[name] for f in self._found]).mean())
@@ -263,16 +247,14 @@ class StepMetrics:
 class ProgressBar(TrainerCallback):
     """A progress bar with the loss, top-1 accuracy by depth and the accepted length that a chain of these would have."""
 
-    def __init__(self) -> None:
-        self.bar: Any = None
+    bar: Any = None
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Open the bar."""
         state.compute_steps(args, state.max_steps)  # a resumed state has the intervals of its checkpoint
         if state.is_world_process_zero:
-            self.bar = tqdm(
-                total=state.max_steps, initial=state.global_step, unit="step", dynamic_ncols=True, mininterval=1
-            )
+            look = {"unit": "step", "dynamic_ncols": True, "mininterval": 1}
+            self.bar = tqdm(total=state.max_steps, initial=state.global_step, **look)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
         """Advance by one step."""
@@ -290,17 +272,14 @@ class ProgressBar(TrainerCallback):
             length = logs.get("predicted_accepted_length", 0.0)
             self.bar.set_postfix_str(f"loss {logs['heads_loss']:.3f}, top-1 {top1}, accepted length {length:.2f}")
         elif "eval_predicted_accepted_length" in logs:
-            self.bar.write(
-                f"step {state.global_step}: held-out text: top-1 {logs['eval_top1_depth_1']:.3f}, "
-                f"predicted accepted length {logs['eval_predicted_accepted_length']:.2f} with 32 nodes",
-                file=sys.stderr,
-            )
+            top1, length = logs["eval_top1_depth_1"], logs["eval_predicted_accepted_length"]
+            line = f"held-out text: top-1 {top1:.3f}, predicted accepted length {length:.2f} with 32 nodes"
+            self.bar.write(f"step {state.global_step}: {line}", file=sys.stderr)
 
     def close(self) -> None:
         """Close the bar."""
         if self.bar is not None:
             self.bar.close()
-            self.bar = None
 
 
 def last_checkpoint(folder: Path) -> Path | None:

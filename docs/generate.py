@@ -1,0 +1,135 @@
+"""Write the generated parts of README and documentation; `python docs/generate.py --check` only compares.
+
+- `docs/models.md` and README's list of supported models come from `tests/families.py`.
+- README's table of results comes from `benchmarks/demo-cpu-float32/results.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT / "tests")]
+
+from families import ACCEPTED, REFUSED, SINCE_5_24  # noqa: E402
+
+RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
+FEATURES = {  # what a family's configuration in the tests has, by its fields
+    "sliding window": ("sliding_window",),
+    "mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
+    "multi-head latent attention": ("kv_lora_rank",),
+    "chunked attention": ("attention_chunk_size",),
+}
+MODELS_PAGE = """\
+# Supported models
+
+<!-- written by docs/generate.py from tests/families.py -->
+
+A target is a decoder-only model of transformers whose attention goes through transformers' attention registry. `Decoder`
+checks this by verifying a small tree when a model is wrapped, so a family that is not listed here either works or is
+refused with one line that names the reason.
+
+The test suite builds a random model of every family below, verifies token trees with it, and compares the logits of every node
+with one ordinary forward pass over the node's path. The first column is the `model_type` of transformers.
+
+{accepted}
+
+{newer} need transformers 5.24 or newer.
+
+## Refused
+
+These families are refused with `UnsupportedTargetError`: their layers are recurrent or convolutional, or their attention
+does not go through the registry. Encoder-decoder models are refused as well.
+
+{refused}
+
+## Without a test
+
+Quantized models and models split over several devices (`device_map`) run the same code. No test covers them.
+"""
+
+
+def features(fields: dict[str, Any]) -> str:
+    """Return what a family's test configuration exercises besides plain causal attention."""
+    found = [name for name, keys in FEATURES.items() if any(fields.get(key) for key in keys)]
+    return ", ".join(found) or "-"
+
+
+def names(table: dict[str, Any]) -> str:
+    """Return the names of a table as inline code."""
+    return ", ".join(f"`{name}`" for name in sorted(table))
+
+
+def models_page() -> str:
+    """Return `docs/models.md`."""
+    accepted = {name: fields for name, fields in ACCEPTED.items() if name not in SINCE_5_24}
+    refused = {name: fields for name, fields in REFUSED.items() if name not in SINCE_5_24}
+    rows = [f"| `{name}` | {features(fields)} |" for name, fields in sorted(accepted.items())]
+    table = "\n".join(["| family | tested with |", "|---|---|", *rows])
+    return MODELS_PAGE.format(accepted=table, newer=names(SINCE_5_24), refused=names(refused))
+
+
+def models_block() -> str:
+    """Return README's list of supported models."""
+    accepted = {name for name in ACCEPTED if name not in SINCE_5_24} | set(SINCE_5_24)
+    refused = {name for name in REFUSED if name not in SINCE_5_24}
+    return (
+        f"The tests verify token trees with {len(accepted)} families: {', '.join(sorted(accepted))}.\n\n"
+        f"Refused with one line: {', '.join(sorted(refused))}, and encoder-decoder models."
+    )
+
+
+def results_block() -> str:
+    """Return README's table of results."""
+    found = json.loads(RESULTS.read_text(encoding="utf-8"))
+    machine, rows = found["machine"], found["results"]
+    lines = [
+        "| method | tokens/s | × transformers | × plain decoding | accepted length | identical texts |",
+        "|---|--:|--:|--:|--:|--:|",
+    ]
+    for row in rows:
+        accepted = f"{row['accepted_length']:.2f}" if row["accepted_length"] else "-"
+        lines.append(
+            f"| {row['name']} | {row['tokens_per_second']:.1f} | {row['speedup_vs_transformers']:.2f} "
+            f"| {row['speedup_vs_plain']:.2f} | {accepted} | {row['identical']}/{row['prompts']} |"
+        )
+    caption = (
+        f"Demo model (5.5M parameters), {rows[0]['prompts']} held-out prompts, greedy, float32, {machine['threads']} threads "
+        f"of an {machine['cpu']}, {machine['date']} ([committed result](benchmarks/demo-cpu-float32/results.json)):"
+    )
+    return caption + "\n\n" + "\n".join(lines)
+
+
+def put(text: str, name: str, block: str) -> str:
+    """Return a text with the part between the markers of a name replaced."""
+    marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
+    if not marked.search(text):
+        raise SystemExit(f"docs/generate.py: README.md has no markers for {name!r}")
+    return marked.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
+
+
+def outputs() -> dict[Path, str]:
+    """Return every generated file with the text that it should have."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    readme = put(put(readme, "models", models_block()), "results", results_block())
+    return {ROOT / "README.md": readme, ROOT / "docs" / "models.md": models_page()}
+
+
+def main(arguments: list[str]) -> int:
+    """Write or compare; return 1 if `--check` finds a file that is not up to date."""
+    stale = [path for path, text in outputs().items() if not path.exists() or path.read_text(encoding="utf-8") != text]
+    if "--check" in arguments:
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is not up to date; run python docs/generate.py", file=sys.stderr)
+        return 1 if stale else 0
+    for path in stale:
+        path.write_text(outputs()[path], encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
