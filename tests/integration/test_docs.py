@@ -119,7 +119,7 @@ def test_the_first_commands_are_one_line_each() -> None:
     first = [line for line in lines if line.startswith("python3 -m venv ")]
     assert len(first) == 2
     assert "-m medhead.generate --prompt" in first[0]
-    assert re.match(r"^python3 -m venv .*-m pytest$", first[1]), ".ci/run looks for this line"
+    assert re.match(r"^python3 -m venv .*-m pytest -n 2$", first[1]), ".ci/run looks for this line"
 
 
 def links_of(page: Path) -> list[str]:
