@@ -53,6 +53,14 @@ class SamplingParams:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
 
+    def generate_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `model.generate` for these parameters, without seed and stop strings."""
+        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy}
+        if not self.greedy:
+            arguments |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
+            arguments |= {"min_p": self.min_p} if self.min_p else {}
+        return arguments
+
 
 def check_seed(seed: int) -> int:
     """Return the seed if it is a whole number of 64 bits.
@@ -61,7 +69,7 @@ def check_seed(seed: int) -> int:
         MedheadError: it is not.
     """
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
-        raise MedheadError(f"the seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
+        raise MedheadError(f"seed must be a whole number from 0 to 2**64 - 1, got {seed!r}")
     return seed
 
 
@@ -72,7 +80,7 @@ def check_tree_size(size: int) -> int:
         MedheadError: it is not.
     """
     if isinstance(size, bool) or not isinstance(size, int) or not 1 <= size <= MAX_TREE_SIZE:
-        raise MedheadError(f"the tree size must be a whole number from 1 to {MAX_TREE_SIZE}, got {size!r}")
+        raise MedheadError(f"tree_size must be a whole number from 1 to {MAX_TREE_SIZE}, got {size!r}")
     return size
 
 

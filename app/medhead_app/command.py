@@ -9,7 +9,7 @@ import sys
 from contextlib import closing
 from importlib.util import find_spec
 
-from medhead.cli.common import Parser, add_model_options, check_range, run_command
+from medhead.cli.common import Parser, add_model_options, check_range, check_tree_option, run_command
 from medhead.errors import MedheadError
 from medhead_app.startup import load_service
 
@@ -72,7 +72,7 @@ def read_auth(value: str | None) -> tuple[str, str] | None:
 
 def run(args: argparse.Namespace) -> None:
     """Load the model and serve it until Ctrl-C."""
-    check_range(args, "tree_size", 1, 256)
+    check_tree_option(args)
     check_range(args, "max_rows", 1, 4096, "from 1 to 4096")
     check_range(args, "max_queue", 0, 10**6)
     check_range(args, "time_limit", sys.float_info.min, sys.float_info.max, "above 0")

@@ -21,20 +21,15 @@ class AttnParams:
 
 @dataclass(frozen=True, eq=False)
 class TreeMetadata:
-    """Layout of the key columns: the first `length` columns of a row are its prefix, the next ones its tree nodes.
+    """Layout of the key columns: the first `length` columns of a row are its prefix, the next ones its tree nodes."""
 
-    Attributes:
-        lengths: `[batch]` int32, committed tokens of every row, on the device.
-        host_lengths: the same numbers on the host; empty where only the device knows them, as in a captured step.
-        ancestor_bitmask: `[batch or 1, nodes, ceil(nodes / 64)]` int64; bit j % 64 of element j // 64 is set when j is the
-            node or one of its ancestors.
-        depth: `[batch or 1, nodes]` int64, depth of every node; its position is `length + depth`.
-    """
-
-    lengths: Tensor
+    lengths: Tensor  # `[batch]` int32, committed tokens of every row, on the device
+    # the same numbers on the host; empty where only the device knows them, as in a captured step
     host_lengths: tuple[int, ...]
+    # `[batch or 1, nodes, ceil(nodes / 64)]` int64; bit j % 64 of element j // 64 is set when j is the node or one of
+    # its ancestors
     ancestor_bitmask: Tensor
-    depth: Tensor
+    depth: Tensor  # `[batch or 1, nodes]` int64, depth of every node; its position is `length + depth`
 
     @property
     def nodes(self) -> int:

@@ -12,8 +12,9 @@ import torch
 
 from medhead.bench import harness
 from medhead.bench.harness import Row
-from medhead.bench.measure import Method, MethodResult, Prompts, measure, sampling_arguments
+from medhead.bench.measure import Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.heads import Heads, load_heads
 from medhead.model.loading import DEMO_HEADS
@@ -70,7 +71,7 @@ def random_heads(heads: Heads, seed: int) -> Heads:
 
 def methods_of(target: Target, scenario: Scenario, sizes: list[int], max_new_tokens: int) -> list[Method]:
     """Return plain decoding, the automatic tree size, and trees of fixed sizes."""
-    arguments = sampling_arguments(scenario.temperature, max_new_tokens)
+    arguments = SamplingParams(max_new_tokens, scenario.temperature).generate_arguments()
 
     def hybrid(name: str, tree_size: int | None) -> Method:
         return Method(name, arguments, Decoder(target, "hybrid", heads=scenario.heads, tree_size=tree_size))

@@ -20,12 +20,6 @@ PARTS = ("forward", "propose", "accept", "commit", "other", "whole")
 Prompts = list[list[int]]
 
 
-def sampling_arguments(temperature: float, max_new_tokens: int) -> dict[str, Any]:
-    """Return arguments of `generate` for plain sampling at this temperature; 0 is greedy."""
-    sampling = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    return {"max_new_tokens": max_new_tokens, "do_sample": temperature > 0, **sampling}
-
-
 @dataclass
 class Answer:
     """The new token ids and verify passes of every prompt of a batch, and the seconds with prefill, without capture."""

@@ -8,9 +8,10 @@ from typing import Any
 
 from medhead.bench import harness
 from medhead.bench.harness import Row
-from medhead.bench.measure import PARTS, Method, MethodResult, Prompts, measure, sampling_arguments
+from medhead.bench.measure import PARTS, Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
 from medhead.compile import BACKENDS
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import load_heads
@@ -58,7 +59,7 @@ def parser() -> Parser:
 
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
     """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
-    arguments = sampling_arguments(args.temperature, args.max_new_tokens)
+    arguments = SamplingParams(args.max_new_tokens, args.temperature).generate_arguments()
     shipped = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]
     folders = args.heads or shipped
     first: dict[str, Any] = {"heads": folders[0]} if folders else {}

@@ -11,10 +11,11 @@ from typing import Any
 
 from medhead.bench import harness
 from medhead.bench.harness import Row
-from medhead.bench.measure import Method, measure, sampling_arguments, warm_up
+from medhead.bench.measure import Method, measure, warm_up
 from medhead.bench.task_prompts import KEEP, Task, Truncation, encode_task, read_tasks
 from medhead.bench.task_report import PLAIN, compare_hybrid, compare_texts, plot, rows_of, table, totals
 from medhead.cli.common import Parser, check_range, run_command
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
@@ -122,7 +123,7 @@ def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -
     answers = args.repeats * (len(proposers) + 1) * sum(len(task.prompts) for task in tasks)
     with harness.progress_bar(answers * len(temperatures) * len(batch_sizes)) as bar:
         for temperature in temperatures:
-            arguments = sampling_arguments(temperature, args.max_new_tokens)
+            arguments = SamplingParams(args.max_new_tokens, temperature).generate_arguments()
             for size in batch_sizes:
                 methods = methods_of(target, proposers, arguments, heads, args.tree_size, args.seed)
                 warm_up(methods, tasks[0].prompts[:size], size, max_new_tokens=WARM_UP_TOKENS)

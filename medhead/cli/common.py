@@ -10,10 +10,12 @@ import math
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from medhead.config import SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
@@ -88,16 +90,30 @@ def check_range(
             raise MedheadError(f"--{name.replace('_', '-')} must be {allowed}, got {value}")
 
 
-def check_numbers(args: argparse.Namespace) -> None:
-    """Raise a MedheadError unless the numbers of sampling and the tree size are valid."""
-    check_range(args, "max_new_tokens", 1, 10**7)
-    check_range(args, "temperature", 0, 100)
-    check_range(args, "top_p", sys.float_info.min, 1, "above 0 and at most 1")
-    check_range(args, "top_k", 1)
-    check_range(args, "seed", 0, 2**64 - 1, "from 0 to 2**64 - 1")
-    check_range(args, "tree_size", 1, 256)
-    if args.temperature == 0 and (args.top_p is not None or args.top_k is not None):
+@contextmanager
+def _name_options() -> Iterator[None]:
+    """Let errors of fields, which begin with the field's name, name the option."""
+    try:
+        yield
+    except MedheadError as error:
+        field, _, rest = str(error).partition(" ")
+        raise MedheadError(f"--{field.replace('_', '-')} {rest}") from None
+
+
+def sampling_params(args: argparse.Namespace) -> SamplingParams:
+    """Return the sampling parameters that the options ask for, or raise a MedheadError that names the option."""
+    with _name_options():
+        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=args.seed)
+    if params.greedy and (args.top_p is not None or args.top_k is not None):
         raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")
+    return params
+
+
+def check_tree_option(args: argparse.Namespace) -> None:
+    """Raise a MedheadError unless --tree-size is valid or was not given."""
+    with _name_options():
+        if args.tree_size is not None:
+            check_tree_size(args.tree_size)
 
 
 def add_device_options(group: Any, dtype: str = "auto") -> None:

@@ -9,8 +9,17 @@ from typing import Any
 
 import torch
 
-from medhead.cli.common import Parser, add_model_options, check_numbers, make_decoder, read_prompt, run_command
+from medhead.cli.common import (
+    Parser,
+    add_model_options,
+    check_tree_option,
+    make_decoder,
+    read_prompt,
+    run_command,
+    sampling_params,
+)
 from medhead.cli.terminal import TerminalPrinter
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.model.loading import DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers.recycling import RecyclingProposer
@@ -71,17 +80,10 @@ def parser() -> Parser:
     return options
 
 
-def sampling(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `model.generate` that the options ask for."""
-    chosen: dict[str, Any] = {"max_new_tokens": args.max_new_tokens, "do_sample": args.temperature > 0}
-    if args.temperature > 0:
-        chosen |= {"temperature": args.temperature, "top_k": args.top_k or 0, "top_p": args.top_p or 1.0}
-    return chosen
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
-    check_numbers(args)
+    params = sampling_params(args)
+    check_tree_option(args)
     prompt = read_prompt(args)
     device, name = pick_device(args.device), args.model or DEMO_MODEL
     dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(name, args.trust_remote_code)
@@ -92,15 +94,17 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         from medhead.cli.compare import compare
 
-        compare(decoder, ids, sampling(args), args.seed)
+        compare(decoder, ids, params.generate_arguments(), args.seed)
         save_state(args, decoder)
     else:
-        answer(args, decoder, tokenizer, inputs)
+        answer(args, params, decoder, tokenizer, inputs)
 
 
-def answer(args: argparse.Namespace, decoder: Decoder, tokenizer: Any, inputs: torch.Tensor) -> None:
+def answer(
+    args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, inputs: torch.Tensor
+) -> None:
     """Print the answer as it is decoded, or one JSON object, and what --check finds."""
-    arguments = {**sampling(args), "attention_mask": torch.ones_like(inputs)}
+    arguments = {**params.generate_arguments(), "attention_mask": torch.ones_like(inputs)}
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
     decoder.on_pass = lambda row, new: printer.show(new)
     try:

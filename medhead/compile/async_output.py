@@ -3,32 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class AsyncOutput(Protocol):
-    """What several steps emitted, in order."""
-
-    def __len__(self) -> int:
-        """Return how many steps are queued."""
-
-    def post(self) -> None:
-        """Queue the newest step's numbers."""
-
-    def take(self) -> list[list[int]]:
-        """Return the oldest queued ones; wait for them if need be."""
-
-
-def async_output(output: Tensor, max_queued: int) -> AsyncOutput:
+def async_output(output: Tensor, max_queued: int) -> CopiedOutput | PinnedOutput:
     """Return a queue for `[batch, numbers]`, which every step overwrites, of up to `max_queued` steps."""
     return PinnedOutput(output, max_queued) if output.device.type == "cuda" else CopiedOutput(output)
 
 
 class CopiedOutput:
-    """Copies, for devices that compute synchronously."""
+    """What several steps emitted, in order; for devices that compute synchronously."""
 
     def __init__(self, output: Tensor) -> None:
         self._output, self._queued = output, deque[Tensor]()
@@ -37,11 +24,11 @@ class CopiedOutput:
         return len(self._queued)
 
     def post(self) -> None:
-        """See `AsyncOutput`."""
+        """Queue the newest step's numbers."""
         self._queued.append(self._output.clone())
 
     def take(self) -> list[list[int]]:
-        """See `AsyncOutput`."""
+        """Return the oldest queued numbers; wait for them if need be."""
         return self._queued.popleft().tolist()
 
 
@@ -60,14 +47,14 @@ class PinnedOutput:
         return len(self._queued)
 
     def post(self) -> None:
-        """See `AsyncOutput`."""
+        """Queue the newest step's numbers."""
         copy, arrived = self._free.popleft()
         copy.copy_(self._output, non_blocking=True)
         arrived.record()
         self._queued.append((copy, arrived))
 
     def take(self) -> list[list[int]]:
-        """See `AsyncOutput`."""
+        """Return the oldest queued numbers; wait for them if need be."""
         copy, arrived = self._queued.popleft()
         arrived.synchronize()
         self._free.append((copy, arrived))

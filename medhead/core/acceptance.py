@@ -32,19 +32,12 @@ class TypicalAcceptance:
 
 @dataclass
 class Accepted:
-    """The accepted path of every row.
+    """The accepted path of every row."""
 
-    Attributes:
-        path: `[batch, steps]` node at every depth of the path, node 0 first; arbitrary beyond `counts`.
-        counts: `[batch]` nodes on the path, root included; also the number of tokens that the pass emits.
-        emitted: `[batch, steps]` emitted tokens: the accepted draft tokens, then the bonus token.
-        last: `[batch]` last node of the path, where the bonus token was drawn.
-    """
-
-    path: Tensor
-    counts: Tensor
-    emitted: Tensor
-    last: Tensor
+    path: Tensor  # `[batch, steps]` node at every depth of the path, node 0 first; arbitrary beyond `counts`
+    counts: Tensor  # `[batch]` nodes on the path, root included; also the number of tokens that the pass emits
+    emitted: Tensor  # `[batch, steps]` emitted tokens: the accepted draft tokens, then the bonus token
+    last: Tensor  # `[batch]` last node of the path, where the bonus token was drawn
 
 
 def verify_greedy(tree: TokenTree, scores: Tensor, fixed: bool = False) -> Accepted:

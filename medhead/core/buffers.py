@@ -19,24 +19,15 @@ class StepBuffers:
     """The state of a batch between two steps.
 
     The decode loop's buffers grow and shrink with the batch. Those of a captured step are fixed: every tensor stays where it
-    is and keeps its shape, and the host knows no lengths.
+    is and keeps its shape, and the host knows no lengths."""
 
-    Attributes:
-        cache: the target's keys and values of the committed tokens.
-        draft_cache: what the proposer keeps of them, see `Proposer.new_draft_cache`; None for nothing.
-        roots: `[batch]` int64, the newest token of every sequence.
-        features: `[batch, size]` of the target at the token before the root.
-        sampling: sampling parameters of every sequence.
-        alive: `[batch]` int64, 1 for a sequence that runs; None if all do.
-        output: `[batch, 1 + steps]` int64, what the last captured step emitted: how many tokens, then the tokens.
-    """
-
-    cache: TreeCache
-    draft_cache: Any
-    roots: Tensor
-    features: Tensor
-    sampling: SamplingBatch
-    alive: Tensor | None = None
+    cache: TreeCache  # the target's keys and values of the committed tokens
+    draft_cache: Any  # what the proposer keeps of them, see `Proposer.new_draft_cache`; None for nothing
+    roots: Tensor  # `[batch]` int64, the newest token of every sequence
+    features: Tensor  # `[batch, size]` of the target at the token before the root
+    sampling: SamplingBatch  # sampling parameters of every sequence
+    alive: Tensor | None = None  # `[batch]` int64, 1 for a sequence that runs; None if all do
+    # `[batch, 1 + steps]` int64, what the last captured step emitted: how many tokens, then the tokens
     output: Tensor | None = None
 
     @property

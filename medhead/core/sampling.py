@@ -18,23 +18,13 @@ from medhead.core.tree import TokenTree
 
 _MAX_NUMPY_NUMBERS = 2**21  # beyond, PyTorch's threads are faster than numpy
 # Processors that look at one distribution alone. All others are given each node's own text, node after node.
-_LOCAL = tuple(
-    getattr(lp, name)
-    for name in (
-        "TemperatureLogitsWarper",
-        "TopKLogitsWarper",
-        "TopPLogitsWarper",
-        "TopHLogitsWarper",
-        "MinPLogitsWarper",
-        "TypicalLogitsWarper",
-        "EpsilonLogitsWarper",
-        "EtaLogitsWarper",
-        "SuppressTokensLogitsProcessor",
-        "LogitNormalization",
-        "InfNanRemoveLogitsProcessor",
-    )
-    if hasattr(lp, name)
+_WARPER_KINDS = ("Temperature", "TopK", "TopP", "TopH", "MinP", "Typical", "Epsilon", "Eta")
+_LOCAL_NAMES = (
+    *(f"{kind}LogitsWarper" for kind in _WARPER_KINDS),
+    "SuppressTokensLogitsProcessor",
+    "LogitNormalization",
 )
+_LOCAL = tuple(getattr(lp, name) for name in (*_LOCAL_NAMES, "InfNanRemoveLogitsProcessor") if hasattr(lp, name))
 # transformers' class, the attribute that holds its number, and the field of SamplingParams; in transformers' order
 _WARPERS = (
     (lp.TemperatureLogitsWarper, "temperature"),
@@ -88,30 +78,20 @@ def temperature_of(processors: LogitsProcessorList) -> float:
 
 @dataclass(eq=False)
 class SamplingBatch:
-    """Sampling parameters of the sequences of a batch as tensors, so that one step serves any mixture of them.
+    """Sampling parameters of the sequences of a batch as tensors, so that one step serves any mixture of them."""
 
-    Attributes:
-        numbers: `[batch, 5]` int64: lower and upper half of the seed, row of the user's batch, top-k, and 1 for a sequence
-            that samples (0: greedy).
-        scales: `[batch, 3]` float32: temperature, top-p's tail mass `1 - top_p`, min-p.
-        max_top_k: largest top-k in use, 0 without.
-        uses_temperature: whether a temperature differs from 1.
-        uses_top_p: whether a sequence uses top-p.
-        uses_min_p: whether a sequence uses min-p.
-        sampled: how many sequences sample.
-        processors: further local processors of all sequences.
-        uniform_temperature: the temperature for proposers where all sequences have one, else None.
-    """
-
+    # `[batch, 5]` int64: lower and upper half of the seed, row of the user's batch, top-k, and 1 for a sequence that
+    # samples (0: greedy)
     numbers: Tensor
-    scales: Tensor
-    max_top_k: int = 0
-    uses_temperature: bool = False
-    uses_top_p: bool = False
-    uses_min_p: bool = False
-    sampled: int = 0
+    scales: Tensor  # `[batch, 3]` float32: temperature, top-p's tail mass `1 - top_p`, min-p
+    max_top_k: int = 0  # largest top-k in use, 0 without
+    uses_temperature: bool = False  # whether a temperature differs from 1
+    uses_top_p: bool = False  # whether a sequence uses top-p
+    uses_min_p: bool = False  # whether a sequence uses min-p
+    sampled: int = 0  # how many sequences sample
+    # further local processors of all sequences
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
-    uniform_temperature: float | None = 1.0
+    uniform_temperature: float | None = 1.0  # the temperature for proposers where all sequences have one, else None
 
     @classmethod
     def of(

@@ -14,35 +14,24 @@ from medhead.core.stopping import StopChecker
 
 @dataclass(eq=False)
 class Sequence:
-    """One sequence of a batch.
+    """One sequence of a batch."""
 
-    Attributes:
-        prompt_ids: token ids of the prompt as the user gave it, padding included; what processors and criteria see.
-        token_ids: the prompt without padding, then the output.
-        stop_checker: decides where the sequence ends.
-        params: sampling parameters.
-        index: row of the user's batch.
-        processors: the logits processors that are not part of `params`.
-        local: whether the processors look at one distribution alone; else every node is processed with its own text.
-        on_tokens: called with the sequence, its new tokens and whether they are its last, after every pass.
-        output_ids: new token ids.
-        passes: verify passes so far.
-        scores: processed scores `[vocab]` of every new token, if recorded.
-        logits: raw logits `[vocab]` of every new token, if recorded.
-    """
-
+    # token ids of the prompt as the user gave it, padding included; what processors and criteria see
     prompt_ids: list[int]
-    token_ids: list[int]
-    stop_checker: StopChecker
-    params: SamplingParams = field(default_factory=SamplingParams)
-    index: int = 0
+    token_ids: list[int]  # the prompt without padding, then the output
+    stop_checker: StopChecker  # decides where the sequence ends
+    params: SamplingParams = field(default_factory=SamplingParams)  # sampling parameters
+    index: int = 0  # row of the user's batch
+    # the logits processors that are not part of `params`
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    # whether the processors look at one distribution alone; else every node is processed with its own text
     local: bool = True
+    # called with the sequence, its new tokens and whether they are its last, after every pass
     on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
-    output_ids: list[int] = field(default_factory=list)
-    passes: int = 0
-    scores: list[Tensor] = field(default_factory=list)
-    logits: list[Tensor] = field(default_factory=list)
+    output_ids: list[int] = field(default_factory=list)  # new token ids
+    passes: int = 0  # verify passes so far
+    scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded
+    logits: list[Tensor] = field(default_factory=list)  # raw logits `[vocab]` of every new token, if recorded
 
     @property
     def tokens_left(self) -> int:

@@ -1,4 +1,4 @@
-"""Datastore of the user's own text for the proposer `ngram` (REST, He et al. 2024); `python -m medhead.datastore` builds one."""
+"""Datastore of the user's own text for the proposer `ngram` (REST, He et al. 2024); `medhead datastore` builds one."""
 
 from medhead.datastore.build import build_datastore
 from medhead.datastore.store import Datastore, vocabulary_fingerprint

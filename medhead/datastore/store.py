@@ -105,7 +105,7 @@ class Datastore:
 def read_info(folder: Path) -> DatastoreInfo:
     """Read a folder's `datastore.json`; where it is missing or damaged raise a `MedheadError`."""
     if not folder.is_dir():
-        raise MedheadError(f"datastore folder {str(folder)!r} does not exist; `python -m medhead.datastore` builds one")
+        raise MedheadError(f"datastore folder {str(folder)!r} does not exist; `medhead datastore` builds one")
     path = folder / INFO_FILE
     if not path.is_file():
         raise MedheadError(f"{str(folder)!r} holds no {INFO_FILE}; it is not a medhead datastore")
@@ -123,7 +123,7 @@ def check_vocabulary(store: Datastore, vocab_size: int | None, tokenizer: Any = 
 
     `vocab_size` is the number of rows of the target's output matrix, which may exceed the vocabulary a little.
     """
-    build = "build one with this model's tokenizer: python -m medhead.datastore"
+    build = "build one with this model's tokenizer: medhead datastore"
     size = store.info.vocab_size
     if tokenizer is not None and vocabulary_fingerprint(tokenizer) != store.info.fingerprint:
         raise MedheadError(f"the datastore {store.name!r} was built with another tokenizer; {build}")

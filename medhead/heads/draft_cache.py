@@ -22,19 +22,14 @@ PAGE = 64  # entries are allocated in multiples of this
 
 @dataclass
 class DraftCacheView:
-    """Entries of a text that queries may look at.
+    """Entries of a text that queries may look at."""
 
-    Attributes:
-        rows: `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token.
-        end: `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position.
-        begin: `[batch, queries or 1]` int64, first entry that is seen (texts packed one after the other), or None for 0.
-        full: every query sees every entry.
-    """
-
-    rows: Tensor
+    rows: Tensor  # `[batch, length, size]`, what `Heads.encode_cache_entry` made of every token
+    # `[batch, queries or 1]` int64: a query sees the entries before `end`, which is also the root's position
     end: Tensor
+    # `[batch, queries or 1]` int64, first entry that is seen (texts packed one after the other), or None for 0
     begin: Tensor | None = None
-    full: bool = False
+    full: bool = False  # every query sees every entry
 
     def visible(self) -> Tensor | None:
         """Return `[batch, queries or 1, length]` bool, or None when every entry is seen."""

@@ -26,19 +26,12 @@ _MIX, _PLACE = 6364136223846793005, 1442695040888963407  # multipliers of the ha
 
 @dataclass
 class Candidates:
-    """Nodes below the roots, level by level.
+    """Nodes below the roots, level by level."""
 
-    Attributes:
-        tokens: `[batch, n]` int64.
-        parent_index: `[batch, n]` int64, index of each candidate's parent, -1 below the root.
-        scores: `[batch, n]` log-probability of the whole path; -inf for padding.
-        levels: number of candidates of every depth, on the host.
-    """
-
-    tokens: Tensor
-    parent_index: Tensor
-    scores: Tensor
-    levels: tuple[int, ...]
+    tokens: Tensor  # `[batch, n]` int64
+    parent_index: Tensor  # `[batch, n]` int64, index of each candidate's parent, -1 below the root
+    scores: Tensor  # `[batch, n]` log-probability of the whole path; -inf for padding
+    levels: tuple[int, ...]  # number of candidates of every depth, on the host
 
     def shift(self, totals: Sequence[float], max_score: float) -> Candidates:
         """Return the candidates with `totals[level]` added to their scores, none above its parent's or `max_score`."""

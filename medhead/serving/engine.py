@@ -23,34 +23,23 @@ from medhead.errors import MedheadError
 from medhead.generate_options import seed_or_draw
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
-from medhead.serving.request_state import RequestState
+from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler
-from medhead.serving.validation import check_request
 
 LOG = logging.getLogger(__name__)
 
 
 @dataclass
 class EngineStatistics:
-    """Totals since the engine was started, and its present state.
+    """Totals since the engine was started, and its present state."""
 
-    Attributes:
-        running: requests being decoded.
-        waiting: requests in the queue.
-        ended: requests that ended, by reason.
-        prompt_tokens: of requests that ended.
-        new_tokens: emitted so far.
-        passes: verify passes, summed over requests.
-        busy: seconds spent in prefill and passes.
-    """
-
-    running: int = 0
-    waiting: int = 0
-    ended: dict[str, int] = field(default_factory=dict)
-    prompt_tokens: int = 0
-    new_tokens: int = 0
-    passes: int = 0
-    busy: float = 0.0
+    running: int = 0  # requests being decoded
+    waiting: int = 0  # requests in the queue
+    ended: dict[str, int] = field(default_factory=dict)  # requests that ended, by reason
+    prompt_tokens: int = 0  # of requests that ended
+    new_tokens: int = 0  # emitted so far
+    passes: int = 0  # verify passes, summed over requests
+    busy: float = 0.0  # seconds spent in prefill and passes
 
     @property
     def accepted_length(self) -> float:

@@ -23,15 +23,10 @@ Key = tuple[str | None, int | None]
 
 @dataclass(eq=False)
 class DecodeBatch:
-    """The sequences that one proposer serves.
+    """The sequences that one proposer serves."""
 
-    Attributes:
-        loop: decodes them.
-        service_time: seconds that its turns have taken.
-    """
-
-    loop: DecodeLoop
-    service_time: float = 0.0
+    loop: DecodeLoop  # decodes them
+    service_time: float = 0.0  # seconds that its turns have taken
 
     @property
     def sequences(self) -> list[Sequence]:

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 from medhead.bench.harness import progress_bar
-from medhead.bench.measure import Method, Prompts, measure, sampling_arguments
+from medhead.bench.measure import Method, Prompts, measure
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 
 T = TypeVar("T")
@@ -30,7 +31,10 @@ def throughput(make: Callable[[T], Decoder], prompts: Prompts, new_tokens: int, 
     """Return a function that measures greedy decoding of the prompts, interleaved; `make` makes a setting's decoder."""
 
     def rate(settings: list[T]) -> list[float]:
-        methods = [Method(str(setting), sampling_arguments(0.0, new_tokens), make(setting)) for setting in settings]
+        methods = [
+            Method(str(setting), SamplingParams(new_tokens, 0.0).generate_arguments(), make(setting))
+            for setting in settings
+        ]
         with progress_bar(len(methods) * len(prompts) * repeats) as bar:
             return [result.rate for result in measure(methods, prompts, repeats, progress=bar.update)]
 

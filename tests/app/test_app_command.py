@@ -85,7 +85,7 @@ def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeyp
         (["--auth", "me"], "--auth must be USER:PASSWORD"),
         (["--auth", ":secret"], "--auth must be USER:PASSWORD"),
         (["--share"], "--share makes the page public; leave out --no-page"),
-        (["--tree-size", "0"], "--tree-size must be from 1 to 256, got 0"),
+        (["--tree-size", "0"], "--tree-size must be a whole number from 1 to 256, got 0"),
         (["--max-queue", "-1"], "--max-queue must be from 0"),
         (["--time-limit", "nan"], "--time-limit must be above 0, got nan"),
         (["--max-new-tokens", "0"], "--max-new-tokens must be at least 1"),

@@ -200,7 +200,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "top k": (["--temperature", "1", "--top-k", "0"], "--top-k must be"),
     "top k while greedy": (["--top-k", "4"], "need --temperature above 0"),
     "seed": (["--seed", "-2"], "--seed must be"),
-    "tree size": (["--tree-size", "1000"], "--tree-size must be from 1 to 256"),
+    "tree size": (["--tree-size", "1000"], "--tree-size must be a whole number from 1 to 256, got 1000"),
     "no number": (["--tree-size", "many"], "invalid int value"),
     "device": (["--device", "cuda:77"], "is not available"),
     "no device": (["--device", "toaster"], "is not available"),

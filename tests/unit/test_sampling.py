@@ -126,7 +126,7 @@ def test_what_parameters_cannot_express_stays_a_processor(processor: Any) -> Non
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
         ({"top_k": 2.0}, "top_k must be a whole number of at least 1, got 2.0"),
         ({"min_p": -0.1}, "min_p must be from 0 to 1, got -0.1"),
-        ({"seed": 2**64}, r"the seed must be a whole number from 0 to 2\*\*64 - 1"),
+        ({"seed": 2**64}, r"seed must be a whole number from 0 to 2\*\*64 - 1"),
         ({"stop": "end"}, "stop must be a tuple of strings, got 'end'"),
     ],
 )
@@ -138,5 +138,5 @@ def test_parameters_out_of_range(fields: dict[str, Any], words: str) -> None:
 
 @pytest.mark.parametrize("size", [0, 257, 2.0, True, "16"])
 def test_tree_sizes_out_of_range(size: Any) -> None:
-    with pytest.raises(MedheadError, match="the tree size must be a whole number from 1 to 256"):
+    with pytest.raises(MedheadError, match="tree_size must be a whole number from 1 to 256"):
         check_tree_size(size)

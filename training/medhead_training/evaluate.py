@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from medhead.bench import harness
-from medhead.bench.measure import Method, MethodResult, measure, sampling_arguments
+from medhead.bench.measure import Method, MethodResult, measure
 from medhead.cli.common import Parser, run_command
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import Heads, load_heads
@@ -157,7 +158,7 @@ def run(args: argparse.Namespace) -> None:
     total = len(prompts) * len(args.temperatures) * sum(map(len, groups.values()))
     with harness.progress_bar(total) as bar:
         for temperature in args.temperatures:
-            arguments = sampling_arguments(temperature, args.max_new_tokens)
+            arguments = SamplingParams(args.max_new_tokens, temperature).generate_arguments()
             for group in groups.values():
                 methods = [Method(c.label, arguments, Decoder(c.target, c.proposer), seed=args.seed) for c in group]
                 given = {"batch_size": args.batch_size, "profile": PROFILED_BATCHES, "progress": bar.update}

@@ -23,9 +23,9 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from medhead.bench.measure import sampling_arguments
 from medhead.bench.prompts import padded
-from medhead.cli.common import Parser, add_device_options, check_range, make_decoder, run_command
+from medhead.cli.common import Parser, add_device_options, check_range, check_tree_option, make_decoder, run_command
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
@@ -101,7 +101,7 @@ def check_options(args: argparse.Namespace) -> None:
     check_range(args, "batch_size", 1, 65536)
     check_range(args, "temperatures", 0, 100)
     check_range(args, "seed", 0, 2**62 - 1, "from 0 to 2**62 - 1")
-    check_range(args, "tree_size", 1, 256)
+    check_tree_option(args)
 
 
 def check_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int) -> None:
@@ -139,7 +139,7 @@ def answer_batch(
     inputs, mask = padded([prompt.ids for prompt in batch], decoder.target.device)
     temperature = args.temperatures[number % len(args.temperatures)]
     arguments = {"eos_token_id": ends or None, "pad_token_id": pad, "seed": args.seed + number}
-    arguments |= sampling_arguments(temperature, args.max_new_tokens)
+    arguments |= SamplingParams(args.max_new_tokens, temperature).generate_arguments()
     output = decoder.generate(inputs, attention_mask=mask, **arguments)
     lines = []
     for prompt, row in zip(batch, output[:, inputs.shape[1] :].tolist(), strict=True):

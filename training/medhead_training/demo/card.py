@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from medhead.bench.measure import sampling_arguments
+from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 
 NAME = "Llama-medhead-demo-5M"
@@ -76,7 +76,9 @@ def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
             for turn in turns:
                 chat.append({"role": "user", "content": turn})
                 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-                output = decoder.generate(torch.tensor([prompt]), seed=seed, **sampling_arguments(0.7, 250))
+                output = decoder.generate(
+                    torch.tensor([prompt]), seed=seed, **SamplingParams(250, 0.7).generate_arguments()
+                )
                 text = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
                 chat.append({"role": "assistant", "content": text})
             found.append(chat)
