@@ -149,7 +149,7 @@ class DecodeLoop:
 
     def _step_eager(self) -> None:
         assert self._buffers is not None
-        mark = _Clock(self.times, self.target.device) if self.times is not None else _no_mark
+        mark = _Clock(self.times, self.target.device) if self.times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
@@ -304,10 +304,6 @@ class _Clock:
         now = time.perf_counter()
         setattr(self._times, part, getattr(self._times, part) + now - self._last)
         self._last = now
-
-
-def _no_mark(part: str) -> None:
-    """Measure nothing."""
 
 
 def _path_values(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:
