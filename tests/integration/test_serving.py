@@ -324,7 +324,7 @@ def test_the_model_is_left_as_it_was(decoder, tokenizer):
         ({"top_k": 0}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"seed": -1}, "seed"),
-        ({"tree_size": 1000}, "tree size"),
+        ({"tree_size": 1000}, "tree_size must be"),
         ({"proposer": "oracle"}, "no proposer is called 'oracle'"),
         ({"time_limit": 0}, "time_limit"),
         ({"time_limit": "5"}, "time_limit"),
