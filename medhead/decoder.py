@@ -42,7 +42,7 @@ class Statistics:
         decode_seconds: time of all steps.
         times: the steps' time by part; None unless the decoder profiles.
         captured_steps: how many steps were captured ones.
-        cache_bytes: memory of the key/value cache at the end.
+        cache_bytes: peak memory of the key/value cache.
         packed_bytes: memory of packed copies of weights, see `PackedWeights`.
         capture_seconds: time to make captured steps ready; the next generation of the same form has them.
         lengths: tokens emitted by every pass of every row, in order, for distributions.
@@ -73,7 +73,7 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """New tokens by total time."""
+        """New tokens / `seconds`."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
 

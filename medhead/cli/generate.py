@@ -52,7 +52,7 @@ def parser() -> Parser:
     )
     what = options.add_argument_group("model and proposer")
     add_model_options(what)
-    what.add_argument("--datastore", metavar="FOLDER", help="text of your own in which the proposer ngram looks up")
+    what.add_argument("--datastore", metavar="FOLDER", help="folder that medhead datastore wrote, for ngram or hybrid")
     what.add_argument("--lookahead", type=int, nargs=3, metavar=("W", "N", "G"),
                       help="window, n-gram size and verified n-grams of the proposer lookahead")  # fmt: skip
     what.add_argument("--recycling-state", metavar="FILE", help="state of the proposer recycling to start from")

@@ -16,7 +16,7 @@ class CapturedSteps:
     """Runs captured steps for some sequences until they end or have no more room.
 
     On CUDA the host reads what was emitted `graphs.lag` steps later, so that the GPU never waits. A sequence that has ended
-    runs on until the host has read it, and nothing of that is seen.
+    keeps running until the host reads it; extra tokens are dropped.
 
     Args:
         graphs: where captured steps are kept.

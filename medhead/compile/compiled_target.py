@@ -1,6 +1,6 @@
 """A target whose verify pass is compiled, for proposers that work on the host, whose steps cannot be captured.
 
-The pass is traced with open sizes (nodes, columns, capacity), so one compiled pass serves trees of every size and texts of
+The pass is traced with dynamic sizes (nodes, columns, capacity): one compiled pass serves trees of every size and texts of
 every length; another one serves plain decoding, and two more serve batches.
 """
 
@@ -59,10 +59,10 @@ class CompiledTarget(Target):
         """
         if not self._ready:
             return super().verify(cache, tree)
-        cache.begin(tree.nodes, spare=1)  # never all columns: for those the compiler would make another pass
+        cache.begin(tree.nodes, spare=1)  # spare=1: a completely used cache would trigger a recompilation
         bitmask = [tree.ancestor_bitmask] if self._takes_bitmask(tree.nodes) else []
         columns = torch.empty(cache.used, device=self.device)  # only its size is read
-        # strides are not open, not even those of a dimension of one row, nor is the offset in a storage
+        # strides and storage offsets are specialized, even those of dimensions of size 1
         of_tree = [
             part.clone(memory_format=torch.contiguous_format)
             for part in (tree.tokens, tree.depth, tree.visible, *bitmask)

@@ -15,8 +15,8 @@ from torch._inductor import config as inductor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# Weights are packed once, and the compiler's own products of a few rows read them as they lie; BLAS packs them anew in every
-# product, which takes a tree's pass longer than to compute it (`benchmarks/compiled-cpu`).
+# Inductor packs the weights once, and its own GEMMs of few rows read the packed copy; BLAS repacks the weights on every
+# call, which takes longer than the products of a tree's pass (`benchmarks/compiled-cpu`).
 _FOR_CPU = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
@@ -33,7 +33,7 @@ def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[...,
 
 
 def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
-    """Compile a function of tensors whose sizes stay open, and call it once.
+    """Compile a function of tensors with dynamic sizes, and call it once.
 
     Args:
         run: what to compile; it must not read tensors.
@@ -55,7 +55,7 @@ def compile_graph(graph: GraphModule, given: list[Tensor], dynamic: bool) -> Cal
     try:
         with inductor.patch(_FOR_CPU):
             function(*given)
-    except Exception as error:  # a type that the compiler has no product of its own for
+    except Exception as error:  # a dtype without a C++ GEMM template in Inductor
         if "NoValidChoices" not in str(error):
             raise
         function = torch.compile(graph, dynamic=dynamic)

@@ -134,7 +134,7 @@ class StepBuffers:
         self.lengths.device[count:].zero_()
 
     def end(self, place: int) -> None:
-        """Mark the sequence at this place as ended: it stays there and costs as little as it can."""
+        """Mark the sequence at this place as ended: it stays in the batch with length 0."""
         assert self.alive is not None
         self.alive[place].zero_()
         self.lengths.device[place].zero_()

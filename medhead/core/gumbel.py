@@ -19,7 +19,7 @@ from torch import Tensor
 _Array = np.ndarray[Any, np.dtype[Any]]
 _MASK = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9
-_CHUNK_NUMBERS = 2**14  # numbers that take a CPU about as long to make as to start making
+_CHUNK_NUMBERS = 2**14  # numbers per CPU call; with fewer, call overhead dominates
 
 
 def _mix_(x: Any) -> Any:

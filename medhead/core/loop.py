@@ -64,7 +64,7 @@ class DecodeLoop:
         decode_seconds: time of all steps.
         capture_seconds: time to make captured steps ready, not part of `decode_seconds`.
         captured_steps: how many steps were captured ones.
-        cache_bytes: memory of the key/value cache.
+        cache_bytes: peak memory of the KV cache.
     """
 
     def __init__(
@@ -207,13 +207,13 @@ class DecodeLoop:
         return running
 
     def _max_depth(self) -> int:
-        """No tree is deeper than what sequences may still emit, or than the context."""
+        """Return the maximum tree depth: proposer, tokens left and context limit it."""
         wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
         room = self.target.context - max(len(sequence.token_ids) for sequence in self.sequences) - 1
         return max(0, min(self.proposer.next_depth, wanted, room))
 
     def _prefill(self, sequences: list[Sequence], proposer: Proposer) -> StepBuffers:
-        """Return buffers with the prompts but their last tokens, and the features at those."""
+        """Return buffers with all prompt tokens but the last, and the features before it."""
         texts = [sequence.token_ids for sequence in sequences]
         wanted = max(sequence.stop_checker.limit for sequence in sequences)
         capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size

@@ -124,7 +124,7 @@ class SamplingBatch:
         )
 
     def key(self) -> Hashable:
-        """What a captured step depends on: which parameters are in use, not their values; and the further processors."""
+        """Return what a captured step depends on: parameters in use, top-k up to a power of two, and the processors."""
         return (
             max(0, self.max_top_k - 1).bit_length() if self.max_top_k else -1,
             self.uses_temperature,
@@ -163,7 +163,7 @@ class SamplingBatch:
         """Return the scores that tokens are drawn from, of the shape `[batch, nodes, vocab]` of the logits.
 
         Temperature, top-k, top-p and min-p are those of transformers' warpers, with a number for every sequence. Without any
-        of them the logits are returned as they are.
+        of them the logits keep their values.
         """
         if self.sampled:
             logits = self._warp(logits)
@@ -251,7 +251,7 @@ def on_host(tensor: Tensor) -> bool:
 
 
 def _signature(processors: LogitsProcessorList) -> Hashable:
-    """What processors do, so that those of another generation can be told to be the same."""
+    """Return a key that is equal for processors of the same types and settings."""
     return tuple(
         (type(one).__name__, tuple(sorted((k, _plain(v)) for k, v in vars(one).items()))) for one in processors
     )

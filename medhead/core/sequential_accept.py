@@ -1,6 +1,6 @@
 """Acceptance one node after the other, for processors that look at the text so far.
 
-Every processor sees exactly the calls of plain decoding: one for each emitted token, in order, with that token's own
+Every processor sees the calls of plain decoding: one for each emitted token, in order, with that token's own
 prefix. So stateful processors (grammars, counters) and prefix-dependent ones (penalties, n-gram bans) stay exact.
 """
 
@@ -20,7 +20,7 @@ def sequential_accept(
 ) -> tuple[Accepted, list[list[Tensor]]]:
     """Accept node by node; also return the processed scores `[vocab]` of every sequence's emitted tokens.
 
-    The walk of a sequence ends where plain decoding would end it.
+    A sequence's path ends at an end token or at the token limit.
 
     Args:
         sequences: the running sequences.

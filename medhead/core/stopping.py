@@ -18,7 +18,7 @@ class StopChecker:
     Args:
         limit: largest number of new tokens.
         end_tokens: tokens that end a sequence.
-        criteria: transformers' list for this generation; end tokens and the length limit are read from it, all other
+        criteria: transformers' list for this generation; end tokens are read, the length limit is skipped, all other
             criteria are asked after every single token, as plain decoding does.
         device: where the criteria expect token ids.
         stops_at: called with every token in turn; says whether the sequence ends there (stop strings of a request).

@@ -1,7 +1,7 @@
 """The token tree: everything that the target verifies in one pass.
 
 Node 0 is the root, the newest emitted token. Every other node is a draft token; its parent comes before it. All rows of a
-batch have the same number of nodes; a row with fewer draft tokens repeats one, which changes no text.
+batch have the same number of nodes; a row with fewer nodes is padded, which changes no output.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 _MIN_EXIT, _MAX_EXIT = 0.03, 0.2  # limits of the probability of a path below which growth ends
-_TOKEN_VALUE = 0.8  # tokens that an accepted draft token is worth, per level of heads that it took
+_TOKEN_VALUE = 0.8  # factor of the exit threshold: seconds per level / seconds per token
 
 
 @register_proposer("heads")
@@ -221,7 +221,7 @@ class HeadsProposer(Proposer):
 
     @property
     def capturable(self) -> bool:  # type: ignore[override]
-        """Whether the heads keep plain entries of the text, or nothing."""
+        """Whether the heads' draft cache, if any, is a plain tensor."""
         return self.heads.has_tensor_cache
 
 

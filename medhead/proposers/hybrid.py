@@ -27,7 +27,7 @@ from medhead.scheduling.tree_size import TreeSizeController
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
-_ERROR_FACTOR = 2.0  # the share of wrong tokens, by that of the estimates
+_ERROR_FACTOR = 2.0  # actual share of wrong tokens / estimated share
 _MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
 _OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
 

@@ -97,7 +97,7 @@ class LookaheadProposer(Proposer):
     """Proposes n-grams of the prompt, of the output, and of what the target predicted in its window.
 
     Args:
-        target: the target; the sizes that were tuned for it are the defaults of W, N and G.
+        target: the target; its tuned W, N and G are used if no option below is given.
         tree_size: largest number of nodes of the tree, root included. Of W, N and G those not given are chosen to fit it.
         window: W, number of columns of the window, at least 1 (default: tuned, else 5).
         ngram: N, tokens of an n-gram, at least 2 (default: tuned, else 4). A pass accepts at most N - 1 of its tokens.

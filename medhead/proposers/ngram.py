@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @register_proposer("ngram")
 class NgramProposer(Proposer):
-    """Proposes what followed the same words earlier.
+    """Proposes what followed the same tokens earlier.
 
     Args:
         target: the target; its vocabulary must fit the datastore.

@@ -24,7 +24,7 @@ _MIN_SHARE = 0.02  # no shorter context is blended in once the longer ones leave
 def escape_mass(length: int) -> float:
     """Return the weight of everything that never followed a context of `length` tokens, in occurrences of the context.
 
-    Fitted to chats, stories and calculations, where it makes the estimated probabilities true within a few hundredths.
+    Fitted to chats, stories and calculations, where probabilities are then calibrated to within a few hundredths.
     """
     return 4.0 / length
 
@@ -72,7 +72,7 @@ def best_first(
 
 
 class TextMemory:
-    """How one row's text may go on, after its own past; see `NgramProposer` for the arguments."""
+    """Predicts how one text continues, from its past; see `NgramProposer` for the arguments."""
 
     def __init__(self, max_context: int, depth: int, half_life: float) -> None:
         self.max_context = max_context
@@ -104,7 +104,7 @@ class TextMemory:
 
 @dataclass
 class StoreMemory:
-    """How a text may go on, after the `max_matches` places of a datastore with the longest common contexts."""
+    """Predicts how a text continues, from the `max_matches` longest context matches in a datastore."""
 
     store: Datastore
     max_context: int

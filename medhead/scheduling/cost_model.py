@@ -17,15 +17,15 @@ from medhead.core.tree import TokenTree
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
-SIZES = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in the order of measuring; the first three are always measured
+SIZES = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in measuring order; the first three ignore the time limit
 MAX_NODES = max(SIZES)
 PREFIX = 128  # committed tokens of every row while measuring
 MAX_SECONDS = 2.0  # approximate length of a measurement
 _ROUNDS = 12
 _MAX_RATIO = 6.0  # sizes beyond one that takes so many times as long as one node are not measured
 _FOLLOW = 0.1  # weight of the newest value in a moving mean
-_FORGET = 0.01  # share of the trees' own factor that decays at every pass
-_MAX_TREE_FACTOR = 1.6  # limit of the trees' own factor, and of its inverse
+_FORGET = 0.01  # share of log(tree_factor) that decays at every pass
+_MAX_TREE_FACTOR = 1.6  # limit of `tree_factor` and of its inverse
 _MAX_OUTLIER = 10.0  # a pass counts as at most so many times as slow (or fast) as measured
 
 
@@ -69,7 +69,7 @@ class CostModel:
         return self._seconds[place - 1] * (1 - share) + self._seconds[place] * share
 
     def update(self, nodes: int, seconds: float) -> None:
-        """Learn from a pass. Half of what a tree's pass tells goes to the tree factor, which decays to 1."""
+        """Learn from a pass. A tree's pass corrects both factors equally; `tree_factor` decays to 1."""
         measured = self._interpolate(nodes)
         seconds = min(_MAX_OUTLIER * measured, max(measured / _MAX_OUTLIER, seconds))
         change = 1 + _FOLLOW * (seconds / self(nodes) - 1)

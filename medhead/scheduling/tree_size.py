@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from medhead.scheduling.cost_model import CostModel, moving_mean
 
 _FIRST_PAUSE, _MAX_PAUSE, _BACKOFF = 16, 512, 2  # passes, passes, factor from one pause to the next
-_PRIOR_COST, _PRIOR_TOKENS = 0.8, 10.0  # assumed at first: time per token by that of plain decoding, number of tokens
+_PRIOR_COST, _PRIOR_TOKENS = 0.8, 10.0  # prior: time per token relative to plain decoding, number of tokens
 _PROBE_COST, _PROBE_TOKENS = 0.98, 3.0  # the same after a pause: one bad pass pauses again
 _MAX_PROBE_COST = 1.5  # plain passes that a tree for several rows may take before speculation has paid once
 _CATCH_UP = 8  # last passes of a pause in which skippable proposers are updated again
 _MAX_PROBE_SHARE = 0.05  # share of the time that probes at the beginnings of texts may lose
 _DECAY = 0.97  # weight of the past at every pass
-_STEP_RATIO = 1.05  # time of a plain step by that of its pass, at first
+_STEP_RATIO = 1.05  # initial ratio: plain step time / its pass time
 
 
 class SpeculationBackoff:
@@ -38,7 +38,7 @@ class SpeculationBackoff:
         self._debt = 0.0  # passes until the loss of the last failure is small enough for a probe
 
     def probe(self) -> None:
-        """End a pause for one pass, if the loss of the last failure is made good; another failure pauses again."""
+        """Resume speculation once the loss of the last failure is amortized; one bad pass pauses it again."""
         if self._next_pause > _FIRST_PAUSE and self._debt <= 0:
             self._resume()
 
@@ -81,7 +81,7 @@ class TreeSizeController:
         """Change the class of the number of rows and the costs; the backoff continues where it was with that class."""
         self.costs = costs
         self.sizes = [nodes for nodes in self._all_sizes if nodes <= max(costs.max_nodes, 1)]
-        if batch not in self._backoffs:  # a first text may be unlucky for some passes; one pass over many rows tells
+        if batch not in self._backoffs:  # lenient prior for a first text; with many rows one pass is evidence enough
             trusted = batch == 1 and not self._backoffs
             prior = (_PRIOR_TOKENS, _PRIOR_COST) if trusted else (_PROBE_TOKENS, _PROBE_COST)
             self._backoffs[batch] = SpeculationBackoff(*prior)

@@ -1,4 +1,4 @@
-"""Serving several people with one model: requests join and leave one decode loop between steps (continuous batching)."""
+"""Continuous batching: requests join and leave decode loops between steps, one loop per proposer and tree size."""
 
 from medhead.serving.engine import Engine
 from medhead.serving.handle import RequestHandle

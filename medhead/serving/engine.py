@@ -107,7 +107,7 @@ class Engine:
         return self._running
 
     def start(self) -> Engine:
-        """Start the thread; measures the costs of passes first where they are not known yet (a second or two).
+        """Start the thread; first measure pass costs that are not cached (up to about 2 s per batch size).
 
         Raises:
             Stopped: it runs already.
@@ -128,7 +128,7 @@ class Engine:
         Raises:
             QueueFullError: too many wait already.
             Stopped: the engine is not running.
-            MedheadError: what was asked for cannot be: an empty or too long prompt, numbers out of range, an unknown
+            MedheadError: the request is invalid: an empty or too long prompt, numbers out of range, an unknown
                 proposer, token ids outside of the vocabulary.
         """
         check_request(request, self.target, self.has_heads)

@@ -29,7 +29,7 @@ class Request:
 
     Attributes:
         prompt: token ids.
-        params: sampling parameters; with a seed the text is the same whoever else is served at that time, without one the
+        params: sampling parameters; with a seed the output does not depend on other requests; without one the
             engine draws it (see `Result.seed`). `max_new_tokens` is cut to what the model's context leaves.
         proposer: name of a registered proposer; None for the engine's own. `none` is plain decoding.
         tree_size: nodes of a tree; None for what the proposer chooses.
