@@ -37,6 +37,7 @@ class NgramProposer(Proposer):
     """
 
     row_states: list[TextMemory]
+    uses_noise = True
 
     def __init__(
         self,
