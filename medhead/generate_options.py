@@ -122,7 +122,7 @@ def unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list
         first = mask.index(True)
         if not all(mask[first : first + len(kept)]):
             raise MedheadError(
-                f"the attention mask of row {row} has a hole; only padding before or behind the text works"
+                f"the attention mask of row {row} has a hole; only padding before or after the text works"
             )
         rows.append(kept)
     return rows

@@ -37,7 +37,7 @@ def move(buffer: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None = 
     """Copy the rows `length + path[d]` of a cache buffer `[slots, batch, heads, tokens, dim]` to `length + d`, in place.
 
     `path` `[batch, steps]` int64 is the node to keep at each depth, starting with node 0; it increases for the first `counts`
-    `[batch]` steps, which are copied. None copies all: rows behind the accepted nodes are free. `lengths` is `[batch]`.
+    `[batch]` steps, which are copied. None copies all: rows after the accepted nodes are free. `lengths` is `[batch]`.
     """
     slots, batch, heads, _, dim = buffer.shape
     assert buffer.stride(4) == 1, "a cache buffer must be contiguous along a head"

@@ -19,7 +19,8 @@ class StepBuffers:
     """The state of a batch between two steps.
 
     The decode loop's buffers grow and shrink with the batch. Those of a captured step are fixed: every tensor stays where it
-    is and keeps its shape, and the host knows no lengths."""
+    is and keeps its shape, and the host knows no lengths.
+    """
 
     cache: TreeCache  # the target's keys and values of the committed tokens
     draft_cache: Any  # what the proposer keeps of them, see `Proposer.new_draft_cache`; None for nothing

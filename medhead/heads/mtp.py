@@ -94,7 +94,7 @@ class MtpHeads(Heads):
     def run(
         self, layer: int, cache: TreeCache, token: Tensor, hidden: Tensor, depth: Tensor, visible: Tensor | None = None
     ) -> Tensor:
-        """Return the output of a layer at nodes behind the committed tokens of every row.
+        """Return the output of a layer at nodes after the committed tokens of every row.
 
         Args:
             layer: which one, from 0.
@@ -171,7 +171,7 @@ class MtpDraftCache:
         self.last = [torch.cat(pair) for pair in zip(self.last, other.last, strict=True)]
 
     def view(self) -> MtpDraftCache:
-        """Return the cache itself: a proposal writes behind the text and commits nothing."""
+        """Return the cache itself: a proposal writes after the text and commits nothing."""
         return self
 
 

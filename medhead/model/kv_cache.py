@@ -1,7 +1,7 @@
 """Key/value storage for trees: preallocated, ragged rows, and `commit`, which keeps the accepted path.
 
-A pass writes the keys and values of all nodes behind the committed prefix of their row, at `length + node`. `commit` moves
-those of the accepted nodes to `length + depth`; everything behind the new length is free again.
+A pass writes the keys and values of all nodes after the committed prefix of their row, at `length + node`. `commit` moves
+those of the accepted nodes to `length + depth`; everything after the new length is free again.
 """
 
 from __future__ import annotations
@@ -102,9 +102,9 @@ class TreeCache(Cache):
     # ---------------------------------------------------------------- one pass
 
     def begin(self, nodes: int, spare: int = 0) -> None:
-        """Prepare a pass over `nodes` nodes behind the committed prefix of every row.
+        """Prepare a pass over `nodes` nodes after the committed prefix of every row.
 
-        The storage grows where the host knows the lengths, for `spare` columns behind the longest row's nodes too; elsewhere
+        The storage grows where the host knows the lengths, for `spare` columns after the longest row's nodes too; elsewhere
         there must be room.
         """
         self._start = None
@@ -163,7 +163,7 @@ class TreeCache(Cache):
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all rows but these (of sequences that ended), in this order; the caller does the same to `lengths`.
 
-        Where rows from behind close the gaps only they are moved, until half of the storage is unused.
+        Where the last rows fill the gaps only they are moved, until half of the storage is unused.
         """
         assert self.lengths.host is not None
         moves = [(place, row) for place, row in enumerate(rows) if place != row]
