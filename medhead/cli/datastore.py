@@ -45,7 +45,7 @@ def parser() -> Parser:
     what.add_argument("--text", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders of text")
     one = what.add_mutually_exclusive_group()
     one.add_argument(
-        "--model", help="model folder, hub id, GGUF file, or smollm2 whose tokenizer is used (default: the demo model)"
+        "--model", help="model whose tokenizer is used: folder, hub id, GGUF file, or smollm2 (default: demo model)"
     )
     one.add_argument("--tokenizer", help="folder that holds only a tokenizer, or a GGUF file, in place of --model")
     what.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the tokenizer")

@@ -96,9 +96,7 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
         return load_model(options.model, place, dtype, options.trust_remote_code)
     source = resolve_model(options.model)
     if is_gguf(source):
-        raise MedheadError(
-            f"--recipe qlora cannot read the GGUF file {options.model!r}; give a folder or hub id, or --recipe joint"
-        )
+        raise MedheadError(f"--recipe qlora cannot read the GGUF file {options.model!r}; use --recipe joint")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
