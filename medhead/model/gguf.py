@@ -1,4 +1,8 @@
-"""GGUF files as models: a check of the file with errors of one line, and loading through transformers, which dequantises."""
+"""GGUF files as models: a check of the file with errors of one line, and loading through transformers, which dequantises.
+
+transformers 5.17 gives tokenizers the wrong end token, and no version of it sets all special tokens of the model's
+configuration, so they are taken from the file's header here.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 import transformers
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
 
@@ -23,13 +26,21 @@ VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9  # types of metadata values; the others have a fixed number of bytes
 VALUE_BYTES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 MAX_DIMENSIONS = 8
+SPECIAL_TOKENS = {  # field of the header: attribute of tokenizer and configuration, without `_id`
+    "tokenizer.ggml.bos_token_id": "bos_token",
+    "tokenizer.ggml.eos_token_id": "eos_token",
+    "tokenizer.ggml.unknown_token_id": "unk_token",
+    "tokenizer.ggml.padding_token_id": "pad_token",
+    "tokenizer.ggml.eot_token_id": "eot_token",  # ends a turn of a chat, where that is another token
+}
 
 
 class GgufHeader(NamedTuple):
-    """What the beginning of a GGUF file says: the model's architecture and the number of its weights."""
+    """What the beginning of a GGUF file says: the model's architecture, its number of weights and its special tokens."""
 
     architecture: str
     weights: int
+    special_tokens: dict[str, int]
 
 
 def is_gguf(name: str | Path) -> bool:
@@ -77,21 +88,47 @@ def read_header(path: Path) -> GgufHeader:
     return header
 
 
-def load_gguf(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load a GGUF file whose header was read as an ordinary model on the CPU, its weights dequantised to `dtype`."""
-    options: dict[str, Any] = {}
+def load_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """Load a GGUF file as an ordinary model on the CPU, its weights dequantised.
+
+    `options` are those of `from_pretrained`. Returns the model and transformers' loading info.
+    """
+    tokens = dict(read_header(path).special_tokens)
     if hasattr(transformers, "GgufConfig"):  # since 5.24 transformers would keep the blocks where it has kernels
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    with contextlib.ExitStack() as stack:
-        if not sys.stderr.isatty():
-            stack.enter_context(contextlib.redirect_stderr(io.StringIO()))  # transformers' bar cannot be switched off
-        model = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=dtype, **options)
+    with progress_on_terminals():
+        model, info = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, output_loading_info=True, **options
+        )
     for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # else it cannot be saved or trained
         model.__dict__.pop(attribute, None)
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    ends = [tokens[name] for name in ("eos_token", "eot_token") if name in tokens]
+    for config in (model.config, model.generation_config):
+        for name in ("bos_token", "pad_token"):
+            if name in tokens:
+                setattr(config, f"{name}_id", tokens[name])
+        if ends:
+            config.eos_token_id = ends[0] if len(set(ends)) == 1 else ends
     model.config.name_or_path = model.name_or_path = str(path)
-    return model
+    return model, info
+
+
+def load_gguf_tokenizer(path: Path, **options: Any) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a GGUF file; `options` are those of `from_pretrained`."""
+    tokens = read_header(path).special_tokens
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, **options)
+    for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+        if name in tokens:
+            setattr(tokenizer, name, tokenizer.convert_ids_to_tokens(tokens[name]))
+    tokenizer.clean_up_tokenization_spaces = False  # 5.17 sets it, which loses spaces
+    return tokenizer
+
+
+def progress_on_terminals() -> contextlib.AbstractContextManager[Any]:
+    """Return a context that hides transformers' progress bars, which cannot be switched off, unless there is a terminal."""
+    return contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
 
 
 class _Cursor:
@@ -128,7 +165,7 @@ class _Cursor:
 
 def _parse(data: mmap.mmap, name: str) -> tuple[GgufHeader, int]:
     """Return the header, and the number of bytes that the file must have."""
-    cursor, architecture, alignment = _Cursor(data, len(MAGIC)), "", 32
+    cursor, architecture, alignment, special = _Cursor(data, len(MAGIC)), "", 32, {}
     (version,) = cursor.read("I")
     if version not in VERSIONS:
         raise MedheadError(
@@ -141,6 +178,8 @@ def _parse(data: mmap.mmap, name: str) -> tuple[GgufHeader, int]:
             architecture = cursor.read_string()
         elif key == "general.alignment":
             (alignment,) = cursor.read("I")
+        elif key in SPECIAL_TOKENS:
+            (special[SPECIAL_TOKENS[key]],) = cursor.read("I")
         else:
             cursor.skip(kind)
     weights = end = 0
@@ -153,7 +192,7 @@ def _parse(data: mmap.mmap, name: str) -> tuple[GgufHeader, int]:
         kind, offset = cursor.read("IQ")
         weights, end = weights + count, max(end, offset + _tensor_bytes(count, kind, name))
     start = -(-cursor.position // alignment) * alignment
-    return GgufHeader(architecture, weights), start + end
+    return GgufHeader(architecture, weights, special), start + end
 
 
 def _tensor_bytes(count: int, kind: int, name: str) -> int:

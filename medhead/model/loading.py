@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from medhead.errors import MedheadError, one_line
-from medhead.model.gguf import is_gguf, load_gguf, read_header
+from medhead.model.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from medhead.model.named_models import DEMO_HEADS as DEMO_HEADS
 from medhead.model.named_models import DEMO_MODEL as DEMO_MODEL
 from medhead.model.named_models import resolve_model
@@ -78,18 +78,22 @@ def load_model(
     logging.disable_progress_bar()
     try:
         if is_gguf(name):
-            model = load_gguf(Path(name), dtype)
+            model, info = load_gguf(Path(name), dtype=dtype)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
-                name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-            )
+            options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
         damage = f"is truncated or damaged ({error}); download it again"
         raise MedheadError(f"a weights file of {str(name)!r} {damage}") from None
+    except MedheadError:
+        raise
     except LOADING_ERRORS as error:
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
     finally:
         logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):  # transformers leaves them random
+        number = f"{len(missing)} of its weights are missing ({missing[0]})"
+        raise MedheadError(f"model {str(name)!r} cannot be loaded: {number}; download it again")
     return model.to(device).eval()
 
 
@@ -106,8 +110,10 @@ def load_tokenizer(
     options: dict[str, Any] = {"padding_side": "left", "trust_remote_code": trust_remote_code}
     try:
         if is_gguf(name):
-            return AutoTokenizer.from_pretrained(Path(name).parent, gguf_file=Path(name).name, **options)
+            return load_gguf_tokenizer(Path(name), **options)
         return AutoTokenizer.from_pretrained(name, **options)
+    except MedheadError:
+        raise
     except LOADING_ERRORS as error:
         raise MedheadError(f"the tokenizer of {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
 
@@ -129,13 +135,9 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
 
 
 def _check_name(name: str | Path) -> None:
-    """Refuse a damaged GGUF file, and a folder that is missing or holds no model.
-
-    A name of the form `owner/model` or `model` may be a hub id.
-    """
+    """Refuse a folder that is missing or holds no model; a name of the form `owner/model` or `model` may be a hub id."""
     if is_gguf(name):
-        read_header(Path(name))
-        return
+        return  # its header is checked when it is loaded
     hub_logging.set_verbosity_error()  # else an unreachable hub prints ten lines
     text = str(name)
     if Path(name).is_dir():
