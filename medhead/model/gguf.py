@@ -94,7 +94,7 @@ def load_gguf(path: Path, **options: Any) -> tuple[PreTrainedModel, dict[str, An
     `options` are those of `from_pretrained`. Returns the model and transformers' loading info.
     """
     tokens = dict(read_header(path).special_tokens)
-    if hasattr(transformers, "GgufConfig"):  # since 5.24 transformers would keep the blocks where it has kernels
+    if hasattr(transformers, "GgufConfig"):  # without it, transformers keeps the blocks where it has kernels
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with progress_on_terminals():
         model, info = AutoModelForCausalLM.from_pretrained(
