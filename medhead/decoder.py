@@ -25,6 +25,7 @@ from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
 from medhead.model.hf_patch import patch_generate, unpatch_generate
+from medhead.model.model_form import num_rows
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
 
@@ -196,7 +197,7 @@ class Decoder:
         options.check_arguments(arguments)
         options.check_processors(processors)
         input_ids = input_ids.to(self.target.device)
-        options.check_token_ids(input_ids, int(self.target.embedding.num_embeddings))
+        options.check_token_ids(input_ids, num_rows(self.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = int(config.max_length) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.context)

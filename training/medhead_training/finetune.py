@@ -22,13 +22,14 @@ from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
 from medhead.model.loading import DTYPES, load_tokenizer, pick_device
+from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
 from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.packing import PackedDataset
 from medhead_training.data.token_store import TokenStore, prepare_tokens
 from medhead_training.objective.builders import load_target, make_heads, wrap_for_training
 from medhead_training.objective.measure import Document, measure_accuracy
-from medhead_training.objective.module import HeadsModule, eval_mode
+from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.tree_eval import HeadAccuracy
 from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions, add_options, read_options
