@@ -197,7 +197,7 @@ class Decoder:
         options.check_arguments(arguments)
         options.check_processors(processors)
         input_ids = input_ids.to(self.target.device)
-        options.check_token_ids(input_ids, num_rows(self.model.get_input_embeddings()))
+        options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = int(config.max_length) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.context)

@@ -21,13 +21,21 @@ _PER_CALL = ("adapter_names", "alora_offsets", "scalings")  # arguments that PEF
 _REMEDY = "decode with PeftModel.generate alone"
 
 
-def check_wrapper(model: Any) -> None:
-    """Refuse a `PeftModel` whose `generate` passes other inputs to the base model than token ids.
+def unwrap_peft(model: Any) -> Any:
+    """Return the model inside a `PeftModel` or `PeftMixedModel`, or the model itself where it is neither.
 
     Raises:
-        MedheadError: names the method and what to do.
+        MedheadError: `generate` of the `PeftModel` passes other inputs to the base model than token ids.
     """
-    for config in _configs(model):
+    if hasattr(model, "get_base_model"):
+        check_wrapper(model)
+        return model.get_base_model()
+    return model.base_model.model if type(model).__name__ == "PeftMixedModel" else model
+
+
+def check_wrapper(model: Any) -> None:
+    """Refuse a `PeftModel` whose `generate` passes other inputs to the base model than token ids."""
+    for config in model.peft_config.values():
         if getattr(config, "is_prompt_learning", False):
             raise MedheadError(
                 f"{_method(config)} is prompt learning: PeftModel.generate adds virtual tokens or cached keys that medhead does "
@@ -45,23 +53,33 @@ def check_adapters(model: Any) -> None:
     """
     prepare = model.__dict__.get("prepare_inputs_for_generation")
     caller = getattr(prepare, "__self__", None)
-    if caller is not None and caller is not model:  # `PeftModel.generate` of prompt learning is running
+    if caller is not model and hasattr(caller, "peft_config"):  # `PeftModel.generate` of prompt learning is running
         check_wrapper(caller)
     configs = getattr(model, "peft_config", None)
     if not isinstance(configs, dict):
         return
-    active: set[str] = set()
-    for module in model.modules():
-        for hook in module._forward_pre_hooks.values():
-            for name in _PER_CALL if isinstance(hook, partial) else ():
-                if name in hook.keywords:
-                    raise MedheadError(f"{name}: medhead decodes all rows with the same adapters; {_REMEDY}")
-        if hasattr(type(module), "active_adapters") and hasattr(type(module), "disable_adapters"):
-            active.update(() if module.disable_adapters else module.active_adapters)
+    per_call = _drop_arguments(model)
+    if per_call:
+        raise MedheadError(f"{per_call}: medhead decodes all rows with the same adapters; {_REMEDY}")
+    layers = (layer for layer in model.modules() if hasattr(type(layer), "active_adapters"))
+    active = {name for layer in layers if not layer.disable_adapters for name in layer.active_adapters}
     for name in sorted(configs.keys() & active):
         reason = _unsupported_reason(configs[name])
         if reason is not None:
             raise MedheadError(f"the adapter {name!r} {reason}; {_REMEDY}, or disable the adapter")
+
+
+def _drop_arguments(model: Any) -> str:
+    """Return the name of an argument that PEFT's hooks give to layers; remove them, as PEFT itself does not after an error."""
+    found = ""
+    for module in model.modules():
+        for key, hook in list(module._forward_pre_hooks.items()):
+            given = [name for name in _PER_CALL if name in hook.keywords] if isinstance(hook, partial) else []
+            if given:
+                found = given[0]
+                del module._forward_pre_hooks[key]
+                module._forward_pre_hooks_with_kwargs.pop(key, None)
+    return found
 
 
 def _unsupported_reason(config: Any) -> str | None:
@@ -69,11 +87,6 @@ def _unsupported_reason(config: Any) -> str | None:
         return "is an activated LoRA, which is inactive before its invocation tokens"
     reason = _UNSUPPORTED.get(_method(config))
     return None if reason is None else f"({_method(config)}) {reason}"
-
-
-def _configs(model: Any) -> list[Any]:
-    configs = getattr(model, "peft_config", None)
-    return list(configs.values()) if isinstance(configs, dict) else []
 
 
 def _method(config: Any) -> str:

@@ -21,7 +21,7 @@ from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.packed_linear import PackedWeights
-from medhead.model.peft_check import check_adapters, check_wrapper
+from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
@@ -33,7 +33,7 @@ class Target:
     """A model that verifies trees.
 
     Args:
-        model: what `from_pretrained` returned, or a `PeftModel` around it.
+        model: what `from_pretrained` returned, or a `PeftModel` or `PeftMixedModel` around it.
         probe: check with a small tree that the model verifies trees correctly.
         attention: `sdpa` (PyTorch's kernels with a dense mask; layers with soft-capping or sinks use `reference`), `triton`
             (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
@@ -56,10 +56,7 @@ class Target:
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        inner: Any = model
-        if hasattr(model, "get_base_model"):  # PEFT
-            check_wrapper(model)
-            inner = inner.get_base_model()
+        inner = unwrap_peft(model)
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
         self.model: Any = inner
@@ -73,7 +70,9 @@ class Target:
         self.embedding: Any = inner.get_input_embeddings()
         weight: Any = self.output.weight
         if not isinstance(weight, Tensor):
-            raise UnsupportedTargetError(f"the output matrix of {self.name} ({type(self.output).__name__}) holds no tensor")
+            raise UnsupportedTargetError(
+                f"the output matrix of {self.name} ({type(self.output).__name__}) holds no tensor"
+            )
         self.vocab_size, self.hidden_size = weight.shape
         self.num_embeddings = num_rows(self.embedding)
         self.device = self.embedding.weight.device

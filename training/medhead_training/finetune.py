@@ -21,8 +21,8 @@ from medhead.errors import MedheadError
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
-from medhead.model.loading import DTYPES, load_tokenizer, pick_device
 from medhead.model.eval_mode import eval_mode
+from medhead.model.loading import DTYPES, load_tokenizer, pick_device
 from medhead.model.target import Target
 from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.packing import PackedDataset
