@@ -13,7 +13,7 @@ from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.kv_cache import CacheLayout, KVSpec
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_layout(model: Any) -> CacheLayout:
     """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 
