@@ -166,7 +166,7 @@ class Decoder:
         """`model.generate` with this decoder; takes the same arguments."""
         return self.model.generate(*args, custom_generate=self, **kwargs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         model: nn.Module,

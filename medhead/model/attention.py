@@ -17,12 +17,12 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -224,7 +224,7 @@ def attention_name(own: str | None) -> str:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = _running.get()
         if current is None:
-            return _own_attention(type(module), own)(module, *args, **kwargs)
+            return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
         return _attention(current, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
@@ -242,14 +242,14 @@ def attention_name(own: str | None) -> str:
 @lru_cache(maxsize=256)
 def _own_attention(kind: type, name: str) -> Callable[..., Any]:
     """Return the attention function that modules of a class call for a name; `eager` is a function of the modeling file."""
-    for base in kind.__mro__:
-        forward = inspect.unwrap(base.__dict__.get("forward", _own_attention))
+    forwards = [inspect.unwrap(base.__dict__["forward"]) for base in kind.__mro__ if "forward" in base.__dict__]
+    for forward in filter(inspect.isfunction, forwards):
         scope, used = forward.__globals__, forward.__code__.co_names
         if name != "eager" and "ALL_ATTENTION_FUNCTIONS" in used:
-            return scope["ALL_ATTENTION_FUNCTIONS"][name]  # type: ignore[no-any-return]
+            return scope["ALL_ATTENTION_FUNCTIONS"][name]
         found = [scope[each] for each in used if each.endswith("eager_attention_forward") and each in scope]
         if name == "eager" and found:
-            return found[0]  # type: ignore[no-any-return]
+            return found[0]
     if name != "eager":
         return AttentionInterface()[name]
     raise MedheadError(

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor, nn
 
 
+_FIXED = frozenset(nn.Module().__dict__)  # attributes of every module, which hold no tensors themselves
+
+
 def replace_inference_tensors(model: nn.Module) -> None:
     """Replace the buffers and the tensor attributes of all modules that are inference tensors by ordinary copies."""
     for module in model.modules():
-        _replace(module._buffers)
-        _replace(module.__dict__)
+        _replace(module._buffers, list(module._buffers))
+        _replace(module.__dict__, list(module.__dict__.keys() - _FIXED))
 
 
-def _replace(values: dict[str, Any]) -> None:
-    found = [name for name, value in list(values.items()) if isinstance(value, Tensor) and value.is_inference()]
+def _replace(values: dict[str, Any], names: list[str]) -> None:
+    found = [name for name in names if isinstance(values[name], Tensor) and values[name].is_inference()]
     if found:
         with torch.inference_mode(False), torch.no_grad():
             values.update({name: values[name].clone() for name in found})

@@ -81,7 +81,7 @@ class Seen:
         return torch.zeros(len(ids), dtype=torch.bool)
 
 
-@pytest.mark.parametrize("step", ["loop", "eager", "recorded"])
+@pytest.mark.parametrize("step", ["loop", "eager"])
 @pytest.mark.parametrize("sample", [False, True])
 def test_results_may_be_changed_and_differentiated(sample: bool, step: str) -> None:
     model = tiny_llama(eos_token_id=None)
@@ -90,7 +90,6 @@ def test_results_may_be_changed_and_differentiated(sample: bool, step: str) -> N
     out = decoder.generate(IDS, **(OPTIONS | {"do_sample": sample}))
     for tensor in tensors_in([out.sequences, out.scores, out.logits]):
         assert not tensor.is_inference()
-        tensor.clone().requires_grad_()
         tensor += 1
     factor = torch.ones((), requires_grad=True)
     (torch.stack(out.scores).exp() * factor).mean().backward()
@@ -185,7 +184,8 @@ def test_an_engine_leaves_ordinary_tensors(folders: dict[str, Path]) -> None:
     with engine:
         requests = [Request([5, 6, 7], SamplingParams(8, temperature=t, seed=1), trace=True) for t in (0.0, 1.0)]
         outputs = [output for request in requests for output in engine.submit(request)]
-    assert outputs and not any(tensor.is_inference() for output in outputs for tensor in tensors_in(vars(output)))
+    assert outputs
+    assert not any(tensor.is_inference() for output in outputs for tensor in tensors_in(vars(output)))
     assert modes == [False, False]
     assert not any(tensor.is_inference() for tensor in tensors_in(model))
     assert_trains(model)

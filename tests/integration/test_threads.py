@@ -158,7 +158,8 @@ def test_a_plain_call_in_the_middle_of_a_pass_of_another_thread(model: Any, expe
     finally:
         hook.remove()
     assert torch.equal(ours, expected[0])
-    assert found and all(torch.equal(logits, plain) for logits in found)
+    assert found
+    assert all(torch.equal(logits, plain) for logits in found)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
@@ -185,11 +186,8 @@ def test_crashes_in_two_threads_leave_the_model_as_it_was(
             decoders[index].generate(PROMPTS[index], **OPTIONS, **given)
         decoders[index].on_pass = None
 
-    threads = [threading.Thread(target=run, args=(index,)) for index in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
+    with frequent_switches(), ThreadPoolExecutor(2) as pool:
+        list(pool.map(run, range(2)))
     assert state_of(model) == before
     for decoder in decoders:
         assert torch.equal(in_thread(lambda: decoder.generate(PROMPTS[2], **OPTIONS)), expected[2])  # noqa: B023
@@ -220,15 +218,14 @@ def test_calls_inside_of_a_generation(proposer: str, model: PreTrainedModel, exp
     for given in ({"streamer": Streamer(nested)}, {"logits_processor": [Processor()]}):
         inner.clear()
         assert torch.equal(decoder.generate(PROMPTS[0], **OPTIONS, **given), expected[0])
-        assert len(inner) == 6 and all(torch.equal(text, expected[1]) for text in inner)
+        assert len(inner) == 6
+        assert all(torch.equal(text, expected[1]) for text in inner)
     assert decoder.statistics.new_tokens == OPTIONS["max_new_tokens"]
     assert state_of(model) == before
 
 
 @pytest.mark.parametrize("proposer", sorted(PROPOSERS))
-def test_a_proposer_forgets_the_last_generation(
-    proposer: str, model: PreTrainedModel, expected: list[Tensor]
-) -> None:
+def test_a_proposer_forgets_the_last_generation(proposer: str, model: PreTrainedModel, expected: list[Tensor]) -> None:
     """One that ended, one that crashed, with more rows and with fewer."""
     target = Target(model)
     heads = {"heads": noise_heads(target, "attention")} if proposer in ("heads", "hybrid") else {}
