@@ -99,6 +99,17 @@ class Decoder:
             the target's pass and the growth of candidates from heads. See `medhead.compile`.
         options: further options of the proposer.
 
+    Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
+    other. An ordinary `model.generate` in another thread runs at the same time and is not changed; training the model in another
+    thread is not possible then, because the model is in eval mode. A generation may be started in a streamer, a processor or a
+    criterion of another one in the same thread, but such a callback must not wait for a generation in another thread. While an
+    `Engine` serves with the decoder, calls take turns with its steps, and run eagerly. What a call returns are ordinary tensors.
+
+    Attributes:
+        proposer: what proposes; `using` replaces it for all threads.
+        statistics: of the call that finished last, in any thread.
+        on_pass: called with a sequence and its new tokens after every pass of it, in the thread of the call; None for nothing.
+
     Raises:
         UnsupportedTargetError: the model cannot verify a tree.
         MedheadError: the proposer or its options are wrong.
@@ -146,6 +157,7 @@ class Decoder:
         elif step != "loop":
             self.graphs = GraphCache(self.target, self.proposer, step)
         self.statistics, self.profile = Statistics(), profile
+        self.is_serving = False  # whether an `Engine` that runs was made with this decoder
         self.on_pass: Callable[[Sequence, list[int]], None] | None = None  # called with a sequence and its new tokens
         patch_generate(self.model)
 
@@ -155,7 +167,7 @@ class Decoder:
         """`model.generate` with this decoder; takes the same arguments."""
         return self.model.generate(*args, custom_generate=self, **kwargs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         model: nn.Module,
@@ -229,15 +241,21 @@ class Decoder:
         ]
         prompt_tokens = sum(map(len, texts))
         keep = bool(config.return_dict_in_generate)
-        loop = self.new_loop(keep and bool(config.output_scores), keep and bool(config.output_logits))
+        record = keep and bool(config.output_scores), keep and bool(config.output_logits)
         try:
-            with loop.target.active(self.proposer.feature_layers):
-                loop.run(sequences)
+            with self.target.lock.generation() as nested:
+                # an engine or an outer generation goes on later with the state of its sequences in the proposer
+                loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
+                try:
+                    with loop.target.active(loop.proposer.feature_layers):
+                        loop.run(sequences)
+                finally:
+                    self._count(sequences, loop, prompt_tokens, lengths)
         finally:
-            self._count(sequences, loop, prompt_tokens, lengths)
             if stream is not None:
                 stream.finish()
-        return _result(sequences, input_ids, pad, config)
+        with torch.inference_mode(False), torch.no_grad():
+            return _result(sequences, input_ids, pad, config)
 
     def new_loop(
         self, record_scores: bool = False, record_logits: bool = False, proposer: Proposer | None = None
@@ -282,13 +300,14 @@ class Decoder:
 
     def close(self) -> None:
         """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
-        if self.graphs is not None:
-            self.graphs.clear()
-        if self.compiled_target is not None:
-            self.compiled_target.clear()
-        if self._own_target:
-            self.target.packed_weights.clear()
-            self.proposer.free()
+        with self.target.lock:  # another thread may be generating
+            if self.graphs is not None:
+                self.graphs.clear()
+            if self.compiled_target is not None:
+                self.compiled_target.clear()
+            if self._own_target:
+                self.target.packed_weights.clear()
+                self.proposer.free()
         unpatch_generate(self.model)
 
     def __enter__(self) -> Decoder:
@@ -299,7 +318,7 @@ class Decoder:
 
     @contextmanager
     def using(self, proposer: Proposer | str, **options: Any) -> Iterator[Decoder]:
-        """Another proposer for a while."""
+        """Another proposer for a while, for all threads that call this decoder."""
         before = self.proposer
         built = build_proposer(proposer, self.target, **options) if isinstance(proposer, str) else proposer
         try:
@@ -320,7 +339,7 @@ class Decoder:
             decode_seconds=loop.decode_seconds,
             times=loop.times,
             cache_bytes=loop.cache_bytes,
-            packed_bytes=loop.target.packed_weights.nbytes + self.proposer.packed_bytes,
+            packed_bytes=loop.target.packed_weights.nbytes + loop.proposer.packed_bytes,
             capture_seconds=loop.capture_seconds,
             captured_steps=loop.captured_steps,
             lengths=lengths,

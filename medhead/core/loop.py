@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -87,6 +89,7 @@ class DecodeLoop:
         self.output: VerifyOutput | None = None
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
+        self._inference_mode = False  # whether the caller of the running step is in inference mode
 
     def run(self, sequences: list[Sequence]) -> None:
         """Decode all sequences to their end; their `output_ids` grow."""
@@ -99,20 +102,22 @@ class DecodeLoop:
         began = time.perf_counter()
         self._leave_captured()
         texts = [sequence.token_ids for sequence in sequences]
-        if self._buffers is None:
-            self.proposer.begin(self.target, texts)
-            self.sequences = list(sequences)
-            self._buffers = self._prefill(sequences, self.proposer)
-        else:
-            forked = self.proposer.fork()
-            forked.begin(self.target, texts)
-            joining = self._prefill(sequences, forked)
-            self.sequences = self.sequences + sequences
-            self._buffers.join(joining, self._sampling(self.sequences))
-            self.proposer.merge(forked)
+        with torch.inference_mode():
+            if self._buffers is None:
+                self.proposer.begin(self.target, texts)
+                self.sequences = list(sequences)
+                self._buffers = self._prefill(sequences, self.proposer)
+            else:
+                forked = self.proposer.fork()
+                forked.begin(self.target, texts)
+                joining = self._prefill(sequences, forked)
+                self.sequences = self.sequences + sequences
+                self._buffers.join(joining, self._sampling(self.sequences))
+                self.proposer.merge(forked)
         self._note_memory()
         self.prefill_seconds += time.perf_counter() - began
 
+    @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Let only the sequences at these places go on, in any order."""
         if len(rows) == len(self.sequences):
@@ -134,6 +139,7 @@ class DecodeLoop:
 
     def step(self) -> None:
         """Decode all sequences by one pass; those that end leave. A captured step may be read one step later."""
+        self._inference_mode = torch.is_inference_mode_enabled()
         began = time.perf_counter()
         capture_seconds = self.capture_seconds
         if self._may_capture():
@@ -159,10 +165,11 @@ class DecodeLoop:
             return accepted
 
         texts = [sequence.token_ids for sequence in self.sequences]
-        self.output = output = decode_step(
-            self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
-        )
-        self.proposer.update(output)
+        with torch.inference_mode():
+            self.output = output = decode_step(
+                self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
+            )
+            self.proposer.update(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
         self.keep(self._emit(self.sequences, output.counts, output.emitted, scores, raw))
         mark("other")
@@ -173,15 +180,25 @@ class DecodeLoop:
         """Return the accepted paths, and the processed scores of every emitted token where they are needed."""
         assert self._buffers is not None
         if not all(sequence.local for sequence in self.sequences):
-            depths = 1 + int(tree.depth.max())
-            return sequential_accept(self.sequences, tree, logits, None if noise is None else noise.prefix(depths))
+            made = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
+            with self._mode_of_caller():
+                return sequential_accept(self.sequences, tree, logits, made)
         scores = self._buffers.sampling.process(logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
         else:
             accepted = verify_greedy(tree, scores) if noise is None else verify_sampled(tree, scores, noise)
         needed = self.record_scores or any(sequence.stop_checker.has_criteria for sequence in self.sequences)
-        return accepted, _path_values(accepted, scores) if needed else None
+        if not needed:
+            return accepted, None
+        with self._mode_of_caller():
+            return accepted, _path_values(accepted, scores)
+
+    @contextmanager
+    def _mode_of_caller(self) -> Iterator[None]:
+        """Leave inference mode unless the caller of `step` is in it: others will see the tensors that are made inside."""
+        with torch.inference_mode(self._inference_mode), torch.no_grad():
+            yield
 
     def _emit(
         self,
