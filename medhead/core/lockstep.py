@@ -80,12 +80,8 @@ class Lockstep:
         stop_checker: StopChecker,
         show_scores: bool,
     ) -> None:
-        self.input_ids, self.processors, self.criteria, self.stop_checker = (
-            input_ids,
-            processors,
-            criteria,
-            stop_checker,
-        )
+        self.input_ids, self.processors, self.criteria = input_ids, processors, criteria
+        self.stop_checker = stop_checker
         self._pad = pad if pads_ended_rows(criteria) else None
         self._scores: tuple[Tensor, ...] | None = () if show_scores else None
         self._unfinished = torch.ones_like(input_ids[:, 0])
