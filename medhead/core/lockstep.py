@@ -48,9 +48,9 @@ def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaLi
     if not all(is_local([one]) or type(one) in _PER_ROW for one in processors):
         return True
     others = [one for one in criteria if type(one) not in (sc.MaxLengthCriteria, sc.EosTokenCriteria)]
-    own = any(type(one) not in (sc.StopStringCriteria, sc.MaxTimeCriteria) for one in others)
     if rows == 1:  # processors must see no call after the token that a criterion ends the text with
-        return own and not is_local(processors)
+        return bool(others) and not is_local(processors)
+    own = any(type(one) not in (sc.StopStringCriteria, sc.MaxTimeCriteria) for one in others)
     return own or (bool(others) and not pads_ended_rows(criteria))
 
 

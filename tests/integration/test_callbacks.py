@@ -252,16 +252,15 @@ def test_processors_see_no_call_after_a_criterion_ends_the_text(model: PreTraine
 
         return WITH_ENDS | {"prefix_allowed_tokens_fn": allowed}
 
-    for processors in ([], [Others()]):
-        theirs, ours = [], []
-        made = processors, [Lengths()]
-        expected = run(model.generate, made, inputs, **options(theirs))
-        known = calls(made)
-        made = [Others() for _ in processors], [Lengths()]
-        guesser = OracleProposer(expected.tolist(), 64, lie=0.0)
-        assert torch.equal(run(Decoder(model, guesser).generate, made, inputs, **options(ours)), expected)
-        assert ours == theirs
-        assert calls(made) == known
+    for kinds in ([], [Others]):
+        asked: dict[str, list[list[int]]] = {"theirs": [], "ours": []}
+        theirs, ours = (([kind() for kind in kinds], [Lengths()]) for _ in range(2))
+        expected = run(model.generate, theirs, inputs, **options(asked["theirs"]))
+        beyond = run(model.generate, ([kind() for kind in kinds], []), inputs, **options([]))
+        guesser = OracleProposer(beyond.tolist(), 64, depth=4, lie=0.0)  # the text goes on where the criterion ends it
+        assert torch.equal(run(Decoder(model, guesser).generate, ours, inputs, **options(asked["ours"])), expected)
+        assert asked["ours"] == asked["theirs"]
+        assert calls(ours) == calls(theirs)
 
 
 def test_known_processors_keep_their_row_after_others_have_ended(model: PreTrainedModel, target: Target) -> None:
