@@ -46,7 +46,7 @@ class TrainOptions:
     """Everything that determines a run. None means that the value is derived from the target."""
 
     # fmt: off
-    model: str = option("", RUN, "model folder or hub id of the target")
+    model: str = option("", RUN, "model folder, hub id, GGUF file, or smollm2: the target")
     data: list[str] = option([], RUN, "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset", nargs="+")
     output: str = option("", RUN, "folder for checkpoints and the finished heads")
     recipe: str = option("heads", RUN, "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target", choices=("heads", "joint", "qlora"))
