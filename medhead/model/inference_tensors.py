@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 _FIXED = frozenset(nn.Module().__dict__)  # attributes of every module, which hold no tensors themselves
 
 
