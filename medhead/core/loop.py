@@ -15,6 +15,7 @@ from medhead.config import SamplingParams
 from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, verify_sampled, verify_typical
 from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.lockstep import Lockstep
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
@@ -61,6 +62,7 @@ class DecodeLoop:
     Attributes:
         sequences: the sequences that still run.
         output: the result of the last step, by row of the batch before that step; None after captured steps.
+        lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
         decode_seconds: time of all steps.
@@ -87,6 +89,7 @@ class DecodeLoop:
         self.captured_steps, self.cache_bytes = 0, 0
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
+        self.lockstep: Lockstep | None = None
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
         self._inference_mode = False  # whether the caller of the running step is in inference mode
@@ -177,19 +180,20 @@ class DecodeLoop:
     def _accept(
         self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
-        """Return the accepted paths, and the processed scores of every emitted token where they are needed."""
+        """Return the accepted paths, and the processed scores of every emitted token where they are known."""
         assert self._buffers is not None
         if not all(sequence.local for sequence in self.sequences):
-            made = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
+            values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
-                return sequential_accept(self.sequences, tree, logits, made)
+                if self.lockstep is not None:
+                    return self.lockstep.accept(tree, logits, values)
+                return sequential_accept(self.sequences, tree, logits, values)
         scores = self._buffers.sampling.process(logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
         else:
             accepted = verify_greedy(tree, scores) if noise is None else verify_sampled(tree, scores, noise)
-        needed = self.record_scores or any(sequence.stop_checker.has_criteria for sequence in self.sequences)
-        if not needed:
+        if not self.record_scores:
             return accepted, None
         with self._mode_of_caller():
             return accepted, _path_values(accepted, scores)
@@ -211,12 +215,10 @@ class DecodeLoop:
         """Hand every sequence its new tokens, cut where it ends; return the places of those that go on."""
         running = []
         for place, sequence in enumerate(sequences):
-            of_tokens = scores[place] if scores is not None else None
+            of_tokens = scores[place] if self.record_scores and scores is not None else None
             before = len(sequence.output_ids)
             ended = sequence.append(emitted[place][: counts[place]], of_tokens)
             taken = len(sequence.output_ids) - before
-            if self.record_scores and of_tokens is not None:
-                sequence.scores += of_tokens[:taken]
             if raw is not None:
                 sequence.logits += raw[place][:taken]
             if not ended:

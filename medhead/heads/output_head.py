@@ -58,7 +58,7 @@ class OutputHead:
         self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
+        self._embed, self._count = target.embed, target.num_embeddings
         self._packed: list[skinny_gemm.PackedLinear] = []  # the output matrix and the heads' layers, once packed
         self.table: Tensor | None = None
         if self.heads.path_dependent and not self.heads.encode_uses_depth:

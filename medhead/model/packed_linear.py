@@ -70,9 +70,12 @@ def _forward(layer: nn.Linear, packed: PackedLinear, x: Tensor) -> Tensor:
 
 
 def _packable(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the plain linear layers whose `forward` was not replaced by other code."""
+    """Return the plain linear layers whose `forward` was not replaced by other code.
+
+    Where the weight is no parameter (pruning, weight normalisation), a hook computes it anew before every pass.
+    """
     plain = (layer for layer in modules if type(layer) is nn.Linear and "forward" not in layer.__dict__)
-    return [layer for layer in plain if can_pack(layer.weight)]
+    return [layer for layer in plain if "weight" in layer._parameters and can_pack(layer.weight)]
 
 
 def fits(size: int) -> bool:

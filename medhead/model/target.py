@@ -16,11 +16,14 @@ from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.attention import TreePass, attention_name, tree_pass
+from medhead.model.eval_mode import eval_mode
 from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
+from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
+from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
@@ -32,7 +35,7 @@ class Target:
     """A model that verifies trees.
 
     Args:
-        model: what `from_pretrained` returned, or a `PeftModel` around it.
+        model: what `from_pretrained` returned, or a `PeftModel` or `PeftMixedModel` around it.
         probe: check with a small tree that the model verifies trees correctly.
         attention: `sdpa` (PyTorch's kernels with a dense mask; layers with soft-capping or sinks use `reference`), `triton`
             (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
@@ -42,7 +45,8 @@ class Target:
             rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
 
     Raises:
-        MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
+        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
+            unknown or cannot serve this model.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, recurrent or convolutional layers, or an
             attention that does not go through transformers' registry.
     """
@@ -54,9 +58,7 @@ class Target:
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        inner: Any = model
-        if hasattr(model, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
+        inner = unwrap_peft(model)
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
         self.model: Any = inner
@@ -69,7 +71,12 @@ class Target:
         self.config = inner.config.get_text_config(decoder=True)
         self.embedding: Any = inner.get_input_embeddings()
         weight: Any = self.output.weight
+        if not isinstance(weight, Tensor):
+            raise UnsupportedTargetError(
+                f"the output matrix of {self.name} ({type(self.output).__name__}) holds no tensor"
+            )
         self.vocab_size, self.hidden_size = weight.shape
+        self.num_embeddings = num_rows(self.embedding)
         self.device = self.embedding.weight.device
         self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
@@ -80,6 +87,8 @@ class Target:
         self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
+        self._form = model_form(inner)
+        check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
             self.layout = find_layout(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
@@ -92,6 +101,19 @@ class Target:
                 self._probe(attention)
 
     # ---------------------------------------------------------------- passes
+
+    def check_model(self) -> None:
+        """Refuse to go on with a model that was changed so that this target no longer fits it.
+
+        Raises:
+            MedheadError: names the change, or an adapter that cannot be decoded with.
+        """
+        check_form(self.model, self._form)
+        check_adapters(self.model)
+
+    def follow_model(self, device: torch.device) -> None:
+        """Take the model as it is now as unchanged: its owner moved it to another device."""
+        self.device, self._form = device, model_form(self.model)
 
     @property
     def lock(self) -> ModelLock:
@@ -118,19 +140,17 @@ class Target:
 
     @contextmanager
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
+        self.check_model()
         before = [config._attn_implementation for config in self._configs]
-        training = self.model.training
-        with self.listening(feature_layers), self.packed_weights.active():
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model):
             try:
                 self._active = True
-                self.model.eval()
                 for config, name in zip(self._configs, before, strict=True):
                     config._attn_implementation = attention_name(name)
                 yield
             finally:
                 for config, name in zip(self._configs, before, strict=True):
                     config._attn_implementation = name
-                self.model.train(training)
                 self._active = False
                 replace_inference_tensors(self.model)
 
