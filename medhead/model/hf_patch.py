@@ -7,6 +7,7 @@ returns both; `Decoder.close` removes the patch.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 _NAME = "_extract_generation_mode_kwargs"
 _open_decoders: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
+_lock = threading.Lock()
 
 
 class _Extract:
@@ -42,13 +44,15 @@ class _Extract:
 
 def patch_generate(model: nn.Module) -> None:
     """Pass streamer and tokenizer of this model's `generate` to decoders; count the open decoders."""
-    _open_decoders[model] = _open_decoders.get(model, 0) + 1
-    object.__setattr__(model, _NAME, _Extract(model))
+    with _lock:
+        _open_decoders[model] = _open_decoders.get(model, 0) + 1
+        object.__setattr__(model, _NAME, _Extract(model))
 
 
 def unpatch_generate(model: nn.Module) -> None:
     """Remove the patch when the last open decoder of this model closes."""
-    _open_decoders[model] = _open_decoders.get(model, 1) - 1
-    if _open_decoders[model] <= 0:
-        _open_decoders.pop(model, None)
-        model.__dict__.pop(_NAME, None)
+    with _lock:
+        _open_decoders[model] = _open_decoders.get(model, 1) - 1
+        if _open_decoders[model] <= 0:
+            _open_decoders.pop(model, None)
+            model.__dict__.pop(_NAME, None)

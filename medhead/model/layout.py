@@ -14,7 +14,7 @@ from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout, KVSpec
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_layout(model: Any) -> CacheLayout:
     """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 

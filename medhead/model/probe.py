@@ -34,7 +34,7 @@ class _TreeVerifier(Protocol):
     def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_target(target: _TreeVerifier) -> None:
     """Compare the logits of a small tree with those of its paths, one by one, under the model's own attention.
 
