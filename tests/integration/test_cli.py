@@ -122,8 +122,8 @@ def test_speculation_that_brings_nothing_says_what_to_do(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One line, where draft tokens without heads were hardly ever accepted; not with heads, --quiet or --json."""
-    for low, more, said in ((99.0, [], True), (1.0, [], False), (99.0, ["--quiet"], False), (99.0, ["--json"], False),
-                            (99.0, ["--proposer", "none"], False), (99.0, ["--heads", str(folders["medusa"])], False)):  # fmt: skip
+    without = (["--quiet"], ["--json"], ["--proposer", "none"], ["--heads", str(folders["medusa"])])
+    for low, more, said in ((99.0, [], True), (1.0, [], False), *((99.0, more, False) for more in without)):
         monkeypatch.setattr(generate, "LOW_LENGTH", low)
         monkeypatch.setattr(generate, "MIN_PASSES", 1)
         code, _, err = run(command(folders, *more), capsys)
