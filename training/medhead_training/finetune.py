@@ -98,7 +98,7 @@ def data_hints(answer_tokens: int, steps: int, options: TrainOptions) -> list[st
         )
     if options.max_steps > steps:
         lines.append(
-            f"--max-steps {options.max_steps} is a limit, not a target: --epochs {options.epochs} of this text ends after {steps} "
+            f"--max-steps {options.max_steps} is a limit, not a target: --epochs {options.epochs} ends after {steps} "
             "steps; give more --epochs or more text"
         )
     return lines
