@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
+    "gguf": "gguf", "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
     "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
@@ -126,9 +126,11 @@ def add_device_options(group: Any, dtype: str = "auto") -> None:
 
 def add_model_options(group: Any) -> None:
     """Add the options of model, heads, proposer and device that every decoding command has."""
-    group.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    group.add_argument(
+        "--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)"
+    )
     group.add_argument("--heads", help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the "
-                       "model's own checkpoint (default: the demo heads with the demo model)")  # fmt: skip
+                       "model's own checkpoint (default: those that medhead ships for the model)")  # fmt: skip
     group.add_argument("--proposer", choices=PROPOSER_NAMES, help="what drafts the tokens (default: hybrid)")
     group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     group.add_argument("--attention", default="auto", choices=ATTENTION_NAMES, help="attention backend (default: auto)")
@@ -188,10 +190,10 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     """Build the decoder that the options ask for, or raise a MedheadError if they contradict each other."""
     from medhead.decoder import Decoder
     from medhead.heads.adapter import adapts_target, heads_of, load_adapted
-    from medhead.model.loading import DEMO_HEADS
+    from medhead.model.named_models import default_heads
 
     owner, options = proposer_options(args, tokenizer)
-    folder = args.heads or (str(DEMO_HEADS) if args.model is None else None)
+    folder = args.heads or default_heads(args.model)
     step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
     proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")
     heads: Any = folder if proposer in ("heads", "hybrid") else None
