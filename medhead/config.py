@@ -9,6 +9,9 @@ from medhead.errors import MedheadError
 
 MAX_TREE_SIZE = 256
 MAX_TEMPERATURE = 100
+# names of options, for help texts that import no torch; tests compare them with the registries
+PROPOSER_NAMES = ("heads", "hybrid", "lookahead", "ngram", "none", "recycling")
+ATTENTION_NAMES = ("auto", "flash", "reference", "sdpa", "triton")
 
 
 @dataclass(frozen=True, slots=True)

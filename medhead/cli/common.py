@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medhead.config import SamplingParams, check_tree_size
+from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
@@ -126,17 +126,14 @@ def add_device_options(group: Any, dtype: str = "auto") -> None:
 
 def add_model_options(group: Any) -> None:
     """Add the options of model, heads, proposer and device that every decoding command has."""
-    from medhead.model.target import ATTENTIONS
-    from medhead.proposers import PROPOSERS
-
     group.add_argument(
         "--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)"
     )
     group.add_argument("--heads", help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the "
                        "model's own checkpoint (default: those that medhead ships for the model)")  # fmt: skip
-    group.add_argument("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: hybrid)")
+    group.add_argument("--proposer", choices=PROPOSER_NAMES, help="what drafts the tokens (default: hybrid)")
     group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
-    group.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend (default: auto)")
+    group.add_argument("--attention", default="auto", choices=ATTENTION_NAMES, help="attention backend (default: auto)")
     group.add_argument("--packed", action=argparse.BooleanOptionalAction,
                        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
                        "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip

@@ -38,6 +38,11 @@ class Sequence:
         """How many tokens may still be emitted."""
         return self.stop_checker.limit - len(self.output_ids)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the token limit ended it, not an end token."""
+        return self.tokens_left < 1 and self.output_ids[-1] not in self.stop_checker.end_tokens
+
     def append(self, tokens: list[int], scores: list[Tensor] | None = None) -> bool:
         """Take the tokens of one pass up to where the sequence ends; return whether it has ended.
 

@@ -62,6 +62,7 @@ exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 ACCURACIES_FILE = "accuracies.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 MAX_HELD_OUT = 256  # documents
+MIN_ANSWER_TOKENS = 10_000  # with fewer, heads learn next to nothing
 
 
 def parser() -> Parser:
@@ -87,6 +88,22 @@ def check_anchors(rows: PackedDataset) -> None:
         if bool(PackedBatch(row["input_ids"], row["mask"], row["document"]).predictable(2).any()):
             return
     raise MedheadError("no document holds a token to predict: it needs an answer token after at least 2 others")
+
+
+def data_hints(answer_tokens: int, steps: int, options: TrainOptions) -> list[str]:
+    """Return what to say where the text is far too little for heads, or where --max-steps does not do what it seems to."""
+    lines = []
+    if answer_tokens < MIN_ANSWER_TOKENS:
+        lines.append(
+            f"{answer_tokens:,} answer tokens ({steps} steps) are far too few: heads need at least {MIN_ANSWER_TOKENS:,}, better "
+            "hundreds of thousands; let the model write them with medhead generate-data"
+        )
+    if options.max_steps > steps:
+        lines.append(
+            f"--max-steps {options.max_steps} is a limit, not a target: --epochs {options.epochs} ends after {steps} "
+            "steps; give more --epochs or more text"
+        )
+    return lines
 
 
 def held_out_texts(store: TokenStore, documents: np.ndarray, seq_len: int) -> list[Document]:
@@ -152,8 +169,10 @@ def run(options: TrainOptions) -> None:
         return top1 | {"predicted_accepted_length": found.accepted_lengths["32"]}
 
     rows_per_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
+    epoch_steps = max(1, -(-len(rows) // rows_per_step))  # of all epochs
+    lines = data_hints(store.assistant_tokens_of(train), epoch_steps, options)
     if arguments.max_steps > 0:  # never more than the epochs
-        arguments.max_steps = min(arguments.max_steps, max(1, -(-len(rows) // rows_per_step)))
+        arguments.max_steps = min(arguments.max_steps, epoch_steps)
     trainer = HeadsTrainer(module, arguments, options, rows, evaluate_heads)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     skipped = "".join(f", {count} records skipped ({reason})" for reason, count in store.skipped.items())
@@ -161,6 +180,8 @@ def run(options: TrainOptions) -> None:
         f"{store.documents:,} documents, {store.tokens:,} tokens, {store.assistant_tokens:,} of them to predict{skipped}; "
         f"{len(held_out)} documents held out; {parameters:,} parameters to train", main,
     )  # fmt: skip
+    for line in lines:
+        _print(line, main)
     if not module.supports_packing:
         line = "does not separate packed documents: each is read in a row of its own, which is slower"
         _print(f"{target.name} {line}", main)

@@ -31,6 +31,8 @@ class DFlash(CheckpointFormat):
     """It holds blocks with one mask token, a root slot that predicts nothing, and no correction."""
 
     name, kind = "dflash", "block"
+    needs = "no draft vocabulary, one mask token, a root slot that predicts nothing"
+    loaded_by = "vLLM, SGLang"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the architecture or the section of the configuration."""

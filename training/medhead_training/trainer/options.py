@@ -66,7 +66,7 @@ class TrainOptions:
     batch_size: int = option(8, DATA, "rows per device and step", COUNT)
     gradient_accumulation_steps: int = option(1, DATA, "steps whose gradients are summed before an update", COUNT)
     epochs: int = option(4, TRAINING, "passes over the data", COUNT)
-    max_steps: int = option(0, TRAINING, "maximum number of updates (0: until the epochs end)", NOT_NEGATIVE)
+    max_steps: int = option(0, TRAINING, "maximum number of updates, which never adds to those of --epochs (0: until the epochs end)", NOT_NEGATIVE)
     loss: str = option("soft", TRAINING, "hard, soft, kl, reverse_kl, js, tv, lk or hybrid_lk", one_of(LOSSES))
     depth_decay: float = option(0.9, TRAINING, "weight of a depth relative to the one before", POSITIVE_FRACTION)
     random_depth: bool = option(True, TRAINING, "unroll to a random depth with these weights as probabilities, which is faster than weighting all depths")
