@@ -192,7 +192,7 @@ class Decoder:
         config: GenerationConfig = generation_config or self.model.generation_config
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
-        options.check_config(config)
+        options.check_config(config, self.model.generation_config)
         options.check_arguments(arguments)
         options.check_processors(processors)
         input_ids = input_ids.to(self.target.device)
@@ -203,7 +203,7 @@ class Decoder:
         pad, lengths = _pad_token(config), list[int]()
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
         stop_checker = StopChecker(limit, criteria=criteria, device=self.target.device)
-        params, processors = _sampling_params(config, processors, seed, limit)
+        params, processors = sampling_params(config, processors, seed, limit)
         local = is_local(processors)
 
         def on_tokens(sequence: Sequence, new: list[int], ended: bool) -> None:
@@ -326,7 +326,7 @@ class Decoder:
         )
 
 
-def _sampling_params(
+def sampling_params(
     config: GenerationConfig, processors: LogitsProcessorList, seed: int | None, limit: int
 ) -> tuple[SamplingParams, LogitsProcessorList]:
     """Return the sampling parameters of a generation, and the processors that are not part of them."""

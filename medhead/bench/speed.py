@@ -14,6 +14,7 @@ from medhead.compile import BACKENDS
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import generate_arguments
 from medhead.heads import load_heads
 from medhead.model.loading import DEMO_HEADS, pick_device
 from medhead.model.target import Target
@@ -59,7 +60,7 @@ def parser() -> Parser:
 
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
     """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
-    arguments = SamplingParams(args.max_new_tokens, args.temperature).generate_arguments()
+    arguments = generate_arguments(target.model, SamplingParams(args.max_new_tokens, args.temperature))
     shipped = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]
     folders = args.heads or shipped
     first: dict[str, Any] = {"heads": folders[0]} if folders else {}

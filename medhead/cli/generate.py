@@ -21,6 +21,7 @@ from medhead.cli.common import (
 from medhead.cli.terminal import TerminalPrinter
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 from medhead.model.loading import DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers.recycling import RecyclingProposer
 
@@ -65,11 +66,14 @@ def parser() -> Parser:
     text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
     text.add_argument("--system", help="system prompt (chat models)")
     text.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    how = options.add_argument_group("sampling")
+    how = options.add_argument_group(
+        "sampling", "an option that has no default takes the value of the model's generation_config.json"
+    )
     how.add_argument("--max-new-tokens", type=int, default=200, help="longest answer in tokens (default: 200)")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
-    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this probability mass")
-    how.add_argument("--top-k", type=int, help="keep this many most probable tokens")
+    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass; 1 keeps all")
+    how.add_argument("--top-k", type=int, help="keep this many most probable tokens; 0 keeps all")
+    how.add_argument("--repetition-penalty", type=float, help="divide the logits of earlier tokens by this; 1 is none")
     how.add_argument("--seed", type=int, default=0, help="same seed, same text, for every proposer (default: 0)")
     show = options.add_argument_group("output")
     show.add_argument("--check", action="store_true", help="compare with plain decoding token by token")
@@ -94,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     if args.compare:
         from medhead.cli.compare import compare
 
-        compare(decoder, ids, params.generate_arguments(), args.seed)
+        compare(decoder, ids, generate_arguments(decoder.model, params, tokenizer), args.seed)
         save_state(args, decoder)
     else:
         answer(args, params, decoder, tokenizer, inputs)
@@ -104,7 +108,7 @@ def answer(
     args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, inputs: torch.Tensor
 ) -> None:
     """Print the answer as it is decoded, or one JSON object, and what --check finds."""
-    arguments = {**params.generate_arguments(), "attention_mask": torch.ones_like(inputs)}
+    arguments = {**generate_arguments(decoder.model, params, tokenizer), "attention_mask": torch.ones_like(inputs)}
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
     decoder.on_pass = lambda row, new: printer.show(new)
     try:
