@@ -127,10 +127,11 @@ def override_generation_config(model: Any, given: str | None) -> None:
         raise MedheadError(f"{option} cannot be read ({one_line(error, 120)}); {allowed}") from None
 
 
-def recorded_fields(arguments: dict[str, Any], model: Any) -> dict[str, Any]:
-    """Return the fields of a generation that decide about its text, for a JSON file: the model's own and the arguments."""
-    left_out = {"transformers_version", "_from_model_config", "pad_token_id", *_WITHOUT_EFFECT, *_FORM}
-    own = model.generation_config.to_diff_dict()
-    fields = {name: value for name, value in (own | arguments).items() if name not in left_out and value is not None}
+def recorded_fields(model: Any, tokenizer: Any) -> dict[str, Any]:
+    """Return the fields of the model's generation configuration that decide about texts, for a JSON file."""
+    left_out = {"transformers_version", "_from_model_config", "bos_token_id", "pad_token_id", "max_new_tokens"}
+    left_out |= {"do_sample", "temperature", *_WITHOUT_EFFECT, *_FORM}
+    own = model.generation_config.to_diff_dict() | {"eos_token_id": end_tokens(model, tokenizer)}
+    fields = {name: value for name, value in own.items() if name not in left_out and value is not None}
     found: dict[str, Any] = json.loads(json.dumps(fields, sort_keys=True, default=str))
     return found

@@ -52,7 +52,7 @@ class SequencePreparer:
         tokenizer: its EOS token ends a text too.
 
     Attributes:
-        stop_strings: strings at which the model's generation configuration ends a text; the caller looks for them.
+        stop_strings: strings at which the model's generation configuration ends a text.
 
     Raises:
         MedheadError: the model's generation configuration asks for what medhead cannot do.
@@ -63,7 +63,7 @@ class SequencePreparer:
         # the lists of running sequences: those with one list are processed together
         self._shared: WeakValueDictionary[Hashable, LogitsProcessorList] = WeakValueDictionary()
         self.stop_strings = stop_strings(self._model)
-        self._prepare([0], SamplingParams(1))
+        self._prepare([0], SamplingParams(1), False)
 
     def new_sequence(self, prompt: list[int], params: SamplingParams, **fields: Any) -> Sequence:
         """Return a sequence that has only its limit; `prepare` completes it, in the thread that decodes."""
@@ -75,13 +75,13 @@ class SequencePreparer:
 
         Args:
             sequence: one that `new_sequence` made.
-            stops_at: see `StopChecker`.
+            stops_at: see `StopChecker`; it looks for the stop strings too. None looks for them as transformers does.
 
         Raises:
             MedheadError: the model's generation configuration asks for what medhead cannot do.
         """
         params, limit = sequence.params, sequence.stop_checker.limit
-        found = self._prepare(sequence.prompt_ids, params)
+        found = self._prepare(sequence.prompt_ids, params, stops_at is None)
         sequence.stop_checker = StopChecker(limit, (), found.criteria, self._target.device, stops_at)
         sequence.params, processors = sampling_params(found.config, found.processors, params.seed, limit)
         sequence.local = is_local(processors)
@@ -90,9 +90,10 @@ class SequencePreparer:
         sequence.processors = processors
         return sequence
 
-    def _prepare(self, prompt: list[int], params: SamplingParams) -> PreparedGeneration:
-        arguments = generate_arguments(self._model, params, self._tokenizer) | {"stop_strings": None}
-        arguments.pop("tokenizer", None)
+    def _prepare(self, prompt: list[int], params: SamplingParams, with_strings: bool) -> PreparedGeneration:
+        arguments = generate_arguments(self._model, params, self._tokenizer)
+        if not with_strings and arguments.pop("tokenizer", None) is not None:
+            arguments["stop_strings"] = None
         ids, prepared = torch.tensor([prompt], device=self._target.device), PreparedGeneration()
         try:
             self._model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=prepared, **arguments)

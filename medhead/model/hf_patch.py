@@ -29,7 +29,7 @@ def patch_generate(model: nn.Module) -> None:
     def extract(
         custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> Any:
-        self = reference()
+        self: Any = reference()
         given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
         found = getattr(type(self), _NAME)(self, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "takes_streamer", False):

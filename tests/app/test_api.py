@@ -239,7 +239,10 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "banana": 5}]}, "messages[0].banana", "unsupported_parameter"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
         (
             {
                 "messages": [
