@@ -63,7 +63,7 @@ class SequencePreparer:
         # the lists of running sequences: those with one list are processed together
         self._shared: WeakValueDictionary[Hashable, LogitsProcessorList] = WeakValueDictionary()
         self.stop_strings = stop_strings(self._model)
-        self._prepare([0], SamplingParams(1), False)
+        self._prepare([0], SamplingParams(1, min_new_tokens=0), False)  # raises now, not at the first sequence
 
     def new_sequence(self, prompt: list[int], params: SamplingParams, **fields: Any) -> Sequence:
         """Return a sequence that has only its limit; `prepare` completes it, in the thread that decodes."""

@@ -346,7 +346,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "no JSON": (["--prompts", "{broken}"], "line 1 is not JSON"),
     "a refused role": (
         ["--prompts", "{roles}"],
-        "line 1: the model.s chat template refuses these messages: roles are system",
+        "line 1: the model's chat template refuses these messages: roles are system",
     ),
     "count": (["--num-answers", "0"], "--num-answers must be at least 1"),
     "batch": (["--batch-size", "0"], "--batch-size must be"),
