@@ -141,7 +141,7 @@ def test_texts_end_at_the_tokens_of_tokenizer_and_configuration(
     text = serve(Decoder(small, "none"), tokenizer, [request])[0]
     places = [text.index(token) for token in dict.fromkeys(text)]  # where tokens occur first
     small.generation_config.eos_token_id = [text[places[5]], 2]
-    assert end_tokens(small, tokenizer) == [text[places[5]], 299, tokenizer.eos_token_id]
+    assert end_tokens(small, tokenizer) == [text[places[5]], 2, tokenizer.eos_token_id]
     assert serve(Decoder(small, "none"), tokenizer, [request])[0] == text[: places[5] + 1]
     eos, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(text[places[3]])
     try:
