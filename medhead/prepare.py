@@ -90,6 +90,7 @@ class SequencePreparer:
         sequence.processors = processors
         return sequence
 
+    @torch.inference_mode(False)  # captured steps run outside of inference mode, and use the processors' tensors
     def _prepare(self, prompt: list[int], params: SamplingParams, with_strings: bool) -> PreparedGeneration:
         arguments = generate_arguments(self._model, params, self._tokenizer)
         if not with_strings and arguments.pop("tokenizer", None) is not None:
