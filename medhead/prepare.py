@@ -83,8 +83,10 @@ class SequencePreparer:
         params, limit = sequence.params, sequence.stop_checker.limit
         found = self._prepare(sequence.prompt_ids, params, stops_at is None)
         sequence.stop_checker = StopChecker(limit, (), found.criteria, self._target.device, stops_at)
-        sequence.params, processors = sampling_params(found.config, found.processors, params.seed, limit)
-        sequence.local = is_local(processors)
+        sequence.local = is_local(found.processors)
+        sequence.params, processors = sampling_params(
+            found.config, found.processors, params.seed, limit, sequence.local
+        )
         if sequence.local:
             processors = self._shared.setdefault(signature(processors), processors)
         sequence.processors = processors
@@ -103,5 +105,4 @@ class SequencePreparer:
         except (ValueError, TypeError) as error:
             raise MedheadError(f"the model's generation configuration cannot be used: {one_line(error, 200)}") from None
         options.check_config(prepared.config, self._model.generation_config)
-        options.check_processors(prepared.processors)
         return prepared

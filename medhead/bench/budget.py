@@ -18,7 +18,7 @@ from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
-from medhead.model.loading import DEMO_HEADS
+from medhead.model.named_models import default_heads
 from medhead.model.target import Target
 
 PLAIN, AUTO = "plain", "automatic"
@@ -145,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and report."""
     harness.check_options(args, tree_sizes=(2, 256))
     target = harness.load_target(args, args.dtype, ignore_eos=True)
-    folder: Any = args.heads or (None if args.model else DEMO_HEADS)
+    folder: Any = args.heads or default_heads(args.model)
     heads = None if folder is None else load_heads(folder, target)
     prompts = harness.load_prompts(args, target.context)
     found, rows = scenarios(target, prompts, heads), []

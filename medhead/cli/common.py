@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
+    "gguf": "gguf", "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
     "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
@@ -137,9 +137,11 @@ def add_model_options(group: Any) -> None:
     from medhead.model.target import ATTENTIONS
     from medhead.proposers import PROPOSERS
 
-    group.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    group.add_argument(
+        "--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)"
+    )
     group.add_argument("--heads", help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the "
-                       "model's own checkpoint (default: the demo heads with the demo model)")  # fmt: skip
+                       "model's own checkpoint (default: those that medhead ships for the model)")  # fmt: skip
     group.add_argument("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: hybrid)")
     group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     group.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend (default: auto)")
@@ -201,11 +203,11 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     from medhead.decoder import Decoder
     from medhead.generation_config import override_generation_config
     from medhead.heads.adapter import adapts_target, heads_of, load_adapted
-    from medhead.model.loading import DEMO_HEADS
+    from medhead.model.named_models import default_heads
 
     owner, options = proposer_options(args, tokenizer)
     override_generation_config(model, getattr(args, "generation_config", None))
-    folder = args.heads or (str(DEMO_HEADS) if args.model is None else None)
+    folder = args.heads or default_heads(args.model)
     step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
     proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")
     heads: Any = folder if proposer in ("heads", "hybrid") else None

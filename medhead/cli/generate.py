@@ -22,7 +22,7 @@ from medhead.cli.terminal import TerminalPrinter
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.generation_config import generate_arguments
-from medhead.model.loading import DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.proposers.recycling import RecyclingProposer
 
 STEPS = ("loop", "graph", "compiled")  # the ways to run a step that users can choose; see `medhead.compile`
@@ -89,10 +89,10 @@ def run(args: argparse.Namespace) -> None:
     params = sampling_params(args)
     check_tree_option(args)
     prompt = read_prompt(args)
-    device, name = pick_device(args.device), args.model or DEMO_MODEL
-    dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(name, args.trust_remote_code)
+    device = pick_device(args.device)
+    dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(args.model, args.trust_remote_code)
     ids = encode_chat(tokenizer, prompt, args.system, args.raw)
-    decoder = make_decoder(args, load_model(name, device, dtype, args.trust_remote_code), tokenizer)
+    decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code), tokenizer)
     decoder.warmup()  # its time does not count as time of the answer
     inputs = torch.tensor([ids], device=device)
     if args.compare:

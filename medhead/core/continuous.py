@@ -5,13 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 
-import torch
-
 from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
 
 
-@torch.inference_mode()
 def decode_stream(loop: DecodeLoop, sequences: Iterator[Sequence], batch_size: int) -> Iterator[Sequence]:
     """Decode sequences, at most `batch_size` at a time, and yield each as it ends.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ _WARPERS = (
 )
 
 
-def is_local(processors: LogitsProcessorList) -> bool:
+def is_local(processors: Iterable[Any]) -> bool:
     """Return whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
     return all(type(processor) in _LOCAL for processor in processors)
 

@@ -49,13 +49,17 @@ class Sequence:
 
         Args:
             tokens: what the pass emitted.
-            scores: processed scores `[vocab]` of each token, for criteria that look at them.
+            scores: processed scores `[vocab]` of each token, if they are recorded.
         """
         text = self.prompt_ids + self.output_ids
-        taken, ended = self.stop_checker.take(text, len(self.output_ids), tokens, scores)
+        self.scores += scores or []
+        taken, ended = self.stop_checker.take(
+            text, len(self.output_ids), tokens, None if scores is None else self.scores
+        )
         self.passes += 1
         self.output_ids += taken
         self.token_ids += taken
+        del self.scores[len(self.output_ids) :]
         if self.on_tokens is not None:
             self.on_tokens(self, taken, ended)
         return ended

@@ -52,7 +52,7 @@ class Engine:
     """Serves requests in batches, each with exactly the text it would get alone.
 
     Args:
-        decoder: what decodes; its proposer serves requests that name none. The engine's thread alone may use it.
+        decoder: what decodes; its proposer serves requests that name none. Of one engine alone.
         tokenizer: for stop strings and the text of outputs.
         heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder; the decoder's if None.
         max_rows: most requests decoded at a time, all batches together.
@@ -61,6 +61,9 @@ class Engine:
 
     Fields of the model's generation configuration (penalties, bans, end tokens, ...) hold where a request's sampling
     parameters are None. The tokenizer's EOS token ends a text too.
+
+    Other threads may call decoders of the same model, this one too, and `model.generate`. A decoder's generation waits for the
+    running step; until it ends, the requests wait.
 
     Attributes:
         listeners: called in the engine's thread with request and result as each request ends.
@@ -115,9 +118,14 @@ class Engine:
 
         Raises:
             Stopped: it runs already.
+            MedheadError: the decoder serves another engine.
         """
         if self._thread is not None:
             raise Stopped("the engine was started already")
+        with self.target.lock:  # a generation with the decoder's own proposer ends first
+            if self.decoder.is_serving:
+                raise MedheadError("the decoder serves an engine already; make a Decoder for each engine")
+            self.decoder.is_serving = True
         self._running, ready = True, threading.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="medhead-engine", daemon=True)
         self._thread.start()
@@ -173,12 +181,12 @@ class Engine:
 
     # ---------------------------------------------------------------- the thread
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, ready: threading.Event) -> None:
         try:
             self.decoder.warmup(self.max_rows)
         except Exception as error:
-            self._failed, self._running = error, False
+            self._failed, self._running, self.decoder.is_serving = error, False, False
             return
         finally:
             ready.set()
@@ -190,10 +198,11 @@ class Engine:
 
     def _turn(self) -> bool:
         """Let requests leave and join, then run one step; return False when the engine is closed."""
+        if self.target.lock.contended:
+            self._deactivate()  # threads that wait for the model go first
         with self._awake:
             if self._running and not self._waiting and not self._states:
-                self._active.close()  # no request is served: the model is left as it was
-                self._reading = None
+                self._deactivate()  # no request is served: the model is left as it was
                 self._awake.wait()
             if not self._running:
                 return False
@@ -292,10 +301,13 @@ class Engine:
         """Make passes keep the features that the batch's proposer reads."""
         reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
         if reading != self._reading:
-            self._active.close()
-            self._reading = None
+            self._deactivate()
             self._active.enter_context(reading[0].active(reading[1]))
             self._reading = reading
+
+    def _deactivate(self) -> None:
+        self._active.close()
+        self._reading = None
 
     def _guarded(
         self, batch: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
@@ -327,7 +339,8 @@ class Engine:
         state.handle.end(error)
 
     def _shut_down(self) -> None:
-        self._active.close()
+        self._deactivate()
+        self.decoder.is_serving = False
         with self._awake:
             self._running = False
             states = [*self._states.values(), *self._waiting]

@@ -106,7 +106,7 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     """
     if not request.prompt:
         raise MedheadError("the prompt is empty: give at least one token")
-    vocabulary = int(target.embedding.num_embeddings)
+    vocabulary = target.num_embeddings
     low, high = min(request.prompt), max(request.prompt)
     if low < 0 or high >= vocabulary:
         raise MedheadError(f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}")

@@ -501,7 +501,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
         patch.setattr(MuonAdamW, "step", breaking)
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert re.search(r"weight is not finite after step 6: .* resumes from checkpoint-3", line)
-    assert names_in(output / "run") == {"checkpoint-3", "logs", "tokens", "options.json", "data.json"}
+    assert names_in(output / "run") == {"checkpoint-3", "features", "logs", "tokens", "options.json", "data.json"}
     assert run(command(folders, data, output, *HEADS), capsys)[0] == 0
 
 
@@ -522,7 +522,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert "the checkpoint of step 6 cannot be written" in line
     assert "free some space and start again: the run resumes from checkpoint-3" in line
-    assert names_in(output / "run") == {"checkpoint-3", "logs", "tokens", "options.json", "data.json"}
+    assert names_in(output / "run") == {"checkpoint-3", "features", "logs", "tokens", "options.json", "data.json"}
 
 
 def test_a_disk_that_is_full_at_the_end(

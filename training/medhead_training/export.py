@@ -77,7 +77,9 @@ def parser() -> Parser:
     options = Parser(prog="medhead export", description=description, epilog=EXAMPLES)
     add = options.add_argument
     add("--heads", type=Path, required=True, help="heads checkpoint folder")
-    add("--model", required=True, help="folder or hub id of the model that the heads belong to")
+    add(
+        "--model", required=True, help="the model that the heads belong to: model folder, hub id, GGUF file, or smollm2"
+    )
     add("--format", required=True, choices=sorted(FORMATS), help="checkpoint format to write")
     add("--output", type=Path, required=True, help="folder to write; it must be empty or missing")
     add("--dtype", default="float32", choices=sorted(DTYPES), help="type of the weights (default: float32)")

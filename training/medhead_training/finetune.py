@@ -22,13 +22,15 @@ from medhead.generation_config import end_tokens
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
+from medhead.model.eval_mode import eval_mode
 from medhead.model.loading import DTYPES, load_tokenizer, pick_device
 from medhead.model.target import Target
 from medhead_training.data.packing import PackedDataset
 from medhead_training.data.token_store import TokenStore, prepare_tokens
 from medhead_training.objective.builders import load_target, make_heads, wrap_for_training
+from medhead_training.objective.kept_features import keep_features, remove_features
 from medhead_training.objective.measure import Document, measure_accuracy
-from medhead_training.objective.module import HeadsModule, eval_mode
+from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.tree_eval import HeadAccuracy
 from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions, add_options, read_options
@@ -162,6 +164,7 @@ def run(options: TrainOptions) -> None:
     if not module.supports_packing:
         line = "does not separate packed documents: each is read in a row of its own, which is slower"
         _print(f"{target.name} {line}", main)
+    keep_features(module, rows, folder, arguments.world_size, main)
     if main and options.tensorboard:
         log_to_tensorboard(trainer, folder / "logs")
     checkpoint = last_checkpoint(folder)
@@ -182,6 +185,7 @@ def run(options: TrainOptions) -> None:
         "init_from": str(options.init_from or ""),
     }  # fmt: skip
     write_results(output, wrapped, heads, measured, facts, DTYPES[options.save_dtype])
+    remove_features(folder)
 
 
 def write_results(

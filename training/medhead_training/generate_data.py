@@ -38,7 +38,7 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generation_config import end_tokens, recorded_fields
-from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
 from medhead_training.data.prompts import cycle_prompts, encode_prompt, scan_prompts
@@ -94,7 +94,7 @@ def parser() -> Parser:
     add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     decoding = options.add_argument_group("decoding")
     add = decoding.add_argument
-    add("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    add("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)")
     add("--heads", help="folder of a heads checkpoint")
     add("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: heads if given, else none)")
     add("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
@@ -204,7 +204,7 @@ def run(args: argparse.Namespace) -> None:
             f"--num-answers {args.num_answers} repeats the {number} prompts, and greedy decoding (--temperatures 0) would "
             "repeat the answers; give temperatures above 0 or more prompts"
         )
-    name = args.model or DEMO_MODEL
+    name = args.model
     args.proposer = args.proposer or ("heads" if args.heads else "none")
     tokenizer = load_tokenizer(name, args.trust_remote_code)
     if args.system is not None and not tokenizer.chat_template:

@@ -112,7 +112,7 @@ def _refuse_variants(reader: CheckpointReader) -> None:
 
 def _mask(reader: CheckpointReader, token: Any, target: Target) -> tuple[int, Tensor]:
     """Return the mask's token id and the target's embedding of it."""
-    count = target.embedding.weight.shape[0]
+    count = target.num_embeddings
     if not isinstance(token, int) or not 0 <= token < count:
         raise reader.error(f"mask_token_id in config.json must be a token from 0 to {count - 1}, got {token!r}")
     row = embedding_row(target, token)

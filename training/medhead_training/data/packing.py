@@ -6,8 +6,9 @@ alone, so row i is a function of (seed, i) and training resumes exactly.
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from medhead.errors import MedheadError
+from medhead_training.data.feature_store import FeatureStore
 from medhead_training.data.token_store import TokenStore
 
 WINDOW = 4096  # pieces that are packed together
@@ -46,8 +48,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
 
     A row is a dictionary of `input_ids` (int64), `mask` (bool, tokens of the assistant), `document` (int64, index of the
     document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
-    Documents longer than `length` are cut into pieces, which count as documents of their own.
+    Documents longer than `length` are cut into pieces, which count as documents of their own. With `kept`, the store of
+    what the target says about all pieces, a row also has its arrays, `[length, size]`, zero for padding.
     """
+
+    kept: FeatureStore | None = None
 
     def __init__(
         self, store: TokenStore, documents: Sequence[int] | np.ndarray, length: int,
@@ -65,6 +70,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         number = np.arange(pieces.sum()) - np.repeat(np.cumsum(pieces) - pieces, pieces)  # of a piece in its document
         self._starts = np.repeat(starts, pieces) + number * length
         self._sizes = np.minimum(length, np.repeat(sizes, pieces) - number * length)
+        self._offsets = np.cumsum(self._sizes) - self._sizes  # tokens of the pieces before each
         self._plans: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         rows = [len(self._plan(epoch)[1]) - 1 for epoch in range(epochs)]
         self._first = np.concatenate([[0], np.cumsum(rows)])  # row at which each epoch begins
@@ -99,15 +105,36 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         row = index - int(self._first[epoch])
         input_ids, document = np.full(self.length, self.pad_token, np.int64), np.full(self.length, -1, np.int64)
         mask, position_ids = np.zeros(self.length, np.bool_), np.zeros(self.length, np.int64)
-        at = 0
+        kept, at = self._empty_arrays(), 0
         for number, piece in enumerate(order[bounds[row] : bounds[row + 1]]):
             start, size = int(self._starts[piece]), int(self._sizes[piece])
             here = slice(at, at + size)
             input_ids[here], mask[here] = self.store.read(start, start + size)
             document[here], position_ids[here] = number, np.arange(size)
+            offset = int(self._offsets[piece])
+            for name, values in kept.items():
+                assert self.kept is not None
+                values[here] = self.kept.read(name, offset, offset + size)
             at += size
         arrays = {"input_ids": input_ids, "mask": mask, "document": document, "position_ids": position_ids}
-        return {name: torch.from_numpy(values) for name, values in arrays.items()}
+        return {name: torch.from_numpy(values) for name, values in arrays.items()} | kept
+
+    def fingerprint(self) -> str:
+        """Return a hash of the store's name and of the pieces."""
+        return hashlib.sha256(
+            self.store.folder.name.encode() + self._starts.tobytes() + self._sizes.tobytes()
+        ).hexdigest()
+
+    def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield token ids and mask of every piece, in the order of the documents."""
+        for start, size in zip(self._starts.tolist(), self._sizes.tolist(), strict=True):
+            yield self.store.read(start, start + size)
+
+    def _empty_arrays(self) -> dict[str, Tensor]:
+        parts = None if self.kept is None else self.kept.parts
+        return (
+            {} if parts is None else {n: torch.zeros(self.length, s, dtype=parts.dtype) for n, s in parts.sizes.items()}
+        )
 
     def _plan(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._plans:  # the pieces in row order, and the bounds of every row among them

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medhead.heads import Heads
+from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
 from medhead_training.objective.chunked import chunked_loss, mean_output, soft_by_mean
 from medhead_training.objective.losses import depth_weights
@@ -58,23 +58,29 @@ class HeadsModule(nn.Module):
         return self
 
     def forward(
-        self, input_ids: Tensor, mask: Tensor, document: Tensor, position_ids: Tensor, seed: int
-    ) -> dict[str, Tensor]:
+        self, input_ids: Tensor, mask: Tensor, document: Tensor, position_ids: Tensor, seed: int,
+        features: Tensor | None = None, teacher: Tensor | None = None,
+    ) -> dict[str, Tensor]:  # fmt: skip
         """Return `loss` (a scalar) and the numbers of the progress bar; anchors and depth depend on `seed`.
 
-        The tensors are a `PackedBatch` and its position ids, which separate documents in the target's attention.
+        The tensors are a `PackedBatch` and its position ids, which separate documents in the target's attention. With
+        `features` `[rows, length, feature_size]` and `teacher` (see `teacher_of`), which is the same as `features` if not
+        given, the target is not run.
         """
         options, batch = self.options, PackedBatch(input_ids, mask, document)
         generator = torch.Generator().manual_seed(seed)
         trains_target = options.recipe != "heads"
-        with torch.set_grad_enabled(trains_target and torch.is_grad_enabled()):
-            hidden, features = self.target_states(batch, position_ids)
+        if features is None:
+            with torch.set_grad_enabled(trains_target and torch.is_grad_enabled()):
+                hidden, features = self.target_states(batch, position_ids)
+            teacher = self.teacher_of(hidden.detach(), batch)
+        teacher = features if teacher is None else teacher
         depth, weights = self.sample_depth(generator)
         anchors, valid = sample_anchors(batch, options.anchor_fraction, generator)
         dtype = next(self.heads.parameters()).dtype  # the target's may differ
         features, embed = features.to(dtype), self.target.embed
         levels = unroll(self.heads, batch, features, lambda ids: embed(ids).to(dtype), anchors, valid, depth)
-        loss, hits, tried = self.heads_loss(levels, batch, hidden.detach(), weights)
+        loss, hits, tried = self.heads_loss(levels, batch, teacher, weights)
         result = {"heads_loss": loss.detach(), "hits": hits, "tried": tried}
         if trains_target and options.preservation_weight:
             divergence = self._preservation(batch, hidden, position_ids)
@@ -96,6 +102,17 @@ class HeadsModule(nn.Module):
             packed = [e.index_put((places[inside],), part[inside]) for e, part in zip(empty, unpacked, strict=True)]
             return packed[0].view(*batch.ids.shape, -1), packed[1].view(*batch.ids.shape, -1)
 
+    def teacher_of(self, hidden: Tensor, batch: PackedBatch) -> Tensor:
+        """Return what the loss needs of the target at every position, `[rows, length, hidden]`.
+
+        It is the mean output row for the loss `soft`, zero where no token is to be predicted, else the last hidden state.
+        """
+        if self.options.loss != "soft":
+            return hidden
+        mean, needed = torch.zeros_like(hidden), batch.predictable(1)
+        mean[needed] = mean_output(hidden[needed], self.output, self.bias)
+        return mean
+
     def sample_depth(self, generator: torch.Generator) -> tuple[int, Tensor]:
         """Return the number of levels of this step and their weights, which sum to 1 in the mean over steps."""
         full, decay = self.heads.config.depth, self.options.depth_decay
@@ -108,20 +125,19 @@ class HeadsModule(nn.Module):
     def heads_loss(
         self, levels: Iterator[DraftLevel], batch: PackedBatch, teacher: Tensor, weights: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the weighted loss over depths, and per depth the top-1 hits and how many anchors were compared."""
+        """Return the weighted loss over depths, and per depth the top-1 hits and how many anchors were compared.
+
+        `teacher` is that of `teacher_of`.
+        """
         total = teacher.new_zeros((), dtype=torch.float32)
         hits, tried = torch.zeros(2, self.heads.config.depth, device=teacher.device)
-        mean = torch.zeros_like(teacher) if self.options.loss == "soft" else None  # [rows, length, hidden]
-        if mean is not None:
-            needed = batch.predictable(1)
-            mean[needed] = mean_output(teacher[needed], self.output, self.bias)
         for depth, level in enumerate(levels):
             rows, at, drafted = level.rows, level.at, level.features
             labels = self.draft_index[batch.ids[rows, at + 1]]
             kept = labels >= 0  # a token outside the draft vocabulary cannot be predicted
             per_token = kept.float() / kept.sum().clamp(min=1)
-            if mean is not None:
-                loss = soft_by_mean(drafted, mean[rows, at], self.output, bias=self.bias, weights=per_token)
+            if self.options.loss == "soft":
+                loss = soft_by_mean(drafted, teacher[rows, at], self.output, bias=self.bias, weights=per_token)
             else:
                 loss = chunked_loss(
                     self.options.loss, drafted, self.output, bias=self.bias, teacher_hidden=teacher[rows, at],
@@ -164,7 +180,7 @@ def unpacked_positions(batch: PackedBatch) -> Tensor:
 def separates_documents(target: Target) -> bool:
     """Return whether position ids that restart at 0 keep packed documents apart in this target, as in most models."""
     generator = torch.Generator().manual_seed(0)
-    high = min(target.vocab_size, int(target.embedding.num_embeddings))
+    high = min(target.vocab_size, target.num_embeddings)
     ids = torch.randint(0, high, (1, 12), generator=generator).to(target.device)
     positions = torch.arange(6, device=target.device).repeat(2)[None]
     with eval_mode(target.model), target.listening():
@@ -177,14 +193,3 @@ def draft_columns(tokens: Tensor | None, vocab: int, device: torch.device) -> Te
     """Return each token's column in the heads' logits `[vocab]`, -1 outside the draft vocabulary (None: all tokens)."""
     columns = torch.arange(vocab, device=device)
     return columns if tokens is None else torch.full_like(columns, -1).scatter(0, tokens, columns[: len(tokens)])
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation mode within the context."""
-    before = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(before)

@@ -46,7 +46,7 @@ class TrainOptions:
     """Everything that determines a run. None means that the value is derived from the target."""
 
     # fmt: off
-    model: str = option("", RUN, "model folder or hub id of the target")
+    model: str = option("", RUN, "model folder, hub id, GGUF file, or smollm2: the target")
     data: list[str] = option([], RUN, "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset", nargs="+")
     output: str = option("", RUN, "folder for checkpoints and the finished heads")
     recipe: str = option("heads", RUN, "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target", choices=("heads", "joint", "qlora"))
@@ -79,6 +79,8 @@ class TrainOptions:
     seed: int = option(0, TRAINING, "seed of everything random", SEED)
     device: str = option("auto", TRAINING, "cpu, cuda, ... (CUDA if there is one)")
     dtype: str = option("auto", TRAINING, "dtype of the target: float32, bfloat16 or float16 (float32 on a CPU)", choices=("auto", *DTYPES))
+    features: str = option("auto", TRAINING, "keep: run a frozen target over the text once and keep what heads and loss need of it in the run folder until the heads are finished; recompute: run the target in every step; auto: keep in one process if there is more than 1 epoch and the disk has twice the room", choices=("auto", "keep", "recompute"))
+    feature_dtype: str = option("bfloat16", TRAINING, "dtype of what is kept of the target", choices=("bfloat16", "float32"))
     gradient_checkpointing: bool = option(False, TRAINING, "recompute the target's layers in the backward pass (joint, qlora)")
     trust_remote_code: bool = option(False, TRAINING, "run Python code that comes with the model")
     shard: bool = option(False, TRAINING, "shard the frozen target over the processes, if it does not fit one GPU (recipe heads)")
@@ -109,6 +111,10 @@ class TrainOptions:
             raise _not_allowed("seq_len", self.seq_len, f"at least {self.depth + 2}, 2 more than --depth")
         if self.shard and self.recipe != "heads":
             raise _not_allowed("recipe", self.recipe, "heads with --shard")
+        if self.features == "keep" and (self.shard or self.recipe != "heads"):
+            raise _not_allowed(
+                "features", self.features, "auto or recompute with --shard and with a target that is trained"
+            )
 
 
 def _flag(name: str) -> str:
