@@ -207,7 +207,7 @@ class Decoder:
         config: GenerationConfig = generation_config or self.model.generation_config
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
-        options.check_config(config)
+        options.check_config(config, self.model.generation_config)
         options.check_arguments(arguments)
         input_ids = input_ids.to(self.target.device)
         options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
@@ -223,7 +223,7 @@ class Decoder:
             show_scores = keep and bool(config.output_scores)
             lockstep = Lockstep(input_ids, processors, criteria, pad, stop_checker, show_scores)
         local = is_local(processors) and lockstep is None
-        params, processors = _sampling_params(config, processors, seed, limit, local)
+        params, processors = sampling_params(config, processors, seed, limit, local)
 
         def on_tokens(sequence: Sequence, new: list[int], ended: bool) -> None:
             lengths.append(len(new))
@@ -354,7 +354,7 @@ class Decoder:
         )
 
 
-def _sampling_params(
+def sampling_params(
     config: GenerationConfig, processors: LogitsProcessorList, seed: int | None, limit: int, local: bool
 ) -> tuple[SamplingParams, LogitsProcessorList]:
     """Return the sampling parameters of a generation, and the processors that are not part of them."""

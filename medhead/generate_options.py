@@ -48,8 +48,12 @@ _IGNORED_ARGUMENTS = {
 }
 
 
-def check_config(config: GenerationConfig) -> None:
+def check_config(config: GenerationConfig, own: GenerationConfig) -> None:
     """Refuse what cannot be honoured.
+
+    Args:
+        config: of this generation.
+        own: the model's; the error says so if the value is its.
 
     Raises:
         MedheadError: names the field, its value, and what to do.
@@ -57,6 +61,9 @@ def check_config(config: GenerationConfig) -> None:
     for name, (off, advice) in _REFUSED.items():
         value = getattr(config, name, None)
         if value not in off:
+            if getattr(own, name, None) == value:
+                advice += f"; the model's generation configuration asks for it: pass {name}={off[-1]!r}"
+                advice += ", or on the command line --generation-config none"
             raise MedheadError(f"{name}={value!r} is not supported: {advice}")
     if config.use_cache is False:
         raise MedheadError("use_cache=False is not supported: a tree is verified against a cache")

@@ -23,6 +23,7 @@ from medhead.bench.task_prompts import Truncation, encode_task, read_tasks
 from medhead.cli.common import run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 from medhead.model.loading import load_tokenizer
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
@@ -60,7 +61,7 @@ def parser() -> Any:
 
 def methods_of(args: argparse.Namespace, target: Target, temperature: float, rows: int) -> list[Method]:
     """Return all systems for one temperature and batch size; medhead's plain decoding is the first."""
-    arguments, seed = SamplingParams(args.max_new_tokens, temperature).generate_arguments(), args.seed
+    arguments, seed = generate_arguments(target.model, SamplingParams(args.max_new_tokens, temperature)), args.seed
 
     def medhead(name: str, proposer: str, step: str = "loop", **options: Any) -> Method:
         def make() -> Decoder:

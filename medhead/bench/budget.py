@@ -16,6 +16,7 @@ from medhead.bench.measure import Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.model.named_models import default_heads
 from medhead.model.target import Target
@@ -71,7 +72,7 @@ def random_heads(heads: Heads, seed: int) -> Heads:
 
 def methods_of(target: Target, scenario: Scenario, sizes: list[int], max_new_tokens: int) -> list[Method]:
     """Return plain decoding, the automatic tree size, and trees of fixed sizes."""
-    arguments = SamplingParams(max_new_tokens, scenario.temperature).generate_arguments()
+    arguments = generate_arguments(target.model, SamplingParams(max_new_tokens, scenario.temperature))
 
     def hybrid(name: str, tree_size: int | None) -> Method:
         return Method(name, arguments, Decoder(target, "hybrid", heads=scenario.heads, tree_size=tree_size))

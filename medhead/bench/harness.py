@@ -22,8 +22,9 @@ from tqdm import tqdm
 from medhead import __version__
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, check_range
+from medhead.cli.common import Parser, add_generation_config_option, check_range
 from medhead.errors import MedheadError
+from medhead.generation_config import end_tokens, override_generation_config
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.named_models import DEMO
 from medhead.model.target import Target
@@ -50,6 +51,7 @@ def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int 
     forms = "JSON lines with messages, prompt, question, turns or text"
     options.add_argument("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model)")
     options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_generation_config_option(options)
     if num_prompts is None:
         options.add_argument("--prompts", required=True, help=f"{forms}, and category, the task")
     else:
@@ -78,12 +80,18 @@ def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> No
 
 
 def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) -> Target:
-    """Load the model that the options name."""
+    """Load the model that the options name; its texts also end at the EOS token of its tokenizer."""
     device = pick_device(args.device)
     model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code)
-    if ignore_eos:
-        model.generation_config.eos_token_id = None
+    prepare_texts(args, model, ignore_eos)
     return Target(model)
+
+
+def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:
+    """Make the model's generation configuration that of the options and of its tokenizer."""
+    override_generation_config(model, args.generation_config)
+    tokenizer = None if ignore_eos else load_tokenizer(args.model, args.trust_remote_code)
+    model.generation_config.eos_token_id = None if ignore_eos else end_tokens(model, tokenizer) or None
 
 
 def load_prompts(args: argparse.Namespace, context: int) -> Prompts:

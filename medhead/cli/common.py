@@ -103,7 +103,8 @@ def _name_options() -> Iterator[None]:
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Return the sampling parameters that the options ask for, or raise a MedheadError that names the option."""
     with _name_options():
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=args.seed)
+        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed}
+        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, **given)
     if params.greedy and (args.top_p is not None or args.top_k is not None):
         raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")
     return params
@@ -124,6 +125,13 @@ def add_device_options(group: Any, dtype: str = "auto") -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
+def add_generation_config_option(group: Any) -> None:
+    """Add --generation-config."""
+    group.add_argument("--generation-config", metavar="WHAT", help="none: ignore the model's generation_config.json but "
+                       "its special tokens; a folder or hub id: take that one's; a JSON object: change these fields, as "
+                       """'{"repetition_penalty": 1.0}' (default: the model's)""")  # fmt: skip
+
+
 def add_model_options(group: Any) -> None:
     """Add the options of model, heads, proposer and device that every decoding command has."""
     group.add_argument(
@@ -137,6 +145,7 @@ def add_model_options(group: Any) -> None:
     group.add_argument("--packed", action=argparse.BooleanOptionalAction,
                        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
                        "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip
+    add_generation_config_option(group)
     add_device_options(group)
 
 
@@ -189,10 +198,12 @@ def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | No
 def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:
     """Build the decoder that the options ask for, or raise a MedheadError if they contradict each other."""
     from medhead.decoder import Decoder
+    from medhead.generation_config import override_generation_config
     from medhead.heads.adapter import adapts_target, heads_of, load_adapted
     from medhead.model.named_models import default_heads
 
     owner, options = proposer_options(args, tokenizer)
+    override_generation_config(model, getattr(args, "generation_config", None))
     folder = args.heads or default_heads(args.model)
     step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
     proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")

@@ -67,11 +67,14 @@ def parser() -> Parser:
     text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
     text.add_argument("--system", help="system prompt (chat models)")
     text.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    how = options.add_argument_group("sampling")
+    how = options.add_argument_group(
+        "sampling", "an option that has no default takes the value of the model's generation_config.json"
+    )
     how.add_argument("--max-new-tokens", type=int, default=200, help="longest answer in tokens (default: 200)")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
-    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this probability mass")
-    how.add_argument("--top-k", type=int, help="keep this many most probable tokens")
+    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass; 1 keeps all")
+    how.add_argument("--top-k", type=int, help="keep this many most probable tokens; 0 keeps all")
+    how.add_argument("--repetition-penalty", type=float, help="divide the logits of earlier tokens by this; 1 is none")
     how.add_argument("--seed", type=int, default=0, help="same seed, same text, for every proposer (default: 0)")
     show = options.add_argument_group("output")
     show.add_argument("--check", action="store_true", help="compare with plain decoding token by token")
@@ -98,7 +101,7 @@ def run(args: argparse.Namespace) -> None:
     decoder.warmup()  # its time does not count as time of the answer
     result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
     if args.compare:
-        result["compare"] = compare(args, params, decoder, ids)
+        result["compare"] = compare(args, params, decoder, tokenizer, ids)
     save_state(args, decoder)
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
@@ -109,8 +112,10 @@ def answer(
 ) -> dict[str, Any]:
     """Print the answer as it is decoded and what --check finds, or print nothing with --json; return its JSON object."""
     from medhead.cli.terminal import TerminalPrinter
+    from medhead.generation_config import generate_arguments
 
-    arguments = {**params.generate_arguments(), "attention_mask": inputs.new_ones(inputs.shape)}
+    arguments = generate_arguments(decoder.model, params, tokenizer)
+    arguments |= {"attention_mask": inputs.new_ones(inputs.shape)}
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
     sequences: list[Sequence] = []
 
@@ -150,13 +155,17 @@ def answer(
     return result
 
 
-def compare(args: argparse.Namespace, params: SamplingParams, decoder: Decoder, ids: list[int]) -> dict[str, Any]:
+def compare(
+    args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, ids: list[int]
+) -> dict[str, Any]:
     """Count the runs of a comparison on standard error, print its table unless --json is given, and return its JSON object."""
     from medhead.cli import compare
     from medhead.cli.terminal import RunCounter
+    from medhead.generation_config import generate_arguments
 
     counter = RunCounter(compare.RUNS, done=1, silent=args.quiet)
-    results = compare.compare(decoder, ids, params.generate_arguments(), args.seed, counter.add)
+    arguments = generate_arguments(decoder.model, params, tokenizer)
+    results = compare.compare(decoder, ids, arguments, args.seed, counter.add)
     if not args.json:
         print(compare.table(results, params.greedy))
     return compare.to_json(results, params.greedy)

@@ -182,7 +182,7 @@ class DecodeLoop:
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Return the accepted paths, and the processed scores of every emitted token where they are known."""
         assert self._buffers is not None
-        if not all(sequence.local for sequence in self.sequences):
+        if not _share_processors(self.sequences):
             values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
                 if self.lockstep is not None:
@@ -248,7 +248,7 @@ class DecodeLoop:
 
     def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
         """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""
-        local = all(sequence.local for sequence in sequences)
+        local = _share_processors(sequences)
         params = [
             one.params if local else SamplingParams(temperature=one.params.temperature, seed=one.params.seed)
             for one in sequences
@@ -266,7 +266,9 @@ class DecodeLoop:
         """Return whether captured steps serve these sequences: the host need not see every token, the context has room."""
         if self.graphs is None or self.typical is not None or self.record_scores or self.record_logits:
             return False
-        if not self.sequences or not all(one.local and not one.stop_checker.has_criteria for one in self.sequences):
+        if not self.sequences or not _share_processors(self.sequences):
+            return False
+        if any(one.stop_checker.has_criteria for one in self.sequences):
             return False
         longest = max(len(sequence.token_ids) for sequence in self.sequences)
         return longest + self.graphs.room_ahead <= self.target.context
@@ -323,6 +325,12 @@ class _Clock:
         now = time.perf_counter()
         setattr(self._times, part, getattr(self._times, part) + now - self._last)
         self._last = now
+
+
+def _share_processors(sequences: list[Sequence]) -> bool:
+    """Return whether all nodes can be processed together: by the same processors, which look at one distribution alone."""
+    first = sequences[0].processors
+    return all(one.local and (one.processors is first or one.processors == first) for one in sequences)
 
 
 def _path_values(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:

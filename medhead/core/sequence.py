@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.config import SamplingParams
+from medhead.core.sampling import to_warpers
 from medhead.core.stopping import StopChecker
 
 
@@ -22,7 +23,7 @@ class Sequence:
     stop_checker: StopChecker  # decides where the sequence ends
     params: SamplingParams = field(default_factory=SamplingParams)  # sampling parameters
     index: int = 0  # row of the user's batch
-    # the logits processors that are not part of `params`
+    # the logits processors that are not part of `params`; all of them if not `local`
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     # whether the processors look at one distribution alone; else every node is processed with its own text
     local: bool = True
@@ -42,6 +43,11 @@ class Sequence:
     def is_cut(self) -> bool:
         """Whether the token limit ended it, not an end token."""
         return self.tokens_left < 1 and self.output_ids[-1] not in self.stop_checker.end_tokens
+
+    @property
+    def all_processors(self) -> LogitsProcessorList:
+        """Every processor in transformers' order, with the warpers that `params` stand for."""
+        return LogitsProcessorList([*to_warpers(self.params), *self.processors]) if self.local else self.processors
 
     def append(self, tokens: list[int], scores: list[Tensor] | None = None) -> bool:
         """Take the tokens of one pass up to where the sequence ends; return whether it has ended.

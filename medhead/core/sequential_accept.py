@@ -36,9 +36,10 @@ def sequential_accept(
         emitted: list[int] = []
         of_tokens: list[Tensor] = []
         node: int | None = 0
+        processors = sequence.all_processors
         while node is not None:
             ids = torch.tensor([sequence.prompt_ids + sequence.output_ids + emitted], device=logits.device)
-            processed = sequence.processors(ids, logits[row, node][None].to(torch.float32, copy=True))
+            processed = processors(ids, logits[row, node][None].to(torch.float32, copy=True))
             token = int(draw(processed, None if noise is None else noise[row, len(emitted)][None]))
             emitted.append(token)
             of_tokens.append(processed[0])

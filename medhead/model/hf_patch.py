@@ -2,7 +2,8 @@
 
 `generate(custom_generate=f, streamer=..., tokenizer=...)` calls `f` without the streamer, and no longer finds the tokenizer
 that stop strings need (transformers 5.17 to 5.23). While a decoder is open, its model's `_extract_generation_mode_kwargs`
-returns both; `Decoder.close` removes the patch.
+returns both, and overrides fields of the model's generation configuration that ask for a cache of another kind, before
+transformers makes it; `Decoder.close` removes the patch.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import weakref
 from typing import Any
 
 from torch import nn
+
+from medhead.generation_config import drop_fields_without_effect
 
 _NAME = "_extract_generation_mode_kwargs"
 _open_decoders: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
@@ -27,10 +30,11 @@ class _Extract:
     def __call__(
         self, custom_generate: Any, kwargs: dict[str, Any], synced_gpus: Any, assistant_model: Any, streamer: Any
     ) -> Any:
-        model = self._model()
+        model: Any = self._model()
         given = {"streamer": streamer, "tokenizer": kwargs.get("tokenizer")}
         found = getattr(type(model), _NAME)(model, custom_generate, kwargs, synced_gpus, assistant_model, streamer)
         if getattr(custom_generate, "takes_streamer", False):
+            drop_fields_without_effect(model, kwargs)
             found |= {name: value for name, value in given.items() if value is not None}
         return found
 

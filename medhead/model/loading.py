@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def load_tokenizer(
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
     """Return the token ids of a prompt, through the chat template if the tokenizer has one and `raw` is false.
 
-    An empty prompt, and a system prompt without a chat template, raise a `MedheadError`.
+    An empty prompt, a system prompt without a chat template, and a chat that the template refuses raise a `MedheadError`.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: give some text with --prompt, --prompt-file or on standard input")
@@ -131,7 +132,17 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
         return list(tokenizer(prompt)["input_ids"])
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return apply_template(tokenizer, messages)
+
+
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the token ids of a chat up to where the answer begins; a chat that the template refuses is a `MedheadError`."""
+    try:
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template can raise anything
+        reason = one_line(error, 200)
+        raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None
+    return list(found["input_ids"])
 
 
 def _check_name(name: str | Path) -> None:

@@ -21,6 +21,7 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate_options import seed_or_draw
+from medhead.prepare import SequencePreparer
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
@@ -58,6 +59,9 @@ class Engine:
         max_queue: most requests that wait.
         time_limit: seconds after which a request ends, if it does not say so itself.
 
+    Fields of the model's generation configuration (penalties, bans, end tokens, ...) hold where a request's sampling
+    parameters are None. The tokenizer's EOS token ends a text too.
+
     Other threads may call decoders of the same model, this one too, and `model.generate`. A decoder's generation waits for the
     running step; until it ends, the requests wait.
 
@@ -88,7 +92,7 @@ class Engine:
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
         self.listeners: list[Callable[[Request, Result], None]] = []
-        self.end_tokens = _end_tokens(self.target.model, tokenizer)
+        self._preparer = SequencePreparer(decoder, tokenizer)
         self._waiting: deque[RequestState] = deque()
         self._states: dict[int, RequestState] = {}  # by the id of their sequence
         self._scheduler = Scheduler(decoder, self.heads)
@@ -143,7 +147,7 @@ class Engine:
         handle = RequestHandle(request, self._notify)
         handle.result.seed = 0 if request.params.greedy else seed_or_draw(request.params.seed)
         deadline = time.perf_counter() + (self.time_limit if request.time_limit is None else request.time_limit)
-        state = RequestState(handle, self.target, self.tokenizer, self.end_tokens, deadline)
+        state = RequestState(handle, self._preparer, self.tokenizer, deadline)
         with self._awake:
             if not self._running:
                 raise Stopped("the engine is not running")
@@ -239,11 +243,12 @@ class Engine:
         groups: dict[int, tuple[DecodeBatch, list[RequestState]]] = {}
         for state in states:
             try:
+                state.prepare()
                 batch = self._scheduler.batch_for(state.handle.request)
             except Exception as error:
                 if not isinstance(error, MedheadError):
                     LOG.exception("no batch for %s", state.handle.request)
-                message = str(error) if isinstance(error, MedheadError) else "the proposer could not be made"
+                message = str(error) if isinstance(error, MedheadError) else "the request could not be prepared"
                 self._end(state, "error", message)
                 continue
             groups.setdefault(id(batch), (batch, []))[1].append(state)
@@ -350,10 +355,3 @@ class Engine:
 
 def _why(state: RequestState) -> Reason:
     return "cancelled" if state.handle.cancelled else "timeout"
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if found is None else frozenset(torch.as_tensor(found).flatten().tolist())

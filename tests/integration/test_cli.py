@@ -292,7 +292,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "temperature": (["--temperature", "-1"], "--temperature must be"),
     "temperature nan": (["--temperature", "nan"], "--temperature must be"),
     "top p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be"),
-    "top k": (["--temperature", "1", "--top-k", "0"], "--top-k must be"),
+    "top k": (["--temperature", "1", "--top-k", "-1"], "--top-k must be"),
     "top k while greedy": (["--top-k", "4"], "need --temperature above 0"),
     "seed": (["--seed", "-2"], "--seed must be"),
     "tree size": (["--tree-size", "1000"], "--tree-size must be a whole number from 1 to 256, got 1000"),

@@ -344,7 +344,10 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "empty prompts": (["--prompts", "{empty}"], "holds no prompt"),
     "a wrong prompt": (["--prompts", "{wrong}"], "line 2: expected `messages`, `prompt`"),
     "no JSON": (["--prompts", "{broken}"], "line 1 is not JSON"),
-    "a refused role": (["--prompts", "{roles}"], "line 1: the chat template refuses it: roles are system"),
+    "a refused role": (
+        ["--prompts", "{roles}"],
+        "line 1: the model's chat template refuses these messages: roles are system",
+    ),
     "count": (["--num-answers", "0"], "--num-answers must be at least 1"),
     "batch": (["--batch-size", "0"], "--batch-size must be"),
     "new tokens": (["--max-new-tokens", "0"], "--max-new-tokens must be"),

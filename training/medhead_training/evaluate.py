@@ -17,6 +17,7 @@ from medhead.cli.common import Parser, run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
 from medhead.model.loading import load_model
@@ -103,6 +104,7 @@ def load_all_heads(args: argparse.Namespace, target: Target) -> Iterator[tuple[s
         try:
             if adapts_target(folder):
                 model = load_model(args.model, target.device, target.dtype, args.trust_remote_code)
+                harness.prepare_texts(args, model)
                 adapted = load_adapted(model, folder)
                 yield str(folder), heads_of(adapted), Target(adapted)
             else:
@@ -159,8 +161,9 @@ def run(args: argparse.Namespace) -> None:
     total = len(prompts) * len(args.temperatures) * sum(map(len, groups.values()))
     with harness.progress_bar(total) as bar:
         for temperature in args.temperatures:
-            arguments = SamplingParams(args.max_new_tokens, temperature).generate_arguments()
+            params = SamplingParams(args.max_new_tokens, temperature)
             for group in groups.values():
+                arguments = generate_arguments(group[0].target.model, params)
                 methods = [Method(c.label, arguments, Decoder(c.target, c.proposer), seed=args.seed) for c in group]
                 given = {"batch_size": args.batch_size, "profile": PROFILED_BATCHES, "progress": bar.update}
                 found = measure(methods, prompts, **given)

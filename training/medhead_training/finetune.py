@@ -18,13 +18,13 @@ from transformers.integrations import TensorBoardCallback
 
 from medhead.cli.common import Parser, run_command
 from medhead.errors import MedheadError
+from medhead.generation_config import end_tokens
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
 from medhead.model.eval_mode import eval_mode
 from medhead.model.loading import DTYPES, load_tokenizer, pick_device
 from medhead.model.target import Target
-from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.packing import PackedDataset
 from medhead_training.data.token_store import TokenStore, prepare_tokens
 from medhead_training.objective.builders import load_target, make_heads, wrap_for_training
@@ -136,7 +136,7 @@ def run(options: TrainOptions) -> None:
             raise MedheadError(
                 f"--seq-len {options.seq_len} is more than the {target.context} tokens that {target.name} can read"
             )
-        ends = generation_end_tokens(model)
+        ends = end_tokens(model)
         sources = [options.data, options.eval_data] if options.eval_data else [options.data]
         stores = [prepare_tokens(s, tokenizer, folder / "tokens", end_tokens=ends, progress=main) for s in sources]
         check_same_data(folder, stores, main)

@@ -23,16 +23,24 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from medhead.cli.common import Parser, add_device_options, check_range, check_tree_option, make_decoder, run_command
+from medhead.cli.common import (
+    Parser,
+    add_device_options,
+    add_generation_config_option,
+    check_range,
+    check_tree_option,
+    make_decoder,
+    run_command,
+)
 from medhead.config import SamplingParams
 from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
-from medhead.core.stopping import StopChecker
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import end_tokens, recorded_fields
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
-from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.prompts import cycle_prompts, encode_prompt, scan_prompts
 from medhead_training.data.records import Message
 from medhead_training.data.resumable import ResumableFile
@@ -92,6 +100,7 @@ def parser() -> Parser:
     add("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
     add("--batch-size", type=int, default=32, help="prompts answered at a time (default: 32)")
     add_device_options(decoding)
+    add_generation_config_option(decoding)
     options.set_defaults(attention="auto")
     return options
 
@@ -129,14 +138,13 @@ def prompts_to_answer(
 def answer_prompts(
     decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Iterator[Prompt], args: argparse.Namespace
 ) -> Iterator[tuple[Prompt, Sequence]]:
-    """Yield every prompt with its answer, in the order in which the answers end."""
-    ends, running = end_tokens(decoder.model, tokenizer), dict[int, Prompt]()
+    """Yield every prompt with its answer, in the order in which the answers end; each is the text that the engine serves."""
+    preparer, running = SequencePreparer(decoder, tokenizer), dict[int, Prompt]()
 
     def sequences() -> Iterator[Sequence]:
         for prompt in prompts:
             params = SamplingParams(args.max_new_tokens, temperature_of(prompt, args), seed=args.seed + prompt.index)
-            stop_checker = StopChecker(args.max_new_tokens, ends)
-            sequence = Sequence(prompt.ids, list(prompt.ids), stop_checker, params)
+            sequence = preparer.prepare(preparer.new_sequence(prompt.ids, params))
             running[id(sequence)] = prompt
             yield sequence
 
@@ -145,19 +153,13 @@ def answer_prompts(
             yield running.pop(id(sequence)), sequence
 
 
-def end_tokens(model: Any, tokenizer: PreTrainedTokenizerBase) -> set[int]:
-    """Return the tokens that end an answer: the model's, or else the tokenizer's."""
-    eos = tokenizer.eos_token_id
-    return set(generation_end_tokens(model) or ([] if eos is None else [eos]))
-
-
 def temperature_of(prompt: Prompt, args: argparse.Namespace) -> float:
     """Return the temperature of a prompt's answer: the given ones take turns."""
     return float(args.temperatures[prompt.index % len(args.temperatures)])
 
 
 def line_of(
-    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: set[int], temperature: float
+    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int], temperature: float
 ) -> bytes:
     """Return the JSON line of an answer."""
     visible = ids[:-1] if ids[-1] in ends else ids
@@ -218,6 +220,7 @@ def run(args: argparse.Namespace) -> None:
     model = load_model(name, device, dtype, args.trust_remote_code)
     options["--model"] = weights_fingerprint(model)
     decoder = make_decoder(args, model)
+    options["generation configuration"] = recorded_fields(model, tokenizer)
     max_tokens = max_prompt_tokens(args, decoder.target.context)
     if started:
         output.is_started(options)
