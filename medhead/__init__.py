@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from medhead.core.tree import TokenTree
     from medhead.decoder import Decoder, Statistics
     from medhead.errors import MedheadError, UnsupportedTargetError
+    from medhead.model.loading import load_model, load_tokenizer
     from medhead.proposers import Proposer, register_proposer
 
 __version__ = "0.1.0"
@@ -21,10 +22,13 @@ __all__ = [
     "TokenTree",
     "TypicalAcceptance",
     "UnsupportedTargetError",
+    "load_model",
+    "load_tokenizer",
     "register_proposer",
 ]
 _NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
-          "errors": ["MedheadError", "UnsupportedTargetError"], "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
+          "errors": ["MedheadError", "UnsupportedTargetError"], "model.loading": ["load_model", "load_tokenizer"],
+          "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 

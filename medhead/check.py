@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+_CONTEXT = 8  # tokens before a difference that are shown
+_NEAR_TIE = 64  # logit gap of a near tie, in units of the data type's epsilon: 0.5 in bfloat16
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class CheckReport:
         plain_token: token of plain decoding there; -1 if its text had ended.
         logit_gap: plain decoding's processed score of its own token minus that of the decoder's token. In half precision a
             small gap is rounding: a pass over more nodes sums in another order.
+        before: up to 8 new tokens of the row before the difference.
     """
 
     identical: bool
@@ -29,6 +33,7 @@ class CheckReport:
     token: int | None = None
     plain_token: int | None = None
     logit_gap: float | None = None
+    before: tuple[int, ...] = ()
 
     def __str__(self) -> str:
         if self.identical:
@@ -37,6 +42,20 @@ class CheckReport:
             f"identical to plain decoding: no; row {self.row}, new token {self.position}: {self.token} instead of "
             f"{self.plain_token}, logit gap {self.logit_gap:.4g}"
         )
+
+    def describe(self, decode: Callable[[list[int]], str], dtype: torch.dtype) -> str:
+        """Return the result for people: text, from `decode`, in place of token ids, and the cause in half precision."""
+        if self.identical:
+            return str(self)
+        ours, plain = ("the end" if t is None or t < 0 else repr(decode([t])) for t in (self.token, self.plain_token))
+        where = f"after {decode(list(self.before))!r}" if self.before else "at the first token"
+        line = f"identical to plain decoding: no; {where}: {ours} instead of {plain}, logit gap {self.logit_gap:.4g}"
+        if dtype not in (torch.bfloat16, torch.float16):
+            return line
+        name = str(dtype).removeprefix("torch.")
+        near = abs(self.logit_gap or 0.0) <= _NEAR_TIE * torch.finfo(dtype).eps
+        why = f"near tie in {name}" if near else f"sums are rounded in {name}"
+        return f"{line}: {why}; use --dtype float32"
 
 
 def compare(ours: Tensor, plain: Tensor, plain_scores: Sequence[Tensor]) -> CheckReport:
@@ -60,4 +79,5 @@ def compare(ours: Tensor, plain: Tensor, plain_scores: Sequence[Tensor]) -> Chec
     if position < len(plain_scores) and min(token, plain_token) >= 0:
         scores = plain_scores[position][row]
         gap = float(scores[plain_token] - scores[token])
-    return CheckReport(False, row, position, token, plain_token, gap)
+    before = tuple(plain[row, max(0, position - _CONTEXT) : position].tolist())
+    return CheckReport(False, row, position, token, plain_token, gap, before)

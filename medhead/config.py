@@ -9,20 +9,29 @@ from medhead.errors import MedheadError
 
 MAX_TREE_SIZE = 256
 MAX_TEMPERATURE = 100
+# names of options, for help texts that import no torch; tests compare them with the registries
+PROPOSER_NAMES = ("heads", "hybrid", "lookahead", "ngram", "none", "recycling")
+ATTENTION_NAMES = ("auto", "flash", "reference", "sdpa", "triton")
+MAX_PENALTY = 100
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How one sequence is sampled and when it ends.
 
+    Where a field is None, the model's generation configuration decides; without a value there the field has no effect.
+
     Attributes:
         max_new_tokens: largest number of new tokens.
         temperature: divisor of the logits; 0 is greedy decoding.
-        top_p: keep the most probable tokens up to this mass; None or 1 keeps all.
-        top_k: keep this many most probable tokens; None keeps all.
-        min_p: keep tokens at least this probable, relative to the most probable one; None or 0 keeps all.
+        top_p: keep the most probable tokens up to this mass; 1 keeps all.
+        top_k: keep this many most probable tokens; 0 keeps all.
+        min_p: keep tokens at least this probable, relative to the most probable one; 0 keeps all.
         seed: seed of the sampling noise; None draws one.
         stop: strings at which the text ends; they are not part of the text.
+        repetition_penalty: divisor of positive and factor of negative logits of tokens that the text holds; 1 is none.
+        no_repeat_ngram_size: n-grams of this size occur once; 0 allows repeats.
+        min_new_tokens: end tokens are banned before so many new tokens; 0 bans none.
 
     Raises:
         MedheadError: a value is out of range; the message names the field, the value and what is allowed.
@@ -35,14 +44,19 @@ class SamplingParams:
     min_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    repetition_penalty: float | None = None
+    no_repeat_ngram_size: int | None = None
+    min_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_new_tokens", self.max_new_tokens)
         _check_range("temperature", self.temperature, 0, MAX_TEMPERATURE)
         _check_range("top_p", self.top_p, 0, 1, exclusive=True)
         _check_range("min_p", self.min_p, 0, 1)
-        if self.top_k is not None:
-            _check_count("top_k", self.top_k)
+        _check_range("repetition_penalty", self.repetition_penalty, 0, MAX_PENALTY, exclusive=True)
+        for name in ("top_k", "no_repeat_ngram_size", "min_new_tokens"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name), least=0)
         if self.seed is not None:
             check_seed(self.seed)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
@@ -52,14 +66,6 @@ class SamplingParams:
     def greedy(self) -> bool:
         """Whether the most probable token is always taken."""
         return self.temperature == 0
-
-    def generate_arguments(self) -> dict[str, Any]:
-        """Return the arguments of `model.generate` for these parameters, without seed and stop strings."""
-        arguments: dict[str, Any] = {"max_new_tokens": self.max_new_tokens, "do_sample": not self.greedy}
-        if not self.greedy:
-            arguments |= {"temperature": self.temperature, "top_k": self.top_k or 0, "top_p": self.top_p or 1.0}
-            arguments |= {"min_p": self.min_p} if self.min_p else {}
-        return arguments
 
 
 def check_seed(seed: int) -> int:
@@ -84,9 +90,9 @@ def check_tree_size(size: int) -> int:
     return size
 
 
-def _check_count(name: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise MedheadError(f"{name} must be a whole number of at least 1, got {value!r}")
+def _check_count(name: str, value: Any, least: int = 1) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise MedheadError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _check_range(name: str, value: Any, low: float, high: float, exclusive: bool = False) -> None:

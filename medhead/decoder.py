@@ -18,6 +18,7 @@ from medhead.compile import CompiledTarget, GraphCache
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
 from medhead.core.gumbel import GumbelNoise
+from medhead.core.lockstep import Lockstep, needs_lockstep
 from medhead.core.loop import DecodeLoop, StepTimes
 from medhead.core.sampling import is_local, take_warpers, temperature_of
 from medhead.core.sequence import Sequence
@@ -25,6 +26,7 @@ from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
 from medhead.model.hf_patch import patch_generate, unpatch_generate
+from medhead.model.model_form import num_rows
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
 
@@ -35,7 +37,7 @@ class Statistics:
 
     Attributes:
         new_tokens: tokens emitted, all rows together.
-        passes: verify passes summed over rows (a row that ended takes no part).
+        passes: verify passes summed over rows; a row that ended takes part only in lockstep, see `core.lockstep`.
         steps: verify passes of the batch.
         prompt_tokens: prompt tokens, all rows together, without padding.
         prefill_seconds: time to read the prompts.
@@ -87,7 +89,8 @@ class Decoder:
             multi-token-prediction layers in the model's own checkpoint.
         tree_size: nodes of a tree, root included; the proposer's own default if None.
         typical: lossy acceptance (Medusa's); None, the default, is exact. With logits processors that look at the text so
-            far (penalties, bans of n-grams, minimal lengths) every node is asked on its own and acceptance stays exact.
+            far (penalties, bans of n-grams, minimal lengths) or at the whole batch every node is asked on its own and
+            acceptance stays exact.
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
@@ -97,6 +100,17 @@ class Decoder:
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
             the target's pass and the growth of candidates from heads. See `medhead.compile`.
         options: further options of the proposer.
+
+    Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
+    other. An ordinary `model.generate` in another thread runs at the same time and is not changed; training the model in another
+    thread is not possible then, because the model is in eval mode. A generation may be started in a streamer, a processor or a
+    criterion of another one in the same thread, but such a callback must not wait for a generation in another thread. While an
+    `Engine` serves with the decoder, calls take turns with its steps, and run eagerly. What a call returns are ordinary tensors.
+
+    Attributes:
+        proposer: what proposes; `using` replaces it for all threads.
+        statistics: of the call that finished last, in any thread.
+        on_pass: called with a sequence and its new tokens after every pass of it, in the thread of the call; None for nothing.
 
     Raises:
         UnsupportedTargetError: the model cannot verify a tree.
@@ -145,6 +159,7 @@ class Decoder:
         elif step != "loop":
             self.graphs = GraphCache(self.target, self.proposer, step)
         self.statistics, self.profile = Statistics(), profile
+        self.is_serving = False  # whether an `Engine` that runs was made with this decoder
         self.on_pass: Callable[[Sequence, list[int]], None] | None = None  # called with a sequence and its new tokens
         patch_generate(self.model)
 
@@ -154,7 +169,7 @@ class Decoder:
         """`model.generate` with this decoder; takes the same arguments."""
         return self.model.generate(*args, custom_generate=self, **kwargs)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(
         self,
         model: nn.Module,
@@ -192,19 +207,23 @@ class Decoder:
         config: GenerationConfig = generation_config or self.model.generation_config
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
-        options.check_config(config)
+        options.check_config(config, self.model.generation_config)
         options.check_arguments(arguments)
-        options.check_processors(processors)
         input_ids = input_ids.to(self.target.device)
-        options.check_token_ids(input_ids, int(self.target.embedding.num_embeddings))
+        options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
-        asked = int(config.max_length) - input_ids.shape[1]
+        asked = options.length_limit(config, criteria) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.context)
         pad, lengths = _pad_token(config), list[int]()
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
-        stop_checker = StopChecker(limit, criteria=criteria, device=self.target.device)
-        params, processors = _sampling_params(config, processors, seed, limit)
-        local = is_local(processors)
+        keep = bool(config.return_dict_in_generate)
+        lockstep, stop_checker = None, StopChecker(limit, criteria=criteria, device=self.target.device)
+        if needs_lockstep(processors, criteria, len(texts)):
+            stop_checker = StopChecker(limit)
+            show_scores = keep and bool(config.output_scores)
+            lockstep = Lockstep(input_ids, processors, criteria, pad, stop_checker, show_scores)
+        local = is_local(processors) and lockstep is None
+        params, processors = sampling_params(config, processors, seed, limit, local)
 
         def on_tokens(sequence: Sequence, new: list[int], ended: bool) -> None:
             lengths.append(len(new))
@@ -227,16 +246,24 @@ class Decoder:
             for index, (prompt_ids, text) in enumerate(zip(input_ids.tolist(), texts, strict=True))
         ]
         prompt_tokens = sum(map(len, texts))
-        keep = bool(config.return_dict_in_generate)
-        loop = self.new_loop(keep and bool(config.output_scores), keep and bool(config.output_logits))
+        record = keep and bool(config.output_scores), keep and bool(config.output_logits)
         try:
-            with loop.target.active(self.proposer.feature_layers):
-                loop.run(sequences)
+            with self.target.lock.generation() as nested:
+                # an engine or an outer generation goes on later with the state of its sequences in the proposer
+                loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
+                loop.lockstep = lockstep
+                try:
+                    with loop.target.active(loop.proposer.feature_layers):
+                        loop.run(sequences)
+                    if lockstep is not None:
+                        lockstep.drop_padding(sequences)
+                finally:
+                    self._count(sequences, loop, prompt_tokens, lengths)
         finally:
-            self._count(sequences, loop, prompt_tokens, lengths)
             if stream is not None:
                 stream.finish()
-        return _result(sequences, input_ids, pad, config)
+        with torch.inference_mode(False), torch.no_grad():
+            return _result(sequences, input_ids, pad, config)
 
     def new_loop(
         self, record_scores: bool = False, record_logits: bool = False, proposer: Proposer | None = None
@@ -281,13 +308,14 @@ class Decoder:
 
     def close(self) -> None:
         """Leave the model as it was loaded, and give back what captured steps and packed weights hold."""
-        if self.graphs is not None:
-            self.graphs.clear()
-        if self.compiled_target is not None:
-            self.compiled_target.clear()
-        if self._own_target:
-            self.target.packed_weights.clear()
-            self.proposer.free()
+        with self.target.lock:  # another thread may be generating
+            if self.graphs is not None:
+                self.graphs.clear()
+            if self.compiled_target is not None:
+                self.compiled_target.clear()
+            if self._own_target:
+                self.target.packed_weights.clear()
+                self.proposer.free()
         unpatch_generate(self.model)
 
     def __enter__(self) -> Decoder:
@@ -298,7 +326,7 @@ class Decoder:
 
     @contextmanager
     def using(self, proposer: Proposer | str, **options: Any) -> Iterator[Decoder]:
-        """Another proposer for a while."""
+        """Another proposer for a while, for all threads that call this decoder."""
         before = self.proposer
         built = build_proposer(proposer, self.target, **options) if isinstance(proposer, str) else proposer
         try:
@@ -319,15 +347,15 @@ class Decoder:
             decode_seconds=loop.decode_seconds,
             times=loop.times,
             cache_bytes=loop.cache_bytes,
-            packed_bytes=loop.target.packed_weights.nbytes + self.proposer.packed_bytes,
+            packed_bytes=loop.target.packed_weights.nbytes + loop.proposer.packed_bytes,
             capture_seconds=loop.capture_seconds,
             captured_steps=loop.captured_steps,
             lengths=lengths,
         )
 
 
-def _sampling_params(
-    config: GenerationConfig, processors: LogitsProcessorList, seed: int | None, limit: int
+def sampling_params(
+    config: GenerationConfig, processors: LogitsProcessorList, seed: int | None, limit: int, local: bool
 ) -> tuple[SamplingParams, LogitsProcessorList]:
     """Return the sampling parameters of a generation, and the processors that are not part of them."""
     if not config.do_sample:
@@ -335,7 +363,7 @@ def _sampling_params(
             check_seed(seed)
         return SamplingParams(limit), processors
     params = SamplingParams(limit, temperature=1.0, seed=options.seed_or_draw(seed))
-    if not is_local(processors):
+    if not local:
         return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
     return take_warpers(processors, params)
 

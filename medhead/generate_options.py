@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation import logits_process as lp
+from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from medhead.config import check_seed
 from medhead.errors import MedheadError
@@ -47,8 +48,12 @@ _IGNORED_ARGUMENTS = {
 }
 
 
-def check_config(config: GenerationConfig) -> None:
+def check_config(config: GenerationConfig, own: GenerationConfig) -> None:
     """Refuse what cannot be honoured.
+
+    Args:
+        config: of this generation.
+        own: the model's; the error says so if the value is its.
 
     Raises:
         MedheadError: names the field, its value, and what to do.
@@ -56,6 +61,9 @@ def check_config(config: GenerationConfig) -> None:
     for name, (off, advice) in _REFUSED.items():
         value = getattr(config, name, None)
         if value not in off:
+            if getattr(own, name, None) == value:
+                advice += f"; the model's generation configuration asks for it: pass {name}={off[-1]!r}"
+                advice += ", or on the command line --generation-config none"
             raise MedheadError(f"{name}={value!r} is not supported: {advice}")
     if config.use_cache is False:
         raise MedheadError("use_cache=False is not supported: a tree is verified against a cache")
@@ -76,15 +84,9 @@ def check_arguments(arguments: dict[str, Any]) -> None:
         raise MedheadError(f"{', '.join(given)} cannot be used with medhead: it decodes text from input_ids alone")
 
 
-def check_processors(processors: LogitsProcessorList) -> None:
-    """Refuse processors with a state of the whole batch, which trees cannot replay.
-
-    Raises:
-        MedheadError: names the processor.
-    """
-    for processor in processors:
-        if type(processor).__name__ == "SynthIDTextWatermarkLogitsProcessor":
-            raise MedheadError("SynthID watermarking is not supported: its state belongs to decoding token by token")
+def length_limit(config: GenerationConfig, criteria: StoppingCriteriaList) -> int:
+    """Return the largest length of prompt and output; a `MaxLengthCriteria` of the user's own replaces the field."""
+    return min((one.max_length for one in criteria if type(one) is MaxLengthCriteria), default=int(config.max_length))
 
 
 def row_processors(processors: LogitsProcessorList, row: int) -> LogitsProcessorList:

@@ -1,6 +1,6 @@
-"""Measurements of this machine, kept as small JSON files in the user's cache folder.
+"""The user's cache folder: measurements of this machine as small JSON files, and models that were converted.
 
-A file that cannot be read gives a warning and the measurement is repeated; without a writable folder nothing is kept.
+A file that cannot be read gives a warning and the measurement is repeated; without a writable folder no measurement is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,3 +84,21 @@ def write(file: Path, content: Any) -> bool:
             temporary.unlink(missing_ok=True)
         return False
     return True
+
+
+def build_folder(folder: Path, build: Callable[[Path], None]) -> None:
+    """Create a folder atomically: `build` fills an empty one beside it, which is then renamed.
+
+    `build` may use the parent of the folder that it is given for temporary files. Of several processes that build the same
+    folder at once, the first to finish keeps its own. Errors of the file system are not caught.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-") as scratch:
+        work = Path(scratch) / folder.name
+        work.mkdir()
+        build(work)
+        try:
+            work.rename(folder)
+        except OSError:
+            if not folder.is_dir():
+                raise

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 
 from medhead.errors import MedheadError
+from medhead.model.gguf import is_gguf, read_header
 
 GIB = 2**30
 OVERHEAD = 1.1  # memory needed per byte of weights; the rest is cache and activations
 
 
 def check_memory(name: str | Path, device: torch.device, dtype: torch.dtype) -> None:
-    """Raise an error if the weights of a model (a folder or hub id) are larger than the free memory of a device.
+    """Raise an error if the weights of a model (a folder, hub id or GGUF file) are larger than the free memory of a device.
 
-    Models that are not on this machine yet, and quantised models, are not checked.
+    Models that are not on this machine yet, and quantised models in safetensors, are not checked.
     """
     weights, free = count_weights(name), free_bytes(device)
     if weights is None or free is None:
@@ -33,7 +34,9 @@ def check_memory(name: str | Path, device: torch.device, dtype: torch.dtype) -> 
 
 
 def count_weights(name: str | Path) -> int | None:
-    """Return the number of weights in a model's safetensors files; None if they are absent or quantised."""
+    """Return the number of weights in a model's GGUF file or safetensors files; None if they are absent or quantised."""
+    if is_gguf(name):
+        return read_header(Path(name)).weights
     folder = _local_folder(name)
     files = sorted(folder.glob("*.safetensors")) if folder is not None else []
     counts = [_count_file(file) for file in files]

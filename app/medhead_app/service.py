@@ -10,6 +10,7 @@ from typing import Any
 
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
+from medhead.model.loading import apply_template
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request
 
@@ -44,6 +45,7 @@ class Service:
         self.context = int(engine.decoder.target.context)  # tokens that prompt and answer share
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self.max_new_tokens = min(max_new_tokens, self.context - 1)
+        self.temperature = default_temperature(engine)  # of requests that give none
         self.closed = False
         self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
 
@@ -112,13 +114,14 @@ class Service:
     def _apply_template(self, messages: Sequence[ChatMessage]) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             return self.encode("\n\n".join(message["content"] for message in messages))
-        try:
-            with self._lock:
-                options = {"add_generation_prompt": True, "return_dict": True}
-                return list(self.tokenizer.apply_chat_template(list(messages), **options)["input_ids"])
-        except Exception as error:  # a template can raise anything
-            reason = " ".join(str(error).split())[:200]
-            raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None
+        with self._lock:
+            return apply_template(self.tokenizer, messages)
+
+
+def default_temperature(engine: Engine) -> float:
+    """Return the temperature of the model's generation configuration, 1 without one, as at OpenAI."""
+    found = engine.decoder.target.model.generation_config.temperature
+    return 1.0 if found is None else float(found)
 
 
 def split_exchanges(messages: Sequence[ChatMessage]) -> tuple[list[ChatMessage], list[list[ChatMessage]]]:

@@ -15,7 +15,8 @@ import torch
 from medhead.cli.common import make_decoder
 from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of
-from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.named_models import DEMO, default_heads, resolve_model
 from medhead.serving.engine import Engine
 from medhead_app.memory_check import check_memory
 from medhead_app.service import Service
@@ -27,13 +28,12 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     """Load the model and start the engine as the checked options say; report the slow steps as `prog`."""
     device = pick_device(args.device)
     dtype = pick_dtype(args.dtype, device)
-    source = args.model or DEMO_MODEL
-    name = args.name or (DEMO_NAME if args.model is None else model_name(args.model))
-    check_memory(source, device, dtype)
+    name = args.name or (DEMO_NAME if args.model in (None, DEMO) else model_name(args.model))
+    check_memory(resolve_model(args.model), device, dtype)
     with _reported(prog, f"loading {name} ({str(dtype).removeprefix('torch.')} on {device})", name, device):
-        tokenizer = load_tokenizer(source, args.trust_remote_code)
-        decoder = make_decoder(args, load_model(source, device, dtype, args.trust_remote_code))
-    heads: Any = args.heads or (str(DEMO_HEADS) if args.model is None else None)
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code))
+    heads: Any = args.heads or default_heads(args.model)
     if heads is not None and adapts_target(heads):
         heads = heads_of(decoder.model)
     limits = {"max_rows": args.max_rows, "max_queue": args.max_queue, "time_limit": args.time_limit}
@@ -45,8 +45,8 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
 
 
 def model_name(model: str) -> str:
-    """Return a hub id unchanged, and the last part of a folder's path."""
-    return Path(model).resolve().name if Path(model).is_dir() else model
+    """Return the last part of the path of a folder or file, and any other name unchanged."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from medhead.bench.measure import Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
-from medhead.model.loading import DEMO_HEADS
+from medhead.model.named_models import default_heads
 from medhead.model.target import Target
 
 PLAIN, AUTO = "plain", "automatic"
@@ -71,7 +72,7 @@ def random_heads(heads: Heads, seed: int) -> Heads:
 
 def methods_of(target: Target, scenario: Scenario, sizes: list[int], max_new_tokens: int) -> list[Method]:
     """Return plain decoding, the automatic tree size, and trees of fixed sizes."""
-    arguments = SamplingParams(max_new_tokens, scenario.temperature).generate_arguments()
+    arguments = generate_arguments(target.model, SamplingParams(max_new_tokens, scenario.temperature))
 
     def hybrid(name: str, tree_size: int | None) -> Method:
         return Method(name, arguments, Decoder(target, "hybrid", heads=scenario.heads, tree_size=tree_size))
@@ -144,7 +145,7 @@ def run(args: argparse.Namespace) -> None:
     """Measure and report."""
     harness.check_options(args, tree_sizes=(2, 256))
     target = harness.load_target(args, args.dtype, ignore_eos=True)
-    folder: Any = args.heads or (None if args.model else DEMO_HEADS)
+    folder: Any = args.heads or default_heads(args.model)
     heads = None if folder is None else load_heads(folder, target)
     prompts = harness.load_prompts(args, target.context)
     found, rows = scenarios(target, prompts, heads), []

@@ -22,9 +22,11 @@ from tqdm import tqdm
 from medhead import __version__
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, check_range
+from medhead.cli.common import Parser, add_generation_config_option, check_range
 from medhead.errors import MedheadError
-from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.generation_config import end_tokens, override_generation_config
+from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.named_models import DEMO
 from medhead.model.target import Target
 from medhead_kernels.bench_report import cpu_name
 
@@ -47,8 +49,9 @@ def bench_parser(program: str, description: str, epilog: str, repeats: int) -> P
 def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int | None = None) -> None:
     """Add the options of model, prompts and token limit with these defaults; without `num_prompts` a file is required."""
     forms = "JSON lines with messages, prompt, question, turns or text"
-    options.add_argument("--model", help="model folder or hub id (default: the demo model)")
+    options.add_argument("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model)")
     options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_generation_config_option(options)
     if num_prompts is None:
         options.add_argument("--prompts", required=True, help=f"{forms}, and category, the task")
     else:
@@ -77,17 +80,23 @@ def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> No
 
 
 def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) -> Target:
-    """Load the model that the options name."""
+    """Load the model that the options name; its texts also end at the EOS token of its tokenizer."""
     device = pick_device(args.device)
-    model = load_model(args.model or DEMO_MODEL, device, pick_dtype(dtype, device), args.trust_remote_code)
-    if ignore_eos:
-        model.generation_config.eos_token_id = None
+    model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code)
+    prepare_texts(args, model, ignore_eos)
     return Target(model)
+
+
+def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:
+    """Make the model's generation configuration that of the options and of its tokenizer."""
+    override_generation_config(model, args.generation_config)
+    tokenizer = None if ignore_eos else load_tokenizer(args.model, args.trust_remote_code)
+    model.generation_config.eos_token_id = None if ignore_eos else end_tokens(model, tokenizer) or None
 
 
 def load_prompts(args: argparse.Namespace, context: int) -> Prompts:
     """Read and encode the prompts that the options name, each shortened to the newest tokens that fit."""
-    tokenizer = load_tokenizer(args.model or DEMO_MODEL, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     return encode_prompts(tokenizer, read_prompts(args.prompts, args.num_prompts), room_for_prompt(args, context))
 
 
@@ -124,8 +133,8 @@ def machine() -> dict[str, Any]:
 
 
 def label(model: str | None) -> str:
-    """Return a model's name in tables: a folder's last part, wherever it lies."""
-    return "demo model" if not model else Path(model).name if Path(model).is_dir() else model
+    """Return a model's name in tables: the last part of a folder or file, wherever it lies."""
+    return "demo model" if model in (None, DEMO) else Path(model).name if Path(model).exists() else model
 
 
 def heading(args: argparse.Namespace, *parts: str) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
+from medhead.model.loading import apply_template
 
 BUILT_IN = (
     "Tell me a short story about a brave little dog.",
@@ -69,8 +70,7 @@ def _chat(record: dict[str, Any]) -> Chat:
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, chats: list[Chat], longest: int) -> list[list[int]]:
     """Return the newest `longest` token ids of every chat; without a chat template, of its last message."""
     if getattr(tokenizer, "chat_template", None):
-        encoded = (tokenizer.apply_chat_template(c, add_generation_prompt=True, return_dict=True) for c in chats)
-        rows = [each["input_ids"] for each in encoded]
+        rows = [apply_template(tokenizer, chat) for chat in chats]
     else:
         rows = [tokenizer(chat[-1]["content"])["input_ids"] for chat in chats]
     return [list(row[-longest:]) for row in rows]

@@ -14,8 +14,10 @@ from medhead.compile import BACKENDS
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import generate_arguments
 from medhead.heads import load_heads
-from medhead.model.loading import DEMO_HEADS, pick_device
+from medhead.model.loading import pick_device
+from medhead.model.named_models import shipped_heads
 from medhead.model.target import Target
 from medhead.proposers import PROPOSERS
 
@@ -59,9 +61,8 @@ def parser() -> Parser:
 
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
     """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
-    arguments = SamplingParams(args.max_new_tokens, args.temperature).generate_arguments()
-    shipped = [] if args.model else [DEMO_HEADS, *sorted(DEMO_HEADS.parent.glob("heads-*"))]
-    folders = args.heads or shipped
+    arguments = generate_arguments(target.model, SamplingParams(args.max_new_tokens, args.temperature))
+    folders = args.heads or shipped_heads(args.model)
     first: dict[str, Any] = {"heads": folders[0]} if folders else {}
     found: list[Method] = []
 
@@ -115,7 +116,7 @@ def fastest_dtypes(methods: list[list[Method]], prompts: Prompts) -> list[Method
 def run(args: argparse.Namespace) -> None:
     """Measure and report."""
     harness.check_options(args, temperature=(0, 100), tree_size=(2, 256), tree_sizes=(2, 256))
-    if args.tree_sizes and not args.heads and args.model:
+    if args.tree_sizes and not args.heads and not shipped_heads(args.model):
         raise MedheadError("--tree-sizes needs --heads FOLDER: the trees are those of the first heads")
     dtypes = args.dtypes or (["float32", "bfloat16"] if pick_device(args.device).type == "cpu" else ["bfloat16"])
     targets = [harness.load_target(args, dtype, args.ignore_eos) for dtype in dtypes]

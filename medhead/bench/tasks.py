@@ -18,8 +18,10 @@ from medhead.cli.common import Parser, check_range, run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
-from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_tokenizer
+from medhead.model.loading import load_tokenizer
+from medhead.model.named_models import default_heads
 from medhead.model.target import Target
 from medhead.proposers import PROPOSERS, build_proposer
 
@@ -63,7 +65,7 @@ def parser() -> Parser:
 def tasks_of(args: argparse.Namespace, context: int) -> list[Task]:
     """Read and encode the prompts of every task."""
     longest = harness.room_for_prompt(args, context)
-    tokenizer = load_tokenizer(args.model or DEMO_MODEL, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     tokenizer.model_max_length = 10**9  # longer prompts are counted here, without the tokenizer's warning
     truncation = Truncation(args.truncate, args.keep)
     tasks = [
@@ -87,7 +89,7 @@ def describe(tasks: list[Task], args: argparse.Namespace) -> str:
 
 def load_decoding(args: argparse.Namespace, target: Target) -> tuple[list[str], Heads | None]:
     """Return the names of the proposers, and the heads."""
-    folder: Any = args.heads or (None if args.model else DEMO_HEADS)
+    folder: Any = args.heads or default_heads(args.model)
     names = args.proposers or [name for name in SHOWN if folder or name != "heads"]
     heads = None if folder is None else load_heads(folder, target)
     if heads is None and "heads" in names:
@@ -123,7 +125,7 @@ def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -
     answers = args.repeats * (len(proposers) + 1) * sum(len(task.prompts) for task in tasks)
     with harness.progress_bar(answers * len(temperatures) * len(batch_sizes)) as bar:
         for temperature in temperatures:
-            arguments = SamplingParams(args.max_new_tokens, temperature).generate_arguments()
+            arguments = generate_arguments(target.model, SamplingParams(args.max_new_tokens, temperature))
             for size in batch_sizes:
                 methods = methods_of(target, proposers, arguments, heads, args.tree_size, args.seed)
                 warm_up(methods, tasks[0].prompts[:size], size, max_new_tokens=WARM_UP_TOKENS)

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medhead.config import SamplingParams, check_tree_size
+from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
+    "gguf": "gguf", "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
     "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
@@ -103,7 +103,8 @@ def _name_options() -> Iterator[None]:
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Return the sampling parameters that the options ask for, or raise a MedheadError that names the option."""
     with _name_options():
-        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, seed=args.seed)
+        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed}
+        params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, **given)
     if params.greedy and (args.top_p is not None or args.top_k is not None):
         raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")
     return params
@@ -124,20 +125,27 @@ def add_device_options(group: Any, dtype: str = "auto") -> None:
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
 
 
+def add_generation_config_option(group: Any) -> None:
+    """Add --generation-config."""
+    group.add_argument("--generation-config", metavar="WHAT", help="none: ignore the model's generation_config.json but "
+                       "its special tokens; a folder or hub id: take that one's; a JSON object: change these fields, as "
+                       """'{"repetition_penalty": 1.0}' (default: the model's)""")  # fmt: skip
+
+
 def add_model_options(group: Any) -> None:
     """Add the options of model, heads, proposer and device that every decoding command has."""
-    from medhead.model.target import ATTENTIONS
-    from medhead.proposers import PROPOSERS
-
-    group.add_argument("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    group.add_argument(
+        "--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)"
+    )
     group.add_argument("--heads", help="folder of a heads checkpoint, or mtp for multi-token-prediction layers in the "
-                       "model's own checkpoint (default: the demo heads with the demo model)")  # fmt: skip
-    group.add_argument("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: hybrid)")
+                       "model's own checkpoint (default: those that medhead ships for the model)")  # fmt: skip
+    group.add_argument("--proposer", choices=PROPOSER_NAMES, help="what drafts the tokens (default: hybrid)")
     group.add_argument("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
-    group.add_argument("--attention", default="auto", choices=ATTENTIONS, help="attention backend (default: auto)")
+    group.add_argument("--attention", default="auto", choices=ATTENTION_NAMES, help="attention backend (default: auto)")
     group.add_argument("--packed", action=argparse.BooleanOptionalAction,
                        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
                        "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip
+    add_generation_config_option(group)
     add_device_options(group)
 
 
@@ -190,11 +198,13 @@ def proposer_options(args: argparse.Namespace, tokenizer: Any) -> tuple[str | No
 def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) -> Decoder:
     """Build the decoder that the options ask for, or raise a MedheadError if they contradict each other."""
     from medhead.decoder import Decoder
+    from medhead.generation_config import override_generation_config
     from medhead.heads.adapter import adapts_target, heads_of, load_adapted
-    from medhead.model.loading import DEMO_HEADS
+    from medhead.model.named_models import default_heads
 
     owner, options = proposer_options(args, tokenizer)
-    folder = args.heads or (str(DEMO_HEADS) if args.model is None else None)
+    override_generation_config(model, getattr(args, "generation_config", None))
+    folder = args.heads or default_heads(args.model)
     step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
     proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")
     heads: Any = folder if proposer in ("heads", "hybrid") else None

@@ -16,7 +16,7 @@ from medhead.datastore.build import build_datastore, check_output
 from medhead.datastore.documents import encode, read_documents, text_files
 from medhead.datastore.store import INFO_FILE, ORDER_FILE, TOKENS_FILE
 from medhead.errors import MedheadError
-from medhead.model.loading import DEMO_MODEL, load_tokenizer
+from medhead.model.loading import load_tokenizer
 
 EXAMPLES = """\
 examples:
@@ -44,8 +44,10 @@ def parser() -> Parser:
     what = options.add_argument_group("text and tokenizer")
     what.add_argument("--text", type=Path, nargs="+", required=True, metavar="PATH", help="files and folders of text")
     one = what.add_mutually_exclusive_group()
-    one.add_argument("--model", help="model folder or hub id whose tokenizer is used (default: the demo model)")
-    one.add_argument("--tokenizer", help="folder that holds only a tokenizer, in place of --model")
+    one.add_argument(
+        "--model", help="model whose tokenizer is used: folder, hub id, GGUF file, or smollm2 (default: demo model)"
+    )
+    one.add_argument("--tokenizer", help="folder that holds only a tokenizer, or a GGUF file, in place of --model")
     what.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the tokenizer")
     where = options.add_argument_group("output")
     where.add_argument("--output", type=Path, required=True, help="folder to write; it must be empty or missing")
@@ -59,7 +61,7 @@ def run(args: argparse.Namespace) -> None:
     began = time.perf_counter()
     check_output(args.output, args.overwrite)
     files = text_files(args.text)
-    name = args.tokenizer or args.model or DEMO_MODEL
+    name = args.tokenizer or args.model
     tokenizer = load_tokenizer(name, args.trust_remote_code, needs_model=not args.tokenizer)
     hidden = args.quiet or not sys.stderr.isatty()
     skipped: list[Path] = []

@@ -5,9 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from medhead.cli.common import (
     Parser,
@@ -17,14 +15,18 @@ from medhead.cli.common import (
     read_prompt,
     run_command,
     sampling_params,
+    say,
 )
-from medhead.cli.terminal import TerminalPrinter
-from medhead.config import SamplingParams
-from medhead.decoder import Decoder
-from medhead.model.loading import DEMO_MODEL, encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
-from medhead.proposers.recycling import RecyclingProposer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from medhead.config import SamplingParams
+    from medhead.core.sequence import Sequence
+    from medhead.decoder import Decoder
 
 STEPS = ("loop", "graph", "compiled")  # the ways to run a step that users can choose; see `medhead.compile`
+MIN_PASSES, LOW_LENGTH = 16, 1.3  # an answer of so many passes with a lower accepted length gets a hint
 EXAMPLES = """\
 examples:
   medhead generate --prompt "Tell me a story about a dragon."
@@ -65,11 +67,14 @@ def parser() -> Parser:
     text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
     text.add_argument("--system", help="system prompt (chat models)")
     text.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    how = options.add_argument_group("sampling")
+    how = options.add_argument_group(
+        "sampling", "an option that has no default takes the value of the model's generation_config.json"
+    )
     how.add_argument("--max-new-tokens", type=int, default=200, help="longest answer in tokens (default: 200)")
     how.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
-    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this probability mass")
-    how.add_argument("--top-k", type=int, help="keep this many most probable tokens")
+    how.add_argument("--top-p", type=float, help="keep the most probable tokens up to this mass; 1 keeps all")
+    how.add_argument("--top-k", type=int, help="keep this many most probable tokens; 0 keeps all")
+    how.add_argument("--repetition-penalty", type=float, help="divide the logits of earlier tokens by this; 1 is none")
     how.add_argument("--seed", type=int, default=0, help="same seed, same text, for every proposer (default: 0)")
     show = options.add_argument_group("output")
     show.add_argument("--check", action="store_true", help="compare with plain decoding token by token")
@@ -85,28 +90,40 @@ def run(args: argparse.Namespace) -> None:
     params = sampling_params(args)
     check_tree_option(args)
     prompt = read_prompt(args)
-    device, name = pick_device(args.device), args.model or DEMO_MODEL
-    dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(name, args.trust_remote_code)
-    ids = encode_chat(tokenizer, prompt, args.system, args.raw)
-    decoder = make_decoder(args, load_model(name, device, dtype, args.trust_remote_code), tokenizer)
-    decoder.warmup()  # its time does not count as time of the answer
-    inputs = torch.tensor([ids], device=device)
-    if args.compare:
-        from medhead.cli.compare import compare
+    import torch
 
-        compare(decoder, ids, params.generate_arguments(), args.seed)
-        save_state(args, decoder)
-    else:
-        answer(args, params, decoder, tokenizer, inputs)
+    from medhead.model.loading import encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
+
+    device = pick_device(args.device)
+    dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(args.model, args.trust_remote_code)
+    ids = encode_chat(tokenizer, prompt, args.system, args.raw)
+    decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code), tokenizer)
+    decoder.warmup()  # its time does not count as time of the answer
+    result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+    if args.compare:
+        result["compare"] = compare(args, params, decoder, tokenizer, ids)
+    save_state(args, decoder)
+    if args.json:
+        print(json.dumps(result, ensure_ascii=False))
 
 
 def answer(
-    args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, inputs: torch.Tensor
-) -> None:
-    """Print the answer as it is decoded, or one JSON object, and what --check finds."""
-    arguments = {**params.generate_arguments(), "attention_mask": torch.ones_like(inputs)}
+    args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, inputs: Tensor
+) -> dict[str, Any]:
+    """Print the answer as it is decoded and what --check finds, or print nothing with --json; return its JSON object."""
+    from medhead.cli.terminal import TerminalPrinter
+    from medhead.generation_config import generate_arguments
+
+    arguments = generate_arguments(decoder.model, params, tokenizer)
+    arguments |= {"attention_mask": inputs.new_ones(inputs.shape)}
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
-    decoder.on_pass = lambda row, new: printer.show(new)
+    sequences: list[Sequence] = []
+
+    def on_pass(sequence: Sequence, new: list[int]) -> None:
+        sequences[:] = [sequence]
+        printer.show(new)
+
+    decoder.on_pass = on_pass
     try:
         decoder.generate(inputs, seed=args.seed, **arguments)
     finally:
@@ -114,29 +131,51 @@ def answer(
         decoder.on_pass = None
         statistics = decoder.statistics
         if not args.json and not args.quiet and statistics.new_tokens:
-            print(statistics_line(decoder), file=sys.stderr)
-    save_state(args, decoder)
-    report = decoder.check(inputs, args.seed, **arguments) if args.check else None
-    if report is not None and not args.json:
-        print(report, file=sys.stderr)
-    if args.json:
-        result = {
-            "text": printer.text,
-            "token_ids": printer.tokens,
-            "prompt_tokens": inputs.shape[1],
-            "new_tokens": statistics.new_tokens,
-            "passes": statistics.passes,
-            "accepted_length": round(statistics.accepted_length, 4),
-            "seconds": round(statistics.seconds, 4),
-            "tokens_per_second": round(statistics.tokens_per_second, 2),
-            "proposer": decoder.proposer.name,
-        } | ({} if report is None else {"identical": report.identical})
-        print(json.dumps(result, ensure_ascii=False))
+            print(statistics_line(decoder) + ending(sequences[0], printer.text, params), file=sys.stderr)
+            hint = speculation_hint(decoder)
+            if hint:
+                say(hint)
+    result = {
+        "text": printer.text,
+        "token_ids": printer.tokens,
+        "prompt_tokens": inputs.shape[1],
+        "new_tokens": statistics.new_tokens,
+        "finish_reason": "length" if sequences[0].is_cut else "stop",
+        "passes": statistics.passes,
+        "accepted_length": round(statistics.accepted_length, 4),
+        "seconds": round(statistics.seconds, 4),
+        "tokens_per_second": round(statistics.tokens_per_second, 2),
+        "proposer": decoder.proposer.name,
+    }
+    if args.check:
+        report = decoder.check(inputs, args.seed, **arguments)
+        result["identical"] = report.identical
+        if not args.json:
+            print(report.describe(tokenizer.decode, decoder.target.dtype), file=sys.stderr)
+    return result
+
+
+def compare(
+    args: argparse.Namespace, params: SamplingParams, decoder: Decoder, tokenizer: Any, ids: list[int]
+) -> dict[str, Any]:
+    """Count the runs of a comparison on standard error, print its table unless --json is given, and return its JSON object."""
+    from medhead.cli import compare
+    from medhead.cli.terminal import RunCounter
+    from medhead.generation_config import generate_arguments
+
+    counter = RunCounter(compare.RUNS, done=1, silent=args.quiet)
+    arguments = generate_arguments(decoder.model, params, tokenizer)
+    results = compare.compare(decoder, ids, arguments, args.seed, counter.add)
+    if not args.json:
+        print(compare.table(results, params.greedy))
+    return compare.to_json(results, params.greedy)
 
 
 def save_state(args: argparse.Namespace, decoder: Decoder) -> None:
     """Write the state of recycling back if --save-recycling-state asks for it."""
     if args.save_recycling_state:
+        from medhead.proposers.recycling import RecyclingProposer
+
         assert isinstance(decoder.proposer, RecyclingProposer)
         decoder.proposer.save(args.recycling_state)
 
@@ -150,6 +189,30 @@ def statistics_line(decoder: Decoder) -> str:
     return (
         f"[{proposer.name}, {up_to}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "
         f"{s.tokens_per_second:.1f} tokens/s, {s.passes} verify passes, accepted length {s.accepted_length:.2f}"
+    )
+
+
+def ending(sequence: Sequence, text: str, params: SamplingParams) -> str:
+    """Return what the statistics line says about the end of the answer: whether it is cut, or empty."""
+    if sequence.is_cut:
+        count = len(sequence.output_ids)
+        more = "the model's context is full" if count < params.max_new_tokens else "--max-new-tokens N for more"
+        return f", cut at {count} tokens ({more})"
+    return "" if text.strip() else ", the answer is empty"
+
+
+def speculation_hint(decoder: Decoder) -> str | None:
+    """Return what to do where draft tokens of proposers without training were hardly ever accepted; else None."""
+    statistics, proposer = decoder.statistics, decoder.proposer
+    members = {member.name for member in getattr(proposer, "members", [proposer])}
+    if members & {"heads", "none"} or statistics.passes < MIN_PASSES or statistics.accepted_length >= LOW_LENGTH:
+        return None
+    controller = getattr(proposer, "controller", None)
+    plain = controller.costs(1) * statistics.new_tokens if controller is not None else 0.0
+    took = f", the time of {statistics.decode_seconds / plain:.2f} plain passes a token" if plain else ""
+    return (
+        f"draft tokens were hardly ever accepted (accepted length {statistics.accepted_length:.2f}{took}); to gain more, "
+        "train heads (medhead finetune) and give them with --heads, or give --datastore text that is like the answers"
     )
 
 

@@ -1,8 +1,9 @@
-"""Streaming to a terminal, with accepted draft tokens and bonus tokens marked."""
+"""Streaming to a terminal, with accepted draft tokens and bonus tokens marked, and the count of runs."""
 
 from __future__ import annotations
 
 import os
+import sys
 
 from transformers import PreTrainedTokenizerBase
 
@@ -39,3 +40,28 @@ class TerminalPrinter:
         self.text += text
         if text and not self._silent:
             print(f"{style}{text}{OFF}" if style and self._colors else text, end="", flush=True)
+
+
+class RunCounter:
+    """Say on standard error which run is going on: in place on a terminal, elsewhere only how many there are.
+
+    Args:
+        total: number of runs.
+        done: runs that are done already.
+        silent: whether to say nothing.
+    """
+
+    def __init__(self, total: int, done: int = 0, silent: bool = False) -> None:
+        self.total, self.done = total, done
+        self._in_place = not silent and sys.stderr.isatty()
+        if not silent and not self._in_place:
+            print(f"medhead: {total - done} more runs", file=sys.stderr, flush=True)
+        self.add(0)
+
+    def add(self, runs: int = 1) -> None:
+        """Count runs; the line disappears after the last."""
+        self.done += runs
+        if self._in_place:
+            line = f"medhead: run {self.done + 1} of {self.total}"
+            text = line if self.done < self.total else " " * len(line) + "\r"
+            print(f"\r{text}", end="", file=sys.stderr, flush=True)

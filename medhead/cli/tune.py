@@ -15,7 +15,7 @@ from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads import load_heads
 from medhead.heads.config import CONFIG_FILE
-from medhead.model.loading import DEMO_HEADS
+from medhead.model.named_models import default_heads
 from medhead.model.target import Target
 from medhead.proposers.lookahead_sizes import DEFAULTS, store_sizes, tuned_sizes
 from medhead.scheduling.cost_model import costs_batch, measure_costs, store_costs
@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     for option in ("num_prompts", "max_new_tokens", "repeats", "batch_sizes"):
         check_range(args, option, 1)
-    if args.proposer == "heads" and args.model and not args.heads:
+    folder = args.heads or default_heads(args.model)
+    if args.proposer == "heads" and folder is None:
         raise MedheadError("--proposer heads needs --heads FOLDER")
     if args.proposer == "lookahead" and args.heads:
         raise MedheadError("--heads goes with --proposer heads; lookahead has none")
@@ -73,7 +74,6 @@ def run(args: argparse.Namespace) -> None:
         print(f"a pass over {batch} row{'s' * (batch > 1)}, by nodes: {times}")
         if not args.dry_run:
             store_costs(target, batch, costs)
-    folder = args.heads or (None if args.model else DEMO_HEADS)
     if args.proposer == "lookahead":
         tune_lookahead(target, args)
     elif folder is not None:

@@ -130,6 +130,6 @@ def _capture(run: Run, device: torch.device) -> Run:
             run()
     torch.cuda.current_stream(device).wait_stream(side)
     captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured, pool=_pools[device]):
+    with torch.cuda.graph(captured, pool=_pools[device], capture_error_mode="thread_local"):  # others may use CUDA
         run()
     return captured.replay

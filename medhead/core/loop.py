@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +15,7 @@ from medhead.config import SamplingParams
 from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, verify_sampled, verify_typical
 from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.lockstep import Lockstep
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
@@ -59,6 +62,7 @@ class DecodeLoop:
     Attributes:
         sequences: the sequences that still run.
         output: the result of the last step, by row of the batch before that step; None after captured steps.
+        lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
         decode_seconds: time of all steps.
@@ -85,8 +89,10 @@ class DecodeLoop:
         self.captured_steps, self.cache_bytes = 0, 0
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
+        self.lockstep: Lockstep | None = None
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
+        self._inference_mode = False  # whether the caller of the running step is in inference mode
 
     def run(self, sequences: list[Sequence]) -> None:
         """Decode all sequences to their end; their `output_ids` grow."""
@@ -99,20 +105,22 @@ class DecodeLoop:
         began = time.perf_counter()
         self._leave_captured()
         texts = [sequence.token_ids for sequence in sequences]
-        if self._buffers is None:
-            self.proposer.begin(self.target, texts)
-            self.sequences = list(sequences)
-            self._buffers = self._prefill(sequences, self.proposer)
-        else:
-            forked = self.proposer.fork()
-            forked.begin(self.target, texts)
-            joining = self._prefill(sequences, forked)
-            self.sequences = self.sequences + sequences
-            self._buffers.join(joining, self._sampling(self.sequences))
-            self.proposer.merge(forked)
+        with torch.inference_mode():
+            if self._buffers is None:
+                self.proposer.begin(self.target, texts)
+                self.sequences = list(sequences)
+                self._buffers = self._prefill(sequences, self.proposer)
+            else:
+                forked = self.proposer.fork()
+                forked.begin(self.target, texts)
+                joining = self._prefill(sequences, forked)
+                self.sequences = self.sequences + sequences
+                self._buffers.join(joining, self._sampling(self.sequences))
+                self.proposer.merge(forked)
         self._note_memory()
         self.prefill_seconds += time.perf_counter() - began
 
+    @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Let only the sequences at these places go on, in any order."""
         if len(rows) == len(self.sequences):
@@ -134,6 +142,7 @@ class DecodeLoop:
 
     def step(self) -> None:
         """Decode all sequences by one pass; those that end leave. A captured step may be read one step later."""
+        self._inference_mode = torch.is_inference_mode_enabled()
         began = time.perf_counter()
         capture_seconds = self.capture_seconds
         if self._may_capture():
@@ -159,10 +168,11 @@ class DecodeLoop:
             return accepted
 
         texts = [sequence.token_ids for sequence in self.sequences]
-        self.output = output = decode_step(
-            self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
-        )
-        self.proposer.update(output)
+        with torch.inference_mode():
+            self.output = output = decode_step(
+                self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
+            )
+            self.proposer.update(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
         self.keep(self._emit(self.sequences, output.counts, output.emitted, scores, raw))
         mark("other")
@@ -170,18 +180,29 @@ class DecodeLoop:
     def _accept(
         self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
-        """Return the accepted paths, and the processed scores of every emitted token where they are needed."""
+        """Return the accepted paths, and the processed scores of every emitted token where they are known."""
         assert self._buffers is not None
-        if not all(sequence.local for sequence in self.sequences):
-            depths = 1 + int(tree.depth.max())
-            return sequential_accept(self.sequences, tree, logits, None if noise is None else noise.prefix(depths))
+        if not _share_processors(self.sequences):
+            values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
+            with self._mode_of_caller():
+                if self.lockstep is not None:
+                    return self.lockstep.accept(tree, logits, values)
+                return sequential_accept(self.sequences, tree, logits, values)
         scores = self._buffers.sampling.process(logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
         else:
             accepted = verify_greedy(tree, scores) if noise is None else verify_sampled(tree, scores, noise)
-        needed = self.record_scores or any(sequence.stop_checker.has_criteria for sequence in self.sequences)
-        return accepted, _path_values(accepted, scores) if needed else None
+        if not self.record_scores:
+            return accepted, None
+        with self._mode_of_caller():
+            return accepted, _path_values(accepted, scores)
+
+    @contextmanager
+    def _mode_of_caller(self) -> Iterator[None]:
+        """Leave inference mode unless the caller of `step` is in it: others will see the tensors that are made inside."""
+        with torch.inference_mode(self._inference_mode), torch.no_grad():
+            yield
 
     def _emit(
         self,
@@ -194,12 +215,10 @@ class DecodeLoop:
         """Hand every sequence its new tokens, cut where it ends; return the places of those that go on."""
         running = []
         for place, sequence in enumerate(sequences):
-            of_tokens = scores[place] if scores is not None else None
+            of_tokens = scores[place] if self.record_scores and scores is not None else None
             before = len(sequence.output_ids)
             ended = sequence.append(emitted[place][: counts[place]], of_tokens)
             taken = len(sequence.output_ids) - before
-            if self.record_scores and of_tokens is not None:
-                sequence.scores += of_tokens[:taken]
             if raw is not None:
                 sequence.logits += raw[place][:taken]
             if not ended:
@@ -229,7 +248,7 @@ class DecodeLoop:
 
     def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
         """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""
-        local = all(sequence.local for sequence in sequences)
+        local = _share_processors(sequences)
         params = [
             one.params if local else SamplingParams(temperature=one.params.temperature, seed=one.params.seed)
             for one in sequences
@@ -247,7 +266,9 @@ class DecodeLoop:
         """Return whether captured steps serve these sequences: the host need not see every token, the context has room."""
         if self.graphs is None or self.typical is not None or self.record_scores or self.record_logits:
             return False
-        if not self.sequences or not all(one.local and not one.stop_checker.has_criteria for one in self.sequences):
+        if not self.sequences or not _share_processors(self.sequences):
+            return False
+        if any(one.stop_checker.has_criteria for one in self.sequences):
             return False
         longest = max(len(sequence.token_ids) for sequence in self.sequences)
         return longest + self.graphs.room_ahead <= self.target.context
@@ -304,6 +325,12 @@ class _Clock:
         now = time.perf_counter()
         setattr(self._times, part, getattr(self._times, part) + now - self._last)
         self._last = now
+
+
+def _share_processors(sequences: list[Sequence]) -> bool:
+    """Return whether all nodes can be processed together: by the same processors, which look at one distribution alone."""
+    first = sequences[0].processors
+    return all(one.local and (one.processors is first or one.processors == first) for one in sequences)
 
 
 def _path_values(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:

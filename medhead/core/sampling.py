@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -34,7 +34,7 @@ _WARPERS = (
 )
 
 
-def is_local(processors: LogitsProcessorList) -> bool:
+def is_local(processors: Iterable[Any]) -> bool:
     """Return whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
     return all(type(processor) in _LOCAL for processor in processors)
 
@@ -59,6 +59,17 @@ def take_warpers(processors: LogitsProcessorList, params: SamplingParams) -> tup
         name = kinds.pop(0)[1]
         found[name] = getattr(processor, name)
     return replace(params, **found), LogitsProcessorList()
+
+
+def to_warpers(params: SamplingParams) -> LogitsProcessorList:
+    """Return transformers' warpers of sampling parameters, in its order; the inverse of `take_warpers`."""
+    off = {"temperature": (1,), "top_k": (None, 0), "top_p": (None, 1), "min_p": (None, 0)}
+    warpers: LogitsProcessorList = LogitsProcessorList()
+    for kind, name in () if params.greedy else _WARPERS:
+        value = getattr(params, name)
+        if value not in off[name]:
+            warpers.append(kind(value if name == "top_k" else float(value)))
+    return warpers
 
 
 def _is_default(processor: Any) -> bool:
@@ -131,7 +142,7 @@ class SamplingBatch:
             self.uses_top_p,
             self.uses_min_p,
             self.sampled > 0,
-            _signature(self.processors),
+            signature(self.processors),
         )
 
     def fixed(self, rows: int) -> SamplingBatch:
@@ -250,7 +261,7 @@ def on_host(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
-def _signature(processors: LogitsProcessorList) -> Hashable:
+def signature(processors: LogitsProcessorList) -> Hashable:
     """Return a key that is equal for processors of the same types and settings."""
     return tuple(
         (type(one).__name__, tuple(sorted((k, _plain(v)) for k, v in vars(one).items()))) for one in processors

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.config import SamplingParams
+from medhead.core.sampling import to_warpers
 from medhead.core.stopping import StopChecker
 
 
@@ -22,7 +23,7 @@ class Sequence:
     stop_checker: StopChecker  # decides where the sequence ends
     params: SamplingParams = field(default_factory=SamplingParams)  # sampling parameters
     index: int = 0  # row of the user's batch
-    # the logits processors that are not part of `params`
+    # the logits processors that are not part of `params`; all of them if not `local`
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     # whether the processors look at one distribution alone; else every node is processed with its own text
     local: bool = True
@@ -38,18 +39,32 @@ class Sequence:
         """How many tokens may still be emitted."""
         return self.stop_checker.limit - len(self.output_ids)
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether the token limit ended it, not an end token."""
+        return self.tokens_left < 1 and self.output_ids[-1] not in self.stop_checker.end_tokens
+
+    @property
+    def all_processors(self) -> LogitsProcessorList:
+        """Every processor in transformers' order, with the warpers that `params` stand for."""
+        return LogitsProcessorList([*to_warpers(self.params), *self.processors]) if self.local else self.processors
+
     def append(self, tokens: list[int], scores: list[Tensor] | None = None) -> bool:
         """Take the tokens of one pass up to where the sequence ends; return whether it has ended.
 
         Args:
             tokens: what the pass emitted.
-            scores: processed scores `[vocab]` of each token, for criteria that look at them.
+            scores: processed scores `[vocab]` of each token, if they are recorded.
         """
         text = self.prompt_ids + self.output_ids
-        taken, ended = self.stop_checker.take(text, len(self.output_ids), tokens, scores)
+        self.scores += scores or []
+        taken, ended = self.stop_checker.take(
+            text, len(self.output_ids), tokens, None if scores is None else self.scores
+        )
         self.passes += 1
         self.output_ids += taken
         self.token_ids += taken
+        del self.scores[len(self.output_ids) :]
         if self.on_tokens is not None:
             self.on_tokens(self, taken, ended)
         return ended

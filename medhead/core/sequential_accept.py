@@ -1,7 +1,8 @@
 """Acceptance one node after the other, for processors that look at the text so far.
 
-Every processor sees the calls of plain decoding: one for each emitted token, in order, with that token's own
-prefix. So stateful processors (grammars, counters) and prefix-dependent ones (penalties, n-gram bans) stay exact.
+Every processor of a row sees the calls of plain decoding: one for each emitted token, in order, with that token's own
+prefix. So grammars and prefix-dependent processors (penalties, n-gram bans) stay exact. Processors that look at the whole
+batch go through `lockstep`.
 """
 
 from __future__ import annotations
@@ -35,15 +36,16 @@ def sequential_accept(
         emitted: list[int] = []
         of_tokens: list[Tensor] = []
         node: int | None = 0
+        processors = sequence.all_processors
         while node is not None:
             ids = torch.tensor([sequence.prompt_ids + sequence.output_ids + emitted], device=logits.device)
-            processed = sequence.processors(ids, logits[row, node][None].to(torch.float32, copy=True))
+            processed = processors(ids, logits[row, node][None].to(torch.float32, copy=True))
             token = int(draw(processed, None if noise is None else noise[row, len(emitted)][None]))
             emitted.append(token)
             of_tokens.append(processed[0])
             if sequence.stop_checker.ends_at(token, len(sequence.output_ids) + len(emitted)):
                 break
-            node = _child(all_parents[row], all_tokens[row], node, token)
+            node = child_with(all_parents[row], all_tokens[row], node, token)
             if node is not None:
                 path.append(node)
         paths.append(path)
@@ -57,7 +59,8 @@ def sequential_accept(
     return Accepted(padded_paths, counts, padded_tokens, last), scores
 
 
-def _child(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+def child_with(parents: list[int], tokens: list[int], node: int, token: int) -> int | None:
+    """Return the first child of a node that is this token, None without one."""
     for index in range(node + 1, len(tokens)):
         if parents[index] == node and tokens[index] == token:
             return index

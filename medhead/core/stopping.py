@@ -19,7 +19,8 @@ class StopChecker:
         limit: largest number of new tokens.
         end_tokens: tokens that end a sequence.
         criteria: transformers' list for this generation; end tokens are read, the length limit is skipped, all other
-            criteria are asked after every single token, as plain decoding does.
+            criteria are asked after every single token, as plain decoding does, each row on its own (see `lockstep`
+            for criteria that look at the whole batch).
         device: where the criteria expect token ids.
         stops_at: called with every token in turn; says whether the sequence ends there (stop strings of a request).
     """
@@ -35,9 +36,9 @@ class StopChecker:
         self.limit, self.device, self.end_tokens, self._stops_at = limit, device, frozenset(end_tokens), stops_at
         self._criteria = []
         for criterion in criteria or ():
-            if isinstance(criterion, EosTokenCriteria):
+            if type(criterion) is EosTokenCriteria:
                 self.end_tokens |= frozenset(torch.as_tensor(criterion.eos_token_id).flatten().tolist())
-            elif not isinstance(criterion, MaxLengthCriteria):
+            elif type(criterion) is not MaxLengthCriteria:
                 self._criteria.append(criterion)
 
     @property
@@ -58,23 +59,25 @@ class StopChecker:
             text: prompt (padded as the user gave it) and earlier output.
             done: number of new tokens so far.
             tokens: what the pass emitted.
-            scores: processed scores `[vocab]` of each token, for criteria that look at them, or None.
+            scores: processed scores `[vocab]` of all new tokens, those of the pass last, if they are recorded: criteria see
+                them as transformers gives them, a tuple of `[1, vocab]` for every new token, else None.
         """
         taken: list[int] = []
-        for index, token in enumerate(tokens):
+        for token in tokens:
             taken.append(token)
             stopped = self._stops_at is not None and self._stops_at(token)
             if self.ends_at(token, done + len(taken)) or stopped:
                 return taken, True
-            if self._criteria and self._ask(text, taken, scores[index] if scores else None):
+            seen = None if scores is None else scores[: done + len(taken)]
+            if self._criteria and self._ask(text, taken, seen):
                 return taken, True
         return taken, False
 
-    def _ask(self, text: list[int], taken: list[int], scores: Tensor | None) -> bool:
+    def _ask(self, text: list[int], taken: list[int], scores: list[Tensor] | None) -> bool:
         ids = torch.tensor([[*text, *taken]], device=self.device)
-        row = None if scores is None else scores[None]
+        columns = None if scores is None else tuple(one[None] for one in scores)
         # every criterion is asked, as StoppingCriteriaList does: one that counts its calls must see each token
-        answers = [bool(torch.as_tensor(criterion(ids, row)).any()) for criterion in self._criteria]
+        answers = [bool(torch.as_tensor(criterion(ids, columns)).any()) for criterion in self._criteria]
         return any(answers)
 
 

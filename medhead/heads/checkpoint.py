@@ -39,6 +39,7 @@ def save_heads(heads: Heads, target: PreTrainedModel, folder: str | Path, dtype:
         unwrap(target, wrapped, trainable)
 
 
+@torch.inference_mode(False)  # heads may be loaded in a callback of a generation, and trained later
 def load_heads(folder: str | Path, target: Target) -> Heads:
     """Load heads for a `Target`, onto its device and in its type; the folder may be in another project's format.
 

@@ -25,7 +25,7 @@ from medhead.errors import MedheadError, one_line
 from medhead.heads.base import Heads
 from medhead.heads.config import fitting_config
 from medhead.heads.draft_cache import EncodeCacheEntry
-from medhead.model.attention import NAME, TreePass, tree_pass
+from medhead.model.attention import TreePass, attention_name, tree_pass
 from medhead.model.kv_cache import CacheLayout, KVSpec, TreeCache
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class MtpHeads(Heads):
         super().__init__(fitting_config(target, MTP, depth=max(DEPTH, layers), tree_depth=max(TREE_DEPTH, layers)))
         self.layers = layers
         mtp.layers.eval().requires_grad_(False)
-        mtp.config._attn_implementation = NAME
+        mtp.config._attn_implementation = attention_name(mtp.config._attn_implementation)
         self._mtp = (mtp,)  # a tuple: the target's embedding is in there, which `to` and `state_dict` must not reach
         self.dtype = mtp.layers[0].eh_proj.weight.dtype
         self.layout = self._find_layout(target.device)
@@ -112,7 +112,7 @@ class MtpHeads(Heads):
             positions = (depth + start + 1).expand(token.shape[:2])
             return self._mtp[0].forward_layer(layer, hidden, positions, cache, inputs_embeds=token)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _find_layout(self, device: torch.device) -> CacheLayout:
         """Return the shapes of what every layer caches, from a pass over two tokens."""
         cache: Any = DynamicCache()

@@ -46,6 +46,7 @@ class OutputHead:
 
     key_objects: Any = None
 
+    @torch.inference_mode(False)
     def __init__(self, heads: Heads, target: Target, dtype: torch.dtype | None) -> None:
         weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
         self.tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(target.device)
@@ -57,7 +58,7 @@ class OutputHead:
         self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.detach().to(self.dtype)
-        self._embed, self._count = target.embed, int(target.embedding.num_embeddings)
+        self._embed, self._count = target.embed, target.num_embeddings
         self._packed: list[skinny_gemm.PackedLinear] = []  # the output matrix and the heads' layers, once packed
         self.table: Tensor | None = None
         if self.heads.path_dependent and not self.heads.encode_uses_depth:
@@ -119,7 +120,7 @@ class OutputHead:
         own = self.heads.own_embedding(depth)
         return (self._embed(tokens) if own is None else F.embedding(tokens, own)).to(self.dtype)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _encode_all(self, device: torch.device) -> Tensor | None:
         """Return the encoded tokens of the whole vocabulary, or None if they take more than `TABLE_BYTES`."""
         first = self.heads.encode(self._embedded(torch.zeros(1, dtype=torch.long, device=device), 0), 0)

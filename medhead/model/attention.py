@@ -5,31 +5,35 @@ The mask function receives each layer's own mask function (causal, sliding windo
 it is evaluated on the positions of tree nodes and combined with the ancestors of each node. So every mask that transformers
 can express holds for trees, and no modeling file is copied or patched.
 
+The name is set in the model's configuration, which all threads share. The running pass belongs to one thread. Without one the
+functions call the model's own attention and mask functions, so an ordinary call of the model in another thread is served as
+if no target were active (`attention_name`).
+
 A kernel backend (`medhead_kernels.backends`) needs no dense mask. For a causal or sliding-window layer the mask function
 returns an empty tensor whose last size is the window; every other layer gets its dense mask.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import (
     AttentionMaskInterface,
     causal_mask_function,
-    sdpa_mask,
     sliding_window_causal_mask_function,
 )
 
+from medhead.errors import MedheadError
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
 from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
@@ -121,11 +125,8 @@ def tree_pass(current: TreePass) -> Iterator[None]:
         _running.reset(token)
 
 
-def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
+def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
-    current = _running.get()
-    if current is None:
-        return sdpa_mask(*args, **kwargs)
     device = torch.device(kwargs.get("device") or current.depth.device)
     mask_function, local_size = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
@@ -188,21 +189,18 @@ def _backend_attention(
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    current: TreePass, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]`; the attention function of transformers."""
-    current = _running.get()
+    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]` by the running pass."""
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
-    if current is None and not needs_reference:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if current is not None and attention_mask is not None and attention_mask.shape[0] == 0:
+    if attention_mask is not None and attention_mask.shape[0] == 0:
         params = AttnParams(scale, attention_mask.shape[3] or None, softcap, s_aux)
         out, attention_mask = _backend_attention(current, query, key, value, params)
         if out is not None:
             return out, None
-    if current is not None and not needs_reference and not current.use_reference:
+    if not needs_reference and not current.use_reference:
         return sdpa.attention(query, key, value, attention_mask, scale), None
     if attention_mask is None and query.shape[2] > 1:
         nodes, keys = query.shape[2], key.shape[2]
@@ -212,5 +210,49 @@ def _attention(
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 
 
-AttentionInterface.register(NAME, _attention)
-AttentionMaskInterface.register(NAME, _mask)
+@lru_cache(maxsize=64)
+def attention_name(own: str | None) -> str:
+    """Return the name of the attention for trees, registered now, for a configuration whose attention is called `own`.
+
+    Without a running pass in the calling thread it is `own`.
+    """
+    own = own or "eager"
+    if own.startswith(NAME):
+        return own
+    name = f"{NAME}_{own.replace('flash', 'fa')}"  # transformers prepares other inputs for names with "flash"
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        current = _running.get()
+        if current is None:
+            return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
+        return _attention(current, *args, **kwargs)
+
+    def mask(*args: Any, **kwargs: Any) -> Any:
+        current = _running.get()
+        if current is not None:
+            return _mask(current, kwargs)
+        masks = AttentionMaskInterface()
+        return masks[own](*args, **kwargs) if own in masks else kwargs.get("attention_mask")
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, mask)
+    return name
+
+
+@lru_cache(maxsize=256)
+def _own_attention(kind: type, name: str) -> Callable[..., Any]:
+    """Return the attention function that modules of a class call for a name; `eager` is a function of the modeling file."""
+    forwards = [inspect.unwrap(base.__dict__["forward"]) for base in kind.__mro__ if "forward" in base.__dict__]
+    for forward in filter(inspect.isfunction, forwards):
+        scope, used = forward.__globals__, forward.__code__.co_names
+        if name != "eager" and "ALL_ATTENTION_FUNCTIONS" in used:
+            return scope["ALL_ATTENTION_FUNCTIONS"][name]
+        found = [scope[each] for each in used if each.endswith("eager_attention_forward") and each in scope]
+        if name == "eager" and found:
+            return found[0]
+    if name != "eager":
+        return AttentionInterface()[name]
+    raise MedheadError(
+        f"{kind.__name__} was called in one thread while a decoder runs in another, and its eager attention function was "
+        "not found; load the model with attn_implementation='sdpa', or call it after the decoder"
+    )

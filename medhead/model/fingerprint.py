@@ -5,15 +5,46 @@ from __future__ import annotations
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor, nn
+
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
+_SAMPLES = 64  # values of a weight that are compared
+
 
 def model_state(target: Target) -> Hashable:
-    """Return a key that changes when the model is moved or its adapters are switched, which invalidates captured steps."""
-    adapters = tuple(
-        (module.disable_adapters, str(module.active_adapters), str(getattr(module, "merged", False)))
-        for module in target.model.modules()
-        if hasattr(module, "disable_adapters") and hasattr(module, "active_adapters")
-    )
-    return target.embedding.weight.data_ptr(), target.output.weight.data_ptr(), adapters
+    """Return a key that changes with the model: its modules, hooks, adapters and weights. It invalidates captured steps.
+
+    A compiled step on a CPU holds packed copies of the weights, so there the key also has the weights' version counters and a
+    sample of their values, because PyTorch does not count changes through `weight.data`. Elsewhere steps read weights in place.
+    """
+    weights = list(target.model.parameters())
+    on_cpu = [weight.detach() for weight in weights if weight.device.type == "cpu"]
+    versions = tuple(0 if weight.is_inference() else weight._version for weight in on_cpu)
+    return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, _sample(on_cpu)
+
+
+def _module_key(module: nn.Module) -> Hashable:
+    kind, forward = type(module), module.__dict__.get("forward")
+    hooks = (forward, *module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    key = kind, *(getattr(hook, "__qualname__", type(hook)) for hook in hooks)
+    if not hasattr(kind, "disable_adapters"):
+        return key
+    adapter = (str(getattr(module, name, "")) for name in ("disable_adapters", "active_adapters", "merged", "scaling"))
+    return key, *adapter
+
+
+def _sample(weights: list[Tensor]) -> bytes:
+    """Return some values of every weight."""
+    plain = [weight.reshape(-1) for weight in weights if weight.is_floating_point() and weight.numel()]
+    samples = [values[:: max(1, len(values) // _SAMPLES)] for values in plain]
+    return torch.cat(samples).double().numpy().tobytes() if samples else b""
+
+
+def _pointer(weight: Tensor) -> int:
+    try:
+        return weight.data_ptr()
+    except RuntimeError:  # a tensor subclass without storage of its own
+        return id(weight)

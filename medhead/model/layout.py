@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from medhead.errors import UnsupportedTargetError, one_line
+from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout, KVSpec
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def find_layout(model: Any) -> CacheLayout:
     """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 
@@ -22,14 +23,11 @@ def find_layout(model: Any) -> CacheLayout:
     name, argument = type(model).__name__, cache_argument(model)
     cache: Any = DynamicCache()
     ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-    training = model.training
-    model.eval()
     try:
-        used = model(input_ids=ids, use_cache=True, **{argument: cache})
+        with eval_mode(model):
+            used = model(input_ids=ids, use_cache=True, **{argument: cache})
     except Exception as error:
         raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {one_line(error, 160)}") from error
-    finally:
-        model.train(training)
     returned: Any = getattr(used, argument, None)
     if returned is not cache:
         raise UnsupportedTargetError(

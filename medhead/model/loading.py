@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.utils import logging
 
 from medhead.errors import MedheadError, one_line
+from medhead.model.gguf import is_gguf, load_gguf, load_gguf_tokenizer
+from medhead.model.named_models import DEMO_HEADS as DEMO_HEADS
+from medhead.model.named_models import DEMO_MODEL as DEMO_MODEL
+from medhead.model.named_models import resolve_model
 
-DEMO_MODEL = Path(__file__).parents[1] / "assets" / "model"
-DEMO_HEADS = DEMO_MODEL.with_name("heads")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def pick_device(name: str) -> torch.device:
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, AttributeError)
+
+
+def pick_device(name: str | torch.device) -> torch.device:
     """Return the device of that name, or raise a MedheadError; `auto` is CUDA where there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -27,17 +33,18 @@ def pick_device(name: str) -> torch.device:
         torch.zeros(1, device=device)
     except Exception as error:
         reason = one_line(error, 80)
-        raise MedheadError(f"device {name!r} is not available ({reason}); use --device cpu or auto") from None
+        raise MedheadError(f"device {str(name)!r} is not available ({reason}); use --device cpu or auto") from None
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+def pick_dtype(name: str | torch.dtype, device: torch.device) -> torch.dtype:
     """Return the type of that name; `auto` is float32 on a CPU and bfloat16 elsewhere.
 
     An unknown name, and a type that the device cannot compute in, raise a MedheadError.
     """
     if name == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
+    name = str(name).removeprefix("torch.")
     if name not in DTYPES:
         raise MedheadError(f"--dtype must be auto, {', '.join(DTYPES)}; got {name!r}")
     dtype = DTYPES[name]
@@ -51,41 +58,71 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    name: str | Path, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False
+    name_or_path: str | Path | None,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model from a folder or the hub, from safetensors alone; a failure is a MedheadError of one line."""
-    _check_folder(name)
+    """Load a causal language model; a failure is a `MedheadError` of one line.
+
+    Args:
+        name_or_path: a model folder, a hub id (both with weights in safetensors), a GGUF file, whose weights are
+            dequantised, `"smollm2"`, which may be downloaded, or `"demo"`. None is the demo model.
+        device: where the model is put; `"auto"` is CUDA where there is one, else the CPU.
+        dtype: type of the weights; `"auto"` is float32 on a CPU and bfloat16 elsewhere.
+        trust_remote_code: run Python code that comes with the model.
+    """
+    device = pick_device(device)
+    dtype = pick_dtype(dtype, device)
+    name = resolve_model(name_or_path)
+    _check_name(name)
     logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-        )
+        if is_gguf(name):
+            model, info = load_gguf(Path(name), dtype=dtype)
+        else:
+            options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
+            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
         damage = f"is truncated or damaged ({error}); download it again"
         raise MedheadError(f"a weights file of {str(name)!r} {damage}") from None
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
+    except MedheadError:
+        raise
+    except LOADING_ERRORS as error:
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
     finally:
         logging.enable_progress_bar()
+    if missing := sorted(info["missing_keys"]):  # transformers leaves them random
+        number = f"{len(missing)} of its weights are missing ({missing[0]})"
+        raise MedheadError(f"model {str(name)!r} cannot be loaded: {number}; download it again")
     return model.to(device).eval()
 
 
 def load_tokenizer(
-    name: str | Path, trust_remote_code: bool = False, needs_model: bool = True
+    name_or_path: str | Path | None, trust_remote_code: bool = False, needs_model: bool = True
 ) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a model, or with `needs_model` false from a folder that holds only a tokenizer."""
+    """Load the tokenizer of a model, named as for `load_model`; a failure is a `MedheadError` of one line.
+
+    With `needs_model` false a folder may hold a tokenizer alone.
+    """
+    name = resolve_model(name_or_path)
     if needs_model or not Path(name).is_dir():
-        _check_folder(name)
+        _check_name(name)
+    options: dict[str, Any] = {"padding_side": "left", "trust_remote_code": trust_remote_code}
     try:
-        return AutoTokenizer.from_pretrained(name, padding_side="left", trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError) as error:
+        if is_gguf(name):
+            return load_gguf_tokenizer(Path(name), **options)
+        return AutoTokenizer.from_pretrained(name, **options)
+    except MedheadError:
+        raise
+    except LOADING_ERRORS as error:
         raise MedheadError(f"the tokenizer of {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
     """Return the token ids of a prompt, through the chat template if the tokenizer has one and `raw` is false.
 
-    An empty prompt, and a system prompt without a chat template, raise a `MedheadError`.
+    An empty prompt, a system prompt without a chat template, and a chat that the template refuses raise a `MedheadError`.
     """
     if not prompt.strip():
         raise MedheadError("the prompt is empty: give some text with --prompt, --prompt-file or on standard input")
@@ -95,17 +132,31 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
         return list(tokenizer(prompt)["input_ids"])
     messages: list[dict[str, Any]] = [] if system is None else [{"role": "system", "content": system}]
     messages.append({"role": "user", "content": prompt})
-    return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return apply_template(tokenizer, messages)
 
 
-def _check_folder(name: str | Path) -> None:
+def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """Return the token ids of a chat up to where the answer begins; a chat that the template refuses is a `MedheadError`."""
+    try:
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+    except Exception as error:  # a template can raise anything
+        reason = one_line(error, 200)
+        raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None
+    return list(found["input_ids"])
+
+
+def _check_name(name: str | Path) -> None:
     """Refuse a folder that is missing or holds no model; a name of the form `owner/model` or `model` may be a hub id."""
+    if is_gguf(name):
+        return  # its header is checked when it is loaded
     hub_logging.set_verbosity_error()  # else an unreachable hub prints ten lines
     text = str(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise MedheadError(f"the folder {text!r} holds no config.json; it is not a model folder")
         return
+    if Path(name).is_file():
+        raise MedheadError(f"{text!r} is a file, but not a GGUF file; give a model folder, a hub id or a GGUF file")
     parts = text.split("/")
     hub_id = not text.startswith((".", "/", "~")) and "\\" not in text and len(parts) == 2
     if not hub_id and not (len(parts) == 1 and text.isidentifier()):

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from medhead.model.model_lock import running_target
 from medhead_kernels.skinny_gemm import PackedLinear, PackGroup, can_pack
 
 _MAX_SHARE = 0.25  # of the free memory that copies may take by default
@@ -42,7 +44,7 @@ class PackedWeights:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Replace the layers' `forward` by `PackedLinear` inside the context."""
+        """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
         layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed)
         for layer in layers:
             packed = self._packed[layer]
@@ -50,7 +52,7 @@ class PackedWeights:
                 packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias)
                 packed.group = self._group
             packed.recheck()
-            layer.forward = packed
+            layer.forward = partial(_forward, layer, packed)
         try:
             yield
         finally:
@@ -63,10 +65,17 @@ class PackedWeights:
             packed.clear()
 
 
+def _forward(layer: nn.Linear, packed: PackedLinear, x: Tensor) -> Tensor:
+    return packed(x) if running_target.get() is not None else nn.functional.linear(x, layer.weight, layer.bias)
+
+
 def _packable(modules: Iterable[nn.Module]) -> list[Any]:
-    """Return the plain linear layers whose `forward` was not replaced by other code."""
+    """Return the plain linear layers whose `forward` was not replaced by other code.
+
+    Where the weight is no parameter (pruning, weight normalisation), a hook computes it anew before every pass.
+    """
     plain = (layer for layer in modules if type(layer) is nn.Linear and "forward" not in layer.__dict__)
-    return [layer for layer in plain if can_pack(layer.weight)]
+    return [layer for layer in plain if "weight" in layer._parameters and can_pack(layer.weight)]
 
 
 def fits(size: int) -> bool:

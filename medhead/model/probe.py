@@ -10,6 +10,7 @@ from torch import Tensor
 
 from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError, one_line
+from medhead.model.eval_mode import eval_mode
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
 PREFIXES = (5, 3)  # two rows of different length
@@ -25,7 +26,7 @@ class _TreeVerifier(Protocol):
     dtype: torch.dtype
     device: torch.device
     vocab_size: int
-    embedding: Any
+    num_embeddings: int
 
     def active(self) -> AbstractContextManager[None]: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
@@ -33,7 +34,7 @@ class _TreeVerifier(Protocol):
     def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def check_target(target: _TreeVerifier) -> None:
     """Compare the logits of a small tree with those of its paths, one by one, under the model's own attention.
 
@@ -65,7 +66,7 @@ def check_target(target: _TreeVerifier) -> None:
 
 def _probe_tree(target: _TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
-    high = min(target.vocab_size, int(target.embedding.num_embeddings))
+    high = min(target.vocab_size, target.num_embeddings)
     draw = torch.randint(0, high, (len(PREFIXES), max(PREFIXES) + len(PARENTS)), generator=generator)
     prefixes = [row[:length].tolist() for row, length in zip(draw, PREFIXES, strict=True)]
     tokens = draw[:, max(PREFIXES) :].to(target.device)
@@ -74,14 +75,10 @@ def _probe_tree(target: _TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
 
 def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
     """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
-    training = target.model.training
-    target.model.eval()
     found = []
-    try:
+    with eval_mode(target.model):
         for row, prefix in enumerate(prefixes):
             for path in tree.paths_to(row):
                 ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
                 found.append(target.model(input_ids=ids, use_cache=False).logits[0, -1].float())
-    finally:
-        target.model.train(training)
     return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)

@@ -15,10 +15,15 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.model.attention import NAME, TreePass, tree_pass
+from medhead.model.attention import TreePass, attention_name, tree_pass
+from medhead.model.eval_mode import eval_mode
+from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
+from medhead.model.model_form import check_form, model_form, num_rows
+from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
+from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
@@ -30,7 +35,7 @@ class Target:
     """A model that verifies trees.
 
     Args:
-        model: what `from_pretrained` returned, or a `PeftModel` around it.
+        model: what `from_pretrained` returned, or a `PeftModel` or `PeftMixedModel` around it.
         probe: check with a small tree that the model verifies trees correctly.
         attention: `sdpa` (PyTorch's kernels with a dense mask; layers with soft-capping or sinks use `reference`), `triton`
             (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
@@ -40,7 +45,8 @@ class Target:
             rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
 
     Raises:
-        MedheadError: `model` is not a model of transformers, or `attention` is unknown or cannot serve this model.
+        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
+            unknown or cannot serve this model.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, recurrent or convolutional layers, or an
             attention that does not go through transformers' registry.
     """
@@ -52,9 +58,7 @@ class Target:
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        inner: Any = model
-        if hasattr(model, "get_base_model"):  # PEFT
-            inner = inner.get_base_model()
+        inner = unwrap_peft(model)
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
         self.model: Any = inner
@@ -67,7 +71,12 @@ class Target:
         self.config = inner.config.get_text_config(decoder=True)
         self.embedding: Any = inner.get_input_embeddings()
         weight: Any = self.output.weight
+        if not isinstance(weight, Tensor):
+            raise UnsupportedTargetError(
+                f"the output matrix of {self.name} ({type(self.output).__name__}) holds no tensor"
+            )
         self.vocab_size, self.hidden_size = weight.shape
+        self.num_embeddings = num_rows(self.embedding)
         self.device = self.embedding.weight.device
         self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
@@ -78,55 +87,93 @@ class Target:
         self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
         self._active = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
-        self.layout = find_layout(inner)
+        self._form = model_form(inner)
+        check_adapters(inner)
+        with self.lock:  # it changes the model's mode for a moment
+            self.layout = find_layout(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
         except BackendError as error:
             raise MedheadError(str(error)) from None
         if probe:
-            self._probe(attention)
+            with self.lock:
+                self._probe(attention)
 
     # ---------------------------------------------------------------- passes
+
+    def check_model(self) -> None:
+        """Refuse to go on with a model that was changed so that this target no longer fits it.
+
+        Raises:
+            MedheadError: names the change, or an adapter that cannot be decoded with.
+        """
+        check_form(self.model, self._form)
+        check_adapters(self.model)
+
+    def follow_model(self, device: torch.device) -> None:
+        """Take the model as it is now as unchanged: its owner moved it to another device."""
+        self.device, self._form = device, model_form(self.model)
+
+    @property
+    def lock(self) -> ModelLock:
+        """The model's lock; a thread holds it while the target is active or listens."""
+        return model_lock(self.model)
 
     @contextmanager
     def active(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
         """Replace the model's attention inside the context; passes return the outputs of `feature_layers` as features.
 
-        Without `feature_layers` the features are the last hidden state.
+        Without `feature_layers` the features are the last hidden state. Targets of one model in several threads take turns.
+        In another thread an ordinary call of the model is not changed, except that the model is in eval mode.
         """
-        if self._active:
+        with self.lock:
+            if not self._active:
+                with self._activated(feature_layers):
+                    yield
+                return
             if tuple(feature_layers) != tuple(self._feature_layers):
                 raise MedheadError(
                     f"{self.name} is read at layers {list(self._feature_layers)} already, asked for {list(feature_layers)}"
                 )
             yield
-            return
+
+    @contextmanager
+    def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
+        self.check_model()
         before = [config._attn_implementation for config in self._configs]
-        training = self.model.training
-        with self.listening(feature_layers), self.packed_weights.active():
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model):
             try:
                 self._active = True
-                self.model.eval()
-                for config in self._configs:
-                    config._attn_implementation = NAME
+                for config, name in zip(self._configs, before, strict=True):
+                    config._attn_implementation = attention_name(name)
                 yield
             finally:
                 for config, name in zip(self._configs, before, strict=True):
                     config._attn_implementation = name
-                self.model.train(training)
                 self._active = False
+                replace_inference_tensors(self.model)
 
     @contextmanager
     def listening(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
-        """Keep the features of the model's passes inside the context; nothing else of the model is changed."""
-        hooks = [*self._tap(feature_layers), self.output.register_forward_pre_hook(self._capture)]
+        """Keep the features of the target's passes inside the context; nothing else of the model is changed."""
+        with self.lock:
+            hooks = [*self._tap(feature_layers), self.output.register_forward_pre_hook(self._capture)]
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
+                self._hidden, self._select, self._feature_layers = None, None, {}
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        """Make the passes inside the context those of this target, in this thread."""
+        token = running_target.set(self)
         try:
             yield
         finally:
-            for hook in hooks:
-                hook.remove()
-            self._hidden, self._select, self._feature_layers = None, None, {}
+            running_target.reset(token)
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """Return an empty cache for `batch` rows of about `capacity` tokens."""
@@ -212,7 +259,8 @@ class Target:
         not see the one before.
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
-        model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+        with self._running():
+            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
         self._select = None
         assert self._hidden is not None, "only inside `with target.listening()`"
         return self._hidden, self._features()
@@ -244,7 +292,7 @@ class Target:
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
-        with tree_pass(current):
+        with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
         return output.logits, self._features()
 
@@ -269,12 +317,15 @@ class Target:
         self._feature_layers = dict.fromkeys(feature_layers)
 
         def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
-            self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
+            if running_target.get() is self:
+                self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
 
         return [layers[layer].register_forward_hook(partial(keep, layer)) for layer in feature_layers]
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Keep what the output matrix is given; while prefilling, pass only one row of it on."""
+        if running_target.get() is not self:
+            return None
         hidden = args[0]
         self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
         if self._select is None:

@@ -64,6 +64,10 @@ class Candidates:
         """Return the probabilities of the `count` best candidates in falling order, `[batch, count]`."""
         return self.scores.topk(min(count, self.tokens.shape[1]), dim=1).values.exp()
 
+    def num_possible(self) -> int:
+        """Return the largest number of candidates of a row that are not padding; the host waits for the device."""
+        return int((self.scores > -torch.inf).sum(1).max())
+
     def paths(self, row: int) -> dict[tuple[int, ...], float]:
         """Return the scores of a row's paths by their tokens, for traces and tests."""
         found: list[tuple[int, ...]] = []

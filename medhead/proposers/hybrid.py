@@ -186,7 +186,7 @@ class HybridProposer(Proposer):
             return None, Plan(1)
         merged = merge(self._corrected)
         if self.controller is None:
-            return merged, Plan(self.tree_size)
+            return merged, Plan(min(self.tree_size, 1 + merged.num_possible()))
         probs = merged.top_probs(self.controller.sizes[-1] - 1).sum(0).tolist()
         nodes, rate = self.controller.choose(probs, rows, self.clock() - self._began)
         return merged, Plan(nodes, rate, sum(probs[: nodes - 1]))

@@ -6,6 +6,7 @@ accepted or not; nothing is trained. It can be saved, and another run can start 
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 FORMAT = "medhead recycling 1"
-_UNSEEN = -20.0  # log-probability of a successor that was never seen
+_MIN_LOGP = -20.0  # a successor of this log-probability or less is never drafted
 
 
 @register_proposer("recycling")
@@ -62,12 +63,12 @@ class RecyclingProposer(Proposer):
         self.tree_size, self.max_depth, self.width = tree_size, max_depth, width
         shape = (target.vocab_size, min(successors, target.vocab_size))
         self.tokens = torch.arange(shape[1], device=target.device).repeat(shape[0], 1)
-        self.logp = torch.full(shape, _UNSEEN, device=target.device)
+        self.logp = torch.full(shape, -torch.inf, device=target.device)  # -inf: never seen
         self._newest = torch.zeros(target.vocab_size, dtype=torch.long, device=target.device)
         if state is not None:
             tokens, logp = _load_state(Path(state), target.vocab_size)
             known = min(shape[1], tokens.shape[1])
-            self.tokens[:, :known], self.logp[:, :known] = tokens[:, :known], logp[:, :known]
+            self.tokens[:, :known], self.logp[:, :known] = tokens[:, :known], _floor(logp[:, :known])
 
     def save(self, path: str | Path) -> None:
         """Write the matrix to a safetensors file, for `state`; a file of another kind is not overwritten.
@@ -89,12 +90,12 @@ class RecyclingProposer(Proposer):
             scratch.unlink(missing_ok=True)
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Return the most probable recycled paths below every root."""
+        """Return the most probable recycled paths below every root, fewer than `tree_size` where few are known."""
         depth = min(max_depth, self.max_depth, self.tree_size - 1)
         if depth < 1:
             return TokenTree.root(state.roots)
         found = grow(state.roots, RecyclingExpander(self, state), depth, self.width, self.tree_size)
-        return found.best_tree(state.roots, self.tree_size)
+        return found.best_tree(state.roots, min(self.tree_size, 1 + found.num_possible()))
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """Return the successors of all frontiers."""
@@ -107,7 +108,7 @@ class RecyclingProposer(Proposer):
         self._newest[nodes] = torch.arange(len(nodes), device=nodes.device)  # one node of each token, for both matrices
         taken = self._newest[nodes]
         top = output.logits.flatten(0, 1).float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
-        self.tokens[nodes], self.logp[nodes] = top.indices[taken], top.values[taken]
+        self.tokens[nodes], self.logp[nodes] = top.indices[taken], _floor(top.values)[taken]
 
 
 @dataclass
@@ -126,8 +127,29 @@ class RecyclingExpander:
         children, logp = self.proposer.tokens[tokens], self.proposer.logp[tokens]
         if self.given.noise is not None:
             noise = self.given.noise.at(depth).gather(1, children.flatten(1)).view_as(logp)
-            logp = (logp / self.given.temperature + noise).log_softmax(-1)
+            logp = _condition_on_noise(logp, noise, self.given.temperature, len(self.proposer.tokens))
         return state.expand(-1, tokens.shape[1], -1), logp, children
+
+
+def _floor(logp: Tensor) -> Tensor:
+    """Return log-probabilities with -inf for those that are too small to be drafted."""
+    return logp.masked_fill(logp <= _MIN_LOGP, -torch.inf)
+
+
+def _condition_on_noise(logp: Tensor, noise: Tensor, temperature: float | Tensor, vocab_size: int) -> Tensor:
+    """Return the log-probabilities of known successors given the noise of their position, all `[batch, width, K]`.
+
+    The others' noise is not looked at: the largest of their perturbed logits is `others` plus Gumbel noise, so it is below
+    that of the best known successor with probability `exp(-exp(others - best))`. `others` is the logarithm of an upper bound
+    of their sum of p^(1/temperature): their p sum to `rest`, and each is at most the least known p.
+    """
+    power, known = 1 / temperature, logp.exp()
+    rest = (1 - known.sum(-1, keepdim=True)).clamp(min=torch.finfo(logp.dtype).tiny).log()
+    least = logp.masked_fill(known == 0, torch.inf).amin(-1, keepdim=True).clamp(max=0)
+    others = torch.maximum(rest + (power - 1) * least, rest * power + (1 - power) * math.log(vocab_size))
+    perturbed = logp * power + noise
+    found = perturbed.log_softmax(-1) - (others - perturbed.amax(-1, keepdim=True)).exp()
+    return found.masked_fill(known == 0, -torch.inf)
 
 
 def _load_state(path: Path, vocab_size: int) -> tuple[Tensor, Tensor]:

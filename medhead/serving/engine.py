@@ -21,6 +21,7 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate_options import seed_or_draw
+from medhead.prepare import SequencePreparer
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
@@ -51,12 +52,18 @@ class Engine:
     """Serves requests in batches, each with exactly the text it would get alone.
 
     Args:
-        decoder: what decodes; its proposer serves requests that name none. The engine's thread alone may use it.
+        decoder: what decodes; its proposer serves requests that name none. Of one engine alone.
         tokenizer: for stop strings and the text of outputs.
         heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder; the decoder's if None.
         max_rows: most requests decoded at a time, all batches together.
         max_queue: most requests that wait.
         time_limit: seconds after which a request ends, if it does not say so itself.
+
+    Fields of the model's generation configuration (penalties, bans, end tokens, ...) hold where a request's sampling
+    parameters are None. The tokenizer's EOS token ends a text too.
+
+    Other threads may call decoders of the same model, this one too, and `model.generate`. A decoder's generation waits for the
+    running step; until it ends, the requests wait.
 
     Attributes:
         listeners: called in the engine's thread with request and result as each request ends.
@@ -85,7 +92,7 @@ class Engine:
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
         self.listeners: list[Callable[[Request, Result], None]] = []
-        self.end_tokens = _end_tokens(self.target.model, tokenizer)
+        self._preparer = SequencePreparer(decoder, tokenizer)
         self._waiting: deque[RequestState] = deque()
         self._states: dict[int, RequestState] = {}  # by the id of their sequence
         self._scheduler = Scheduler(decoder, self.heads)
@@ -111,9 +118,14 @@ class Engine:
 
         Raises:
             Stopped: it runs already.
+            MedheadError: the decoder serves another engine.
         """
         if self._thread is not None:
             raise Stopped("the engine was started already")
+        with self.target.lock:  # a generation with the decoder's own proposer ends first
+            if self.decoder.is_serving:
+                raise MedheadError("the decoder serves an engine already; make a Decoder for each engine")
+            self.decoder.is_serving = True
         self._running, ready = True, threading.Event()
         self._thread = threading.Thread(target=self._run, args=(ready,), name="medhead-engine", daemon=True)
         self._thread.start()
@@ -135,7 +147,7 @@ class Engine:
         handle = RequestHandle(request, self._notify)
         handle.result.seed = 0 if request.params.greedy else seed_or_draw(request.params.seed)
         deadline = time.perf_counter() + (self.time_limit if request.time_limit is None else request.time_limit)
-        state = RequestState(handle, self.target, self.tokenizer, self.end_tokens, deadline)
+        state = RequestState(handle, self._preparer, self.tokenizer, deadline)
         with self._awake:
             if not self._running:
                 raise Stopped("the engine is not running")
@@ -169,12 +181,12 @@ class Engine:
 
     # ---------------------------------------------------------------- the thread
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def _run(self, ready: threading.Event) -> None:
         try:
             self.decoder.warmup(self.max_rows)
         except Exception as error:
-            self._failed, self._running = error, False
+            self._failed, self._running, self.decoder.is_serving = error, False, False
             return
         finally:
             ready.set()
@@ -186,10 +198,11 @@ class Engine:
 
     def _turn(self) -> bool:
         """Let requests leave and join, then run one step; return False when the engine is closed."""
+        if self.target.lock.contended:
+            self._deactivate()  # threads that wait for the model go first
         with self._awake:
             if self._running and not self._waiting and not self._states:
-                self._active.close()  # no request is served: the model is left as it was
-                self._reading = None
+                self._deactivate()  # no request is served: the model is left as it was
                 self._awake.wait()
             if not self._running:
                 return False
@@ -230,11 +243,12 @@ class Engine:
         groups: dict[int, tuple[DecodeBatch, list[RequestState]]] = {}
         for state in states:
             try:
+                state.prepare()
                 batch = self._scheduler.batch_for(state.handle.request)
             except Exception as error:
                 if not isinstance(error, MedheadError):
                     LOG.exception("no batch for %s", state.handle.request)
-                message = str(error) if isinstance(error, MedheadError) else "the proposer could not be made"
+                message = str(error) if isinstance(error, MedheadError) else "the request could not be prepared"
                 self._end(state, "error", message)
                 continue
             groups.setdefault(id(batch), (batch, []))[1].append(state)
@@ -287,10 +301,13 @@ class Engine:
         """Make passes keep the features that the batch's proposer reads."""
         reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
         if reading != self._reading:
-            self._active.close()
-            self._reading = None
+            self._deactivate()
             self._active.enter_context(reading[0].active(reading[1]))
             self._reading = reading
+
+    def _deactivate(self) -> None:
+        self._active.close()
+        self._reading = None
 
     def _guarded(
         self, batch: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
@@ -322,7 +339,8 @@ class Engine:
         state.handle.end(error)
 
     def _shut_down(self) -> None:
-        self._active.close()
+        self._deactivate()
+        self.decoder.is_serving = False
         with self._awake:
             self._running = False
             states = [*self._states.values(), *self._waiting]
@@ -337,10 +355,3 @@ class Engine:
 
 def _why(state: RequestState) -> Reason:
     return "cancelled" if state.handle.cancelled else "timeout"
-
-
-def _end_tokens(model: Any, tokenizer: Any) -> frozenset[int]:
-    found = model.generation_config.eos_token_id
-    if found is None:
-        found = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if found is None else frozenset(torch.as_tensor(found).flatten().tolist())

@@ -8,9 +8,10 @@ from typing import Any
 
 from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
-from medhead.core.stopping import StopChecker, token_limit
+from medhead.core.stopping import token_limit
 from medhead.errors import MedheadError
 from medhead.model.target import Target
+from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
 from medhead.proposers.base import VerifyOutput
 from medhead.serving.detokenizer import Detokenizer
@@ -23,27 +24,18 @@ class RequestState:
 
     Args:
         handle: of the request; its `result.seed` is the seed.
-        target: the target.
+        preparer: makes the sequence.
         tokenizer: decodes the output.
-        end_tokens: tokens that end a text.
         deadline: on `time.perf_counter`'s clock.
     """
 
-    def __init__(
-        self, handle: RequestHandle, target: Target, tokenizer: Any, end_tokens: frozenset[int], deadline: float
-    ) -> None:
+    def __init__(self, handle: RequestHandle, preparer: SequencePreparer, tokenizer: Any, deadline: float) -> None:
         request = handle.request
-        self.handle, self.deadline, self._end_tokens = handle, deadline, end_tokens
+        self.handle, self.deadline, self._preparer = handle, deadline, preparer
         self.submitted = time.perf_counter()
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop)
-        limit = token_limit(request.params.max_new_tokens, len(request.prompt), target.context)
-        self.sequence = Sequence(
-            list(request.prompt),
-            list(request.prompt),
-            StopChecker(limit, end_tokens, stops_at=self._stops_at),
-            replace(request.params, seed=handle.result.seed),
-            on_tokens=self._on_tokens,
-        )
+        self.detokenizer = Detokenizer(tokenizer, request.params.stop + preparer.stop_strings)
+        params = replace(request.params, seed=handle.result.seed)
+        self.sequence = preparer.new_sequence(request.prompt, params, on_tokens=self._on_tokens)
         self.new_token_ids: list[int] = []
         self._new_texts: list[str] = []
         self.ended = False
@@ -51,7 +43,12 @@ class RequestState:
     @property
     def reason(self) -> Reason:
         """Why it ended, after it has."""
-        return "stop" if self.detokenizer.stopped or self.sequence.output_ids[-1] in self._end_tokens else "length"
+        ended = self.sequence.output_ids[-1] in self.sequence.stop_checker.end_tokens
+        return "stop" if self.detokenizer.stopped or ended else "length"
+
+    def prepare(self) -> None:
+        """Give the sequence its processors and ends; called in the engine's thread."""
+        self._preparer.prepare(self.sequence, self._stops_at)
 
     def take_output(self, seconds: float, loop: DecodeLoop, row: int) -> StepOutput:
         """Return the output of the last pass, and bring the result up to date.
@@ -109,7 +106,7 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     """
     if not request.prompt:
         raise MedheadError("the prompt is empty: give at least one token")
-    vocabulary = int(target.embedding.num_embeddings)
+    vocabulary = target.num_embeddings
     low, high = min(request.prompt), max(request.prompt)
     if low < 0 or high >= vocabulary:
         raise MedheadError(f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}")

@@ -9,6 +9,7 @@ from medhead.bench.harness import progress_bar
 from medhead.bench.measure import Method, Prompts, measure
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 
 T = TypeVar("T")
 Changes = list[Callable[[T], T]]  # the steps along one dimension
@@ -31,10 +32,8 @@ def throughput(make: Callable[[T], Decoder], prompts: Prompts, new_tokens: int, 
     """Return a function that measures greedy decoding of the prompts, interleaved; `make` makes a setting's decoder."""
 
     def rate(settings: list[T]) -> list[float]:
-        methods = [
-            Method(str(setting), SamplingParams(new_tokens, 0.0).generate_arguments(), make(setting))
-            for setting in settings
-        ]
+        params, decoders = SamplingParams(new_tokens, 0.0), [(str(setting), make(setting)) for setting in settings]
+        methods = [Method(name, generate_arguments(one.model, params), one) for name, one in decoders]
         with progress_bar(len(methods) * len(prompts) * repeats) as bar:
             return [result.rate for result in measure(methods, prompts, repeats, progress=bar.update)]
 

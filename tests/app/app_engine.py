@@ -8,6 +8,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from transformers import GenerationConfig
+
 from medhead.errors import MedheadError
 from medhead.serving.engine import EngineStatistics
 from medhead.serving.handle import RequestHandle
@@ -36,7 +38,8 @@ class FakeEngine:
         raises: Exception | None = None,
     ) -> None:
         self.outputs, self.pause, self.error, self.room, self.raises = outputs, pause, error, room, raises
-        self.decoder = SimpleNamespace(target=SimpleNamespace(context=CONTEXT))
+        model = SimpleNamespace(generation_config=GenerationConfig())
+        self.decoder = SimpleNamespace(target=SimpleNamespace(context=CONTEXT, model=model))
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.handles: list[RequestHandle] = []
         self.totals, self.running = EngineStatistics(), False

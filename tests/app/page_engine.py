@@ -9,6 +9,8 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
+from transformers import GenerationConfig
+
 from medhead.errors import MedheadError
 from medhead.serving import QueueFullError, Request, RequestHandle, Result, StepOutput, TreeView
 from medhead.serving.engine import EngineStatistics
@@ -64,7 +66,9 @@ class ScriptedEngine:
     ) -> None:
         self.tokenizer = WordTokenizer()
         self.script, self.delay, self.fail, self.crash = script, delay, fail, crash
-        self.decoder = SimpleNamespace(target=SimpleNamespace(context=context), proposer=SimpleNamespace(name="hybrid"))
+        model = SimpleNamespace(generation_config=GenerationConfig())
+        target = SimpleNamespace(context=context, model=model)
+        self.decoder = SimpleNamespace(target=target, proposer=SimpleNamespace(name="hybrid"))
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.max_rows, self.max_queue, self.has_heads = max_rows, max_queue, True
         self.requests: list[Request] = []

@@ -177,10 +177,18 @@ def test_fields_reach_the_engine(serve: Serve) -> None:
         logprobs=False,
         tools=[],
         response_format={"type": "text"},
-        extra_body={"top_k": 20, "min_p": 0.1, "proposer": "ngram", "tree_size": 7},
+        extra_body={
+            "top_k": 20,
+            "min_p": 0.1,
+            "proposer": "ngram",
+            "tree_size": 7,
+            "repetition_penalty": 1.1,
+            "no_repeat_ngram_size": 4,
+            "min_tokens": 2,
+        },
     )
     request = engine.handles[0].request
-    assert request.params == SamplingParams(9, 0.5, 0.9, 20, 0.1, 2**64 - 1, ("a", "b"))
+    assert request.params == SamplingParams(9, 0.5, 0.9, 20, 0.1, 2**64 - 1, ("a", "b"), 1.1, 4, 2)
     assert (request.proposer, request.tree_size) == ("ngram", 7)
     post(address)
     assert engine.handles[1].request.params == SamplingParams(CONTEXT - len(engine.handles[1].request.prompt), 1.0)
@@ -188,6 +196,37 @@ def test_fields_reach_the_engine(serve: Serve) -> None:
     assert engine.handles[2].request.params == replace(engine.handles[1].request.params, temperature=0)
     post(address, "completions", messages=None, prompt="Once")
     assert engine.handles[3].request.params.max_new_tokens == 16  # OpenAI's default
+    post(address, top_k=-1, top_p=1)  # the model's own values are switched off
+    assert (engine.handles[4].request.params.top_k, engine.handles[4].request.params.top_p) == (0, 1)
+
+
+def test_the_model_says_the_temperature_of_requests_without_one(serve: Serve) -> None:
+    engine = FakeEngine()
+    engine.decoder.target.model.generation_config.temperature = 0.6
+    address = serve(engine)
+    post(address)
+    post(address, temperature=1.5)
+    assert [handle.request.params.temperature for handle in engine.handles] == [0.6, 1.5]
+
+
+def test_messages_with_the_fields_of_other_clients(
+    serve: Serve, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name reaches the template; fields that say nothing are left out."""
+    template = "{% for m in messages %}{{ m.role }} {{ m.name or '-' }} {{ m.content }};{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", template)
+    engine = FakeEngine()
+    empty = {"refusal": None, "annotations": [], "audio": None, "tool_calls": [], "function_call": None}
+    part = {"type": "text", "text": "Hi", "annotations": [], "cache_control": None}
+    messages = [
+        {"role": "developer", "content": "Be kind.", "name": None},
+        {"role": "user", "content": [part], "name": "Ann"},
+        {"role": "assistant", "content": "Yes", **empty},
+        {"role": "user", "content": "And?"},
+    ]
+    assert post(serve(engine), messages=messages).status_code == 200
+    said = tokenizer.decode(engine.handles[0].request.prompt)
+    assert said == "system - Be kind.;user Ann Hi;assistant - Yes;user - And?;"
 
 
 def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
@@ -239,7 +278,10 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": "y"}]}, "messages[0].name", "unsupported_parameter"),
+        ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "banana": 5}]}, "messages[0].banana", "unsupported_parameter"),
+        ({"repetition_penalty": 0}, "repetition_penalty", "invalid_value"),
+        ({"min_tokens": -1}, "min_tokens", "invalid_value"),
         (
             {
                 "messages": [

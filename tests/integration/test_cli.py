@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,16 @@ import pytest
 import torch
 
 from conftest import hear_ctrl_c
+from medhead.check import compare as compare_texts
+from medhead.cli import compare as medhead_compare
 from medhead.cli import generate
 from medhead.cli.main import BENCHMARKS, COMMANDS
 from medhead.cli.main import main as medhead
+from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES
 from medhead.datastore import build_datastore
+from medhead.model import loading
+from medhead.model.target import ATTENTIONS
+from medhead.proposers import PROPOSERS
 
 
 def command(folders: dict[str, Path], *more: str, prompt: str | None = "Once upon a time") -> list[str]:
@@ -55,6 +62,94 @@ def test_json_says_everything(folders: dict[str, Path], capsys: pytest.CaptureFi
     assert result["proposer"] == "hybrid"
     assert result["accepted_length"] == pytest.approx(result["new_tokens"] / result["passes"], abs=1e-3)
     assert set(result) >= {"text", "prompt_tokens", "seconds", "tokens_per_second"}
+    assert result["finish_reason"] == "length"
+
+
+def test_comparing_shows_the_answer_first_and_counts_the_runs(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The answer streams before anything is timed; the count is updated in place on a terminal alone."""
+    plain = run(command(folders), capsys)[1]
+    seen: list[str] = []
+    compare = medhead_compare.compare
+    with monkeypatch.context() as patched:
+        patched.setattr(
+            medhead_compare, "compare", lambda *given: (seen.extend(capsys.readouterr()), compare(*given))[1]
+        )
+        code, out, err = run(command(folders, "--compare"), capsys)
+    assert (code, seen[0], err) == (0, plain, "")
+    assert out.startswith(" ")
+    assert seen[1].endswith("medhead: 17 more runs\n")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    code, out, err = run(command(folders, "--compare"), capsys)
+    lines = err.split("\r")
+    assert [line for line in lines if "medhead: run " in line] == [f"medhead: run {n} of 18" for n in range(2, 19)]
+    assert lines[-2].strip() == ""
+    code, out, err = run(command(folders, "--compare", "--quiet"), capsys)
+    assert (code, err) == (0, "")
+
+
+def test_comparing_as_json(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = run(command(folders, "--compare", "--json", "--check", "--proposer", "ngram"), capsys)
+    found = json.loads(out)
+    assert (code, found["identical"]) == (0, True)
+    assert list(found["compare"]) == ["medhead ngram", "medhead plain", "transformers generate"]
+    assert all(one["identical"] and one["tokens_per_second"] > 0 for one in found["compare"].values())
+
+
+def test_what_the_statistics_say_about_the_end(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An answer cut by the limit or by the context, one that ended by itself, and an empty one."""
+    load, ends = loading.load_model, [-1]
+
+    def load_ending(*given: Any) -> Any:
+        model = load(*given)
+        model.generation_config.eos_token_id = ends
+        return model
+
+    monkeypatch.setattr(loading, "load_model", load_ending)
+    assert ", cut at 24 tokens (--max-new-tokens N for more)" in run(command(folders), capsys)[2]
+    assert "tokens (the model's context is full)" in run(command(folders, "--max-new-tokens", "500"), capsys)[2]
+    ends[0] = json.loads(run(command(folders, "--json"), capsys)[1])["token_ids"][0]
+    code, out, err = run(command(folders), capsys)
+    assert (code, "cut at" in err) == (0, False)
+    assert ("the answer is empty" in err) == (not out.strip())
+    assert json.loads(run(command(folders, "--json"), capsys)[1])["finish_reason"] == "stop"
+
+
+def test_speculation_that_brings_nothing_says_what_to_do(
+    folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line, where draft tokens without heads were hardly ever accepted; not with heads, --quiet or --json."""
+    without = (["--quiet"], ["--json"], ["--proposer", "none"], ["--heads", str(folders["medusa"])])
+    for low, more, said in ((99.0, [], True), (1.0, [], False), *((99.0, more, False) for more in without)):
+        monkeypatch.setattr(generate, "LOW_LENGTH", low)
+        monkeypatch.setattr(generate, "MIN_PASSES", 1)
+        code, _, err = run(command(folders, *more), capsys)
+        assert code == 0
+        assert err.count("train heads (medhead finetune)") == said, (low, more)
+
+
+def test_a_difference_is_said_in_words() -> None:
+    """Not in token ids; half precision is named as the cause, a near tie by the logit gap."""
+    words = {1: "the", 2: " dog", 3: " cat"}
+    found = compare_texts(torch.tensor([[1, 2]]), torch.tensor([[1, 3]]), [torch.zeros(1, 4)] * 2)
+    assert (found.before, found.logit_gap) == ((1,), 0.0)
+
+    def say(gap: float, dtype: torch.dtype, **more: Any) -> str:
+        return replace(found, logit_gap=gap, **more).describe(lambda ids: "".join(words[i] for i in ids), dtype)
+
+    begin = "identical to plain decoding: no; after 'the': ' dog' instead of ' cat', logit gap 0.03"
+    assert say(0.03, torch.float32) == begin
+    assert say(0.03, torch.bfloat16) == begin + ": near tie in bfloat16; use --dtype float32"
+    assert say(3.0, torch.bfloat16).endswith("logit gap 3: sums are rounded in bfloat16; use --dtype float32")
+    assert "at the first token: ' dog' instead of the end" in say(0.1, torch.float32, plain_token=-1, before=())
+
+
+def test_names_in_help_texts_are_those_of_the_registries() -> None:
+    assert sorted(PROPOSER_NAMES) == sorted(set(PROPOSERS) & set(PROPOSER_NAMES))
+    assert set(ATTENTION_NAMES) == set(ATTENTIONS)
 
 
 def test_the_text_does_not_depend_on_what_guesses(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -197,7 +292,7 @@ WRONG: dict[str, tuple[list[str], str]] = {
     "temperature": (["--temperature", "-1"], "--temperature must be"),
     "temperature nan": (["--temperature", "nan"], "--temperature must be"),
     "top p": (["--temperature", "1", "--top-p", "1.5"], "--top-p must be"),
-    "top k": (["--temperature", "1", "--top-k", "0"], "--top-k must be"),
+    "top k": (["--temperature", "1", "--top-k", "-1"], "--top-k must be"),
     "top k while greedy": (["--top-k", "4"], "need --temperature above 0"),
     "seed": (["--seed", "-2"], "--seed must be"),
     "tree size": (["--tree-size", "1000"], "--tree-size must be a whole number from 1 to 256, got 1000"),
@@ -340,9 +435,12 @@ def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[st
         assert "unknown command 'fly'; choose from " in err
 
 
-@pytest.mark.parametrize("line", ["", "--help", "--version", "fly", "bench --help", "bench fly"])
+@pytest.mark.parametrize(
+    "line", ["", "--help", "--version", "fly", "bench --help", "bench fly", "generate --help", "generate --tree-size 0"]
+)
 def test_without_a_command_torch_is_not_imported(line: str) -> None:
-    code = "import sys; from medhead.cli.main import main; main(); print(*sorted({'torch', 'transformers'} & {*sys.modules}))"
+    code = "import sys, atexit; from medhead.cli.main import main\n"
+    code += "atexit.register(lambda: print(*sorted({'torch', 'transformers'} & {*sys.modules}))); main()"
     done = subprocess.run([sys.executable, "-c", code, *line.split()], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == ""
 

@@ -13,12 +13,12 @@ from transformers import LlamaForCausalLM
 
 from conftest import noise_heads
 from medhead import Decoder
-from medhead.bench import harness
 from medhead.bench.prompts import read_prompts
 from medhead.heads import load_heads
+from medhead.model import named_models
 from medhead.model.loading import load_tokenizer
+from medhead.model.named_models import DEMO, NAMED_MODELS, NamedModel
 from medhead.model.target import Target
-from medhead_training import evaluate
 from medhead_training.evaluate import main, static_shape
 
 QUICK = ["--num-prompts", "3", "--max-new-tokens", "12", "--dtype", "float32"]
@@ -155,9 +155,8 @@ def test_demo_heads_that_do_not_load_are_left_out(
 ) -> None:
     (tmp_path / "heads-empty").mkdir()
     shutil.copytree(folders["recurrent"], tmp_path / "heads")
-    for module in (evaluate, harness):
-        monkeypatch.setattr(module, "DEMO_MODEL", folders["model"])
-    monkeypatch.setattr(evaluate, "DEMO_HEADS", tmp_path / "heads")
+    monkeypatch.setitem(NAMED_MODELS, DEMO, NamedModel(folders["model"], "heads"))
+    monkeypatch.setattr(named_models, "ASSETS", tmp_path)
     assert main(["--tree-sizes", "4", "--proposers", "--temperatures", "0", *QUICK]) == 0
     out, err = capsys.readouterr()
     assert "left out" in err

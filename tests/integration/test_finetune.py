@@ -150,16 +150,18 @@ def test_training_ends_with_the_epochs(
     folders: dict[str, Path], data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     more = ["--kind", "medusa", "--epochs", "2", "--held-out", "0"]
-    steps = {}
+    steps, said = {}, {}
     for name, most in (("whole", "0"), ("more", "1000"), ("less", "2")):
         code, err = run(command(folders, data, tmp_path / name, *more, "--max-steps", most), capsys)
         assert code == 0, err
         facts = json.loads((tmp_path / name / "training.json").read_text())
-        steps[name] = facts["steps"]
+        steps[name], said[name] = facts["steps"], "--max-steps 1000 is a limit, not a target" in err
+        assert f"{facts['answer_tokens']:,} answer tokens ({steps['whole']} steps) are far too few" in err
         assert facts["epochs"] == (2 if name != "less" else pytest.approx(2 * 2 / steps["whole"], abs=0.3))
         assert facts["documents"] == 48
         assert 0 < facts["answer_tokens"] < facts["tokens"]
     assert steps["whole"] == steps["more"] > steps["less"] == 2
+    assert said == {"whole": False, "more": True, "less": False}
 
 
 @pytest.mark.parametrize("kind", ["block", "attention", "recurrent", "medusa", "sequential"])

@@ -16,7 +16,7 @@ from checkpoint_makers import EXPORTS, IDS, MAKERS, TEXT, logits_in_training, ra
 from conftest import noise_heads, tiny_llama
 from medhead import MedheadError
 from medhead.heads import load_heads, save_heads
-from medhead.heads.formats import export_heads
+from medhead.heads.formats import FORMATS, export_heads
 from medhead.model.target import Target
 from medhead_training.export import main as export_main
 from medhead_training.export import write as write_checkpoint
@@ -88,6 +88,29 @@ def test_heads_that_a_format_cannot_express(
     with pytest.raises(MedheadError, match=message) as refusal:
         export_heads(heads, deep_target, checkpoint_format)
     assert "\n" not in str(refusal.value)
+
+
+def test_whole_vocabularies_and_biases_as_vllm_reads_them(deep_target: Target) -> None:
+    """vLLM refuses `d2t` and `t2d` without a draft vocabulary, and drops biases of Medusa's blocks unless told."""
+    whole = export_heads(random_heads(deep_target, **EXPORTS["eagle3-whole"][1]), deep_target, "eagle3")
+    assert not {"d2t", "t2d"} & whole.tensors.keys()
+    assert whole.config["draft_vocab_size"] == V
+    medusa = export_heads(random_heads(deep_target, **EXPORTS["medusa-matrices"][1]), deep_target, "medusa")
+    assert medusa.config["medusa_fc_bias"] is True
+
+
+def test_the_table_of_formats(deep_target: Target, capsys: pytest.CaptureFixture[str]) -> None:
+    """Help and errors name the formats that hold a kind of heads."""
+    with pytest.raises(SystemExit):
+        export_main(["--help"])
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    for name, one in FORMATS.items():
+        assert [name, one.kind] in [line[:2] for line in lines]
+    heads = random_heads(deep_target, kind="medusa", depth=2)
+    with pytest.raises(MedheadError, match=r"these are of kind 'medusa': give one of vllm-medusa, medusa$"):
+        export_heads(heads, deep_target, "eagle3")
+    with pytest.raises(MedheadError, match=r"no format holds them$"):
+        export_heads(noise_heads(deep_target, "recurrent"), deep_target, "eagle3")
 
 
 def test_a_bias_of_the_target_and_another_mask_are_refused(deep_target: Target) -> None:

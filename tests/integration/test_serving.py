@@ -321,7 +321,7 @@ def test_the_model_is_left_as_it_was(decoder, tokenizer):
         ({"temperature": -1}, "temperature must be from 0 to 100, got -1"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0}, "top_p must be above 0 and at most 1, got 0"),
-        ({"top_k": 0}, "top_k"),
+        ({"top_k": -1}, "top_k"),
         ({"min_p": 2}, "min_p"),
         ({"seed": -1}, "seed"),
         ({"tree_size": 1000}, "tree_size must be"),

@@ -15,10 +15,11 @@ from transformers import PreTrainedModel, TrainerCallback
 from conftest import tiny_llama
 from families import ACCEPTED, tiny
 from medhead.heads import KINDS
+from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
 from medhead_training.objective.builders import find_linear_layers, make_heads, wrap_for_training
 from medhead_training.objective.losses import LOSSES
-from medhead_training.objective.module import HeadsModule, eval_mode
+from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.options import TrainOptions
 from medhead_training.trainer.trainer import HeadsTrainer, training_arguments

@@ -67,7 +67,7 @@ def test_layers_multiply_by_copies_while_active(model: LlamaForCausalLM) -> None
     changed.forward = kept  # type: ignore[method-assign]
     weights = PackedWeights(model, True)
     with weights.active():
-        assert all(isinstance(layer.forward, skinny_gemm.PackedLinear) for layer in layers[1:])
+        assert all("forward" in layer.__dict__ for layer in layers[1:])
         assert changed.forward is kept
     assert changed.forward is kept
     assert not any("forward" in layer.__dict__ for layer in layers[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from conftest import tiny_llama
 from medhead import Decoder, MedheadError, TokenTree
 from medhead.core.acceptance import accept_drawn
+from medhead.core.gumbel import LazyGumbel
 from medhead.model.target import Target
 from medhead.proposers import VerifyOutput, build_proposer
 from medhead.proposers.recycling import RecyclingProposer
@@ -51,17 +53,56 @@ def test_every_node_is_remembered(target: Target, seed: int, nodes: int, batch: 
 
 
 def test_candidates_have_the_targets_probabilities(target: Target) -> None:
-    """What was never seen is as good as impossible."""
+    """What was never seen is impossible."""
     proposer = RecyclingProposer(target, successors=2, tree_size=6, max_depth=3)
     proposer.tokens[5], proposer.logp[5] = torch.tensor([6, 7]), torch.tensor([0.6, 0.3]).log()
     proposer.tokens[6], proposer.logp[6] = torch.tensor([8, 5]), torch.tensor([0.5, 0.2]).log()
     found = proposer.candidates(state(target, [[1, 5], [1, 40]]), 3)
     assert found is not None
     assert found.top_probs(5)[0].tolist() == pytest.approx([0.6, 0.3, 0.3, 0.12, 0.072], rel=1e-3)
-    assert float(found.top_probs(1)[1]) < 1e-8
+    assert float(found.top_probs(1)[1]) == 0
     tree = proposer.propose(state(target, [[1, 5]]), 3)
     nodes = {tuple(path[:n]) for path in tree.paths(0) for n in range(1, len(path) + 1)}
     assert nodes == {(6,), (7,), (6, 8), (6, 5), (6, 5, 6)}
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_probabilities_given_the_noise_leave_room_for_other_tokens(target: Target, temperature: float) -> None:
+    """The known successors are drawn as often as estimated at temperature 1, and never much less often."""
+    proposer = RecyclingProposer(target, successors=2, max_depth=1)
+    probs = torch.cat([torch.tensor([0.3, 0.2]), torch.full((62,), 0.5 / 62)])
+    proposer.tokens[5], proposer.logp[5] = torch.tensor([0, 1]), probs[:2].log()
+    given = replace(state(target, [[1, 5]] * 4000), temperature=temperature)
+    noise = -torch.empty(4000, 1, 64).exponential_(generator=torch.Generator().manual_seed(0)).log()
+    found = proposer.candidates(replace(given, noise=LazyGumbel.of(noise)), 1)
+    assert found is not None
+    drawn = (probs.log() / temperature + noise[:, 0]).argmax(-1)
+    seen = float((drawn < 2).float().mean())
+    estimated = float(found.scores.exp().sum(1).mean())
+    assert estimated < seen + 0.03
+    assert temperature != 1 or estimated == pytest.approx(seen, abs=0.03)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("name", ["recycling", "hybrid"])
+def test_tokens_without_evidence_are_not_drafted(name: str, temperature: float) -> None:
+    """The first pass of a new decoder after a prompt without repetition is over the root alone."""
+    decoder = Decoder(tiny_llama(), name, tree_size=None if name == "recycling" else 32)
+    nodes: list[int] = []
+    update = decoder.proposer.update
+    decoder.proposer.update = lambda output: (nodes.append(output.tree.nodes), update(output))[1]  # type: ignore[method-assign]
+    sampling = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    decoder.generate(IDS, seed=3, max_new_tokens=12, **sampling)
+    assert nodes[0] == 1
+    assert max(nodes) > 1
+
+
+def test_unseen_tokens_of_older_files_are_not_drafted(target: Target, tmp_path: Path) -> None:
+    """Files of earlier versions hold -20 for a successor that was never seen."""
+    content = {"tokens": torch.arange(8, dtype=torch.int32).repeat(64, 1), "logp": torch.full((64, 8), -20.0)}
+    save_file(content, tmp_path / "old", metadata={"format": "medhead recycling 1"})
+    proposer = RecyclingProposer(target, state=tmp_path / "old")
+    assert proposer.propose(state(target, [[1, 5]]), 3).nodes == 1
 
 
 def test_what_was_saved_warms_another_run(tmp_path: Path) -> None:

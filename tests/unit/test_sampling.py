@@ -124,7 +124,7 @@ def test_what_parameters_cannot_express_stays_a_processor(processor: Any) -> Non
         ({"temperature": 100.5}, "temperature must be from 0 to 100, got 100.5"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1, got 0.0"),
-        ({"top_k": 2.0}, "top_k must be a whole number of at least 1, got 2.0"),
+        ({"top_k": 2.0}, "top_k must be a whole number of at least 0, got 2.0"),
         ({"min_p": -0.1}, "min_p must be from 0 to 1, got -0.1"),
         ({"seed": 2**64}, r"seed must be a whole number from 0 to 2\*\*64 - 1"),
         ({"stop": "end"}, "stop must be a tuple of strings, got 'end'"),

@@ -17,9 +17,11 @@ from medhead.cli.common import Parser, run_command
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
+from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
-from medhead.model.loading import DEMO_HEADS, DEMO_MODEL, load_model
+from medhead.model.loading import load_model
+from medhead.model.named_models import shipped_heads
 from medhead.model.target import Target
 from medhead.proposers import PROPOSERS, Proposer, build_proposer
 from medhead.proposers.static_tree import best_static_tree
@@ -97,11 +99,12 @@ def parser() -> Parser:
 
 def load_all_heads(args: argparse.Namespace, target: Target) -> Iterator[tuple[str, Heads, Target]]:
     """Yield name, heads and target of every heads folder; heads with an adapter come with a target of their own."""
-    folders = args.heads or ([] if args.model else sorted(DEMO_HEADS.parent.glob("heads*")))
+    folders = args.heads or shipped_heads(args.model)
     for folder in folders:
         try:
             if adapts_target(folder):
-                model = load_model(args.model or DEMO_MODEL, target.device, target.dtype, args.trust_remote_code)
+                model = load_model(args.model, target.device, target.dtype, args.trust_remote_code)
+                harness.prepare_texts(args, model)
                 adapted = load_adapted(model, folder)
                 yield str(folder), heads_of(adapted), Target(adapted)
             else:
@@ -158,8 +161,9 @@ def run(args: argparse.Namespace) -> None:
     total = len(prompts) * len(args.temperatures) * sum(map(len, groups.values()))
     with harness.progress_bar(total) as bar:
         for temperature in args.temperatures:
-            arguments = SamplingParams(args.max_new_tokens, temperature).generate_arguments()
+            params = SamplingParams(args.max_new_tokens, temperature)
             for group in groups.values():
+                arguments = generate_arguments(group[0].target.model, params)
                 methods = [Method(c.label, arguments, Decoder(c.target, c.proposer), seed=args.seed) for c in group]
                 given = {"batch_size": args.batch_size, "profile": PROFILED_BATCHES, "progress": bar.update}
                 found = measure(methods, prompts, **given)

@@ -28,15 +28,18 @@ from safetensors.torch import save_file
 from medhead.cli.common import Parser, run_command
 from medhead.errors import MedheadError
 from medhead.heads import load_heads
-from medhead.heads.formats import FORMATS, ExportedCheckpoint, export_heads
+from medhead.heads.formats import FORMATS, ExportedCheckpoint, export_heads, formats_table
 from medhead.heads.formats.reader import CONFIG_FILE
 from medhead.model.loading import DTYPES, load_model
 from medhead.model.target import Target
 
-EXAMPLES = """\
+EXAMPLES = f"""\
+formats, all for heads without a correction (finetune --correction none):
+{formats_table()}
+
 examples:
   medhead export --heads my/heads --model my/model --format eagle3 --output my/eagle3
-  vllm serve my/model --speculative-config '{"method": "eagle3", "model": "my/eagle3", "num_speculative_tokens": 4}'
+  vllm serve my/model --speculative-config '{{"method": "eagle3", "model": "my/eagle3", "num_speculative_tokens": 4}}'
 
 exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
@@ -77,7 +80,9 @@ def parser() -> Parser:
     options = Parser(prog="medhead export", description=description, epilog=EXAMPLES)
     add = options.add_argument
     add("--heads", type=Path, required=True, help="heads checkpoint folder")
-    add("--model", required=True, help="folder or hub id of the model that the heads belong to")
+    add(
+        "--model", required=True, help="the model that the heads belong to: model folder, hub id, GGUF file, or smollm2"
+    )
     add("--format", required=True, choices=sorted(FORMATS), help="checkpoint format to write")
     add("--output", type=Path, required=True, help="folder to write; it must be empty or missing")
     add("--dtype", default="float32", choices=sorted(DTYPES), help="type of the weights (default: float32)")

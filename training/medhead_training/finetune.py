@@ -18,18 +18,19 @@ from transformers.integrations import TensorBoardCallback
 
 from medhead.cli.common import Parser, run_command
 from medhead.errors import MedheadError
+from medhead.generation_config import end_tokens
 from medhead.heads import Heads
 from medhead.heads.adapter import ADAPTER_FILE, WEIGHTS_FILE, save_adapter
 from medhead.heads.config import CONFIG_FILE
+from medhead.model.eval_mode import eval_mode
 from medhead.model.loading import DTYPES, load_tokenizer, pick_device
 from medhead.model.target import Target
-from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.packing import PackedDataset
 from medhead_training.data.token_store import TokenStore, prepare_tokens
 from medhead_training.objective.builders import load_target, make_heads, wrap_for_training
 from medhead_training.objective.kept_features import keep_features, remove_features
 from medhead_training.objective.measure import Document, measure_accuracy
-from medhead_training.objective.module import HeadsModule, eval_mode
+from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.tree_eval import HeadAccuracy
 from medhead_training.objective.unroll import PackedBatch
 from medhead_training.trainer.auto_options import (
@@ -68,6 +69,7 @@ exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
 ACCURACIES_FILE = "accuracies.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MIN_ANSWER_TOKENS = 10_000  # with fewer, heads learn little
 
 
 def parser() -> Parser:
@@ -91,6 +93,22 @@ def check_anchors(rows: PackedDataset) -> None:
         if bool(PackedBatch(row["input_ids"], row["mask"], row["document"]).predictable(2).any()):
             return
     raise MedheadError("no document holds a token to predict: it needs an answer token after at least 2 others")
+
+
+def data_hints(answer_tokens: int, steps: int, options: TrainOptions) -> list[str]:
+    """Return what to say where the text is far too little for heads, or where --max-steps does not do what it seems to."""
+    lines = []
+    if answer_tokens < MIN_ANSWER_TOKENS:
+        lines.append(
+            f"{answer_tokens:,} answer tokens ({steps} steps) are far too few: heads need at least {MIN_ANSWER_TOKENS:,}, better "
+            "hundreds of thousands; let the model write them with medhead generate-data"
+        )
+    if options.max_steps > steps:
+        lines.append(
+            f"--max-steps {options.max_steps} is a limit, not a target: --epochs {options.epochs} ends after {steps} "
+            "steps; give more --epochs or more text"
+        )
+    return lines
 
 
 def held_out_texts(store: TokenStore, documents: np.ndarray, seq_len: int) -> list[Document]:
@@ -123,7 +141,7 @@ def run(options: TrainOptions) -> None:
             raise MedheadError(
                 f"--seq-len {options.seq_len} is more than the {target.context} tokens that {target.name} can read"
             )
-        ends = generation_end_tokens(model)
+        ends = end_tokens(model)
         sources = [options.data, options.eval_data] if options.eval_data else [options.data]
         stores = [prepare_tokens(s, tokenizer, folder / "tokens", end_tokens=ends, progress=main) for s in sources]
         check_same_data(folder, stores, main)
@@ -166,8 +184,10 @@ def run(options: TrainOptions) -> None:
         return top1 | {"predicted_accepted_length": found.accepted_lengths["32"]}
 
     rows_per_step = options.batch_size * options.gradient_accumulation_steps * arguments.world_size
+    epoch_steps = max(1, -(-len(rows) // rows_per_step))  # of all epochs
+    lines = data_hints(store.assistant_tokens_of(train), epoch_steps, options)
     if arguments.max_steps > 0:  # never more than the epochs
-        arguments.max_steps = min(arguments.max_steps, max(1, -(-len(rows) // rows_per_step)))
+        arguments.max_steps = min(arguments.max_steps, epoch_steps)
     trainer = HeadsTrainer(module, arguments, options, rows, evaluate_heads)
     parameters = sum(p.numel() for p in module.parameters() if p.requires_grad)
     skipped = "".join(f", {count} records skipped ({reason})" for reason, count in store.skipped.items())
@@ -178,7 +198,8 @@ def run(options: TrainOptions) -> None:
     if chosen:
         values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in chosen.items())
         _print(f"chosen from the amount of text, each can be given: {values}", main)
-    _print(expectation(text), main)
+    for line in [expectation(text), *lines]:
+        _print(line, main)
     if not module.supports_packing:
         line = "does not separate packed documents: each is read in a row of its own, which is slower"
         _print(f"{target.name} {line}", main)

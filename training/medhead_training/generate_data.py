@@ -1,7 +1,8 @@
 """`medhead generate-data`: let a model answer prompts, as training data for its heads (self-distillation).
 
-An answer depends on its index alone: prompts are processed in windows, sorted by length within a window and cut into batches,
-and batch b samples with seed + b. A run that was killed therefore resumes to the very bytes it would have written.
+Prompts are answered by continuous batching: as soon as some answers end, the next prompts take their places. Answer i is
+sampled with seed + i, so in float32 it depends on its prompt and its index alone. Lines are written as answers end, and
+sorted by index at the end: a run that was killed resumes to the very bytes it would have written.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import hashlib
 import json
 import sys
 import time
-from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -23,14 +23,24 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 from transformers.utils import logging
 
-from medhead.bench.prompts import padded
-from medhead.cli.common import Parser, add_device_options, check_range, check_tree_option, make_decoder, run_command
+from medhead.cli.common import (
+    Parser,
+    add_device_options,
+    add_generation_config_option,
+    check_range,
+    check_tree_option,
+    make_decoder,
+    run_command,
+)
 from medhead.config import SamplingParams
+from medhead.core.continuous import decode_stream
+from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.model.loading import DEMO_MODEL, load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.generation_config import end_tokens, recorded_fields
+from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
-from medhead_training.data.encode import generation_end_tokens
 from medhead_training.data.prompts import cycle_prompts, encode_prompt, scan_prompts
 from medhead_training.data.records import Message
 from medhead_training.data.resumable import ResumableFile
@@ -47,14 +57,14 @@ prompts: JSON lines with `messages` (answers at the end are removed), `prompt`, 
 output:  JSON lines with `messages`, `prompt_ids`, `answer_ids`, `temperature` and `index` (of the prompt, from 0);
          without a chat template `text` instead of `messages`. OUTPUT.meta.json beside it records the options.
 
-If the command is killed, start it again with the same options: it resumes where it was.
+If the command is killed, start it again with the same options (--batch-size may differ): it resumes where it was.
 
 exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
-WRITER = "medhead generate-data 1"
-WINDOW = 64  # batches whose prompts are sorted by length together
+WRITER = "medhead generate-data 2"
+LOOKAHEAD = 4  # batches whose prompts are sorted by length, so that prompts read together are about equally long
 # what an answer depends on, beside the prompts, their tokens and the model
-RECORDED = ("num_answers", "system", "max_new_tokens", "max_prompt_tokens", "temperatures", "seed", "batch_size")
+RECORDED = ("num_answers", "system", "max_new_tokens", "max_prompt_tokens", "temperatures", "seed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,16 +90,17 @@ def parser() -> Parser:
         "--max-prompt-tokens", type=int, help="longer prompts lose their oldest tokens (default: what fits the context)"
     )
     add("--temperatures", type=float, nargs="+", default=[0.7], metavar="T",
-        help="one or more, used by batches in turn; 0 is greedy decoding (default: 0.7)")  # fmt: skip
+        help="one or more, used by prompts in turn; 0 is greedy decoding (default: 0.7)")  # fmt: skip
     add("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     decoding = options.add_argument_group("decoding")
     add = decoding.add_argument
-    add("--model", help="model folder or hub id (default: the demo model that medhead ships)")
+    add("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model that medhead ships)")
     add("--heads", help="folder of a heads checkpoint")
     add("--proposer", choices=sorted(PROPOSERS), help="what drafts the tokens (default: heads if given, else none)")
     add("--tree-size", type=int, help="nodes verified in a pass, 1 to 256 (default: the proposer's)")
-    add("--batch-size", type=int, default=32, help="prompts answered together (default: 32)")
+    add("--batch-size", type=int, default=32, help="prompts answered at a time (default: 32)")
     add_device_options(decoding)
+    add_generation_config_option(decoding)
     options.set_defaults(attention="auto")
     return options
 
@@ -111,49 +122,54 @@ def check_prompts(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, 
         encode_prompt(tokenizer, messages, where, max_tokens)
 
 
-def prompt_batches(
-    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int, done: int
-) -> Iterator[tuple[int, list[Prompt]]]:
-    """Yield index and prompts of every batch from the window of answer `done` on, longest prompts first in a window."""
-    size = WINDOW * args.batch_size
-    start = done - done % size
-    source = cycle_prompts(args.prompts, start, number, args.system)
-    while start < args.num_answers:
-        window = [
-            Prompt(index, messages, encode_prompt(tokenizer, messages, where, max_tokens))
-            for index, where, messages in islice(source, min(size, args.num_answers - start))
-        ]
-        window.sort(key=lambda prompt: (-len(prompt.ids), prompt.index))
-        for at in range(0, len(window), args.batch_size):
-            yield (start + at) // args.batch_size, window[at : at + args.batch_size]
-        start += size
+def prompts_to_answer(
+    args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase, number: int, max_tokens: int, done: set[int]
+) -> Iterator[Prompt]:
+    """Yield the prompts that are not done, the longest first within every `LOOKAHEAD` batches."""
+    source = islice(cycle_prompts(args.prompts, 0, number, args.system), args.num_answers)
+    left = (item for item in source if item[0] not in done)
+    while window := list(islice(left, LOOKAHEAD * args.batch_size)):
+        encoded = (
+            Prompt(index, chat, encode_prompt(tokenizer, chat, where, max_tokens)) for index, where, chat in window
+        )
+        yield from sorted(encoded, key=lambda prompt: (-len(prompt.ids), prompt.index))
 
 
-def answer_batch(
-    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, batch: list[Prompt], number: int, args: argparse.Namespace
-) -> list[bytes]:
-    """Return the JSON lines with the answers to batch `number`."""
-    eos = tokenizer.eos_token_id
-    ends = generation_end_tokens(decoder.model) or ([] if eos is None else [eos])
-    pad = next((token for token in (tokenizer.pad_token_id, *ends) if token is not None), 0)
-    inputs, mask = padded([prompt.ids for prompt in batch], decoder.target.device)
-    temperature = args.temperatures[number % len(args.temperatures)]
-    arguments = {"eos_token_id": ends or None, "pad_token_id": pad, "seed": args.seed + number}
-    arguments |= SamplingParams(args.max_new_tokens, temperature).generate_arguments()
-    output = decoder.generate(inputs, attention_mask=mask, **arguments)
-    lines = []
-    for prompt, row in zip(batch, output[:, inputs.shape[1] :].tolist(), strict=True):
-        stop = next((at + 1 for at, token in enumerate(row) if token in ends), len(row))
-        ids = row[:stop]
-        visible = ids[:-1] if ids[-1] in ends else ids
-        text_ids = visible if tokenizer.chat_template else prompt.ids + visible
-        text = tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        record: dict[str, Any] = {"text": text}
-        if tokenizer.chat_template:
-            record = {"messages": [*prompt.messages, {"role": "assistant", "content": text}]}
-        record |= {"prompt_ids": prompt.ids, "answer_ids": ids, "temperature": temperature, "index": prompt.index}
-        lines.append(json.dumps(record).encode() + b"\n")
-    return lines
+def answer_prompts(
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Iterator[Prompt], args: argparse.Namespace
+) -> Iterator[tuple[Prompt, Sequence]]:
+    """Yield every prompt with its answer, in the order in which the answers end; each is the text that the engine serves."""
+    preparer, running = SequencePreparer(decoder, tokenizer), dict[int, Prompt]()
+
+    def sequences() -> Iterator[Sequence]:
+        for prompt in prompts:
+            params = SamplingParams(args.max_new_tokens, temperature_of(prompt, args), seed=args.seed + prompt.index)
+            sequence = preparer.prepare(preparer.new_sequence(prompt.ids, params))
+            running[id(sequence)] = prompt
+            yield sequence
+
+    with decoder.target.active(decoder.proposer.feature_layers):
+        for sequence in decode_stream(decoder.new_loop(), sequences(), args.batch_size):
+            yield running.pop(id(sequence)), sequence
+
+
+def temperature_of(prompt: Prompt, args: argparse.Namespace) -> float:
+    """Return the temperature of a prompt's answer: the given ones take turns."""
+    return float(args.temperatures[prompt.index % len(args.temperatures)])
+
+
+def line_of(
+    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int], temperature: float
+) -> bytes:
+    """Return the JSON line of an answer."""
+    visible = ids[:-1] if ids[-1] in ends else ids
+    text_ids = visible if tokenizer.chat_template else prompt.ids + visible
+    text = tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    record: dict[str, Any] = {"text": text}
+    if tokenizer.chat_template:
+        record = {"messages": [*prompt.messages, {"role": "assistant", "content": text}]}
+    record |= {"prompt_ids": prompt.ids, "answer_ids": ids, "temperature": temperature, "index": prompt.index}
+    return json.dumps(record).encode() + b"\n"
 
 
 def max_prompt_tokens(args: argparse.Namespace, context: int) -> int:
@@ -188,25 +204,23 @@ def run(args: argparse.Namespace) -> None:
             f"--num-answers {args.num_answers} repeats the {number} prompts, and greedy decoding (--temperatures 0) would "
             "repeat the answers; give temperatures above 0 or more prompts"
         )
-    name = args.model or DEMO_MODEL
+    name = args.model
     args.proposer = args.proposer or ("heads" if args.heads else "none")
     tokenizer = load_tokenizer(name, args.trust_remote_code)
     if args.system is not None and not tokenizer.chat_template:
         raise MedheadError("--system needs a tokenizer with a chat template")
     output = ResumableFile(args.output, WRITER)
-    window = WINDOW * args.batch_size
     options = {f"--{option.replace('_', '-')}": getattr(args, option) for option in RECORDED}
     options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
     options["tokenizer"] = tokenizer_fingerprint(tokenizer)
     started = output.is_started(options)  # checked before a large model is loaded
-    if started:
-        with output.open() as file:
-            if len(output.read_indices(file, args.num_answers, window)) == args.num_answers:
-                print(f"{args.output} holds all {args.num_answers} answers already")
-                return
+    if started and finish(output, args):
+        print(f"{args.output} holds all {args.num_answers} answers already")
+        return
     model = load_model(name, device, dtype, args.trust_remote_code)
     options["--model"] = weights_fingerprint(model)
     decoder = make_decoder(args, model)
+    options["generation configuration"] = recorded_fields(model, tokenizer)
     max_tokens = max_prompt_tokens(args, decoder.target.context)
     if started:
         output.is_started(options)
@@ -214,38 +228,46 @@ def run(args: argparse.Namespace) -> None:
         check_prompts(args, tokenizer, min(number, args.num_answers), max_tokens)
         output.start(options)
     with output.open() as file:
-        written = output.read_indices(file, args.num_answers, window)
-        batches = prompt_batches(args, tokenizer, number, max_tokens, len(written))
-        write_answers(decoder, tokenizer, batches, written, args, file)
+        done = set(output.read_indices(file, args.num_answers))
+        prompts = prompts_to_answer(args, tokenizer, number, max_tokens, done)
+        write_answers(decoder, tokenizer, prompts, len(done), args, file)
+    finish(output, args)
     print(f"{args.output}: {args.num_answers} answers")
 
 
+def finish(output: ResumableFile, args: argparse.Namespace) -> bool:
+    """Return whether the file holds all answers; sort them if so."""
+    with output.open() as file:
+        indices = output.read_indices(file, args.num_answers)
+        if len(indices) < args.num_answers:
+            return False
+        if indices != sorted(indices):
+            output.sort()
+        return True
+
+
 def write_answers(
-    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, batches: Iterator[tuple[int, list[Prompt]]],
-    written: array[int], args: argparse.Namespace, file: IO[bytes],
+    decoder: Decoder, tokenizer: PreTrainedTokenizerBase, prompts: Iterator[Prompt], done: int,
+    args: argparse.Namespace, file: IO[bytes],
 ) -> None:  # fmt: skip
-    """Answer and write the batches that are not in the file yet."""
+    """Answer the prompts and write each answer as it ends."""
     tokens = passes = 0
     start = time.perf_counter()
-    with tqdm(total=args.num_answers, initial=len(written), unit="answer", smoothing=0.05, mininterval=1.0) as bar:
-        for number, batch in batches:
-            first = number * args.batch_size
-            there = written[first : first + len(batch)]
-            if there.tolist() != [prompt.index for prompt in batch[: len(there)]]:
-                raise ResumableFile(args.output, WRITER).changed(first + 1)
-            if len(there) == len(batch):
-                continue
-            try:
-                lines = answer_batch(decoder, tokenizer, batch, number, args)
-            except torch.OutOfMemoryError:
-                given = f"--batch-size {args.batch_size}"
-                raise MedheadError(f"{given} is too large for the memory of this device; lower it") from None
-            file.write(b"".join(lines[len(there) :]))
-            file.flush()
-            tokens, passes = tokens + decoder.statistics.new_tokens, passes + decoder.statistics.passes
-            speed = tokens / (time.perf_counter() - start)
-            bar.set_postfix_str(f"{speed:,.0f} tokens/s, accepted length {tokens / passes:.2f}", refresh=False)
-            bar.update(len(lines) - len(there))
+    ends = end_tokens(decoder.model, tokenizer)
+    with tqdm(total=args.num_answers, initial=done, unit="answer", smoothing=0.05, mininterval=1.0) as bar:
+        try:
+            for prompt, sequence in answer_prompts(decoder, tokenizer, prompts, args):
+                file.write(line_of(prompt, sequence.output_ids, tokenizer, ends, temperature_of(prompt, args)))
+                file.flush()
+                tokens, passes = tokens + len(sequence.output_ids), passes + sequence.passes
+                speed = tokens / (time.perf_counter() - start)
+                bar.set_postfix_str(f"{speed:,.0f} tokens/s, accepted length {tokens / passes:.2f}", refresh=False)
+                bar.update()
+        except torch.OutOfMemoryError:
+            given = f"--batch-size {args.batch_size}"
+            raise MedheadError(
+                f"{given} is too large for the memory of this device; start again with a lower one: the answers are kept"
+            ) from None
 
 
 def main(argv: list[str] | None = None) -> int:

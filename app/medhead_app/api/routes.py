@@ -109,7 +109,7 @@ class Api:
             both = f"the prompt has {len(token_ids)} tokens and {field} is {limit}"
             message = f"{both}, together more than the context of {service.context}"
             raise ApiError(message, field, "context_length_exceeded")
-        return service.request(token_ids, limit, **body.request_fields())
+        return service.request(token_ids, limit, **body.request_fields(service.temperature))
 
     def _check_model(self, name: str) -> None:
         if name != self.service.name:

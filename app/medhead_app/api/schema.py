@@ -38,7 +38,8 @@ def _join_parts(content: Any) -> Any:
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
-        if kind != "text" or set(part) != {"type", "text"} or not isinstance(part["text"], str):
+        given = {name for name, value in part.items() if value not in (None, [])} if isinstance(part, dict) else set()
+        if kind != "text" or given != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError(f"part {index} must be {{type: text, text: ...}}; this server reads only text")
         texts.append(part["text"])
     return "\n".join(texts)
@@ -85,7 +86,7 @@ CheckTreeSize = AfterValidator(lambda size: None if size is None else check_tree
 # as 64-bit two's complement: OpenAI's seeds are signed, the engine's are not
 WrapSeed = AfterValidator(lambda seed: seed + 2**64 if seed is not None and -(2**63) <= seed < 0 else seed)
 # -1 and 0 keep all tokens, as in vLLM
-AllTokens = AfterValidator(lambda top_k: None if top_k in (-1, 0) else top_k)
+AllTokens = AfterValidator(lambda top_k: 0 if top_k == -1 else top_k)
 
 
 class StrictModel(BaseModel):
@@ -99,6 +100,7 @@ class Message(StrictModel):
 
     role: Literal["system", "developer", "user", "assistant"]
     content: Annotated[str, BeforeValidator(_join_parts)]
+    name: str | None = None
 
 
 class StreamOptions(StrictModel):
@@ -113,10 +115,14 @@ class GenerationRequest(StrictModel):
 
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float, Field(le=2), CheckSampling] = 1.0
-    top_p: Annotated[float, CheckSampling] = 1.0
+    # None leaves a field to the model's generation configuration
+    temperature: Annotated[float | None, Field(le=2), CheckSampling] = None
+    top_p: Annotated[float | None, CheckSampling] = None
     top_k: Annotated[int | None, AllTokens, CheckSampling] = None
-    min_p: Annotated[float, CheckSampling] = 0.0
+    min_p: Annotated[float | None, CheckSampling] = None
+    repetition_penalty: Annotated[float | None, CheckSampling] = None
+    no_repeat_ngram_size: Annotated[int | None, CheckSampling] = None
+    min_tokens: Annotated[int | None, Field(ge=0)] = None
     seed: Annotated[int | None, WrapSeed, CheckSampling] = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_tuple)] = ()
     stream: bool = False
@@ -128,13 +134,15 @@ class GenerationRequest(StrictModel):
         """Return the name and the value of the field that limits the answer."""
         return "max_tokens", self.max_tokens
 
-    def request_fields(self) -> dict[str, Any]:
+    def request_fields(self, default_temperature: float) -> dict[str, Any]:
         """Return the arguments of `Service.request`, without those that have no effect."""
-        fields: dict[str, Any] = {"temperature": self.temperature, "seed": self.seed, "stop": self.stop}
-        fields |= {"proposer": self.proposer, "tree_size": self.tree_size}
-        if self.temperature > 0:
-            fields |= {"top_k": self.top_k, "min_p": self.min_p or None}
-            fields |= {"top_p": self.top_p if self.top_p < 1 else None}
+        temperature = default_temperature if self.temperature is None else self.temperature
+        fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
+        fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
+        for name in ("repetition_penalty", "no_repeat_ngram_size"):
+            fields[name] = getattr(self, name)
+        if temperature > 0:
+            fields |= {"top_k": self.top_k, "min_p": self.min_p, "top_p": self.top_p}
         return {name: value for name, value in fields.items() if value is not None}
 
 
@@ -153,11 +161,9 @@ class ChatRequest(GenerationRequest):
         return "max_completion_tokens", self.max_completion_tokens
 
     def template_messages(self) -> list[dict[str, str]]:
-        """Return the messages for the chat template."""
-        return [
-            {"role": "system" if message.role == "developer" else message.role, "content": message.content}
-            for message in self.messages
-        ]
+        """Return the messages for the chat template, the developer's as the system's."""
+        messages = [message.model_dump(exclude_none=True) for message in self.messages]
+        return [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
 
 
 class CompletionRequest(GenerationRequest):

@@ -56,13 +56,12 @@ class ChatSettings:
         """Return a request for an answer to a prompt."""
         fields: dict[str, Any] = {
             "temperature": self.temperature,
+            "top_p": self.top_p,
             "seed": draw_seed() if self.seed is None else self.seed,
             "proposer": None if self.proposer == AUTOMATIC else self.proposer,
             "tree_size": self.tree_size if isinstance(self.tree_size, int) else None,
             "trace": True,
         }
-        if self.top_p < 1:
-            fields["top_p"] = self.top_p
         return service.request(prompt, self.max_new_tokens, **(fields | changes))
 
 

@@ -27,7 +27,15 @@ from medhead.heads.formats.mlp_speculator import MlpSpeculator
 from medhead.heads.formats.reader import CONFIG_FILE, CheckpointReader
 from medhead.model.target import Target
 
-__all__ = ["FORMATS", "CheckpointFormat", "ExportedCheckpoint", "export_heads", "import_heads", "is_third_party"]
+__all__ = [
+    "FORMATS",
+    "CheckpointFormat",
+    "ExportedCheckpoint",
+    "export_heads",
+    "formats_table",
+    "import_heads",
+    "is_third_party",
+]
 
 _ALL: list[CheckpointFormat] = [VllmMedusa(), Medusa(), MlpSpeculator(), DFlash(), Eagle3()]
 FORMATS = {checkpoint_format.name: checkpoint_format for checkpoint_format in _ALL}
@@ -57,4 +65,20 @@ def export_heads(heads: Heads, target: Target, format_name: str) -> ExportedChec
     """Return heads in another project's format; one that cannot compute exactly the same raises a `MedheadError`."""
     if format_name not in FORMATS:
         raise MedheadError(f"checkpoint format must be one of {', '.join(FORMATS)}, got {format_name!r}")
-    return FORMATS[format_name].write(heads, target)
+    checkpoint_format, kind = FORMATS[format_name], heads.config.kind
+    if kind != checkpoint_format.kind:
+        fitting = [one.name for one in FORMATS.values() if one.kind == kind]
+        raise MedheadError(
+            f"the format {format_name!r} holds heads of kind {checkpoint_format.kind!r}, these are of kind {kind!r}: "
+            + (f"give one of {', '.join(fitting)}" if fitting else "no format holds them")
+        )
+    return checkpoint_format.write(heads, target)
+
+
+def formats_table() -> str:
+    """Return which heads each format holds and which programs load it, one line a format."""
+    rows = [("format", "kind of heads", "needs", "loaded by")]
+    rows += [(one.name, one.kind, one.needs, one.loaded_by) for one in sorted(FORMATS.values(), key=lambda f: f.name)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ("  ".join(f"{cell:{width}s}" for cell, width in zip(row, widths, strict=True)) for row in rows)
+    return "\n".join(f"  {line.rstrip()}" for line in lines)

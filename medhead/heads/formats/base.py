@@ -31,6 +31,8 @@ class CheckpointFormat(ABC):
 
     name: str  # as users give it
     kind: str  # of the heads it holds
+    needs = ""  # of the heads, besides their kind and no correction
+    loaded_by: str  # programs that load it
     has_draft_vocab = False  # whether it can hold a draft vocabulary
     weights_file = WEIGHTS_FILE  # name of the file that holds the tensors
 
@@ -53,7 +55,6 @@ class CheckpointFormat(ABC):
     def refusals(self, heads: Heads, target: Target) -> Iterator[tuple[bool, str]]:
         """Yield conditions under which the format cannot express heads, each with the reason."""
         config = heads.config
-        yield config.kind != self.kind, f"it holds heads of kind {self.kind!r}, these are of kind {config.kind!r}"
         reason = f"it has no correction, these heads have correction {config.correction!r}"
         yield config.correction != "none", f"{reason}: train with --correction none to export"
         reason = (

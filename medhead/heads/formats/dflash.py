@@ -31,6 +31,8 @@ class DFlash(CheckpointFormat):
     """It holds blocks with one mask token, a root slot that predicts nothing, and no correction."""
 
     name, kind = "dflash", "block"
+    needs = "no draft vocabulary, one mask token, a root slot that predicts nothing"
+    loaded_by = "vLLM, SGLang"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the architecture or the section of the configuration."""
@@ -112,7 +114,7 @@ def _refuse_variants(reader: CheckpointReader) -> None:
 
 def _mask(reader: CheckpointReader, token: Any, target: Target) -> tuple[int, Tensor]:
     """Return the mask's token id and the target's embedding of it."""
-    count = target.embedding.weight.shape[0]
+    count = target.num_embeddings
     if not isinstance(token, int) or not 0 <= token < count:
         raise reader.error(f"mask_token_id in config.json must be a token from 0 to {count - 1}, got {token!r}")
     row = embedding_row(target, token)

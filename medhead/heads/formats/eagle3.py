@@ -27,6 +27,8 @@ class Eagle3(CheckpointFormat):
     """It stores the target's rows of the draft vocabulary as `lm_head`; engines take the embedding from the target."""
 
     name, kind, has_draft_vocab = "eagle3", "attention", True
+    needs = "three feature layers"
+    loaded_by = "vLLM, SGLang, TensorRT-LLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for a draft vocabulary or the norm of the feature; speculators name the algorithm."""
@@ -72,14 +74,13 @@ class Eagle3(CheckpointFormat):
         yield count != 3, f"it reads three layers of the target, these heads read {count}"
 
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
-        """Add the output matrix and the two maps of the draft vocabulary."""
-        vocab = heads.config.vocab_size
-        tokens = torch.arange(vocab) if heads.draft_tokens is None else heads.draft_tokens.cpu()
-        return super().tensors(heads, target) | {
-            "lm_head.weight": output_matrix(heads, target),
-            "d2t": tokens - torch.arange(len(tokens)),
-            "t2d": torch.zeros(vocab, dtype=torch.bool).index_fill(0, tokens, True),
-        }
+        """Add the output matrix and the two maps of a draft vocabulary; vLLM refuses maps without one."""
+        tensors = super().tensors(heads, target) | {"lm_head.weight": output_matrix(heads, target)}
+        if heads.draft_tokens is not None:
+            tokens = heads.draft_tokens.cpu()
+            tensors["d2t"] = tokens - torch.arange(len(tokens))
+            tensors["t2d"] = torch.zeros(heads.config.vocab_size, dtype=torch.bool).index_fill(0, tokens, True)
+        return tensors
 
     def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
         """Describe the layer and the layers of the target that it reads."""

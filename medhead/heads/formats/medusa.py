@@ -28,6 +28,8 @@ class Medusa(CheckpointFormat):
     """With one block a head and the target's output matrix it writes "v2", else an output matrix for each head."""
 
     name, kind, weights_file = "medusa", "medusa", MEDUSA_FILE
+    needs = "no draft vocabulary"
+    loaded_by = "TGI; with output matrices (two blocks a head or more) also FasterDecoding/Medusa and vLLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the name of the file or for blocks."""
@@ -63,6 +65,7 @@ class Medusa(CheckpointFormat):
             "base_model_name_or_path": str(target.model.config.name_or_path),
             "medusa_num_heads": heads.config.depth,
             "medusa_num_layers": heads.config.num_layers,
+            "medusa_fc_bias": True,  # vLLM drops the blocks' biases without it
             "hidden_size": heads.config.hidden_size,
             "vocab_size": heads.config.vocab_size,
         }
@@ -72,6 +75,7 @@ class VllmMedusa(CheckpointFormat):
     """It writes one output matrix for all heads unless they bring their own; a draft vocabulary becomes the truncated one."""
 
     name, kind, has_draft_vocab = "vllm-medusa", "medusa", True
+    loaded_by = "vLLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for blocks, or for output matrices of a model that calls itself Medusa."""

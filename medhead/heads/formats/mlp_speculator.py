@@ -26,6 +26,8 @@ class MlpSpeculator(CheckpointFormat):
     """It stores factored embeddings and output projections multiplied out, as matrices over the vocabulary."""
 
     name, kind = "mlp_speculator", "sequential"
+    needs = "no draft vocabulary"
+    loaded_by = "TGI"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the model type or the architecture."""

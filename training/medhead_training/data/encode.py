@@ -15,7 +15,6 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import accumulate, takewhile
-from typing import Any
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
@@ -230,9 +229,3 @@ class Encoder:
 def template_refusal(error: Exception) -> str:
     """Return the error of a chat template in one line."""
     return f"the chat template refuses it: {' '.join(str(error).split())[:120]}"
-
-
-def generation_end_tokens(model: Any) -> list[int]:
-    """Return the ids that end a generation, from the model's generation configuration."""
-    ends = model.generation_config.eos_token_id
-    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)

@@ -10,8 +10,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from medhead.errors import MedheadError
+from medhead.model.loading import apply_template
 from medhead_training.data import records
-from medhead_training.data.encode import TEMPLATE_ERRORS, template_refusal
 from medhead_training.data.records import Message
 
 FIELDS = "`messages`, `prompt`, `question`, `turns` or `text`"
@@ -72,12 +72,11 @@ def encode_prompt(
     """
     try:
         if tokenizer.chat_template:
-            output = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)
+            ids = apply_template(tokenizer, messages)
         else:
-            output = tokenizer(str(messages[-1].get("content", "")), verbose=False)
-    except TEMPLATE_ERRORS as error:
-        raise MedheadError(f"{where}: {template_refusal(error)}") from None
-    ids = list(output["input_ids"])
+            ids = list(tokenizer(str(messages[-1].get("content", "")), verbose=False)["input_ids"])
+    except MedheadError as error:
+        raise MedheadError(f"{where}: {error}") from None
     if not ids:
         raise MedheadError(f"{where}: the prompt has no token")
     if len(ids) <= max_tokens:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -75,29 +74,36 @@ class ResumableFile:
             pass
         return file
 
-    def read_indices(self, file: IO[bytes], count: int, window: int) -> array[int]:
-        """Return the indices of at most `count` lines in order; an incomplete last line is removed from the file.
-
-        Every `window` lines hold the next `window` indices, in any order.
-        """
-        found: array[int] = array("q")
+    def read_indices(self, file: IO[bytes], count: int) -> list[int]:
+        """Return the indices of the lines, each below `count`, in order; an incomplete last line is removed from the file."""
+        found: dict[int, None] = {}
         complete = 0
         file.seek(0)
-        for line in file:
+        for number, line in enumerate(file, 1):
             if not line.endswith(b"\n"):
                 file.truncate(complete)
                 break
             try:
-                found.append(json.loads(line)["index"])
-            except (ValueError, KeyError, TypeError, OverflowError):
-                raise self.changed(len(found) + 1) from None
+                index = json.loads(line)["index"]
+            except (ValueError, KeyError, TypeError):
+                raise self.changed(number) from None
+            if not isinstance(index, int) or not 0 <= index < count or index in found:
+                raise self.changed(number)
+            found[index] = None
             complete += len(line)
-        if len(found) > count:
-            raise self.changed(count + 1)
-        for start in range(0, len(found) - window + 1, window):
-            if sorted(found[start : start + window]) != list(range(start, start + window)):
-                raise self.changed(start + 1)
-        return found
+        return list(found)
+
+    def sort(self) -> None:
+        """Sort the lines by index. They are written to a file beside this one, which then takes its place."""
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        with self.path.open("rb") as file, temporary.open("wb") as target:
+            starts: list[tuple[int, int]] = []
+            while line := file.readline():
+                starts.append((json.loads(line)["index"], file.tell() - len(line)))
+            for _, start in sorted(starts):
+                file.seek(start)
+                target.write(file.readline())
+        temporary.replace(self.path)
 
     def changed(self, line: int) -> MedheadError:
         """Return the error for a file that another program has written to."""

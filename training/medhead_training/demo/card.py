@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead.config import SamplingParams
 from medhead.decoder import Decoder
+from medhead.generation_config import generate_arguments
 
 NAME = "Llama-medhead-demo-5M"
 SAMPLES = (  # the user's turns
@@ -76,9 +77,8 @@ def samples(model: Any, tokenizer: Any) -> list[list[dict[str, str]]]:
             for turn in turns:
                 chat.append({"role": "user", "content": turn})
                 prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=True)["input_ids"]
-                output = decoder.generate(
-                    torch.tensor([prompt]), seed=seed, **SamplingParams(250, 0.7).generate_arguments()
-                )
+                arguments = generate_arguments(model, SamplingParams(250, 0.7), tokenizer)
+                output = decoder.generate(torch.tensor([prompt]), seed=seed, **arguments)
                 text = tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True).strip()
                 chat.append({"role": "assistant", "content": text})
             found.append(chat)

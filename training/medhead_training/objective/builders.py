@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from medhead.errors import MedheadError
 from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
 from medhead.heads.adapter import wrap
+from medhead.model.gguf import is_gguf
 from medhead.model.loading import load_model, pick_dtype
+from medhead.model.named_models import resolve_model
 from medhead.model.target import Target
 from medhead_training.data.token_store import TokenStore
 from medhead_training.trainer.options import TrainOptions
@@ -100,6 +102,9 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
     if options.recipe != "qlora":
         place = torch.device("cpu") if options.shard else device
         return load_model(options.model, place, dtype, options.trust_remote_code)
+    source = resolve_model(options.model)
+    if is_gguf(source):
+        raise MedheadError(f"--recipe qlora cannot read the GGUF file {options.model!r}; use --recipe joint")
     try:
         import bitsandbytes  # noqa: F401
     except ImportError:
@@ -110,7 +115,7 @@ def load_target(options: TrainOptions, device: torch.device) -> Any:
     quantization = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            options.model, quantization_config=quantization, device_map={"": device}, dtype=dtype, use_safetensors=True,
+            source, quantization_config=quantization, device_map={"": device}, dtype=dtype, use_safetensors=True,
             trust_remote_code=options.trust_remote_code,
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError, ImportError) as error:

@@ -16,9 +16,10 @@ from torch.nn.utils.rnn import pad_sequence
 from medhead.errors import MedheadError
 from medhead.heads import Heads
 from medhead.heads.output_head import OutputHead
+from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
 from medhead_training.objective.chunked import positions_per_chunk
-from medhead_training.objective.module import draft_columns, eval_mode
+from medhead_training.objective.module import draft_columns
 from medhead_training.objective.tree_eval import MISSED, UNREACHED, HeadAccuracy, summarize_ranks
 from medhead_training.objective.unroll import DraftLevel, PackedBatch, sample_anchors, unroll
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medhead.heads import Heads
+from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
 from medhead_training.objective.chunked import chunked_loss, mean_output, soft_by_mean
 from medhead_training.objective.losses import depth_weights
@@ -180,7 +180,7 @@ def unpacked_positions(batch: PackedBatch) -> Tensor:
 def separates_documents(target: Target) -> bool:
     """Return whether position ids that restart at 0 keep packed documents apart in this target, as in most models."""
     generator = torch.Generator().manual_seed(0)
-    high = min(target.vocab_size, int(target.embedding.num_embeddings))
+    high = min(target.vocab_size, target.num_embeddings)
     ids = torch.randint(0, high, (1, 12), generator=generator).to(target.device)
     positions = torch.arange(6, device=target.device).repeat(2)[None]
     with eval_mode(target.model), target.listening():
@@ -193,14 +193,3 @@ def draft_columns(tokens: Tensor | None, vocab: int, device: torch.device) -> Te
     """Return each token's column in the heads' logits `[vocab]`, -1 outside the draft vocabulary (None: all tokens)."""
     columns = torch.arange(vocab, device=device)
     return columns if tokens is None else torch.full_like(columns, -1).scatter(0, tokens, columns[: len(tokens)])
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Switch a module to evaluation mode within the context."""
-    before = module.training
-    module.eval()
-    try:
-        yield
-    finally:
-        module.train(before)

@@ -46,11 +46,11 @@ class TrainOptions:
     """Everything that determines a run. None means that the value is derived from the target and the amount of text."""
 
     # fmt: off
-    model: str = option("", RUN, "model folder or hub id of the target")
+    model: str = option("", RUN, "model folder, hub id, GGUF file, or smollm2: the target")
     data: list[str] = option([], RUN, "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset", nargs="+")
     output: str = option("", RUN, "folder for checkpoints and the finished heads")
     recipe: str = option("heads", RUN, "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target", choices=("heads", "joint", "qlora"))
-    kind: str | None = option(None, HEADS, f"kind of heads: {', '.join(sorted(KINDS))} (recurrent, or that of --init-from)", one_of(sorted(KINDS)))
+    kind: str | None = option(None, HEADS, f"kind of heads: {', '.join(sorted(KINDS))} (attention for less than 20,000 answer tokens, else recurrent; or that of --init-from)", one_of(sorted(KINDS)))
     depth: int = option(8, HEADS, "tokens that the heads draft ahead", COUNT)
     correction: str | None = option(None, HEADS, "how a draft token conditions the next ones: none, parent or recurrent", choices=("none", "parent", "recurrent"))
     blocks: int | None = option(None, HEADS, "layers of block heads (2), residual blocks of Medusa heads (1)", COUNT, type=int)
@@ -68,7 +68,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(1, DATA, "steps whose gradients are summed before an update", COUNT)
     epochs: int | None = option(None, TRAINING, "passes over the data (3 to 24: about 4 million tokens in all)", COUNT, type=int)
     patience: int = option(5, TRAINING, "stop after so many evaluations without a larger held-out accepted length; the heads of the best evaluation are kept; 0: train to the end and keep the last (as recipes joint and qlora do)", NOT_NEGATIVE)
-    max_steps: int = option(0, TRAINING, "maximum number of updates (0: until the epochs end)", NOT_NEGATIVE)
+    max_steps: int = option(0, TRAINING, "maximum number of updates, which never adds to those of --epochs (0: until the epochs end)", NOT_NEGATIVE)
     loss: str = option("soft", TRAINING, "hard, soft, kl, reverse_kl, js, tv, lk or hybrid_lk", one_of(LOSSES))
     depth_decay: float = option(0.9, TRAINING, "weight of a depth relative to the one before", POSITIVE_FRACTION)
     random_depth: bool = option(True, TRAINING, "unroll to a random depth with these weights as probabilities, which is faster than weighting all depths")

@@ -35,7 +35,7 @@ def shard_layers(target: Target, whole: nn.Module, device: torch.device) -> tupl
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     whole.to(device)
-    target.device = device
+    target.follow_model(device)
     shards = [p for p in layers.parameters() if isinstance(p, DTensor)]
     return sum(p.to_local().numel() for p in shards), sum(p.numel() for p in shards)
 
