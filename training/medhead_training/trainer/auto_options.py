@@ -22,9 +22,9 @@ VERY_FEW_TOKENS = 20_000  # of answers
 HELD_OUT, MIN_HELD_OUT, MAX_HELD_OUT = 0.02, 12, 256  # fraction, documents, documents
 MAX_HELD_OUT_SHARE = 0.1  # of few documents
 EVALUATIONS = 12  # of a run, at least
-# Answer tokens, and accepted length with 32 nodes as `measure_accuracy` simulates it on 40 held-out prompts of the demo model. The
-# first is the best update of 528 (decoding gave 2.38), the second the update 259 of a run of 456. The runs were stopped and the
-# options above chosen by the same prompts, so other prompts give a little less.
+# Answer tokens, and accepted length with 32 nodes as `measure_accuracy` simulates it on 40 held-out prompts of the demo model.
+# The first is the best update of 528 (decoding gave 2.38), the second the update 259 of a run of 456. The runs were stopped
+# and the options above chosen by the same prompts, so other prompts give a little less.
 MEASURED = ((2_482, 2.47), (233_967, 3.80))
 
 
