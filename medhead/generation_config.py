@@ -152,7 +152,7 @@ def drop_fields_without_effect(model: nn.Module, arguments: dict[str, Any]) -> N
 
 
 def override_generation_config(model: Any, given: str | None) -> None:
-    """Change a model's generation configuration as the option `--generation-config` says.
+    """Change a model's generation configuration as the option `--generation-config` says, and refuse values that are wrong.
 
     Args:
         model: the model.
@@ -160,36 +160,33 @@ def override_generation_config(model: Any, given: str | None) -> None:
             fields but special tokens that it lacks. None changes nothing.
 
     Raises:
-        MedheadError: it is none of these.
+        MedheadError: it is none of these, or transformers or medhead cannot use a value.
     """
-    if given is None:
-        return
-    own, option = model.generation_config, f"--generation-config {given[:60]!r}"
+    if given is not None:
+        try:
+            model.generation_config = _overridden(model.generation_config, given)
+        except (ValueError, TypeError, OSError) as error:
+            allowed = "give none, a folder or hub id with a generation_config.json, or a JSON object of its fields"
+            raise MedheadError(f"--generation-config {given[:60]!r}: {one_line(error, 120)}; {allowed}") from None
+    prepare_generation(model, [0], SamplingParams(1, 1.0, min_new_tokens=0))
+
+
+def _overridden(own: GenerationConfig, given: str) -> GenerationConfig:
     special = {name: getattr(own, name) for name in _SPECIAL_TOKENS}
-    allowed = "give none, a folder or hub id with a generation_config.json, or a JSON object of its fields"
-    try:
-        if given.lstrip().startswith("{"):
-            fields = json.loads(given)
-            unknown = fields.keys() - vars(own).keys()
-            if unknown:
-                raise MedheadError(f"{option}: transformers knows no field {min(unknown)!r}")
-            model.generation_config = GenerationConfig(**(own.to_dict() | fields))
-        elif given == "none":
-            model.generation_config = GenerationConfig(**special)
-        elif Path(given).is_dir() and not (Path(given) / "generation_config.json").is_file():
-            raise MedheadError(f"{option}: the folder holds no generation_config.json")
-        elif not Path(given).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
-            raise MedheadError(f"{option}: no such folder; {allowed}")
-        else:
-            model.generation_config = GenerationConfig.from_pretrained(given)
-            for name in _SPECIAL_TOKENS:
-                if getattr(model.generation_config, name) is None:
-                    setattr(model.generation_config, name, special[name])
-    except MedheadError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        raise MedheadError(f"{option} cannot be read ({one_line(error, 120)}); {allowed}") from None
-    prepare_generation(model, [0], SamplingParams(1, 1.0, min_new_tokens=0))  # raises for values that cannot be used
+    if given == "none":
+        return GenerationConfig(**special)
+    if given.lstrip().startswith("{"):
+        fields = json.loads(given)
+        for name in fields.keys() - vars(own).keys():
+            raise ValueError(f"transformers knows no field {name!r}")
+        return GenerationConfig(**(own.to_dict() | fields))
+    if Path(given).is_dir() and not (Path(given) / "generation_config.json").is_file():
+        raise ValueError("the folder holds no generation_config.json")
+    if not Path(given).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise ValueError("no such folder")
+    found = GenerationConfig.from_pretrained(given)
+    found.update(**{name: token for name, token in special.items() if getattr(found, name) is None})
+    return found
 
 
 def recorded_fields(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -442,8 +442,10 @@ def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[st
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--help", "--version", "fly", "bench --help", "bench fly", "generate --help", "generate --tree-size 0"]
-)
+    "line",
+    ["", "--help", "--version", "fly", "bench --help", "bench fly", "generate --help", "generate --tree-size 0",
+     "chat --help", "serve --max-rows 0", "datastore --help"],
+)  # fmt: skip
 def test_without_a_command_torch_is_not_imported(line: str) -> None:
     code = "import sys, atexit; from medhead.cli.main import main\n"
     code += "atexit.register(lambda: print(*sorted({'torch', 'transformers'} & {*sys.modules}))); main()"

@@ -238,7 +238,7 @@ def test_the_command_line_obeys_and_overrides(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--generation-config", "{"], "cannot be read"),
+        (["--generation-config", "{"], "Expecting property name enclosed in double quotes"),
         (["--generation-config", '{"repetition_penality": 1}'], "knows no field 'repetition_penality'"),
         (["--generation-config", "{tmp_path}"], "holds no generation_config.json"),
         (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
