@@ -38,7 +38,7 @@ def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:
     """
     found = [model.generation_config.eos_token_id]
     if tokenizer is not None:
-        special = set(stop_strings(model)) & set(tokenizer.all_special_tokens)
+        special = set(stop_strings(model)) & set(getattr(tokenizer, "all_special_tokens", ()))
         found += [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, sorted(special))]
     return list(
         dict.fromkeys(int(token) for ids in found if ids is not None for token in torch.as_tensor(ids).flatten())
