@@ -193,7 +193,8 @@ class Decoder:
             streamer: receives one column of tokens at a time.
             tokenizer: unused; transformers needs it for stop strings.
             seed: of the sampling noise; drawn from torch's generator if None.
-            arguments: other arguments of the model's forward; refused if they would have to be ignored.
+            arguments: other arguments of the model's forward, what a processor made of images for example; refused if they
+                would have to be ignored.
 
         Returns:
             `[batch, tokens]` prompts and output, rows that ended early padded; or transformers' output object with
@@ -208,8 +209,8 @@ class Decoder:
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
         options.check_config(config, self.model.generation_config)
-        options.check_arguments(arguments)
         input_ids = input_ids.to(self.target.device)
+        prompt_inputs = options.prompt_inputs(self.model, input_ids, arguments)
         options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = options.length_limit(config, criteria) - input_ids.shape[1]
@@ -251,7 +252,7 @@ class Decoder:
             with self.target.lock.generation() as nested:
                 # an engine or an outer generation goes on later with the state of its sequences in the proposer
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
-                loop.lockstep = lockstep
+                loop.lockstep, loop.prompt_inputs = lockstep, prompt_inputs
                 try:
                     with loop.target.active(loop.proposer.feature_layers):
                         loop.run(sequences)

@@ -22,6 +22,7 @@ from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
 from medhead.core.tree import TokenTree
 from medhead.model.kv_cache import compact_order
+from medhead.model.prompt_inputs import PromptInputs
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
@@ -62,6 +63,7 @@ class DecodeLoop:
     Attributes:
         sequences: the sequences that still run.
         output: the result of the last step, by row of the batch before that step; None after captured steps.
+        prompt_inputs: set before `run` where the prompts hold images: those of all sequences; None for text.
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
@@ -90,6 +92,7 @@ class DecodeLoop:
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
         self.lockstep: Lockstep | None = None
+        self.prompt_inputs: PromptInputs | None = None
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
         self._inference_mode = False  # whether the caller of the running step is in inference mode
@@ -242,7 +245,10 @@ class DecodeLoop:
         def on_chunk(features: Tensor, start: int) -> None:
             proposer.on_prefill(draft_cache, texts, features, start)
 
-        features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
+        if self.prompt_inputs is None:
+            features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
+        else:
+            features = self.target.prefill_inputs(cache, self.prompt_inputs, on_chunk)
         roots = torch.tensor([text[-1] for text in texts], device=self.target.device)
         return StepBuffers(cache, draft_cache, roots, features, self._sampling(sequences))
 
@@ -269,6 +275,8 @@ class DecodeLoop:
         if not self.sequences or not _share_processors(self.sequences):
             return False
         if any(one.stop_checker.has_criteria for one in self.sequences):
+            return False
+        if self._buffers is not None and self._buffers.cache.position_offset is not None:
             return False
         longest = max(len(sequence.token_ids) for sequence in self.sequences)
         return longest + self.graphs.room_ahead <= self.target.context

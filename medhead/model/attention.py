@@ -53,6 +53,7 @@ class TreePass:
     use_reference: bool = False  # use the reference attention in every layer, for comparison
     backend: Backend | None = None  # a kernel backend for the layers that it supports
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
+    prompts: int = 0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
@@ -82,14 +83,17 @@ class TreePass:
 
         None stands for plain attention: one node that sees every key, or several causal nodes.
         """
-        causal = mask_function is causal_mask_function or (window is not None and self.num_keys <= window)
+        fits = window is not None and self.num_keys <= window and not self.prompts
+        causal = mask_function is causal_mask_function or fits
         if causal and self.lengths is None and self.visible is None and (self.nodes == 1 or self.max_length == 0):
             return None
         key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
-            visible = self._visible_keys(device)
-            if not causal:
-                visible = visible & self._allowed_keys(mask_function, device)
+            if causal:
+                visible = self._visible_keys(device)
+            else:
+                visible = self._allowed_keys(mask_function, device)
+                visible = visible if self.prompts else visible & self._visible_keys(device)
             self._biases[key] = additive_mask(visible, dtype)[:, None]
         return self._biases[key]
 
@@ -106,10 +110,11 @@ class TreePass:
         """Evaluate a layer's mask function on positions: `[batch or 1, nodes, keys]`."""
         lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
         queries, keys = positions(lengths.to(device), self.depth.to(device), self.num_keys)
-        rows = torch.arange(queries.shape[0], device=device)[:, None, None, None]
+        batch = self.prompts or queries.shape[0]
+        rows = torch.arange(batch, device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
         allowed = mask_function(rows, head, queries[:, None, :, None], keys[:, None, None, :])
-        return allowed.expand(queries.shape[0], 1, self.nodes, self.num_keys)[:, 0]
+        return allowed.expand(batch, 1, self.nodes, self.num_keys)[:, 0]
 
 
 _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)

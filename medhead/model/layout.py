@@ -64,9 +64,24 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Return the distinct configurations from which the model's modules read the name of their attention function."""
+    """Return the distinct configurations from which the decoder's modules read the name of their attention function.
+
+    Those of encoders (of images, of sounds) are left out: their attention is not that of the decoder.
+    """
     configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+    found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
+    text = _with_parts(model.config.get_text_config(decoder=True))
+    encoders = {key for key in _with_parts(model.config) if key not in text} - {id(model.config)}
+    return [config for key, config in found.items() if key not in encoders]
+
+
+def _with_parts(config: Any) -> dict[int, Any]:
+    """Return a configuration and all configurations inside it by their identity."""
+    found = {id(config): config}
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None and hasattr(part, "to_dict"):
+            found |= _with_parts(part)
+    return found
 
 
 def context_length(config: Any) -> int:

@@ -25,6 +25,13 @@ from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
+from medhead.model.prompt_inputs import (
+    PromptInputs,
+    check_later_passes,
+    check_prompt_logits,
+    own_logits,
+    prefill_prompt,
+)
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -85,7 +92,7 @@ class Target:
         self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
         self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
-        self._active = False
+        self._active = self._checked_inputs = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self._form = model_form(inner)
         check_adapters(inner)
@@ -141,7 +148,7 @@ class Target:
     @contextmanager
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
-        before = [config._attn_implementation for config in self._configs]
+        self._own_names = before = [config._attn_implementation for config in self._configs]
         with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model):
             try:
                 self._active = True
@@ -248,6 +255,37 @@ class Target:
         cache.lengths.set([len(row) for row in rows])
         return found
 
+    def prefill_inputs(
+        self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None
+    ) -> Tensor:
+        """Fill an empty cache with whole prompts that hold images; return features and call `on_chunk` as `prefill` does.
+
+        The first time the logits after the prompts are compared with those of the model's own pass.
+
+        Raises:
+            UnsupportedTargetError: the model cannot decode after such prompts.
+        """
+        check_later_passes(self, inputs)
+
+        def run(arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
+            self._select = last
+            nodes = int(arguments["input_ids"].shape[1])
+            depth = torch.arange(nodes, device=self.device)[None]
+            current = self._pass(cache, depth, None, nodes)
+            current.prompts = cache.batch_size
+            with tree_pass(current), self._running():
+                output = self.model(**arguments)
+            self._select = None
+            return output.logits, self._features()
+
+        features, expected = prefill_prompt(self, cache, inputs, on_chunk, run)
+        if not self._checked_inputs:
+            logits, _ = self.verify(cache, TokenTree.root(inputs.last_tokens()))
+            check_prompt_logits(self, inputs, expected, logits[:, 0])
+            check_prompt_logits(self, inputs, self._with_own_attention(partial(own_logits, self, inputs)), logits[:, 0])
+            self._checked_inputs = True
+        return features
+
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the input embeddings of token ids, `[*tokens.shape, hidden]`."""
         return self.embedding(tokens)
@@ -292,6 +330,8 @@ class Target:
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
+        if cache.position_offset is not None:
+            positions = positions + cache.position_offset[..., None]
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
         return output.logits, self._features()
@@ -308,6 +348,17 @@ class Target:
         outputs = [tapped.to(self.device) for tapped in self._feature_layers.values() if tapped is not None]
         assert len(outputs) == len(self._feature_layers)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _with_own_attention(self, run: Callable[[], Tensor]) -> Tensor:
+        """Return what `run` returns while the model has its own attention; inside `active`."""
+        names = [config._attn_implementation for config in self._configs]
+        try:
+            for config, name in zip(self._configs, self._own_names, strict=True):
+                config._attn_implementation = name
+            return run()
+        finally:
+            for config, name in zip(self._configs, names, strict=True):
+                config._attn_implementation = name
 
     def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
         """Register hooks that keep the outputs of layers."""
