@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -77,6 +79,9 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """New tokens / `seconds`."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a text went beyond the context
 
 
 class Decoder:
@@ -214,7 +219,7 @@ class Decoder:
         options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = options.length_limit(config, criteria) - input_ids.shape[1]
-        limit = token_limit(asked, max(map(len, texts)), self.target.context)
+        limit = token_limit(asked, max(map(len, texts)), self.target.max_length)
         pad, lengths = _pad_token(config), list[int]()
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
         keep = bool(config.return_dict_in_generate)
@@ -263,6 +268,7 @@ class Decoder:
         finally:
             if stream is not None:
                 stream.finish()
+        warn_beyond_context(self.target, sequences, asked)
         with torch.inference_mode(False), torch.no_grad():
             return _result(sequences, input_ids, pad, config)
 
@@ -367,6 +373,26 @@ def sampling_params(
     if not local:
         return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
     return take_warpers(processors, params)
+
+
+def warn_beyond_context(target: Target, sequences: list[Sequence], asked: int) -> None:
+    """Warn once per model that a text became longer than the model's context, or ended because positions did.
+
+    Args:
+        target: the target.
+        sequences: all sequences, at their end.
+        asked: number of new tokens that were asked for.
+    """
+    longest = max(sequences, key=lambda one: len(one.token_ids))
+    is_cut = longest.is_cut and len(longest.output_ids) < asked and len(longest.token_ids) >= target.max_length
+    if target.model in _warned or not (is_cut or len(longest.token_ids) > target.context):
+        return
+    _warned.add(target.model)
+    text = f"a text reached {target.context} tokens, the context of {target.name}"
+    goes_on = "it ends there, because the model has no further positions"
+    if not is_cut:
+        goes_on = "it goes on as in transformers, but the model was not made for longer texts"
+    warnings.warn(f"{text}; {goes_on}", stacklevel=3)
 
 
 def _pad_token(config: GenerationConfig) -> int:

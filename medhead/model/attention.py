@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 )
 
 from medhead.errors import MedheadError
+from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
 from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
@@ -53,6 +54,8 @@ class TreePass:
     use_reference: bool = False  # use the reference attention in every layer, for comparison
     backend: Backend | None = None  # a kernel backend for the layers that it supports
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
+    scale_floor: int | None = None  # the position from which on layers scale their queries, see `query_scale`
+    cache_length: int = 0  # what the cache says its length is
     prompts: int = 0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
@@ -120,6 +123,20 @@ class TreePass:
 _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)
 
 
+_masks_seen: ContextVar[set[int | None] | None] = ContextVar("medhead_masks_seen", default=None)
+
+
+@contextmanager
+def windows_seen() -> Iterator[set[int | None]]:
+    """Yield a set that gets the window (None without one) of every mask that is made inside the context."""
+    seen = set[int | None]()
+    token = _masks_seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _masks_seen.reset(token)
+
+
 @contextmanager
 def tree_pass(current: TreePass) -> Iterator[None]:
     """Make `current` the running pass of this thread."""
@@ -133,6 +150,8 @@ def tree_pass(current: TreePass) -> Iterator[None]:
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
     device = torch.device(kwargs.get("device") or current.depth.device)
+    if (seen := _masks_seen.get()) is not None:
+        seen.add(kwargs.get("local_size"))
     mask_function, local_size = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
         hides_keys = current.num_keys > window
@@ -230,6 +249,8 @@ def attention_name(own: str | None) -> str:
         current = _running.get()
         if current is None:
             return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
+        if current.scale_floor is not None and current.num_keys >= current.scale_floor:
+            args = (rescale_query(module, args[0], current), *args[1:])
         return _attention(current, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:

@@ -91,3 +91,21 @@ def context_length(config: Any) -> int:
         if isinstance(value, int) and value > 0:
             return value
     return 1 << 30
+
+
+def max_length(model: nn.Module, context: int) -> int:
+    """Return the longest sequence that the model can run: `context` where a table holds that many positions, else 2^30.
+
+    Rotary positions have no end: transformers goes on with them beyond the context.
+    """
+    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    sizes = range(context, context + 3)  # a table may have rows for padding
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) and id(weight) not in embeddings and module.num_embeddings in sizes:
+            return context
+        for name, table in [*module._buffers.items(), *module._parameters.items()]:
+            is_table = table is not None and table.ndim >= 2 and (name in module._buffers or "pos" in name)
+            if is_table and any(size in sizes for size in table.shape):
+                return context
+    return 1 << 30

@@ -67,12 +67,18 @@ class PromptInputs:
         positions = None if self.position_ids is None else moved(self.position_ids)
         return PromptInputs(moved(self.input_ids), None, positions, arguments)
 
+    def lengths(self) -> list[int]:
+        """Return the tokens of every row without padding."""
+        if self.attention_mask is None:
+            return [self.input_ids.shape[1]] * len(self.input_ids)
+        return self.attention_mask.long().sum(1).tolist()
+
     def last_tokens(self) -> Tensor:
         """Return the last token `[batch]` of every row."""
         if self.attention_mask is None:
             return self.input_ids[:, -1]
-        packed, lengths = self.without_padding().input_ids, self.attention_mask.long().sum(1)
-        return packed.gather(1, lengths[:, None] - 1)[:, 0]
+        packed = self.without_padding().input_ids
+        return packed[range(len(packed)), [length - 1 for length in self.lengths()]]
 
     def _is_per_token(self, name: str, value: Any) -> bool:
         if not isinstance(value, Tensor) or value.is_floating_point() or "grid" in name or "size" in name:
@@ -139,8 +145,7 @@ def prefill_prompt(
         features `[batch, size]` of the token before the last of every row, and logits `[batch, vocab]` of the last.
     """
     packed = inputs.without_padding()
-    mask = inputs.attention_mask
-    lengths = torch.full_like(packed.input_ids[:, 0], packed.input_ids.shape[1]) if mask is None else mask.long().sum(1)
+    lengths = torch.tensor(inputs.lengths(), device=packed.input_ids.device)
     cache.lengths.set([0] * len(lengths))
     cache.begin(packed.input_ids.shape[1])
     arguments = packed.prepared(target, cache)
