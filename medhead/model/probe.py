@@ -79,21 +79,22 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
             f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
             f"(allowed {allowed:.3g}); its layers are recurrent, or its attention ignores transformers' registry"
         )
-    if hidden := cache_windows(target.config) - windows:
-        raise UnsupportedTargetError(
-            f"{target.name} cannot verify a token tree: its window of {max(hidden)} tokens exists only in transformers' cache, "
-            "not in its attention mask"
-        )
+    _check_windows(target, windows)
 
 
-def cache_windows(config: Any) -> set[int]:
-    """Return the windows of the layers of the cache that transformers' `generate` makes for a configuration."""
+def _check_windows(target: _TreeVerifier, masked: set[int | None]) -> None:
+    """Refuse a window that the cache of transformers' `generate` has, but none of the masks of these windows."""
     try:
-        layers = DynamicCache(config=config).layers
+        layers = DynamicCache(config=target.config).layers
     except (TypeError, ValueError, AttributeError, KeyError):
-        return set()
-    sizes = (getattr(layer, "sliding_window", None) for layer in layers)
-    return {size for size in sizes if isinstance(size, int)}
+        return  # the configuration describes no cache of this kind
+    for layer in layers:
+        size, own = getattr(layer, "sliding_window", None), type(layer).__module__ != DynamicCache.__module__
+        if isinstance(size, int) and (own or size not in masked):
+            raise UnsupportedTargetError(
+                f"{target.name} cannot verify a token tree: its window of {size} tokens exists only in transformers' cache "
+                f"({type(layer).__name__}), not in its attention mask"
+            )
 
 
 def _probe_tree(
