@@ -93,9 +93,10 @@ def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> P
     }
     if refused := sorted(_REFUSED_ARGUMENTS & given.keys()):
         raise MedheadError(f"{', '.join(refused)} cannot be used with medhead: pass the text as input_ids")
-    modalities = getattr(model, "input_modalities", None) or ("text",)
-    if given and not set(modalities) - {"text"}:
-        raise MedheadError(f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text alone")
+    modalities = getattr(model, "input_modalities", None) or "text"
+    modalities = {modalities} if isinstance(modalities, str) else set(modalities)
+    if given and modalities <= {"text"}:
+        raise MedheadError(f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text only")
     if not given:
         return None
     mask = arguments.get("attention_mask")

@@ -238,7 +238,7 @@ class Target:
         cache: TreeCache,
         rows: list[list[int]],
         on_chunk: Callable[[Tensor, int], None] | None = None,
-        chunk: int = PREFILL_CHUNK,
+        chunk: int | None = None,
     ) -> Tensor:
         """Fill an empty cache with the tokens of each row in chunks; return `[batch, size]` features of every last token.
 
@@ -247,7 +247,7 @@ class Target:
         which is the root of the first tree.
         """
         with self.length_rope.reading([len(row) + 1 for row in rows], self.device):
-            return self._prefill(cache, rows, on_chunk, chunk)
+            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)
 
     def _prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None, chunk: int
