@@ -96,7 +96,9 @@ def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> P
     modalities = getattr(model, "input_modalities", None) or "text"
     modalities = {modalities} if isinstance(modalities, str) else set(modalities)
     if given and modalities <= {"text"}:
-        raise MedheadError(f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text only")
+        raise MedheadError(
+            f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text only"
+        )
     if not given:
         return None
     mask = arguments.get("attention_mask")

@@ -70,12 +70,20 @@ def _shrink(config: PreTrainedConfig, vision: bool = False) -> PreTrainedConfig:
         if name in ("layer_types", "mlp_layer_types") and isinstance(value, list):
             count = fields.get("num_hidden_layers", 3)
             fields[name] = (list(dict.fromkeys(value)) * count)[:count]
-        if name == "rope_parameters" and isinstance(value, dict) and not any(isinstance(v, dict) for v in value.values()):
+        if (
+            name == "rope_parameters"
+            and isinstance(value, dict)
+            and not any(isinstance(v, dict) for v in value.values())
+        ):
             half = int(4 * (value.get("partial_rotary_factor") or 1))  # of a head of 8
             value["mrope_section"] = [half - 2, 1, 1] if half > 2 else [1, 1, 0]
     fields |= {name: 90 - place for place, name in enumerate(_TOKENS) if isinstance(getattr(config, name, None), int)}
     for name, value in fields.items():
-        if getattr(config, name, None) is not None or name in ("num_key_value_heads", "pad_token_id"):
+        try:
+            given = getattr(config, name, None)
+        except Exception:  # in Gemma 4 some fields differ from layer to layer
+            continue
+        if given is not None or name in ("num_key_value_heads", "pad_token_id"):
             setattr(config, name, value)
     return config
 

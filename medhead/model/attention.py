@@ -56,7 +56,9 @@ class TreePass:
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
     scale_floor: int | None = None  # the position from which on layers scale their queries, see `query_scale`
     cache_length: int = 0  # what the cache says its length is
-    prompts: int = 0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
+    prompts: int = (
+        0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
+    )
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)

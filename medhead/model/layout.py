@@ -48,9 +48,17 @@ def find_layout(model: Any) -> CacheLayout:
     return CacheLayout(found)
 
 
-def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """Return the model's list of `count` decoder layers."""
-    for module in model.modules():
+def output_matrix(model: Any) -> Any:
+    """Return the module that maps hidden states to logits: the model's own, or that of the language model inside it."""
+    found = model.get_output_embeddings()
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
+    return found if found is not None else next(filter(None, (part.get_output_embeddings() for part in inner)), None)
+
+
+def decoder_layers(model: Any, count: int) -> nn.ModuleList:
+    """Return the model's list of `count` decoder layers; an encoder of images may have a list of as many."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for module in [*(() if decoder is None else decoder.modules()), *model.modules()]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedTargetError(
@@ -93,12 +101,12 @@ def context_length(config: Any) -> int:
     return 1 << 30
 
 
-def max_length(model: nn.Module, context: int) -> int:
+def max_length(model: Any, context: int) -> int:
     """Return the longest sequence that the model can run: `context` where a table holds that many positions, else 2^30.
 
     Rotary positions have no end: transformers goes on with them beyond the context.
     """
-    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), model.get_output_embeddings())}
+    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), output_matrix(model))}
     sizes = range(context, context + 3)  # a table may have rows for padding
     for module in model.modules():
         weight = getattr(module, "weight", None)

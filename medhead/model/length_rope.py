@@ -62,7 +62,9 @@ class LengthRope:
             for hook in hooks:
                 hook.remove()
             for module, (buffers, lengths) in zip(self.modules, before, strict=True):
-                module._buffers.update(buffers)  # `dynamic` frequencies stay those of the longest text until a short one comes
+                module._buffers.update(
+                    buffers
+                )  # `dynamic` frequencies stay those of the longest text until a short one comes
                 vars(module).update(lengths)
 
     def _replace(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -77,7 +79,9 @@ class LengthRope:
             raise UnsupportedTargetError(f"{kind} frequencies with positions of several dimensions are not supported")
         rest = {name: value for name, value in given.items() if name not in ("x", "position_ids")}
         run = partial(module.forward, given["x"], **rest)
-        lengths = positions + 1 if self.text_lengths is None else self.text_lengths[:, None].expand(-1, positions.shape[1])
+        lengths = (
+            positions + 1 if self.text_lengths is None else self.text_lengths[:, None].expand(-1, positions.shape[1])
+        )
         if positions.shape[0] != lengths.shape[0]:
             positions = positions.expand_as(lengths)
         return _by_length(kind, run, positions, lengths, _limit(module, layer_type))
@@ -100,7 +104,9 @@ def _by_length(
             parts = [part[:, :-1] for part in run(torch.cat([inside, last], 1))]
         else:
             parts = list(run(inside))
-        chosen = parts if found is None else [torch.where(here[..., None], *pair) for pair in zip(parts, found, strict=True)]
+        chosen = (
+            parts if found is None else [torch.where(here[..., None], *pair) for pair in zip(parts, found, strict=True)]
+        )
         found = chosen
     assert found is not None
     return tuple(found)

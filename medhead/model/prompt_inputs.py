@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
-_OF_EVERY_PASS = {"input_ids", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "logits_to_keep"}
+_OF_EVERY_PASS = {
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "cache",
+    "past_key_values",
+    "use_cache",
+    "logits_to_keep",
+}
 _OF_EVERY_PASS |= {"inputs_embeds", "cache_position", "return_dict", *_TOKEN_TYPES}
 _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _HALF_TOLERANCE = 0.1  # of all other dtypes
@@ -155,7 +163,9 @@ def prefill_prompt(
         raise
     except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
         reason = one_line(error, 200)
-        raise MedheadError(f"{target.name} cannot read a prompt with {', '.join(sorted(inputs.arguments))}: {reason}") from error
+        raise MedheadError(
+            f"{target.name} cannot read a prompt with {', '.join(sorted(inputs.arguments))}: {reason}"
+        ) from error
     rows = torch.arange(len(lengths), device=lengths.device)
     cache.lengths.set((lengths - 1).tolist())
     if (positions := arguments.get("position_ids")) is not None:

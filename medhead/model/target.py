@@ -19,8 +19,16 @@ from medhead.model.attention import TreePass, attention_name, tree_pass
 from medhead.model.eval_mode import eval_mode
 from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
+from medhead.model.layout import (
+    attention_configs,
+    cache_argument,
+    context_length,
+    decoder_layers,
+    find_layout,
+    max_length,
+    output_matrix,
+)
 from medhead.model.length_rope import LengthRope
-from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout, max_length
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
@@ -78,7 +86,7 @@ class Target:
         self.name = type(inner).__name__
         if getattr(inner.config, "is_encoder_decoder", False):
             raise UnsupportedTargetError(f"{self.name} has an encoder; medhead decodes decoder-only models")
-        self.output: Any = inner.get_output_embeddings()
+        self.output: Any = output_matrix(inner)
         if not isinstance(self.output, nn.Module):
             raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
         self.config = inner.config.get_text_config(decoder=True)
@@ -345,7 +353,9 @@ class Target:
         lengths = None if cache.lengths.uniform else cache.lengths.device
         use_reference, floor = self.backend.name == "reference", self._scale_floor
         length = 0 if floor is None else cache.get_seq_length()
-        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length)
+        return TreePass(
+            lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
+        )
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""

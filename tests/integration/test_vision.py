@@ -12,9 +12,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import medhead
+from conftest import noise_heads
+from families import tiny
 from medhead import Decoder
 from medhead.errors import MedheadError, UnsupportedTargetError
-from families import tiny
+from medhead.model.layout import decoder_layers
+from medhead.model.target import Target
 from vision_models import VISION, image_prompts, tiny_vision, vision_type_exists
 
 FAST = ("gemma3", "llava", "qwen2_5_vl")
@@ -64,6 +67,27 @@ def test_image_prompts_give_the_text_of_generate(name: str) -> None:
     assert found.tolist() != blind.tolist(), "the image changes no token, so the test shows nothing"
 
 
+@pytest.mark.parametrize("kind", ["recurrent", "attention"])
+def test_heads_draft_text_after_an_image(kind: str) -> None:
+    model = model_of("qwen2_5_vl")
+    target = Target(model)
+    prompts = image_prompts("qwen2_5_vl", model)
+    expected = model.generate(**prompts, max_new_tokens=24, do_sample=False)
+    with Decoder(target, "heads", heads=noise_heads(target, kind), tree_size=8) as decoder:
+        assert decoder.generate(**prompts, max_new_tokens=24, do_sample=False).tolist() == expected.tolist()
+
+
+def test_layers_are_those_of_the_decoder() -> None:
+    model = model_of("llava")
+    encoder = next(one for one in model.model.vision_tower.modules() if isinstance(one, torch.nn.ModuleList))
+    assert decoder_layers(model, 3) is model.get_decoder().layers
+    model.get_decoder().layers = model.get_decoder().layers[: len(encoder)]
+    try:
+        assert decoder_layers(model, len(encoder)) is model.get_decoder().layers
+    finally:
+        model_of.cache_clear()
+
+
 def test_sampled_text_after_an_image_is_that_of_plain_decoding() -> None:
     model = model_of("qwen2_5_vl")
     prompts = image_prompts("qwen2_5_vl", model)
@@ -83,7 +107,7 @@ def test_token_types_of_text_ask_for_nothing(name: str) -> None:
 
 def test_an_image_for_a_text_model_is_refused() -> None:
     llama = tiny("llama", {})
-    with pytest.raises(MedheadError, match="pixel_values cannot be used with medhead: Llama.* reads text"):
+    with pytest.raises(MedheadError, match=r"pixel_values cannot be used with medhead: Llama.* reads text"):
         Decoder(llama)(llama, torch.tensor([[5, 6]]), pixel_values=torch.zeros(1, 3, 28, 28))
 
 
@@ -116,7 +140,8 @@ def test_a_model_that_reads_images_in_every_pass_is_refused() -> None:
 def test_a_prompt_that_is_read_differently_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = model_of("qwen2_5_vl")
     monkeypatch.setattr(
-        "medhead.model.prompt_inputs.PromptInputs.without_padding", lambda self: type(self)(**vars(self) | {"position_ids": None})
+        "medhead.model.prompt_inputs.PromptInputs.without_padding",
+        lambda self: type(self)(**vars(self) | {"position_ids": None}),
     )
     prompts = image_prompts("qwen2_5_vl", model)
     with Decoder(model, "none") as decoder, pytest.raises(UnsupportedTargetError, match="cannot decode after a prompt"):
