@@ -40,7 +40,7 @@ class SequencePreparer:
 
     def new_sequence(self, prompt: list[int], params: SamplingParams, **fields: Any) -> Sequence:
         """Return a sequence that has only its limit; `prepare` completes it, in the thread that decodes."""
-        limit = token_limit(params.max_new_tokens, len(prompt), self._target.max_length)
+        limit = token_limit(params.max_new_tokens, len(prompt), self._target.context)
         return Sequence(list(prompt), list(prompt), StopChecker(limit), params, **fields)
 
     def prepare(self, sequence: Sequence, stops_at: Callable[[int], bool] | None = None) -> Sequence:

@@ -110,7 +110,7 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     low, high = min(request.prompt), max(request.prompt)
     if low < 0 or high >= vocabulary:
         raise MedheadError(f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}")
-    token_limit(request.params.max_new_tokens, len(request.prompt), target.max_length)
+    token_limit(request.params.max_new_tokens, len(request.prompt), target.context)
     if request.proposer is not None and request.proposer not in PROPOSERS:
         raise MedheadError(f"no proposer is called {request.proposer!r}; known: {', '.join(sorted(PROPOSERS))}")
     if request.proposer == "heads" and not has_heads:
