@@ -1,6 +1,6 @@
 """Write the generated parts of README and documentation; `python docs/generate.py --check` only compares.
 
-- `docs/models.md` and README's list of supported models come from `tests/families.py`.
+- `docs/models.md` and README's list of supported models come from `tests/families.py` and `tests/vision_models.py`.
 - README's table of results comes from `benchmarks/demo-cpu-float32/results.json`.
 """
 
@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
 from families import ACCEPTED, REFUSED, SINCE_5_24  # noqa: E402
+from vision_models import VISION  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
 FEATURES = {  # what a family's configuration in the tests has, by its fields
@@ -27,7 +28,7 @@ FEATURES = {  # what a family's configuration in the tests has, by its fields
 MODELS_PAGE = """\
 # Supported models
 
-<!-- written by docs/generate.py from tests/families.py -->
+<!-- written by docs/generate.py from tests/families.py and tests/vision_models.py -->
 
 ## Names of models
 
@@ -73,10 +74,39 @@ with one ordinary forward pass over the node's path. The first column is the `mo
 
 {newer} need transformers 5.24 or newer.
 
+## Images in prompts
+
+Checkpoints of images and text load with `load_model` and with `AutoModelForImageTextToText`. Their text is decoded as that of any
+target. A prompt with images is given as the processor made it:
+
+<!-- not run: it downloads a model -->
+```python
+inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="pt")
+decoder = Decoder(model, "recycling")
+model.generate(**inputs, custom_generate=decoder, max_new_tokens=200)
+```
+
+The model's own forward reads such prompts in one pass, and trees verify the text that follows. The first time the logits after the
+prompt are compared with the model's own, and a model that differs is refused. So is one that reads images in every pass through
+cross attention. The command line, the chat page and the API take text only.
+
+The tests compare the texts of random models with those of `generate`, greedy, in a padded batch of two prompts:
+
+- with images: {images}
+- without: {texts}
+
+## Long texts
+
+Rotary positions go on beyond `max_position_embeddings`, as in `generate`, with one warning. A model with a table of positions ends
+there, with a warning. The command line and `Engine` always stop at the context. With `longrope` and `dynamic` scaling every token has
+the rotary frequencies of its own text's length. `generate` takes those of the longest row of a padded batch, so there a shorter row's
+text can differ from what the same prompt gives alone; here it does not.
+
 ## Refused
 
 These families are refused with `UnsupportedTargetError`: their layers are recurrent or convolutional, or their attention
-does not go through the registry. Encoder-decoder models are refused as well.
+does not go through the registry. Encoder-decoder models are refused as well, and so are models whose window exists only in
+transformers' cache (`moshi`, `unlimited_ocr`).
 
 {refused}
 
@@ -103,7 +133,11 @@ def models_page() -> str:
     refused = {name: fields for name, fields in REFUSED.items() if name not in SINCE_5_24}
     rows = [f"| `{name}` | {features(fields)} |" for name, fields in sorted(accepted.items())]
     table = "\n".join(["| family | tested with |", "|---|---|", *rows])
-    return MODELS_PAGE.format(accepted=table, newer=names(SINCE_5_24), refused=names(refused))
+    images = {name: True for name, tested in VISION.items() if tested}
+    texts = {name: True for name, tested in VISION.items() if not tested}
+    return MODELS_PAGE.format(
+        accepted=table, newer=names(SINCE_5_24), refused=names(refused), images=names(images), texts=names(texts)
+    )
 
 
 def models_block() -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -77,6 +79,9 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """New tokens / `seconds`."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
+
+
+_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a text went beyond the context
 
 
 class Decoder:
@@ -193,7 +198,8 @@ class Decoder:
             streamer: receives one column of tokens at a time.
             tokenizer: unused; transformers needs it for stop strings.
             seed: of the sampling noise; drawn from torch's generator if None.
-            arguments: other arguments of the model's forward; refused if they would have to be ignored.
+            arguments: other arguments of the model's forward, what a processor made of images for example; refused if they
+                would have to be ignored.
 
         Returns:
             `[batch, tokens]` prompts and output, rows that ended early padded; or transformers' output object with
@@ -208,12 +214,12 @@ class Decoder:
         processors = LogitsProcessorList() if logits_processor is None else logits_processor
         criteria = StoppingCriteriaList() if stopping_criteria is None else stopping_criteria
         options.check_config(config, self.model.generation_config)
-        options.check_arguments(arguments)
         input_ids = input_ids.to(self.target.device)
+        prompt_inputs = options.prompt_inputs(self.model, input_ids, arguments)
         options.check_token_ids(input_ids, num_rows(self.target.model.get_input_embeddings()))
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = options.length_limit(config, criteria) - input_ids.shape[1]
-        limit = token_limit(asked, max(map(len, texts)), self.target.context)
+        limit = token_limit(asked, max(map(len, texts)), self.target.max_length)
         pad, lengths = _pad_token(config), list[int]()
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
         keep = bool(config.return_dict_in_generate)
@@ -251,7 +257,7 @@ class Decoder:
             with self.target.lock.generation() as nested:
                 # an engine or an outer generation goes on later with the state of its sequences in the proposer
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
-                loop.lockstep = lockstep
+                loop.lockstep, loop.prompt_inputs = lockstep, prompt_inputs
                 try:
                     with loop.target.active(loop.proposer.feature_layers):
                         loop.run(sequences)
@@ -262,6 +268,7 @@ class Decoder:
         finally:
             if stream is not None:
                 stream.finish()
+        warn_beyond_context(self.target, sequences, asked)
         with torch.inference_mode(False), torch.no_grad():
             return _result(sequences, input_ids, pad, config)
 
@@ -366,6 +373,26 @@ def sampling_params(
     if not local:
         return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
     return take_warpers(processors, params)
+
+
+def warn_beyond_context(target: Target, sequences: list[Sequence], asked: int) -> None:
+    """Warn once per model that a text became longer than the model's context, or ended because positions did.
+
+    Args:
+        target: the target.
+        sequences: all sequences, at their end.
+        asked: number of new tokens that were asked for.
+    """
+    longest = max(sequences, key=lambda one: len(one.token_ids))
+    is_cut = longest.is_cut and len(longest.output_ids) < asked and len(longest.token_ids) >= target.max_length
+    if target.model in _warned or not (is_cut or len(longest.token_ids) > target.context):
+        return
+    _warned.add(target.model)
+    text = f"a text reached {target.context} tokens, the context of {target.name}"
+    goes_on = "it ends there, because the model has no further positions"
+    if not is_cut:
+        goes_on = "it goes on as in transformers, but the model was not made for longer texts"
+    warnings.warn(f"{text}; {goes_on}", stacklevel=3)
 
 
 def _pad_token(config: GenerationConfig) -> int:

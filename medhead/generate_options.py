@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from medhead.config import check_seed
 from medhead.errors import MedheadError
+from medhead.model.prompt_inputs import PromptInputs, asks_for_nothing
 
 _BEAMS = "medhead decodes one sequence per row; use num_return_sequences with sampling, or generate without medhead"
 # field: (values that mean "off", what to do instead)
@@ -46,6 +47,7 @@ _IGNORED_ARGUMENTS = {
     "logits_to_keep",
     "cache_position",
 }
+_REFUSED_ARGUMENTS = {"inputs_embeds", "output_attentions", "output_hidden_states", "labels"}
 
 
 def check_config(config: GenerationConfig, own: GenerationConfig) -> None:
@@ -69,19 +71,39 @@ def check_config(config: GenerationConfig, own: GenerationConfig) -> None:
         raise MedheadError("use_cache=False is not supported: a tree is verified against a cache")
 
 
-def check_arguments(arguments: dict[str, Any]) -> None:
-    """Refuse arguments of the model's forward that medhead would have to ignore.
+def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> PromptInputs | None:
+    """Return what `generate` hands over for the prompts besides token ids (images), None for text alone.
+
+    Args:
+        model: the target's model.
+        input_ids: `[batch, length]`.
+        arguments: of the model's forward.
 
     Raises:
-        MedheadError: names the argument.
+        MedheadError: names an argument that medhead would have to ignore.
     """
     for name in ("cache", "past_key_values"):
         cache = arguments.get(name)
         if cache is not None and cache.get_seq_length() > 0:
             raise MedheadError(f"{name} with content is not supported: pass the whole text as input_ids")
-    given = sorted(name for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS and value is not None)
-    if given:
-        raise MedheadError(f"{', '.join(given)} cannot be used with medhead: it decodes text from input_ids alone")
+    given = {
+        name: value
+        for name, value in arguments.items()
+        if name not in _IGNORED_ARGUMENTS and not asks_for_nothing(name, value)
+    }
+    if refused := sorted(_REFUSED_ARGUMENTS & given.keys()):
+        raise MedheadError(f"{', '.join(refused)} cannot be used with medhead: pass the text as input_ids")
+    modalities = getattr(model, "input_modalities", None) or "text"
+    modalities = {modalities} if isinstance(modalities, str) else set(modalities)
+    if given and modalities <= {"text"}:
+        raise MedheadError(
+            f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text only"
+        )
+    if not given:
+        return None
+    mask = arguments.get("attention_mask")
+    mask = None if mask is None or bool(mask.all()) else mask.to(input_ids.device)
+    return PromptInputs(input_ids, mask, arguments.get("position_ids"), given)
 
 
 def length_limit(config: GenerationConfig, criteria: StoppingCriteriaList) -> int:

@@ -57,7 +57,7 @@ class CompiledTarget(Target):
         Raises:
             MedheadError: the pass is compiled now, and cannot be.
         """
-        if not self._ready:
+        if not self._ready or self.length_rope.modules or cache.position_offset is not None:
             return super().verify(cache, tree)
         cache.begin(tree.nodes, spare=1)  # spare=1: a completely used cache would trigger a recompilation
         bitmask = [tree.ancestor_bitmask] if self._takes_bitmask(tree.nodes) else []

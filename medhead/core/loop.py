@@ -21,7 +21,9 @@ from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
 from medhead.core.tree import TokenTree
+from medhead.errors import MedheadError
 from medhead.model.kv_cache import compact_order
+from medhead.model.prompt_inputs import PromptInputs
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
@@ -62,6 +64,7 @@ class DecodeLoop:
     Attributes:
         sequences: the sequences that still run.
         output: the result of the last step, by row of the batch before that step; None after captured steps.
+        prompt_inputs: set before `run` where the prompts hold images: those of all sequences; None for text.
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
@@ -90,6 +93,7 @@ class DecodeLoop:
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
         self.lockstep: Lockstep | None = None
+        self.prompt_inputs: PromptInputs | None = None
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
         self._inference_mode = False  # whether the caller of the running step is in inference mode
@@ -169,6 +173,7 @@ class DecodeLoop:
 
         texts = [sequence.token_ids for sequence in self.sequences]
         with torch.inference_mode():
+            self._reread()
             self.output = output = decode_step(
                 self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
             )
@@ -228,8 +233,28 @@ class DecodeLoop:
     def _max_depth(self) -> int:
         """Return the maximum tree depth: proposer, tokens left and context limit it."""
         wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
-        room = self.target.context - max(len(sequence.token_ids) for sequence in self.sequences) - 1
+        room = self.target.max_length - max(len(sequence.token_ids) for sequence in self.sequences) - 1
+        if (
+            length := self.target.length_rope.rereads_at
+        ) is not None:  # no tree may go beyond it before the text is read anew
+            before = [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
+            room = min(room, length - 1 - max(before, default=0)) if before else room
         return max(0, min(self.proposer.next_depth, wanted, room))
+
+    def _reread(self) -> None:
+        """Read all texts anew where `generate` does: one has become long enough for other rotary frequencies."""
+        length = self.target.length_rope.rereads_at
+        if length is None or not any(len(one.token_ids) == length and one.output_ids for one in self.sequences):
+            return
+        assert self._buffers is not None
+        if self.prompt_inputs is not None:
+            raise MedheadError(f"a text with images cannot go on beyond {length - 1} tokens with {self.target.name}")
+        cache, rows = self._buffers.cache, [one.token_ids[:-1] for one in self.sequences]
+        again = self.target.new_cache(len(rows), cache.capacity)
+        self.target.prefill(again, rows)
+        longest = cache.lengths.longest
+        for spec, buffer in cache.buffers.items():
+            buffer[:, :, :, :longest] = again.buffers[spec][:, :, :, :longest]
 
     def _prefill(self, sequences: list[Sequence], proposer: Proposer) -> StepBuffers:
         """Return buffers with all prompt tokens but the last, and the features before it."""
@@ -242,7 +267,10 @@ class DecodeLoop:
         def on_chunk(features: Tensor, start: int) -> None:
             proposer.on_prefill(draft_cache, texts, features, start)
 
-        features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
+        if self.prompt_inputs is None:
+            features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
+        else:
+            features = self.target.prefill_inputs(cache, self.prompt_inputs, on_chunk)
         roots = torch.tensor([text[-1] for text in texts], device=self.target.device)
         return StepBuffers(cache, draft_cache, roots, features, self._sampling(sequences))
 
@@ -270,8 +298,10 @@ class DecodeLoop:
             return False
         if any(one.stop_checker.has_criteria for one in self.sequences):
             return False
+        if self._buffers is not None and self._buffers.cache.position_offset is not None:
+            return False
         longest = max(len(sequence.token_ids) for sequence in self.sequences)
-        return longest + self.graphs.room_ahead <= self.target.context
+        return longest + self.graphs.room_ahead <= min(self.target.context, self.target.length_rope.limit)
 
     def _step_captured(self) -> None:
         """Run a captured step and hand on what has arrived."""

@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 )
 
 from medhead.errors import MedheadError
+from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
 from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
@@ -53,6 +54,11 @@ class TreePass:
     use_reference: bool = False  # use the reference attention in every layer, for comparison
     backend: Backend | None = None  # a kernel backend for the layers that it supports
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
+    scale_floor: int | None = None  # the position from which on layers scale their queries, see `query_scale`
+    cache_length: int = 0  # what the cache says its length is
+    prompts: int = (
+        0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
+    )
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
@@ -82,14 +88,17 @@ class TreePass:
 
         None stands for plain attention: one node that sees every key, or several causal nodes.
         """
-        causal = mask_function is causal_mask_function or (window is not None and self.num_keys <= window)
+        fits = window is not None and self.num_keys <= window and not self.prompts
+        causal = mask_function is causal_mask_function or fits
         if causal and self.lengths is None and self.visible is None and (self.nodes == 1 or self.max_length == 0):
             return None
         key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
-            visible = self._visible_keys(device)
-            if not causal:
-                visible = visible & self._allowed_keys(mask_function, device)
+            if causal:
+                visible = self._visible_keys(device)
+            else:
+                visible = self._allowed_keys(mask_function, device)
+                visible = visible if self.prompts else visible & self._visible_keys(device)
             self._biases[key] = additive_mask(visible, dtype)[:, None]
         return self._biases[key]
 
@@ -106,13 +115,28 @@ class TreePass:
         """Evaluate a layer's mask function on positions: `[batch or 1, nodes, keys]`."""
         lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
         queries, keys = positions(lengths.to(device), self.depth.to(device), self.num_keys)
-        rows = torch.arange(queries.shape[0], device=device)[:, None, None, None]
+        batch = self.prompts or queries.shape[0]
+        rows = torch.arange(batch, device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
         allowed = mask_function(rows, head, queries[:, None, :, None], keys[:, None, None, :])
-        return allowed.expand(queries.shape[0], 1, self.nodes, self.num_keys)[:, 0]
+        return allowed.expand(batch, 1, self.nodes, self.num_keys)[:, 0]
 
 
 _running: ContextVar[TreePass | None] = ContextVar("medhead_pass", default=None)
+
+
+_masks_seen: ContextVar[set[int | None] | None] = ContextVar("medhead_masks_seen", default=None)
+
+
+@contextmanager
+def windows_seen() -> Iterator[set[int | None]]:
+    """Yield a set that gets the window (None without one) of every mask that is made inside the context."""
+    seen = set[int | None]()
+    token = _masks_seen.set(seen)
+    try:
+        yield seen
+    finally:
+        _masks_seen.reset(token)
 
 
 @contextmanager
@@ -128,6 +152,8 @@ def tree_pass(current: TreePass) -> Iterator[None]:
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
     device = torch.device(kwargs.get("device") or current.depth.device)
+    if (seen := _masks_seen.get()) is not None:
+        seen.add(kwargs.get("local_size"))
     mask_function, local_size = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
         hides_keys = current.num_keys > window
@@ -225,6 +251,8 @@ def attention_name(own: str | None) -> str:
         current = _running.get()
         if current is None:
             return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
+        if current.scale_floor is not None and current.num_keys >= current.scale_floor:
+            args = (rescale_query(module, args[0], current), *args[1:])
         return _attention(current, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:

@@ -66,6 +66,8 @@ class TreeCache(Cache):
         buffers: `[layers, batch, heads, capacity, dim]` of every shape.
         per_layer: `[batch, heads, capacity, dim]` of every layer's keys and values, in the order of `buffers`.
         used: columns of keys that attention sees in the pass that was begun.
+        position_offset: `[..., batch]` int64, what is added to a token's index to get its position, or one for each dimension
+            of positions, where a prompt holds images; None where the position is the index.
         columns: how many columns attention sees; None for the longest prefix and the nodes, or, where the host does not know
             the lengths, for all of them.
     """
@@ -94,6 +96,7 @@ class TreeCache(Cache):
         self.layout, self.buffers, self.lengths = layout, buffers, lengths
         self.capacity: int = next(iter(buffers.values()))[0].shape[2]
         self.columns: int | None = None
+        self.position_offset: Tensor | None = None
         self._refresh_views()
         self.used = 0
         self._start: int | None = 0  # where this pass writes, if that is the same in all rows
@@ -176,6 +179,8 @@ class TreeCache(Cache):
                 self.buffers[spec] = buffer[:, : len(rows)]
             else:
                 self.buffers[spec] = buffer[:, torch.tensor(rows, device=buffer.device)]
+        if self.position_offset is not None:
+            self.position_offset = self.position_offset[..., rows]
         self._refresh_views()
 
     def join(self, other: TreeCache) -> None:
@@ -190,6 +195,7 @@ class TreeCache(Cache):
             joined[:, rows:, :, :there] = other.buffers.pop(spec)[:, :, :, :there]
             self.buffers[spec] = joined
         self.capacity = capacity
+        self.position_offset = _join_offsets(self.position_offset, rows, other.position_offset, more)
         self._refresh_views()
 
     def nbytes(self) -> int:
@@ -246,6 +252,16 @@ class TreeCache(Cache):
             self.buffers[spec] = bigger
         self.capacity = grown
         self._refresh_views()
+
+
+def _join_offsets(here: Tensor | None, rows: int, there: Tensor | None, more: int) -> Tensor | None:
+    """Return the position offsets of two batches of `rows` and `more` rows as one."""
+    like = here if here is not None else there
+    if like is None:
+        return None
+    here = like.new_zeros(*like.shape[:-1], rows) if here is None else here
+    there = like.new_zeros(*like.shape[:-1], more) if there is None else there
+    return torch.cat([here, there], -1)
 
 
 def compact_order(rows: list[int]) -> list[int]:

@@ -48,9 +48,17 @@ def find_layout(model: Any) -> CacheLayout:
     return CacheLayout(found)
 
 
-def decoder_layers(model: nn.Module, count: int) -> nn.ModuleList:
-    """Return the model's list of `count` decoder layers."""
-    for module in model.modules():
+def output_matrix(model: Any) -> Any:
+    """Return the module that maps hidden states to logits: the model's own, or that of the language model inside it."""
+    found = model.get_output_embeddings()
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
+    return found if found is not None else next(filter(None, (part.get_output_embeddings() for part in inner)), None)
+
+
+def decoder_layers(model: Any, count: int) -> nn.ModuleList:
+    """Return the model's list of `count` decoder layers; an encoder of images may have a list of as many."""
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else None
+    for module in [*(() if decoder is None else decoder.modules()), *model.modules()]:
         if isinstance(module, nn.ModuleList) and len(module) == count:
             return module
     raise UnsupportedTargetError(
@@ -64,9 +72,24 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Return the distinct configurations from which the model's modules read the name of their attention function."""
+    """Return the distinct configurations from which the decoder's modules read the name of their attention function.
+
+    Those of encoders (of images, of sounds) are left out: their attention is not that of the decoder.
+    """
     configs = (getattr(module, "config", None) for module in model.modules())
-    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+    found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
+    text = _with_parts(model.config.get_text_config(decoder=True))
+    encoders = {key for key in _with_parts(model.config) if key not in text} - {id(model.config)}
+    return [config for key, config in found.items() if key not in encoders]
+
+
+def _with_parts(config: Any) -> dict[int, Any]:
+    """Return a configuration and all configurations inside it by their identity."""
+    found = {id(config): config}
+    for name in getattr(config, "sub_configs", {}):
+        if (part := getattr(config, name, None)) is not None and hasattr(part, "to_dict"):
+            found |= _with_parts(part)
+    return found
 
 
 def context_length(config: Any) -> int:
@@ -75,4 +98,22 @@ def context_length(config: Any) -> int:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
             return value
+    return 1 << 30
+
+
+def max_length(model: Any, context: int) -> int:
+    """Return the longest sequence that the model can run: `context` where a table holds that many positions, else 2^30.
+
+    Rotary positions have no end: transformers goes on with them beyond the context.
+    """
+    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), output_matrix(model))}
+    sizes = range(context, context + 3)  # a table may have rows for padding
+    for module in model.modules():
+        weight = getattr(module, "weight", None)
+        if isinstance(module, nn.Embedding) and id(weight) not in embeddings and module.num_embeddings in sizes:
+            return context
+        for name, table in [*module._buffers.items(), *module._parameters.items()]:
+            is_table = table is not None and table.ndim >= 2 and (name in module._buffers or "pos" in name)
+            if is_table and any(size in sizes for size in table.shape):
+                return context
     return 1 << 30

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from huggingface_hub.utils import logging as hub_logging
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.utils import logging
 
 from medhead.errors import MedheadError, one_line
@@ -63,7 +70,7 @@ def load_model(
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
-    """Load a causal language model; a failure is a `MedheadError` of one line.
+    """Load a causal language model, or one of images and text; a failure is a `MedheadError` of one line.
 
     Args:
         name_or_path: a model folder, a hub id (both with weights in safetensors), a GGUF file, whose weights are
@@ -82,7 +89,7 @@ def load_model(
             model, info = load_gguf(Path(name), dtype=dtype)
         else:
             options = {"use_safetensors": True, "trust_remote_code": trust_remote_code, "output_loading_info": True}
-            model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **options)
+            model, info = _auto_class(name, trust_remote_code).from_pretrained(name, dtype=dtype, **options)
     except SafetensorError as error:
         damage = f"is truncated or damaged ({error}); download it again"
         raise MedheadError(f"a weights file of {str(name)!r} {damage}") from None
@@ -96,6 +103,23 @@ def load_model(
         number = f"{len(missing)} of its weights are missing ({missing[0]})"
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {number}; download it again")
     return model.to(device).eval()
+
+
+def _auto_class(name: str | Path, trust_remote_code: bool) -> Any:
+    """Return transformers' class that loads a checkpoint: for images and text where it is one for both, else for text.
+
+    A checkpoint for both loads as text alone in some families, which leaves the weights of its image encoder out.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    named = set(getattr(config, "architectures", None) or ())
+    mapping = AutoModelForImageTextToText._model_mapping
+    both = type(config) in mapping and named & {kind.__name__ for kind in _classes(mapping[type(config)])}
+    is_text = type(config) in AutoModelForCausalLM._model_mapping or hasattr(config, "auto_map")
+    return AutoModelForImageTextToText if both or (type(config) in mapping and not is_text) else AutoModelForCausalLM
+
+
+def _classes(found: Any) -> tuple[Any, ...]:
+    return found if isinstance(found, tuple) else (found,)
 
 
 def load_tokenizer(

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from medhead.errors import MedheadError
+from medhead.model.layout import output_matrix
 
 
 def model_form(model: Any) -> dict[str, Any]:
@@ -14,7 +15,7 @@ def model_form(model: Any) -> dict[str, Any]:
 
     Weights, and adapters of layers in between, are not part of it: a target reads them in every pass.
     """
-    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    embedding, output = model.get_input_embeddings(), output_matrix(model)
     form: dict[str, Any] = {}
     for name, module in (("input embeddings", embedding), ("output matrix", output)):
         form[name] = module

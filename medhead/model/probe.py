@@ -7,14 +7,17 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError, one_line
+from medhead.model.attention import windows_seen
 from medhead.model.eval_mode import eval_mode
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
 PREFIXES = (5, 3)  # two rows of different length
 TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
+WIDEST = 128  # a window, chunk or scale of the configuration up to this size is probed by a longer text
 HALF_TOLERANCE = 0.1  # of all other dtypes
 
 
@@ -22,6 +25,7 @@ class _TreeVerifier(Protocol):
     """What the probe needs of a `medhead.model.target.Target`, which imports this module."""
 
     model: Any
+    config: Any
     name: str
     dtype: torch.dtype
     device: torch.device
@@ -30,7 +34,7 @@ class _TreeVerifier(Protocol):
 
     def active(self) -> AbstractContextManager[None]: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
-    def prefill(self, cache: Any, rows: list[list[int]]) -> Tensor: ...
+    def prefill(self, cache: Any, rows: list[list[int]], *, chunk: int) -> Tensor: ...
     def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
 
 
@@ -40,12 +44,25 @@ def check_target(target: _TreeVerifier) -> None:
 
     If they differ, or the pass over the tree fails, raise an `UnsupportedTargetError`.
     """
-    tree, prefixes = _probe_tree(target)
+    _check_tree(target, PREFIXES, PARENTS)
+    if sizes := _small_sizes(target.config):
+        _check_tree(target, (max(sizes) + 3, 3), PARENTS[:4])
+
+
+def _small_sizes(config: Any) -> list[int]:
+    """Return the windows and scales that the configuration names and that are small enough to look beyond."""
+    found = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "floor_scale"))
+    return [size for size in found if isinstance(size, int) and max(PREFIXES) < size <= WIDEST]
+
+
+def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[int, ...]) -> None:
+    """Check a tree after prefixes of these lengths, which are read in at least two chunks."""
+    tree, prefixes = _probe_tree(target, lengths, parents)
     expected = _path_logits(target, tree, prefixes)
     try:
-        with target.active():
-            cache = target.new_cache(len(prefixes), 32)
-            target.prefill(cache, prefixes)
+        with target.active(), windows_seen() as windows:
+            cache = target.new_cache(len(prefixes), max(lengths) + 16)
+            target.prefill(cache, prefixes, chunk=max(lengths) // 2 + 1)
             logits, _ = target.verify(cache, tree)
     except UnsupportedTargetError:
         raise
@@ -62,15 +79,33 @@ def check_target(target: _TreeVerifier) -> None:
             f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
             f"(allowed {allowed:.3g}); its layers are recurrent, or its attention ignores transformers' registry"
         )
+    _check_windows(target, windows)
 
 
-def _probe_tree(target: _TreeVerifier) -> tuple[TokenTree, list[list[int]]]:
+def _check_windows(target: _TreeVerifier, masked: set[int | None]) -> None:
+    """Refuse a window that the cache of transformers' `generate` has, but none of the masks of these windows."""
+    try:
+        layers = DynamicCache(config=target.config).layers
+    except (TypeError, ValueError, AttributeError, KeyError):
+        return  # the configuration describes no cache of this kind
+    for layer in layers:
+        size, own = getattr(layer, "sliding_window", None), type(layer).__module__ != DynamicCache.__module__
+        if isinstance(size, int) and (own or size not in masked):
+            raise UnsupportedTargetError(
+                f"{target.name} cannot verify a token tree: its window of {size} tokens exists only in transformers' cache "
+                f"({type(layer).__name__}), not in its attention mask"
+            )
+
+
+def _probe_tree(
+    target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[int, ...]
+) -> tuple[TokenTree, list[list[int]]]:
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, target.num_embeddings)
-    draw = torch.randint(0, high, (len(PREFIXES), max(PREFIXES) + len(PARENTS)), generator=generator)
-    prefixes = [row[:length].tolist() for row, length in zip(draw, PREFIXES, strict=True)]
-    tokens = draw[:, max(PREFIXES) :].to(target.device)
-    return TokenTree.from_parents(tokens, torch.tensor(PARENTS, device=target.device)), prefixes
+    draw = torch.randint(0, high, (len(lengths), max(lengths) + len(parents)), generator=generator)
+    prefixes = [row[:length].tolist() for row, length in zip(draw, lengths, strict=True)]
+    tokens = draw[:, max(lengths) :].to(target.device)
+    return TokenTree.from_parents(tokens, torch.tensor(parents, device=target.device)), prefixes
 
 
 def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:

@@ -19,12 +19,29 @@ from medhead.model.attention import TreePass, attention_name, tree_pass
 from medhead.model.eval_mode import eval_mode
 from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
-from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
+from medhead.model.layout import (
+    attention_configs,
+    cache_argument,
+    context_length,
+    decoder_layers,
+    find_layout,
+    max_length,
+    output_matrix,
+)
+from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
+from medhead.model.prompt_inputs import (
+    PromptInputs,
+    check_later_passes,
+    check_prompt_logits,
+    own_logits,
+    prefill_prompt,
+)
+from medhead.model.query_scale import query_scale_floor
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -43,6 +60,10 @@ class Target:
             model, else `sdpa`. A named backend that cannot serve some layers warns once.
         packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
             rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
+
+    Attributes:
+        context: longest sequence that the configuration allows (`max_position_embeddings`).
+        max_length: longest sequence that the model can run; rotary positions go on beyond the context, as in transformers.
 
     Raises:
         MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
@@ -65,7 +86,7 @@ class Target:
         self.name = type(inner).__name__
         if getattr(inner.config, "is_encoder_decoder", False):
             raise UnsupportedTargetError(f"{self.name} has an encoder; medhead decodes decoder-only models")
-        self.output: Any = inner.get_output_embeddings()
+        self.output: Any = output_matrix(inner)
         if not isinstance(self.output, nn.Module):
             raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
         self.config = inner.config.get_text_config(decoder=True)
@@ -81,13 +102,16 @@ class Target:
         self.dtype = weight.dtype
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = context_length(self.config)
+        self.max_length = max_length(inner, self.context)
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
         self._hidden: Tensor | None = None
         self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
-        self._active = False
+        self._active = self._checked_inputs = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self._form = model_form(inner)
+        self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
+        self._scale_floor = query_scale_floor(inner)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
             self.layout = find_layout(inner)
@@ -141,8 +165,9 @@ class Target:
     @contextmanager
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
-        before = [config._attn_implementation for config in self._configs]
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model):
+        self._own_names = before = [config._attn_implementation for config in self._configs]
+        rope = self.length_rope.active()
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope:
             try:
                 self._active = True
                 for config, name in zip(self._configs, before, strict=True):
@@ -217,13 +242,24 @@ class Target:
         return run
 
     def prefill(
-        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
+        self,
+        cache: TreeCache,
+        rows: list[list[int]],
+        on_chunk: Callable[[Tensor, int], None] | None = None,
+        chunk: int | None = None,
     ) -> Tensor:
         """Fill an empty cache with the tokens of each row in chunks; return `[batch, size]` features of every last token.
 
         Rows may have different lengths; an empty one has zeros as features. `on_chunk` is called with the features
-        `[batch, nodes, size]` of every chunk and the position of its first token.
+        `[batch, nodes, size]` of every chunk and the position of its first token. A row is a text without its last token,
+        which is the root of the first tree.
         """
+        with self.length_rope.reading([len(row) + 1 for row in rows], self.device):
+            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)
+
+    def _prefill(
+        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None, chunk: int
+    ) -> Tensor:
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = max(map(len, rows))
         found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
@@ -231,8 +267,8 @@ class Target:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         padded = padded.to(self.device)
-        for start in range(0, longest, PREFILL_CHUNK):
-            tokens = padded[:, start : start + PREFILL_CHUNK]
+        for start in range(0, longest, chunk):
+            tokens = padded[:, start : start + chunk]
             nodes = tokens.shape[1]
             cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
@@ -247,6 +283,38 @@ class Target:
             found = torch.where(inside[:, None], at_last.to(found.dtype), found)
         cache.lengths.set([len(row) for row in rows])
         return found
+
+    def prefill_inputs(
+        self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None
+    ) -> Tensor:
+        """Fill an empty cache with whole prompts that hold images; return features and call `on_chunk` as `prefill` does.
+
+        The first time the logits after the prompts are compared with those of the model's own pass.
+
+        Raises:
+            UnsupportedTargetError: the model cannot decode after such prompts.
+        """
+        check_later_passes(self, inputs)
+
+        def run(arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
+            self._select = last
+            nodes = int(arguments["input_ids"].shape[1])
+            depth = torch.arange(nodes, device=self.device)[None]
+            current = self._pass(cache, depth, None, nodes)
+            current.prompts = cache.batch_size
+            with tree_pass(current), self._running():
+                output = self.model(**arguments)
+            self._select = None
+            return output.logits, self._features()
+
+        with self.length_rope.reading(inputs.lengths(), self.device):
+            features, expected = prefill_prompt(self, cache, inputs, on_chunk, run)
+        if not self._checked_inputs:
+            logits, _ = self.verify(cache, TokenTree.root(inputs.last_tokens()))
+            check_prompt_logits(self, inputs, expected, logits[:, 0])
+            check_prompt_logits(self, inputs, self._with_own_attention(partial(own_logits, self, inputs)), logits[:, 0])
+            self._checked_inputs = True
+        return features
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the input embeddings of token ids, `[*tokens.shape, hidden]`."""
@@ -283,7 +351,11 @@ class Target:
 
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
-        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, self.backend.name == "reference")
+        use_reference, floor = self.backend.name == "reference", self._scale_floor
+        length = 0 if floor is None else cache.get_seq_length()
+        return TreePass(
+            lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
+        )
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
@@ -292,6 +364,11 @@ class Target:
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
         positions = (depth + start).expand(tokens.shape)
+        if cache.position_offset is not None:
+            positions = positions + cache.position_offset[..., None]
+        if self.length_rope.modules and self.length_rope.text_lengths is None:
+            host = cache.lengths.host
+            self.length_rope.longest = None if host is None else max(host) + tokens.shape[1]
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
         return output.logits, self._features()
@@ -308,6 +385,17 @@ class Target:
         outputs = [tapped.to(self.device) for tapped in self._feature_layers.values() if tapped is not None]
         assert len(outputs) == len(self._feature_layers)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
+
+    def _with_own_attention(self, run: Callable[[], Tensor]) -> Tensor:
+        """Return what `run` returns while the model has its own attention; inside `active`."""
+        names = [config._attn_implementation for config in self._configs]
+        try:
+            for config, name in zip(self._configs, self._own_names, strict=True):
+                config._attn_implementation = name
+            return run()
+        finally:
+            for config, name in zip(self._configs, names, strict=True):
+                config._attn_implementation = name
 
     def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
         """Register hooks that keep the outputs of layers."""

@@ -336,12 +336,14 @@ def test_text_ends_at_the_context(name: str, prompt: int) -> None:
         "attention_mask": torch.ones(1, prompt, dtype=torch.long),
     }
     options: dict[str, Any] = {"max_new_tokens": 50, "do_sample": False}
+    guesser = oracle(model, inputs, **options) if name == "oracle" else MAKERS[name](Target(model))
     longest = []
     seen = model.model.register_forward_pre_hook(
         lambda module, args, kwargs: longest.append(kwargs.get("position_ids")), with_kwargs=True
     )
-    guesser = oracle(model, inputs, **options) if name == "oracle" else MAKERS[name](Target(model))
-    found = Decoder(model, guesser).generate(**inputs, **options)
+    decoder = Decoder(model, guesser)
+    decoder.target.max_length = 120  # as if the model had a table of positions
+    found = decoder.generate(**inputs, **options)
     seen.remove()
     assert found.shape[1] == 120
     assert max(int(ids.max()) for ids in longest if ids is not None) == 118
@@ -361,7 +363,9 @@ def test_a_fast_row_near_the_context_beside_a_slow_one() -> None:
         lambda module, args, kwargs: positions.append(kwargs.get("position_ids")), with_kwargs=True
     )
     guesser = OracleProposer([expected[0].tolist(), [0] * 22], 64, depth=8, lie=0.0)
-    found = Decoder(model, guesser, probe=False).generate(ids, **options)
+    decoder = Decoder(model, guesser, probe=False)
+    decoder.target.max_length = 120  # as if the model had a table of positions
+    found = decoder.generate(ids, **options)
     seen.remove()
     assert torch.equal(found, expected)
     assert max(int(ids.max()) for ids in positions if ids is not None) == 118

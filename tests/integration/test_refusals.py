@@ -48,13 +48,6 @@ def test_tokens_of_another_tokenizer(model: PreTrainedModel, ids: torch.Tensor) 
         Decoder(model, "none")(model, ids, generation_config=_config(model))
 
 
-def test_a_prompt_that_fills_the_context() -> None:
-    model = tiny_llama(context=32)
-    decoder = Decoder(model, "none")
-    with pytest.raises(MedheadError, match="32 tokens, the model's context is 32"):
-        decoder.generate(torch.ones(1, 32, dtype=torch.long), max_new_tokens=4)
-
-
 def test_another_model(model: PreTrainedModel) -> None:
     with pytest.raises(MedheadError, match="another model"):
         tiny_llama().generate(IDS, custom_generate=Decoder(model, "none"), max_new_tokens=4)
