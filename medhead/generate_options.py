@@ -77,11 +77,18 @@ def check_arguments(arguments: dict[str, Any]) -> None:
     """
     for name in ("cache", "past_key_values"):
         cache = arguments.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and _has_content(cache):
             raise MedheadError(f"{name} with content is not supported: pass the whole text as input_ids")
     given = sorted(name for name, value in arguments.items() if name not in _IGNORED_ARGUMENTS and value is not None)
     if given:
         raise MedheadError(f"{', '.join(given)} cannot be used with medhead: it decodes text from input_ids alone")
+
+
+def _has_content(cache: Any) -> bool:
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # a cache of states alone has no length
+        return cache.has_previous_state()
 
 
 def length_limit(config: GenerationConfig, criteria: StoppingCriteriaList) -> int:

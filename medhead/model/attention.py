@@ -54,6 +54,7 @@ class TreePass:
     backend: Backend | None = None  # a kernel backend for the layers that it supports
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
+    states: Any = None  # the `StateCache` of a model whose layers hold states
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
@@ -123,6 +124,12 @@ def tree_pass(current: TreePass) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
+
+
+def running_states() -> Any:
+    """Return the `StateCache` of the running pass of this thread; None without one."""
+    current = _running.get()
+    return None if current is None else current.states
 
 
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,14 +17,17 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.attention import TreePass, attention_name, tree_pass
 from medhead.model.eval_mode import eval_mode
+from medhead.model.find_states import find_state_layers
 from medhead.model.inference_tensors import replace_inference_tensors
-from medhead.model.kv_cache import TreeCache
+from medhead.model.kv_cache import CacheLayout, TreeCache
 from medhead.model.layout import attention_configs, cache_argument, context_length, decoder_layers, find_layout
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import check_target
+from medhead.model.state_cache import StateCache
+from medhead.model.state_layers import StateLayers
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -90,7 +93,7 @@ class Target:
         self._form = model_form(inner)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
-            self.layout = find_layout(inner)
+            self.layout, self.state_layers = _find_layers(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
@@ -142,7 +145,8 @@ class Target:
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
         before = [config._attn_implementation for config in self._configs]
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model):
+        states = nullcontext() if self.state_layers is None else self.state_layers.active()
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), states:
             try:
                 self._active = True
                 for config, name in zip(self._configs, before, strict=True):
@@ -177,7 +181,8 @@ class Target:
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """Return an empty cache for `batch` rows of about `capacity` tokens."""
-        cache = TreeCache(self.layout, batch, capacity)
+        layers = self.state_layers
+        cache = TreeCache(self.layout, batch, capacity) if layers is None else layers.new_cache(batch, capacity)
         cache.lengths = Lengths.of([0] * batch, self.device)
         return cache
 
@@ -191,6 +196,8 @@ class Target:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
             reads), or the concatenated outputs of the feature layers.
         """
+        if isinstance(cache, StateCache):
+            cache.begin_tree(tree)
         bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
         visible = None if tree.nodes == 1 else tree.visible
         return self.verify_nodes(cache, tree.tokens, tree.depth, visible, bitmask)
@@ -231,9 +238,13 @@ class Target:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         padded = padded.to(self.device)
-        for start in range(0, longest, PREFILL_CHUNK):
-            tokens = padded[:, start : start + PREFILL_CHUNK]
+        whole = self.state_layers is not None and not self.state_layers.in_chunks
+        chunk = max(1, longest) if whole else PREFILL_CHUNK
+        for start in range(0, longest, chunk):
+            tokens = padded[:, start : start + chunk]
             nodes = tokens.shape[1]
+            if isinstance(cache, StateCache):
+                cache.begin_prompts([min(max(0, len(row) - start), nodes) for row in rows], nodes)
             cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
             self._select = last = (lengths - 1 - start).clamp(0, nodes - 1)
@@ -283,7 +294,9 @@ class Target:
 
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
-        return TreePass(lengths, cache.used - nodes, depth, visible, nodes, self.backend.name == "reference")
+        current = TreePass(lengths, cache.used - nodes, depth, visible, nodes, self.backend.name == "reference")
+        current.states = cache if isinstance(cache, StateCache) else None
+        return current
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
@@ -291,9 +304,11 @@ class Target:
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
-        positions = (depth + start).expand(tokens.shape)
+        given: dict[str, Any] = {self._cache_name: cache}
+        if self.state_layers is None or self.state_layers.takes_positions:
+            given["position_ids"] = (depth + start).expand(tokens.shape)
         with tree_pass(current), self._running():
-            output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
+            output = self.model(input_ids=tokens, use_cache=True, **given)
         return output.logits, self._features()
 
     @property
@@ -332,3 +347,14 @@ class Target:
             return None
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[CacheLayout, StateLayers | None]:
+    """Return what a model caches, and its layers that hold states, if any do."""
+    try:
+        return find_layout(model), None
+    except UnsupportedTargetError:  # also because of layers that hold states
+        layers = find_state_layers(model)
+        if layers is None:
+            raise
+        return layers.layout, layers
