@@ -119,7 +119,13 @@ KDA = MLA | {
     "q_lora_rank": None,
     "n_group": 1,
 }
-MAMBA = {"state_size": 4, "intermediate_size": None, "num_key_value_heads": None, "head_dim": None, "num_attention_heads": None}
+MAMBA = {
+    "state_size": 4,
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "num_attention_heads": None,
+}
 MAMBA2 = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -27,32 +28,40 @@ def find_state_layers(model: Any) -> StateLayers | None:
     Raises:
         UnsupportedTargetError: the states cannot be told from keys and values, or transformers is older than 5.24.
     """
-    with eval_mode(model):
-        own = _own_cache(model)
-        if own is None:
-            return None
-        if not hasattr(Cache, "get_recurrent_state"):
-            raise UnsupportedTargetError(
-                f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
-                "medhead verifies trees with them in transformers 5.24 and newer"
-            )
-        pairs = enumerate((getattr(one, "keys", None), getattr(one, "values", None)) for one in own.layers)
-        layout = CacheLayout(
-            {index: (KVSpec.of(keys), KVSpec.of(values)) for index, (keys, values) in pairs if _is_kv(keys, values)}
+    name, before = type(model).__name__, _attributes(model)
+    try:
+        with eval_mode(model):
+            return _find(model)
+    except UnsupportedTargetError:
+        raise
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 160)
+        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {reason}") from error
+    finally:
+        _set_attributes(before)
+
+
+def _find(model: Any) -> StateLayers | None:
+    own = _own_cache(model)
+    if own is None:
+        return None
+    if not hasattr(Cache, "get_recurrent_state"):
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
+            "medhead verifies trees with them in transformers 5.24 and newer"
         )
-        found = _Finder(model, layout, cache_class(type(own)))
-        try:
-            states = found.run(0, {})[1]
-            return found.layers(found.continues(states)) if states else None
-        except UnsupportedTargetError:
-            raise
-        except Exception as error:
-            reason = one_line(f"{type(error).__name__}: {error}", 160)
-            raise UnsupportedTargetError(f"{type(model).__name__} does not run with a cache of states: {reason}") from error
+    layout = CacheLayout(dict(_cached_pairs(own)))
+    found = _Finder(model, layout, cache_class(type(own)))
+    states = found.run(0, {})[1]
+    return found.layers(found.continues(states)) if states else None
 
 
-def _is_kv(keys: Any, values: Any) -> bool:
-    return isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4
+def _cached_pairs(cache: Cache) -> Iterator[tuple[int, tuple[KVSpec, KVSpec]]]:
+    """Yield the layers that hold keys and values, with their shapes."""
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4:
+            yield index, (KVSpec.of(keys), KVSpec.of(values))
 
 
 def _own_cache(model: Any) -> Cache | None:
@@ -121,10 +130,11 @@ class _Finder:
             logits = self.model(input_ids=positions, use_cache=True, **given).logits  # equal tokens would hide errors
             after = _attributes(self.model)
         finally:
-            for (owner, name), value in before.items():
-                setattr(owner, name, value)
+            _set_attributes(before)
         if not self.attributes:
-            self.attributes = [one for one, value in after.items() if value is not None and value is not before.get(one)]
+            self.attributes = [
+                one for one, value in after.items() if value is not None and value is not before.get(one)
+            ]
         held = {(one[1], "attribute", place): after[one] for place, one in enumerate(self.attributes)}
         return logits, call.states | held
 
@@ -169,6 +179,11 @@ def _attributes(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
         for name, value in vars(module).items()
         if name.endswith(("state", "states")) and (value is None or isinstance(value, Tensor))
     }
+
+
+def _set_attributes(values: dict[tuple[nn.Module, str], Any]) -> None:
+    for (module, name), value in values.items():
+        setattr(module, name, value)
 
 
 def _copies(states: dict[StateKey, Tensor]) -> dict[StateKey, Tensor]:

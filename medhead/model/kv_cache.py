@@ -92,7 +92,9 @@ class TreeCache(Cache):
     def _hold(self, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> None:
         Cache.__init__(self, layers=[])
         self.layout, self.buffers, self.lengths = layout, buffers, lengths
-        self.capacity: int = next((buffer[0].shape[2] for buffer in buffers.values()), 1 << 30)  # without attention: no limit
+        self.capacity: int = next(
+            (buffer[0].shape[2] for buffer in buffers.values()), 1 << 30
+        )  # without attention: no limit
         self.columns: int | None = None
         self._refresh_views()
         self.used = 0

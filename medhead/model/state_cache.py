@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,58 +16,11 @@ from torch import Tensor, nn
 
 from medhead.core.tree import TokenTree
 from medhead.model.kv_cache import CacheLayout, TreeCache
+from medhead.model.state_groups import Ancestors, StateGroup, prompt_groups, tree_groups
 
-StateKey = tuple[str, int | str, int]  # what the state is, the layer or attribute that holds it, its number in the layer
-
-
-@dataclass(frozen=True)
-class StateGroup:
-    """Tokens of a pass that a layer reads in one call.
-
-    Attributes:
-        tokens: `[items, length]` int64, places among the pass's flattened tokens; the tokens of an item follow each other.
-        sources: `[items]` int64, the rows (or nodes, see `of_nodes`) whose state each item starts from.
-        of_nodes: whether `sources` are places of nodes; else they are rows with their committed states.
-        is_first: whether the items are at the beginning of their texts, where there is no state yet.
-        is_whole: whether the items are all rows of the pass, in order and unpadded, so that no argument needs to be split.
-    """
-
-    tokens: Tensor
-    sources: Tensor
-    of_nodes: bool = False
-    is_first: bool = False
-    is_whole: bool = False
-
-
-def tree_groups(tree: TokenTree, lengths: list[int]) -> list[StateGroup]:
-    """Return one group for each depth of a tree: its nodes read the states of their parents, the roots those of the rows.
-
-    Roots of rows without committed tokens are a group of their own.
-    """
-    offsets = tree.nodes * torch.arange(tree.batch, device=tree.tokens.device)[:, None]
-    groups = []
-    for is_first in (False, True):
-        rows = torch.tensor([row for row, length in enumerate(lengths) if (length == 0) == is_first], device=offsets.device)
-        if len(rows) > 0:
-            whole = tree.nodes == 1 and len(rows) == tree.batch
-            groups.append(StateGroup(offsets[rows], rows, is_first=is_first, is_whole=whole))
-    parents, depth = (tree.parents + offsets).flatten(), tree.depth.flatten()
-    for level in range(1, tree.max_depth + 1):
-        places = (depth == level).nonzero()
-        if len(places) == 0:
-            break
-        groups.append(StateGroup(places, parents[places[:, 0]], of_nodes=True))
-    return groups
-
-
-def prompt_groups(counts: list[int], nodes: int, device: torch.device) -> list[StateGroup]:
-    """Return one group for each number of tokens: the first `counts[row]` of a row's `nodes` tokens are real, others padding."""
-    groups = []
-    for count in sorted({*counts} - {0}):
-        rows = torch.tensor([row for row, own in enumerate(counts) if own == count], device=device)
-        tokens = rows[:, None] * nodes + torch.arange(count, device=device)
-        groups.append(StateGroup(tokens, rows, is_whole=len(rows) == len(counts) and count == nodes))
-    return groups
+StateKey = tuple[
+    str, int | str, int
+]  # what the state is, the layer or attribute that holds it, its number in the layer
 
 
 class StateCall:
@@ -88,14 +40,62 @@ class StateCall:
             self.states[key] = past
         return self.states.get(key)
 
+    def put(self, key: StateKey, state: Tensor) -> None:
+        """Keep a state."""
+        self.states[key] = state
+
+    def append(self, key: StateKey, inputs: Tensor, size: int | None) -> Tensor:
+        """Keep the last `size` inputs of a convolution (as many as before if None); return all that are known, in order."""
+        past = self.get(key)
+        size = size or (inputs if past is None else past).shape[-1]
+        full = inputs if past is None else torch.cat([past, inputs], -1)
+        full = nn.functional.pad(full, (max(0, size - full.shape[-1]), 0))
+        self.states[key] = full[..., -size:].clone()
+        return full
+
+
+class DenseCall(StateCall):
+    """One call of a layer for all nodes of a tree: it reads the committed states, and leaves how they advance.
+
+    Attributes:
+        tree: what dense forms know of the tree.
+        advances: by state, a function from a node of each row to the state after it.
+    """
+
+    def __init__(self, states: dict[StateKey, Tensor], tree: Ancestors, advances: dict[StateKey, Any]) -> None:
+        super().__init__(states.get)
+        self.tree, self.advances = tree, advances
+        self._asked: dict[str, StateKey] = {}
+
+    def get(self, key: StateKey) -> Tensor | None:
+        """Return a committed state, which the layer must not change."""
+        self._asked[key[0]] = key
+        return super().get(key)
+
+    def put(self, key: StateKey, state: Tensor) -> None:
+        """Do nothing: `advances` has the states."""
+
+    def append(self, key: StateKey, inputs: Tensor, size: int | None) -> Tensor:
+        """Return the inputs of the nodes alone."""
+        self._asked[key[0]] = key
+        return inputs
+
+    def asked(self, kind: str) -> tuple[StateKey, Tensor]:
+        """Return the state of a kind that the layer asked for last."""
+        key = self._asked[kind]
+        state = self.get(key)
+        assert state is not None, "dense forms start from committed states"
+        return key, state
+
 
 class StateCache(TreeCache):
     """See `TreeCache`. A layer may ask for its states inside `call` only.
 
     Attributes:
         states: `[batch, ...]` of every state, after the committed tokens; empty before the first token.
-        node_states: `[batch * nodes, ...]` of every state, after each node of the last tree.
-        groups: the groups of the running pass.
+        node_states: `[batch * nodes, ...]` of every state, after each node of the last tree, of layers that run by depth.
+        advances: by state, how it advances to a node of the last tree, of layers that run over all nodes at once.
+        ancestors: of the running pass over a tree, if it has several nodes and every row has states; else None.
         running: the running call of a layer.
     """
 
@@ -103,21 +103,46 @@ class StateCache(TreeCache):
         super().__init__(layout, batch, capacity)
         self.states: dict[StateKey, Tensor] = {}
         self.node_states: dict[StateKey, Tensor] = {}
-        self.groups: list[StateGroup] = []
+        self.advances: dict[StateKey, Callable[[Tensor], Tensor]] = {}
+        self.ancestors: Ancestors | None = None
         self.running: StateCall | None = None
         self._places = 0  # nodes of all rows of the running pass; 0 while prompts are read
+        self._groups: list[StateGroup] | None = None
+        self._tree: TokenTree | None = None  # of the running pass
 
     # ---------------------------------------------------------------- one pass
 
     def begin_tree(self, tree: TokenTree) -> None:
         """Prepare a pass over a tree: the committed states stay as they are, those of the nodes are kept beside them."""
-        self.node_states.clear()
+        self._tree, self._groups, self._places = tree, None, tree.batch * tree.nodes
+        self._drop_nodes()
         assert self.lengths.host is not None
-        self.groups, self._places = tree_groups(tree, self.lengths.host), tree.batch * tree.nodes
+        is_dense = tree.nodes > 1 and bool(self.states) and min(self.lengths.host) > 0
+        self.ancestors = Ancestors(tree) if is_dense else None
 
     def begin_prompts(self, counts: list[int], nodes: int) -> None:
         """Prepare a pass over prompts, of which `counts[row]` of `nodes` tokens are real: the committed states advance."""
-        self.groups, self._places = prompt_groups(counts, nodes, self.lengths.device.device), 0
+        self._groups, self._places = prompt_groups(counts, nodes, self.lengths.device.device), 0
+        self.ancestors = None
+
+    @property
+    def groups(self) -> list[StateGroup]:
+        """The groups of the running pass."""
+        if self._groups is None:
+            assert self._tree is not None
+            assert self.lengths.host is not None
+            self._groups = tree_groups(self._tree, self.lengths.host)
+        return self._groups
+
+    @contextmanager
+    def dense_call(self) -> Iterator[None]:
+        """Serve one call of a layer for all nodes of a tree; `advances` then says how its states advance."""
+        assert self.ancestors is not None
+        self.running = DenseCall(self.states, self.ancestors, self.advances)
+        try:
+            yield
+        finally:
+            self.running = None
 
     @contextmanager
     def call(self, group: StateGroup) -> Iterator[StateCall]:
@@ -153,7 +178,13 @@ class StateCache(TreeCache):
         places = last + nodes * torch.arange(len(path), device=path.device)
         for key, states in self.node_states.items():
             self.states[key] = states if nodes == 1 else states[places.to(states.device)]
+        for key, advance in self.advances.items():
+            self.states[key] = advance(last).to(self.states[key].dtype)
+        self._drop_nodes()
+
+    def _drop_nodes(self) -> None:
         self.node_states.clear()
+        self.advances.clear()
 
     # ---------------------------------------------------------------- rows
 
@@ -190,12 +221,7 @@ class StateCache(TreeCache):
         **kwargs: object,
     ) -> Tensor:
         """Append inputs of a convolution; return them after those that were kept, and keep the last `conv_kernel_size`."""
-        past = self.get_conv_state(layer_idx, state_idx)
-        size = conv_kernel_size or (conv_states if past is None else past).shape[-1]
-        full = conv_states if past is None else torch.cat([past, conv_states], -1)
-        full = nn.functional.pad(full, (max(0, size - full.shape[-1]), 0))
-        self._current().states["conv", layer_idx, state_idx] = full[..., -size:].clone()
-        return full
+        return self._current().append(("conv", layer_idx, state_idx), conv_states, conv_kernel_size)
 
     def get_recurrent_state(self, layer_idx: int, state_idx: int = 0) -> Tensor | None:
         """Return a recurrent state `[items, ...]`, or None before the first token."""
@@ -205,7 +231,7 @@ class StateCache(TreeCache):
         self, recurrent_states: Tensor, layer_idx: int, state_idx: int = 0, **kwargs: object
     ) -> Tensor:
         """Keep a recurrent state, and return it."""
-        self._current().states["recurrent", layer_idx, state_idx] = recurrent_states
+        self._current().put(("recurrent", layer_idx, state_idx), recurrent_states)
         return recurrent_states
 
     def get_linear_cache(self, layer_idx: int) -> Tensor | None:

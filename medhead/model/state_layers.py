@@ -1,15 +1,16 @@
-"""The layers of a model that hold states, run group by group to verify trees; `find_states` finds them.
+"""The layers of a model that hold states, run over trees; `find_states` finds them.
 
-The reference form wraps the module's own `forward`, so it holds for every kind of recurrence and convolution: at each depth of
-a tree it runs on one token of each node, with a copy of the state of the node's parent. The arithmetic is that of decoding token
-by token. It reads the weights of these layers once for each depth.
+Layers whose functions have dense forms run over all nodes at once (`state_dense`). The reference form wraps the module's own
+`forward`, so it holds for every kind of recurrence and convolution: at each depth of a tree it runs on one token of each node,
+with a copy of the state of the node's parent. The arithmetic is that of decoding token by token. It reads the weights of these
+layers once for each depth.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -17,7 +18,9 @@ from torch import Tensor, nn
 
 from medhead.model.attention import running_states
 from medhead.model.kv_cache import CacheLayout
-from medhead.model.state_cache import StateCache, StateGroup, StateKey, cache_class
+from medhead.model.state_cache import StateCache, StateKey
+from medhead.model.state_dense import dense_forward
+from medhead.model.state_groups import StateGroup
 
 
 @dataclass(eq=False)
@@ -40,6 +43,13 @@ class StateLayers:
     cache_type: type[StateCache]
     takes_positions: bool
     in_chunks: bool = True
+    dense: dict[nn.Module, Callable[..., Any]] = field(
+        init=False
+    )  # the modules that run over all nodes at once, and how
+
+    def __post_init__(self) -> None:
+        found = {module: dense_forward(module) for module in self.modules if module not in self.attributes}
+        self.dense = {module: forward for module, forward in found.items() if forward is not None}
 
     def new_cache(self, batch: int, capacity: int) -> StateCache:
         """Return an empty cache for `batch` rows of about `capacity` tokens."""
@@ -58,12 +68,15 @@ class StateLayers:
                 if own is None:
                     del module.forward
                 else:
-                    module.forward = own  # type: ignore[method-assign]
+                    module.forward = own
 
     def _forward(self, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         cache = running_states()
         if cache is None or cache.running is not None:  # an ordinary call, or one inside another module of the list
             return forward(*args, **kwargs)
+        if cache.ancestors is not None and module in self.dense:
+            with cache.dense_call():
+                return self.dense[module](*args, **kwargs)
         batch, nodes = next(x.shape[:2] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)
         groups, outputs = cache.groups, []
         for group in groups:

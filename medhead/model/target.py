@@ -50,8 +50,12 @@ class Target:
     Raises:
         MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
             unknown or cannot serve this model.
-        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, recurrent or convolutional layers, or an
-            attention that does not go through transformers' registry.
+        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
+            transformers' registry, or states that transformers' caches do not hold.
+
+    Attributes:
+        layout: the keys and values that the model caches.
+        state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
     """
 
     compiles = False  # whether passes, and what `compiled` is given, are compiled
@@ -267,11 +271,11 @@ class Target:
         """Return last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
 
         `model` is the target's model, or what wraps it. Where `position_ids` start again at 0 a new text begins, which does
-        not see the one before.
+        not see the one before, unless the model has `state_layers`.
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
         with self._running():
-            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            model(input_ids=input_ids, use_cache=False, **self._positions(position_ids))
         self._select = None
         assert self._hidden is not None, "only inside `with target.listening()`"
         return self._hidden, self._features()
@@ -281,16 +285,33 @@ class Target:
     def _probe(self, attention: str) -> None:
         """Check the target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
         try:
-            check_target(self)
+            self._check()
         except UnsupportedTargetError as error:
             if self.backend.needs_dense_mask:
                 raise
             if attention != "auto":
                 raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
             name, self.backend = self.backend.name, BACKENDS["sdpa"]
-            check_target(self)
+            self._check()
             reason = f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}"
             warnings.warn(reason, stacklevel=3)
+
+    def _check(self) -> None:
+        """Check the target; where dense forms of layers with states fail, warn and run these layers depth by depth."""
+        layers = self.state_layers
+        try:
+            check_target(self)
+        except UnsupportedTargetError as error:
+            if layers is None or not layers.dense:
+                raise
+            dense, layers.dense = layers.dense, {}
+            try:
+                check_target(self)
+            except UnsupportedTargetError:
+                layers.dense = dense
+                raise
+            reason = f"layers with states run once for each depth of a tree, which is slower: at once, {error}"
+            warnings.warn(reason, stacklevel=4)
 
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
@@ -304,12 +325,15 @@ class Target:
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
-        given: dict[str, Any] = {self._cache_name: cache}
-        if self.state_layers is None or self.state_layers.takes_positions:
-            given["position_ids"] = (depth + start).expand(tokens.shape)
+        given = {self._cache_name: cache} | self._positions((depth + start).expand(tokens.shape))
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, use_cache=True, **given)
         return output.logits, self._features()
+
+    def _positions(self, position_ids: Tensor) -> dict[str, Any]:
+        """Return the argument that tells a model positions; attention-free ones take none."""
+        takes = self.state_layers is None or self.state_layers.takes_positions
+        return {"position_ids": position_ids} if takes else {}
 
     @property
     def feature_size(self) -> int:
