@@ -162,7 +162,7 @@ STATEFUL: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "recurrent", "attention"]},
 }  # fmt: skip
 
-# attention that does not go through the registry, and states that transformers' caches do not hold
+# attention that does not go through the registry or selects keys by an index, and states that transformers' caches do not hold
 REFUSED: dict[str, dict[str, Any]] = {
     "rwkv": {"context_length": 64, "attention_hidden_size": 32, "num_key_value_heads": None, "head_dim": None},
     "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
@@ -179,6 +179,10 @@ HAS_5_24 = Version(transformers.__version__) >= Version("5.24")
 (ACCEPTED if HAS_5_24 else REFUSED).update(SINCE_5_24)
 if not HAS_5_24:
     REFUSED.update(STATEFUL)
+INDEXED = {  # with layers that hold states
+    "qwen4_exp_text": DELTA | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [3], "ple_embed_dim": 16, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4},
+}  # fmt: skip
+REFUSED.update(INDEXED)
 
 
 def exists(name: str) -> bool:

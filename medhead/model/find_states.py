@@ -46,9 +46,16 @@ def _find(model: Any) -> StateLayers | None:
     if own is None:
         return None
     if not hasattr(Cache, "get_recurrent_state"):
+        if not any(hasattr(layer, name) for layer in own.layers for name in ("conv_states", "recurrent_states")):
+            return None
         raise UnsupportedTargetError(
             f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
             "medhead verifies trees with them in transformers 5.24 and newer"
+        )
+    if any(hasattr(layer, "update_indexer") for layer in own.layers):
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} keeps an index of keys beside keys and values (indexed attention), "
+            "which medhead cannot verify trees with"
         )
     layout = CacheLayout(dict(_cached_pairs(own)))
     found = _Finder(model, layout, cache_class(type(own)))
