@@ -15,7 +15,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from families import ACCEPTED, REFUSED, SINCE_5_24  # noqa: E402
+from families import ACCEPTED, REFUSED, SINCE_5_24, STATEFUL  # noqa: E402
 from vision_models import VISION  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
@@ -63,9 +63,9 @@ avoids this: `model.save_pretrained(folder)` and `tokenizer.save_pretrained(fold
 
 ## Families
 
-A target is a decoder-only model of transformers whose attention goes through transformers' attention registry. `Decoder`
-checks this by verifying a small tree when a model is wrapped, so a family that is not listed here either works or is
-refused with one line that names the reason.
+A target is a decoder-only model of transformers whose attention, if it has any, goes through transformers' attention
+registry. `Decoder` checks this by verifying a small tree when a model is wrapped, so a family that is not listed here either
+works or is refused with one line that names the reason.
 
 The test suite builds a random model of every family below, verifies token trees with it, and compares the logits of every node
 with one ordinary forward pass over the node's path. The first column is the `model_type` of transformers.
@@ -102,11 +102,30 @@ there, with a warning. The command line and `Engine` always stop at the context.
 the rotary frequencies of its own text's length. `generate` takes those of the longest row of a padded batch, so there a shorter row's
 text can differ from what the same prompt gives alone; here it does not.
 
+## Recurrent and hybrid families
+
+Layers may hold states: Gated DeltaNet, Kimi Delta Attention, Mamba-1 and Mamba-2, short convolutions, linear attention, RG-LRU.
+These families need transformers 5.24 or newer:
+
+{stateful}
+
+A node's state follows from that of its parent. Gated DeltaNet, Mamba-2 and short convolutions run over all nodes at once. Other
+layers run once for each depth of the tree, by the model's own code: a pass reads their weights `depth + 1` times and keeps a copy
+of every state for each node, so small and shallow trees (`tree_size=8`) are the better choice there. `hybrid` measures what trees
+cost and drafts where it pays.
+
+- `step` must be `loop`: captured and compiled steps are refused.
+- Prompts are read in one pass instead of chunks where the model's layers ignore a given state when they get several tokens at
+  once (Mamba-1 and RecurrentGemma, for example), which takes more memory for long prompts.
+- Heads are trained on such a target without packing, one document a row.
+- Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
+  depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
+
 ## Refused
 
-These families are refused with `UnsupportedTargetError`: their layers are recurrent or convolutional, or their attention
-does not go through the registry. Encoder-decoder models are refused as well, and so are models whose window exists only in
-transformers' cache (`moshi`, `unlimited_ocr`).
+These families are refused with `UnsupportedTargetError`: their attention does not go through the registry, or their states
+are not in a cache of transformers. Encoder-decoder models are refused as well, and so are models whose window exists only in
+transformers' cache (`moshi`, `unlimited_ocr`). The error names the reason.
 
 {refused}
 
@@ -130,20 +149,21 @@ def names(table: dict[str, Any]) -> str:
 def models_page() -> str:
     """Return `docs/models.md`."""
     accepted = {name: fields for name, fields in ACCEPTED.items() if name not in SINCE_5_24}
-    refused = {name: fields for name, fields in REFUSED.items() if name not in SINCE_5_24}
+    refused = {name: fields for name, fields in REFUSED.items() if name not in SINCE_5_24 | STATEFUL}
     rows = [f"| `{name}` | {features(fields)} |" for name, fields in sorted(accepted.items())]
     table = "\n".join(["| family | tested with |", "|---|---|", *rows])
     images = {name: True for name, tested in VISION.items() if tested}
     texts = {name: True for name, tested in VISION.items() if not tested}
     return MODELS_PAGE.format(
-        accepted=table, newer=names(SINCE_5_24), refused=names(refused), images=names(images), texts=names(texts)
-    )
+        accepted=table, newer=names(SINCE_5_24), stateful=names(STATEFUL), refused=names(refused),
+        images=names(images), texts=names(texts),
+    )  # fmt: skip
 
 
 def models_block() -> str:
     """Return README's list of supported models."""
-    accepted = {name for name in ACCEPTED if name not in SINCE_5_24} | set(SINCE_5_24)
-    refused = {name for name in REFUSED if name not in SINCE_5_24}
+    accepted = set(ACCEPTED) | set(SINCE_5_24) | set(STATEFUL)
+    refused = set(REFUSED) - accepted
     return (
         f"The tests verify token trees with {len(accepted)} families: {', '.join(sorted(accepted))}.\n\n"
         f"Refused with one line: {', '.join(sorted(refused))}, and encoder-decoder models."

@@ -159,6 +159,11 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
+        if step != "loop" and self.target.state_layers is not None:
+            raise MedheadError(
+                f"step {step!r} does not go with {self.target.name}, whose layers hold states (recurrent or convolutional); "
+                "use step='loop'"
+            )
         if step == "compiled" and not self.proposer.capturable:
             self.compiled_target = CompiledTarget(self.model, probe=False, attention=self.target.backend.name)
         elif step != "loop":

@@ -84,7 +84,7 @@ def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> P
     """
     for name in ("cache", "past_key_values"):
         cache = arguments.get(name)
-        if cache is not None and cache.get_seq_length() > 0:
+        if cache is not None and _has_content(cache):
             raise MedheadError(f"{name} with content is not supported: pass the whole text as input_ids")
     given = {
         name: value
@@ -104,6 +104,13 @@ def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> P
     mask = arguments.get("attention_mask")
     mask = None if mask is None or bool(mask.all()) else mask.to(input_ids.device)
     return PromptInputs(input_ids, mask, arguments.get("position_ids"), given)
+
+
+def _has_content(cache: Any) -> bool:
+    try:
+        return cache.get_seq_length() > 0
+    except ValueError:  # a cache of states alone has no length
+        return cache.has_previous_state()
 
 
 def length_limit(config: GenerationConfig, criteria: StoppingCriteriaList) -> int:

@@ -97,24 +97,74 @@ ACCEPTED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 
-# recurrent and convolutional layers, and attention that does not go through the registry
+# layers that hold states: gated delta rule, Mamba-1 and -2, short convolutions, linear attention; from transformers 5.24 on
+LINEAR = ["linear_attention", "full_attention", "linear_attention"]
+CONV = {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None}
+DELTA = {
+    "layer_types": LINEAR,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+}
+KDA = MLA | {
+    "layer_types": LINEAR,
+    "num_local_experts": 4,
+    "mlp_layer_types": ["dense", "sparse", "dense"],
+    "linear_head_dim": 8,
+    "linear_num_heads": 4,
+    "linear_conv_kernel_dim": 4,
+    "short_conv_kernel_size": 4,
+    "q_lora_rank": None,
+    "n_group": 1,
+}
+MAMBA = {
+    "state_size": 4,
+    "intermediate_size": None,
+    "num_key_value_heads": None,
+    "head_dim": None,
+    "num_attention_heads": None,
+}
+MAMBA2 = {
+    "mamba_n_heads": 8,
+    "mamba_d_head": 8,
+    "mamba_n_groups": 2,
+    "mamba_d_state": 8,
+    "mamba_expand": 2,
+    "mamba_chunk_size": 8,
+    "head_dim": None,
+}
+SPARSE = {"num_local_experts": 4, "num_experts_per_tok": 2}
+STATEFUL: dict[str, dict[str, Any]] = {
+    "qwen3_5_text": DELTA,
+    "qwen3_5_moe_text": DELTA | MOE | {"shared_expert_intermediate_size": 24},
+    "qwen3_next": DELTA | MOE | {"shared_expert_intermediate_size": 24},
+    "olmo_hybrid": DELTA | {"head_dim": None},
+    "lara_mini": DELTA | MOE | {"layer_types": ["linear_attention", "sliding_attention", "full_attention"], "sliding_window": 4, "shared_expert_intermediate_size": 24},
+    "kimi_linear": KDA | {"head_dim": None},
+    "bailing_hybrid": KDA | {"num_mtp_layers": 0, "mlp_layer_types": ["dense", "sparse", "sparse"]},
+    "mamba": MAMBA,
+    "falcon_mamba": MAMBA,
+    "mamba2": MAMBA | {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 2, "chunk_size": 8},
+    "bamba": MAMBA2 | {"attn_layer_indices": [1]},
+    "granitemoehybrid": MAMBA2 | SPARSE | {"layer_types": ["mamba", "attention", "mamba"], "shared_intermediate_size": 24},
+    "nemotron_h": {"layers_block_type": ["mamba", "attention", "mamba", "mlp"], "num_hidden_layers": None, "mamba_num_heads": 8, "mamba_head_dim": 8, "ssm_state_size": 8, "n_groups": 2, "conv_kernel": 4, "expand": 2, "chunk_size": 8},
+    "falcon_h1": MAMBA2 | {"mamba_d_ssm": 64},
+    "zamba2": {"layers_block_type": ["mamba", "hybrid", "mamba"], "mamba_d_state": 8, "mamba_ngroups": 1, "n_mamba_heads": 8, "chunk_size": 8, "head_dim": None, "num_key_value_heads": 4, "adapter_rank": 4},
+    "jamba": SPARSE | {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "head_dim": None},
+    "zamba": {"layers_block_type": ["mamba", "hybrid", "mamba", "hybrid"], "num_hidden_layers": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "n_mamba_heads": 2, "num_key_value_heads": 4, "head_dim": None},
+    "lfm2": CONV | {"block_auto_adjust_ff_dim": False},
+    "lfm2_moe": CONV | MOE | {"num_dense_layers": 1},
+    "lfm3": {"layer_types": ["conv", "full_attention", "sliding_attention"], "sliding_window": 4},
+    "zaya": {"num_experts": 4, "moe_intermediate_size": 24, "router_hidden_size": 16},
+    "minimax": SPARSE | {"layer_types": LINEAR, "block_size": 8},
+    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 64, "block_types": ["recurrent", "recurrent", "attention"]},
+}  # fmt: skip
+
+# attention that does not go through the registry or selects keys by an index, and states that transformers' caches do not hold
 REFUSED: dict[str, dict[str, Any]] = {
-    "mamba": {"state_size": 4, "intermediate_size": None, "num_key_value_heads": None, "head_dim": None},
-    "mamba2": {"num_heads": 8, "head_dim": 8, "state_size": 8, "n_groups": 1, "chunk_size": 8, "num_key_value_heads": None},
-    "falcon_mamba": {"state_size": 4, "intermediate_size": None, "num_key_value_heads": None, "head_dim": None},
     "rwkv": {"context_length": 64, "attention_hidden_size": 32, "num_key_value_heads": None, "head_dim": None},
-    "recurrent_gemma": {"lru_width": 32, "attention_window_size": 8, "block_types": ["recurrent", "recurrent", "attention"]},
-    "jamba": {"num_experts": 2, "mamba_d_state": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "head_dim": None},
-    "lfm2": {"layer_types": ["conv", "full_attention", "conv"], "head_dim": None},
-    "qwen3_next": MOE
-    | {
-        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
-        "linear_num_value_heads": 4,
-        "linear_num_key_heads": 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "shared_expert_intermediate_size": 24,
-    },
     "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "num_key_value_heads": None, "head_dim": None},
 }  # fmt: skip
@@ -125,7 +175,14 @@ SINCE_5_24: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
     "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
 }  # fmt: skip
-(ACCEPTED if Version(transformers.__version__) >= Version("5.24") else REFUSED).update(SINCE_5_24)
+HAS_5_24 = Version(transformers.__version__) >= Version("5.24")
+(ACCEPTED if HAS_5_24 else REFUSED).update(SINCE_5_24)
+if not HAS_5_24:
+    REFUSED.update(STATEFUL)
+INDEXED = {  # with layers that hold states
+    "qwen4_exp_text": DELTA | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [3], "ple_embed_dim": 16, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4},
+}  # fmt: skip
+REFUSED.update(INDEXED)
 
 
 def exists(name: str) -> bool:
@@ -139,6 +196,20 @@ def tiny(name: str, changes: dict[str, Any], seed: int = 0) -> PreTrainedModel:
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **fields)
     return AutoModelForCausalLM.from_config(config).float().eval()
+
+
+@torch.no_grad()
+def tiny_stateful(name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny random model of a family of `STATEFUL`; its gates and convolutions are random too, which as made hide errors."""
+    model = tiny(name, STATEFUL[name])
+    for part, parameter in model.named_parameters():
+        if parameter.ndim == 1 and ("bias" in part or part.endswith(".D")):
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        if "conv" in part:
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    if dtype == torch.float64:
+        model.set_experts_implementation("eager")
+    return model.to(dtype)
 
 
 def factories(table: dict[str, dict[str, Any]]) -> dict[str, Callable[[], PreTrainedModel]]:

@@ -60,8 +60,7 @@ def decode_step(
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
         result.seconds = time.perf_counter() - began
     mark("accept")
-    if tree.nodes > 1:
-        cache.commit(accepted.path, counts)
+    cache.commit(accepted.path, counts)
     if buffers.draft_cache is not None:
         path_features = features if tree.nodes == 1 else gather_path(features, accepted.path)
         proposer.update_draft_cache(buffers.draft_cache, path_features, accepted.emitted, counts)

@@ -1,4 +1,4 @@
-"""Multi-token-prediction layers that a checkpoint brings (DeepSeek-V3, GLM-4.5, ...), as heads; nothing is trained.
+"""Multi-token-prediction layers that a checkpoint brings (DeepSeek-V3, GLM-4.5, Qwen3.5, ...), as heads; nothing is trained.
 
 At every token, layer k reads the token's embedding and the output of layer k - 1 at the token before (layer 1: the
 target's last hidden state there), attends to keys and values of its own, and predicts the next token. So layer d + 1
@@ -9,7 +9,8 @@ depths the last layer continues from its own outputs, as engines do with checkpo
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,25 @@ def load_mtp(target: Target) -> MtpHeads:
     model_class: Any = getattr(modeling_layers, "MtpModel", None)
     if not hasattr(model_class, "forward_layer"):
         raise MedheadError(f"heads {MTP!r} need transformers 5.24 or newer, this is {transformers.__version__}")
+    with _known_fields(target.config):
+        return _load(target, model_class)
+
+
+@contextmanager
+def _known_fields(config: Any) -> Iterator[None]:
+    """Inside the context the configuration of Qwen3.5 has the fields from which transformers builds these layers."""
+    count = getattr(config, "mtp_num_hidden_layers", None)
+    if not count or getattr(config, "num_mtp_layers", None):
+        yield
+        return
+    config.num_mtp_layers, config.mtp_layer_types = count, ["full_attention"] * count
+    try:
+        yield
+    finally:
+        del config.num_mtp_layers, config.mtp_layer_types
+
+
+def _load(target: Target, model_class: Any) -> MtpHeads:
     if not getattr(target.config, "num_mtp_layers", None):
         raise MedheadError(
             f"{target.name} has no multi-token-prediction layers that transformers knows (no num_mtp_layers in its "

@@ -60,6 +60,7 @@ class TreePass:
         0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
     )
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
+    states: Any = None  # the `StateCache` of a model whose layers hold states
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
@@ -147,6 +148,12 @@ def tree_pass(current: TreePass) -> Iterator[None]:
         yield
     finally:
         _running.reset(token)
+
+
+def running_states() -> Any:
+    """Return the `StateCache` of the running pass of this thread; None without one."""
+    current = _running.get()
+    return None if current is None else current.states
 
 
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:

@@ -78,7 +78,7 @@ class TreeCache(Cache):
             spec: torch.zeros(n, batch, spec.heads, capacity, spec.dim, dtype=spec.dtype, device=spec.device)
             for spec, n in layout.specs().items()
         }
-        device = next(iter(buffers.values())).device
+        device = next((buffer.device for buffer in buffers.values()), torch.device("cpu"))
         self._hold(layout, buffers, Lengths.of([0] * batch, device))
 
     @classmethod
@@ -92,9 +92,11 @@ class TreeCache(Cache):
         return cache
 
     def _hold(self, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> None:
-        super().__init__(layers=[])
+        Cache.__init__(self, layers=[])
         self.layout, self.buffers, self.lengths = layout, buffers, lengths
-        self.capacity: int = next(iter(buffers.values()))[0].shape[2]
+        self.capacity: int = next(
+            (buffer[0].shape[2] for buffer in buffers.values()), 1 << 30
+        )  # without attention: no limit
         self.columns: int | None = None
         self.position_offset: Tensor | None = None
         self._refresh_views()
@@ -232,7 +234,7 @@ class TreeCache(Cache):
         return len(self.lengths.device)
 
     def __len__(self) -> int:
-        return max(self.layout.layers) + 1
+        return max(self.layout.layers, default=-1) + 1
 
     # ---------------------------------------------------------------- storage
 

@@ -77,7 +77,8 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
     if not difference <= allowed:
         raise UnsupportedTargetError(
             f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
-            f"(allowed {allowed:.3g}); its layers are recurrent, or its attention ignores transformers' registry"
+            f"(allowed {allowed:.3g}); its attention ignores transformers' registry, "
+            "or its layers hold states that no cache of transformers holds"
         )
     _check_windows(target, windows)
 

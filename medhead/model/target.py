@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,8 +17,9 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.attention import TreePass, attention_name, tree_pass
 from medhead.model.eval_mode import eval_mode
+from medhead.model.find_states import find_state_layers
 from medhead.model.inference_tensors import replace_inference_tensors
-from medhead.model.kv_cache import TreeCache
+from medhead.model.kv_cache import CacheLayout, TreeCache
 from medhead.model.layout import (
     attention_configs,
     cache_argument,
@@ -42,6 +43,8 @@ from medhead.model.prompt_inputs import (
     prefill_prompt,
 )
 from medhead.model.query_scale import query_scale_floor
+from medhead.model.state_cache import StateCache
+from medhead.model.state_layers import StateLayers
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -68,8 +71,12 @@ class Target:
     Raises:
         MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
             unknown or cannot serve this model.
-        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, recurrent or convolutional layers, or an
-            attention that does not go through transformers' registry.
+        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
+            transformers' registry, or states that transformers' caches do not hold.
+
+    Attributes:
+        layout: the keys and values that the model caches.
+        state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
     """
 
     compiles = False  # whether passes, and what `compiled` is given, are compiled
@@ -114,7 +121,7 @@ class Target:
         self._scale_floor = query_scale_floor(inner)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
-            self.layout = find_layout(inner)
+            self.layout, self.state_layers = _find_layers(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
@@ -166,8 +173,11 @@ class Target:
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
         self._own_names = before = [config._attn_implementation for config in self._configs]
-        rope = self.length_rope.active()
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope:
+        rope, states = (
+            self.length_rope.active(),
+            nullcontext() if self.state_layers is None else self.state_layers.active(),
+        )
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
             try:
                 self._active = True
                 for config, name in zip(self._configs, before, strict=True):
@@ -202,7 +212,8 @@ class Target:
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """Return an empty cache for `batch` rows of about `capacity` tokens."""
-        cache = TreeCache(self.layout, batch, capacity)
+        layers = self.state_layers
+        cache = TreeCache(self.layout, batch, capacity) if layers is None else layers.new_cache(batch, capacity)
         cache.lengths = Lengths.of([0] * batch, self.device)
         return cache
 
@@ -216,6 +227,8 @@ class Target:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
             reads), or the concatenated outputs of the feature layers.
         """
+        if isinstance(cache, StateCache):
+            cache.begin_tree(tree)
         bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
         visible = None if tree.nodes == 1 else tree.visible
         return self.verify_nodes(cache, tree.tokens, tree.depth, visible, bitmask)
@@ -267,9 +280,13 @@ class Target:
         for index, row in enumerate(rows):
             padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
         padded = padded.to(self.device)
+        if self.state_layers is not None and not self.state_layers.in_chunks:
+            chunk = max(1, longest)
         for start in range(0, longest, chunk):
             tokens = padded[:, start : start + chunk]
             nodes = tokens.shape[1]
+            if isinstance(cache, StateCache):
+                cache.begin_prompts([min(max(0, len(row) - start), nodes) for row in rows], nodes)
             cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
             self._select = last = (lengths - 1 - start).clamp(0, nodes - 1)
@@ -294,6 +311,8 @@ class Target:
         Raises:
             UnsupportedTargetError: the model cannot decode after such prompts.
         """
+        if self.state_layers is not None:
+            raise UnsupportedTargetError(f"{self.name} reads images and its layers hold states; give it text alone")
         check_later_passes(self, inputs)
 
         def run(arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
@@ -324,11 +343,11 @@ class Target:
         """Return last hidden states and features of texts `[rows, length]`, with gradients; inside `listening` only.
 
         `model` is the target's model, or what wraps it. Where `position_ids` start again at 0 a new text begins, which does
-        not see the one before.
+        not see the one before, unless the model has `state_layers`.
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
         with self._running():
-            model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            model(input_ids=input_ids, use_cache=False, **self._positions(position_ids))
         self._select = None
         assert self._hidden is not None, "only inside `with target.listening()`"
         return self._hidden, self._features()
@@ -338,24 +357,43 @@ class Target:
     def _probe(self, attention: str) -> None:
         """Check the target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
         try:
-            check_target(self)
+            self._check()
         except UnsupportedTargetError as error:
             if self.backend.needs_dense_mask:
                 raise
             if attention != "auto":
                 raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
             name, self.backend = self.backend.name, BACKENDS["sdpa"]
-            check_target(self)
+            self._check()
             reason = f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}"
             warnings.warn(reason, stacklevel=3)
+
+    def _check(self) -> None:
+        """Check the target; where dense forms of layers with states fail, warn and run these layers depth by depth."""
+        layers = self.state_layers
+        try:
+            check_target(self)
+        except UnsupportedTargetError as error:
+            if layers is None or not layers.dense:
+                raise
+            dense, layers.dense = layers.dense, {}
+            try:
+                check_target(self)
+            except UnsupportedTargetError:
+                layers.dense = dense
+                raise
+            reason = f"layers with states run once for each depth of a tree, which is slower: at once, {error}"
+            warnings.warn(reason, stacklevel=4)
 
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
         use_reference, floor = self.backend.name == "reference", self._scale_floor
         length = 0 if floor is None else cache.get_seq_length()
-        return TreePass(
+        current = TreePass(
             lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
         )
+        current.states = cache if isinstance(cache, StateCache) else None
+        return current
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
@@ -369,9 +407,15 @@ class Target:
         if self.length_rope.modules and self.length_rope.text_lengths is None:
             host = cache.lengths.host
             self.length_rope.longest = None if host is None else max(host) + tokens.shape[1]
+        given = {self._cache_name: cache} | self._positions(positions)
         with tree_pass(current), self._running():
-            output = self.model(input_ids=tokens, position_ids=positions, use_cache=True, **{self._cache_name: cache})
+            output = self.model(input_ids=tokens, use_cache=True, **given)
         return output.logits, self._features()
+
+    def _positions(self, position_ids: Tensor) -> dict[str, Any]:
+        """Return the argument that tells a model positions; attention-free ones take none."""
+        takes = self.state_layers is None or self.state_layers.takes_positions
+        return {"position_ids": position_ids} if takes else {}
 
     @property
     def feature_size(self) -> int:
@@ -420,3 +464,14 @@ class Target:
             return None
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
+
+
+def _find_layers(model: PreTrainedModel) -> tuple[CacheLayout, StateLayers | None]:
+    """Return what a model caches, and its layers that hold states, if any do."""
+    try:
+        return find_layout(model), None
+    except UnsupportedTargetError:  # also because of layers that hold states
+        layers = find_state_layers(model)
+        if layers is None:
+            raise
+        return layers.layout, layers

@@ -92,6 +92,8 @@ def measure_costs(
     """
     max_nodes = max(1, min(max_nodes, target.context - 1))
     cache = target.new_cache(batch, PREFIX + max_nodes)
+    if target.state_layers is not None:  # a pass costs more where there are no states yet
+        target.prefill(cache, [[0]] * batch)
     cache.lengths.set([min(PREFIX, max(1, target.context - max_nodes - 1))] * batch)
     sizes = [nodes for nodes in SIZES if nodes <= max_nodes]
     roots = torch.zeros(batch, dtype=torch.long, device=target.device)

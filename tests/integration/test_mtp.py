@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_layers
 
 from conftest import tiny_llama
-from families import ACCEPTED, tiny
+from families import ACCEPTED, STATEFUL, tiny
 from medhead import Decoder, MedheadError
 from medhead.cli.common import make_decoder
 from medhead.cli.generate import parser
@@ -214,3 +214,28 @@ def test_an_old_transformers_is_refused(target: Target, monkeypatch: pytest.Monk
     monkeypatch.delattr(modeling_layers, "MtpModel", raising=False)
     with pytest.raises(MedheadError, match=r"need transformers 5\.24 or newer"):
         Decoder(target, heads="mtp")
+
+
+@needs_mtp
+def test_layers_of_a_hybrid_model(tmp_path: Path) -> None:
+    """Qwen3.5 names them in its own way, and its target holds states; they are attention and hold none."""
+    types = ["linear_attention", "linear_attention", "full_attention"]  # attention last, as in the published ones
+    fields = STATEFUL["qwen3_5_text"] | {"layer_types": types, "vocab_size": VOCAB, "mtp_num_hidden_layers": 1}
+    model = tiny("qwen3_5_text", fields)
+    model.save_pretrained(tmp_path)
+    like = tiny("qwen3_5_text", fields | {"layer_types": ["full_attention"], "num_hidden_layers": 1}, seed=1)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name, weight in like.model.layers[0].state_dict().items():
+        weights[f"mtp.layers.0.{name}"] = weight.clone()
+    weights["mtp.fc.weight"] = torch.cat([torch.eye(32), 0.1 * torch.randn(32, 32)], 1)
+    for norm in ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm"):
+        weights[f"mtp.{norm}.weight"] = 0.2 * torch.randn(32)
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    options: dict[str, Any] = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": 999}
+    alone = [model.generate(torch.tensor([prompt]), **options)[0, len(prompt) :] for prompt in PROMPTS]
+    decoder = Decoder(model, heads="mtp", tree_size=8, proposer="heads")
+    found = decoder.generate(**padded(3), **options)[:, max(map(len, PROMPTS)) :]
+    assert torch.equal(found, torch.stack(alone))
+    torch.testing.assert_close(decoder.proposer.heads._mtp[0].layers[0].eh_proj.weight, weights["mtp.fc.weight"])
+    assert not hasattr(model.config, "num_mtp_layers")

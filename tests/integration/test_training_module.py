@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainerCallback
 
 from conftest import tiny_llama
-from families import ACCEPTED, tiny
+from families import ACCEPTED, HAS_5_24, STATEFUL, tiny
 from medhead.heads import KINDS
 from medhead.model.eval_mode import eval_mode
 from medhead.model.target import Target
@@ -70,13 +70,14 @@ def gradients(module: HeadsModule) -> dict[str, Tensor]:
 
 
 FAMILIES = ["llama", "mistral", "gemma2", "gemma3_text", "qwen2", "phi3", "gpt2", "deepseek_v3", "opt", "gpt_oss"]
-MIXING = ("opt", "gpt_oss")  # make their masks without positions
+STATES = ["qwen3_5_text", "lfm2"] if HAS_5_24 else []
+MIXING = ("opt", "gpt_oss", *STATES)  # make their masks without positions, or hold states
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *STATES])
 def test_packed_documents_are_read_as_if_alone(family: str, attention: str) -> None:
-    model = tiny(family, ACCEPTED[family])
+    model = tiny(family, (ACCEPTED | STATEFUL)[family])
     if attention not in ("eager", model.config._attn_implementation):
         pytest.skip(f"{family} has no {attention}")
     model.set_attn_implementation(attention)

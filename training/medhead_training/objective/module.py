@@ -178,7 +178,12 @@ def unpacked_positions(batch: PackedBatch) -> Tensor:
 
 @torch.no_grad()
 def separates_documents(target: Target) -> bool:
-    """Return whether position ids that restart at 0 keep packed documents apart in this target, as in most models."""
+    """Return whether position ids that restart at 0 keep packed documents apart in this target, as in most models.
+
+    They do not in layers that hold states.
+    """
+    if target.state_layers is not None:
+        return False
     generator = torch.Generator().manual_seed(0)
     high = min(target.vocab_size, target.num_embeddings)
     ids = torch.randint(0, high, (1, 12), generator=generator).to(target.device)

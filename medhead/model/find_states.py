@@ -1,0 +1,197 @@
+"""Which layers of a model hold states, found by passes over two tokens; there is no list of supported names."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache
+
+from medhead.errors import UnsupportedTargetError, one_line
+from medhead.model.eval_mode import eval_mode
+from medhead.model.kv_cache import CacheLayout, KVSpec
+from medhead.model.layout import cache_argument
+from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
+from medhead.model.state_layers import StateLayers
+
+_TOKENS = 2  # of a pass; one token takes another way through these layers
+_SAME = 1e-5  # relative difference of logits below which a state had no effect
+
+
+@torch.no_grad()
+def find_state_layers(model: Any) -> StateLayers | None:
+    """Return the layers of a model that hold states; None if there are none.
+
+    Raises:
+        UnsupportedTargetError: the states cannot be told from keys and values, or transformers is older than 5.24.
+    """
+    name, before = type(model).__name__, _attributes(model)
+    try:
+        with eval_mode(model):
+            return _find(model)
+    except UnsupportedTargetError:
+        raise
+    except Exception as error:
+        reason = one_line(f"{type(error).__name__}: {error}", 160)
+        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {reason}") from error
+    finally:
+        _set_attributes(before)
+
+
+def _find(model: Any) -> StateLayers | None:
+    own = _own_cache(model)
+    if own is None:
+        return None
+    if not hasattr(Cache, "get_recurrent_state"):
+        if not any(hasattr(layer, name) for layer in own.layers for name in ("conv_states", "recurrent_states")):
+            return None
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
+            "medhead verifies trees with them in transformers 5.24 and newer"
+        )
+    if any(hasattr(layer, "update_indexer") for layer in own.layers):
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} keeps an index of keys beside keys and values (indexed attention), "
+            "which medhead cannot verify trees with"
+        )
+    layout = CacheLayout(dict(_cached_pairs(own)))
+    found = _Finder(model, layout, cache_class(type(own)))
+    states = found.run(0, {})[1]
+    return found.layers(found.continues(states)) if states else None
+
+
+def _cached_pairs(cache: Cache) -> Iterator[tuple[int, tuple[KVSpec, KVSpec]]]:
+    """Yield the layers that hold keys and values, with their shapes."""
+    for index, layer in enumerate(cache.layers):
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4:
+            yield index, (KVSpec.of(keys), KVSpec.of(values))
+
+
+def _own_cache(model: Any) -> Cache | None:
+    """Return the cache that a model makes itself, after two tokens; None if it works with no cache of transformers."""
+    argument = cache_argument(model)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        own = getattr(model(input_ids=ids, use_cache=True), argument, None)
+        if own is None:  # RecurrentGemma does not return it
+            own = DynamicCache()
+            model(input_ids=ids, use_cache=True, **{argument: own})
+    except Exception:  # the caller knows what an ordinary pass says
+        return None
+    return own if isinstance(own, Cache) else None
+
+
+class _Recorder:
+    """Notes which modules ask a `StateCache` for states, and which store keys and values."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.askers: dict[nn.Module, None] = {}
+        self.writers: set[nn.Module] = set()
+
+    def _current(self) -> StateCall:
+        self.askers[_calling_module()] = None
+        return super()._current()  # type: ignore[misc]
+
+    def update(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        self.writers.add(_calling_module())
+        return super().update(*args, **kwargs)  # type: ignore[misc]
+
+
+def _calling_module() -> nn.Module:
+    """Return the innermost module whose method called the method of the cache that called this."""
+    frame = inspect.currentframe()
+    while frame is not None and not isinstance(frame.f_locals.get("self"), nn.Module):
+        frame = frame.f_back
+    assert frame is not None, "a cache is used by modules"
+    return frame.f_locals["self"]
+
+
+class _Finder:
+    """Runs a model over a few tokens with a cache that records."""
+
+    def __init__(self, model: Any, layout: CacheLayout, cache_type: type[StateCache]) -> None:
+        self.model, self.layout, self.cache_type = model, layout, cache_type
+        self.cache: Any = type("RecorderCache", (_Recorder, cache_type), {})(layout, 1, 2 * _TOKENS)
+        self.takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+        self.attributes: list[tuple[nn.Module, str]] = []
+
+    def run(self, start: int, states: dict[StateKey, Tensor]) -> tuple[Tensor, dict[StateKey, Tensor]]:
+        """Return the logits of two tokens after `start`, and the states that they leave."""
+        device = self.model.get_input_embeddings().weight.device
+        positions = start + torch.arange(_TOKENS, device=device)[None]
+        self.cache.lengths.set([start])
+        self.cache.begin(_TOKENS)
+        self.cache.running = call = StateCall(states.get)
+        given = {cache_argument(self.model): self.cache}
+        if self.takes_positions:
+            given["position_ids"] = positions
+        before = _attributes(self.model)
+        for place, (owner, name) in enumerate(self.attributes):
+            setattr(owner, name, states[name, "attribute", place])
+        try:
+            logits = self.model(input_ids=positions, use_cache=True, **given).logits  # equal tokens would hide errors
+            after = _attributes(self.model)
+        finally:
+            _set_attributes(before)
+        if not self.attributes:
+            self.attributes = [
+                one for one, value in after.items() if value is not None and value is not before.get(one)
+            ]
+        held = {(one[1], "attribute", place): after[one] for place, one in enumerate(self.attributes)}
+        return logits, call.states | held
+
+    def continues(self, states: dict[StateKey, Tensor]) -> bool:
+        """Return whether two tokens after others depend on every kind of state that these left."""
+        logits = self.run(_TOKENS, _copies(states))[0]
+        scale = float(logits.abs().max())
+        for kind in {(key[0], key[2]) for key in states}:
+            changed = {key: state + ((key[0], key[2]) == kind) for key, state in states.items()}
+            if float((self.run(_TOKENS, changed)[0] - logits).abs().max()) <= _SAME * scale:
+                return False
+        return True
+
+    def layers(self, in_chunks: bool) -> StateLayers:
+        """Return what was found.
+
+        Raises:
+            UnsupportedTargetError: a module holds states and keys and values.
+        """
+        for module in self.cache.askers.keys() & self.cache.writers:
+            raise UnsupportedTargetError(
+                f"{type(self.model).__name__} keeps recurrent states and keys and values in one module "
+                f"({type(module).__name__}); medhead cannot verify trees with it"
+            )
+        parents = {child: parent for parent in self.model.modules() for child in parent.children()}
+        owners = {owner for owner, _ in self.attributes}
+        held: dict[nn.Module, list[tuple[nn.Module, str]]] = {}
+        for owner, name in self.attributes:
+            outer = owner
+            while parents.get(outer) in owners:
+                outer = parents[outer]
+            held.setdefault(outer, []).append((owner, name))
+        modules = list(self.cache.askers | dict.fromkeys(held))
+        return StateLayers(self.layout, modules, held, self.cache_type, self.takes_positions, in_chunks)
+
+
+def _attributes(model: nn.Module) -> dict[tuple[nn.Module, str], Any]:
+    """Return the attributes in which modules may hold states: None, or tensors that are no buffers."""
+    return {
+        (module, name): value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if name.endswith(("state", "states")) and (value is None or isinstance(value, Tensor))
+    }
+
+
+def _set_attributes(values: dict[tuple[nn.Module, str], Any]) -> None:
+    for (module, name), value in values.items():
+        setattr(module, name, value)
+
+
+def _copies(states: dict[StateKey, Tensor]) -> dict[StateKey, Tensor]:
+    return {key: state.clone() for key, state in states.items()}

@@ -1,0 +1,102 @@
+"""How a layer that holds states goes through the tokens of a pass: group by group (`StateGroup`), or at once (`Ancestors`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from medhead.core.tree import TokenTree
+
+
+@dataclass(frozen=True)
+class StateGroup:
+    """Tokens of a pass that a layer reads in one call.
+
+    Attributes:
+        tokens: `[items, length]` int64, places among the pass's flattened tokens; the tokens of an item follow each other.
+        sources: `[items]` int64, the rows (or nodes, see `of_nodes`) whose state each item starts from.
+        of_nodes: whether `sources` are places of nodes; else they are rows with their committed states.
+        is_first: whether the items are at the beginning of their texts, where there is no state yet.
+        is_whole: whether the items are all rows of the pass, in order and unpadded, so that no argument needs to be split.
+    """
+
+    tokens: Tensor
+    sources: Tensor
+    of_nodes: bool = False
+    is_first: bool = False
+    is_whole: bool = False
+
+
+def tree_groups(tree: TokenTree, lengths: list[int]) -> list[StateGroup]:
+    """Return one group for each depth of a tree: its nodes read the states of their parents, the roots those of the rows.
+
+    Roots of rows without committed tokens are a group of their own.
+    """
+    offsets = tree.nodes * torch.arange(tree.batch, device=tree.tokens.device)[:, None]
+    groups = []
+    for is_first in (False, True):
+        rows = torch.tensor(
+            [row for row, length in enumerate(lengths) if (length == 0) == is_first], device=offsets.device
+        )
+        if len(rows) > 0:
+            whole = tree.nodes == 1 and len(rows) == tree.batch
+            groups.append(StateGroup(offsets[rows], rows, is_first=is_first, is_whole=whole))
+    parents, depth = (tree.parents + offsets).flatten(), tree.depth.flatten()
+    for level in range(1, tree.max_depth + 1):
+        places = (depth == level).nonzero()
+        if len(places) == 0:
+            break
+        groups.append(StateGroup(places, parents[places[:, 0]], of_nodes=True))
+    return groups
+
+
+def prompt_groups(counts: list[int], nodes: int, device: torch.device) -> list[StateGroup]:
+    """Return one group for each number of tokens: the first `counts[row]` of a row's `nodes` tokens are real, others padding."""
+    groups = []
+    for count in sorted({*counts} - {0}):
+        rows = torch.tensor([row for row, own in enumerate(counts) if own == count], device=device)
+        tokens = rows[:, None] * nodes + torch.arange(count, device=device)
+        groups.append(StateGroup(tokens, rows, is_whole=len(rows) == len(counts) and count == nodes))
+    return groups
+
+
+class Ancestors:
+    """What dense forms need to know of a tree.
+
+    Attributes:
+        visible: `[batch, nodes, nodes]` bool, see `TokenTree.visible`.
+        rows: `[batch]` int64, the index of every row.
+    """
+
+    def __init__(self, tree: TokenTree) -> None:
+        self.visible, self._parents, self._depth = tree.visible, tree.parents, tree.depth
+        self.rows = torch.arange(tree.batch, device=tree.tokens.device)
+        self._windows: dict[int, Tensor] = {}
+
+    def decays(self, log_decay: Tensor) -> tuple[Tensor, Tensor]:
+        """Return decays of log-decays `[batch, heads, nodes]`: of each path from its root, and between ancestor and node.
+
+        They are `[batch, heads, nodes, 1]`, and `[batch, heads, nodes, nodes]` with 0 where a node is no ancestor.
+        """
+        visible = self.visible.to(log_decay.device)[:, None]
+        total = visible.to(log_decay.dtype) @ log_decay[..., None]
+        between = (total - total.transpose(-1, -2)).masked_fill(~visible, float("-inf"))
+        return total.exp(), between.exp()
+
+    def windows(self, width: int) -> Tensor:
+        """Return the last `width` inputs of every node's path, oldest first, `[batch, nodes, width]` int64.
+
+        They are columns of the `width` committed inputs followed by the nodes.
+        """
+        if width not in self._windows:
+            batch, nodes = self._parents.shape
+            before = torch.arange(-1, width - 1, device=self.rows.device).clamp(min=0).expand(batch, width)
+            parents = torch.where(self._depth == 0, width - 1, self._parents + width)
+            previous = torch.cat([before, parents], 1)
+            columns = [torch.arange(width, width + nodes, device=self.rows.device).expand(batch, nodes)]
+            for _ in range(width - 1):
+                columns.append(previous.gather(1, columns[-1]))
+            self._windows[width] = torch.stack(columns[::-1], -1)
+        return self._windows[width]
