@@ -3,7 +3,7 @@
 #   bash benchmarks/gpu.sh [FOLDER FOR RESULTS [FOLDER OF SMOLLM2 [FOLDER OF ITS HEADS]]]
 # SMOLLM2 and SMOLLM2_HEADS in the environment name the last two folders too. Every part is a process with a time limit of its
 # own; it appends lines of JSON to a log as it measures, and does not stop the others. The exit code is 0 if all succeeded.
-# SHAPE=tiny runs everything on a CPU, to see that it works; PARTS="env kernel" runs only these.
+# SHAPE=tiny runs everything on a CPU, to see that it works; PARTS="env kernel" runs only these; LIMIT is for every part.
 set -u
 out=${1:-results-gpu}
 export SMOLLM2=${2:-${SMOLLM2:-}} SMOLLM2_HEADS=${3:-${SMOLLM2_HEADS:-}}
@@ -19,6 +19,7 @@ part() { # name, seconds, command
     local name=$1 limit=$2 began=$SECONDS code
     shift 2
     case " $parts " in *" $name "*) ;; *) return ;; esac
+    limit=${LIMIT:-$limit}
     timeout -k 5 "$limit" "$@" >"$out/$name.log" 2>&1
     code=$?
     echo "== $name: exit code $code, $((SECONDS - began)) of $limit seconds"

@@ -9,6 +9,7 @@ read = target()
 with torch.inference_mode(), read.active():
 
     def prefill(tokens: int) -> None:
+        """Read one prompt."""
         read.prefill(read.new_cache(1, tokens), [[0] * tokens])
 
     for tokens in (CONTEXT, 8 * CONTEXT):

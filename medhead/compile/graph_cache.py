@@ -42,8 +42,8 @@ class GraphCache:
         on_progress: told when something is made that takes a while.
 
     Raises:
-        MedheadError: the backend is unknown, or the proposer, the attention, the rotary scaling or the devices cannot be part of a
-            captured step.
+        MedheadError: the backend is unknown, or the proposer, the attention, the rotary scaling or the devices cannot be
+            part of a captured step.
     """
 
     def __init__(self, target: Target, proposer: Proposer, backend: str, lag: int | None = None) -> None:

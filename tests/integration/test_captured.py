@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from conftest import HEADS, noise_heads, tiny_llama
@@ -238,9 +239,13 @@ def test_compiled() -> None:
     heads = noise_heads(target, depth=2)
     captured = Decoder(target, "heads", heads=heads, tree_size=4, step="compiled", probe=False)
     given = {**prompts(rows=2), "max_new_tokens": 20}
-    assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    text, code = run_and_get_code(captured.generate, **given)
+    assert torch.equal(text, plain_text(target, **given))
     assert captured.statistics.captured_steps > 0
     assert captured.statistics.capture_seconds > 0
+    assert captured.graphs is not None
+    layer = next(iter(captured.graphs)).buffers.cache.per_layer[0]
+    assert not any(f"empty_strided_cpu({tuple(layer.shape)}" in part for part in code)  # no copy of a layer's cache
 
 
 @pytest.mark.parametrize(
