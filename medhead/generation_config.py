@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 import warnings
 import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from transformers import GenerationConfig
+from torch import Tensor, nn
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError, one_line
+from medhead.generate_options import check_config
 
 # Fields of a checkpoint that change no text of medhead's, with the values that ask for nothing.
 _WITHOUT_EFFECT: dict[str, Any] = {
@@ -29,8 +32,16 @@ _warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:
-    """Return the ids that end a text: those of the model's generation configuration, then the tokenizer's EOS token."""
-    found = (model.generation_config.eos_token_id, getattr(tokenizer, "eos_token_id", None))
+    """Return the ids that end a text: those of the model's generation configuration, then the tokenizer's EOS token.
+
+    Stop strings of the configuration that are special tokens count too, because a text is decoded without special tokens.
+    """
+    found = [model.generation_config.eos_token_id]
+    if tokenizer is not None:
+        found.append(tokenizer.eos_token_id)
+    if strings := stop_strings(model):
+        special = sorted(set(strings) & set(getattr(tokenizer, "all_special_tokens", ())))
+        found += map(tokenizer.convert_tokens_to_ids, special)
     return list(
         dict.fromkeys(int(token) for ids in found if ids is not None for token in torch.as_tensor(ids).flatten())
     )
@@ -38,8 +49,11 @@ def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:
 
 def stop_strings(model: Any) -> tuple[str, ...]:
     """Return the strings at which the model's generation configuration ends a text."""
-    found = getattr(model.generation_config, "stop_strings", None)
-    return (found,) if isinstance(found, str) else tuple(found or ())
+    found = getattr(model.generation_config, "stop_strings", None) or ()
+    strings = [found] if isinstance(found, str) else found
+    if not isinstance(strings, list | tuple) or not all(isinstance(text, str) for text in strings):
+        raise MedheadError(f"stop_strings of the model's generation configuration must be strings, got {found!r}")
+    return tuple(strings)
 
 
 def generate_arguments(model: Any, params: SamplingParams, tokenizer: Any = None) -> dict[str, Any]:
@@ -65,8 +79,58 @@ def generate_arguments(model: Any, params: SamplingParams, tokenizer: Any = None
     arguments |= {name: value for name, value in _FORM.items() if getattr(config, name, None) not in (None, value)}
     if tokenizer is not None:
         arguments["eos_token_id"] = end_tokens(model, tokenizer) or None
-        arguments |= {"tokenizer": tokenizer} if stop_strings(model) else {}
-    return arguments
+    return arguments | ({"tokenizer": tokenizer} if stop_strings(model) else {})
+
+
+@dataclass
+class PreparedGeneration:
+    """What transformers prepares for `generate`: it is called in the place of a decoder and keeps its arguments."""
+
+    takes_streamer = True  # as a decoder, see `model.hf_patch`
+    config: GenerationConfig = field(default_factory=GenerationConfig)
+    processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
+    criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+
+    def __call__(
+        self,
+        model: nn.Module,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **arguments: Any,
+    ) -> Tensor:
+        """Keep the prepared configuration, processors and criteria; decode nothing."""
+        self.config, self.processors, self.criteria = generation_config, logits_processor, stopping_criteria
+        return input_ids
+
+
+@torch.inference_mode(False)  # captured steps run outside of inference mode, and use the processors' tensors
+def prepare_generation(
+    model: Any, prompt: list[int], params: SamplingParams, tokenizer: Any = None
+) -> PreparedGeneration:
+    """Return what `model.generate` prepares for one prompt; stop strings are left out.
+
+    Args:
+        model: the model, whose `generation_config` counts.
+        prompt: token ids.
+        params: sampling parameters.
+        tokenizer: its EOS token ends a text too.
+
+    Raises:
+        MedheadError: the model's generation configuration asks for what transformers or medhead cannot do.
+    """
+    ids, prepared = torch.tensor([prompt], device=model.device), PreparedGeneration()
+    try:
+        arguments = generate_arguments(model, params, tokenizer) | {"stop_strings": None, "tokenizer": None}
+        drop_fields_without_effect(model, arguments)
+        model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=prepared, **arguments)
+    except MedheadError:
+        raise
+    except (ValueError, TypeError, AttributeError) as error:
+        raise MedheadError(f"the model's generation configuration cannot be used: {one_line(error, 200)}") from None
+    check_config(prepared.config, model.generation_config)
+    return prepared
 
 
 def drop_fields_without_effect(model: nn.Module, arguments: dict[str, Any]) -> None:
@@ -90,7 +154,7 @@ def drop_fields_without_effect(model: nn.Module, arguments: dict[str, Any]) -> N
 
 
 def override_generation_config(model: Any, given: str | None) -> None:
-    """Change a model's generation configuration as the option `--generation-config` says.
+    """Change a model's generation configuration as the option `--generation-config` says, and refuse values that are wrong.
 
     Args:
         model: the model.
@@ -98,33 +162,33 @@ def override_generation_config(model: Any, given: str | None) -> None:
             fields but special tokens that it lacks. None changes nothing.
 
     Raises:
-        MedheadError: it is none of these.
+        MedheadError: it is none of these, or transformers or medhead cannot use a value.
     """
-    if given is None:
-        return
-    own, option = model.generation_config, f"--generation-config {given[:60]!r}"
+    if given is not None:
+        try:
+            model.generation_config = _overridden(model.generation_config, given)
+        except (ValueError, TypeError, OSError) as error:
+            allowed = "give none, a folder or hub id with a generation_config.json, or a JSON object of its fields"
+            raise MedheadError(f"--generation-config {given[:60]!r}: {one_line(error, 120)}; {allowed}") from None
+    prepare_generation(model, [0], SamplingParams(1, 1.0, min_new_tokens=0))
+
+
+def _overridden(own: GenerationConfig, given: str) -> GenerationConfig:
     special = {name: getattr(own, name) for name in _SPECIAL_TOKENS}
-    try:
-        if given.lstrip().startswith("{"):
-            fields = {**own.to_dict(), **json.loads(given)}
-            unknown = [name for name in json.loads(given) if not hasattr(own, name)]
-            if unknown:
-                raise MedheadError(f"{option}: transformers knows no field {unknown[0]!r}")
-            model.generation_config = GenerationConfig(**fields)
-        elif given == "none":
-            model.generation_config = GenerationConfig(**special)
-        elif Path(given).is_dir() and not (Path(given) / "generation_config.json").is_file():
-            raise MedheadError(f"{option}: the folder holds no generation_config.json")
-        else:
-            model.generation_config = GenerationConfig.from_pretrained(given)
-            for name in _SPECIAL_TOKENS:
-                if getattr(model.generation_config, name) is None:
-                    setattr(model.generation_config, name, special[name])
-    except MedheadError:
-        raise
-    except (ValueError, TypeError, OSError) as error:
-        allowed = "give none, a folder with a generation_config.json, or a JSON object of its fields"
-        raise MedheadError(f"{option} cannot be read ({one_line(error, 120)}); {allowed}") from None
+    if given == "none":
+        return GenerationConfig(**special)
+    if given.lstrip().startswith("{"):
+        fields = json.loads(given)
+        for name in fields.keys() - vars(own).keys():
+            raise ValueError(f"transformers knows no field {name!r}")
+        return GenerationConfig(**(own.to_dict() | fields))
+    if Path(given).is_dir() and not (Path(given) / "generation_config.json").is_file():
+        raise ValueError("the folder holds no generation_config.json")
+    if not Path(given).is_dir() and not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", given):
+        raise ValueError("no such folder")
+    found = GenerationConfig.from_pretrained(given)
+    found.update(**{name: token for name, token in special.items() if getattr(found, name) is None})
+    return found
 
 
 def recorded_fields(model: Any, tokenizer: Any) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from importlib.util import find_spec
 
 from medhead.cli.common import Parser, add_model_options, check_range, check_tree_option, run_command
 from medhead.errors import MedheadError
-from medhead_app.startup import load_service
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHAT = "Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
@@ -87,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     from medhead_app.listen import Server, bind, url_of
     from medhead_app.middleware import LOCAL_HOSTS
     from medhead_app.server import build_app
+    from medhead_app.startup import load_service
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)

@@ -21,9 +21,7 @@ from medhead.bench.harness import BLUE, GREY, ORANGE, Row
 from medhead.bench.measure import Method, measure, warm_up
 from medhead.bench.task_prompts import Truncation, encode_task, read_tasks
 from medhead.cli.common import run_command
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
-from medhead.generation_config import generate_arguments
 from medhead.model.loading import load_tokenizer
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
@@ -61,7 +59,7 @@ def parser() -> Any:
 
 def methods_of(args: argparse.Namespace, target: Target, temperature: float, rows: int) -> list[Method]:
     """Return all systems for one temperature and batch size; medhead's plain decoding is the first."""
-    arguments, seed = generate_arguments(target.model, SamplingParams(args.max_new_tokens, temperature)), args.seed
+    arguments, seed = harness.generate_arguments(args, target.model, temperature), args.seed
 
     def medhead(name: str, proposer: str, step: str = "loop", **options: Any) -> Method:
         def make() -> Decoder:

@@ -14,9 +14,7 @@ from medhead.bench import harness
 from medhead.bench.harness import Row
 from medhead.bench.measure import Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
-from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.model.named_models import default_heads
 from medhead.model.target import Target
@@ -70,14 +68,14 @@ def random_heads(heads: Heads, seed: int) -> Heads:
     return noise
 
 
-def methods_of(target: Target, scenario: Scenario, sizes: list[int], max_new_tokens: int) -> list[Method]:
+def methods_of(args: argparse.Namespace, target: Target, scenario: Scenario) -> list[Method]:
     """Return plain decoding, the automatic tree size, and trees of fixed sizes."""
-    arguments = generate_arguments(target.model, SamplingParams(max_new_tokens, scenario.temperature))
+    arguments = harness.generate_arguments(args, target.model, scenario.temperature)
 
     def hybrid(name: str, tree_size: int | None) -> Method:
         return Method(name, arguments, Decoder(target, "hybrid", heads=scenario.heads, tree_size=tree_size))
 
-    fixed = [hybrid(f"{size} nodes", size) for size in sizes]
+    fixed = [hybrid(f"{size} nodes", size) for size in args.tree_sizes]
     return [Method(PLAIN, arguments, Decoder(target, "none")), hybrid(AUTO, None), *fixed]
 
 
@@ -151,7 +149,7 @@ def run(args: argparse.Namespace) -> None:
     found, rows = scenarios(target, prompts, heads), []
     with harness.progress_bar(len(found) * len(prompts) * args.repeats * (len(args.tree_sizes) + 2)) as bar:
         for scenario in found:
-            methods = methods_of(target, scenario, args.tree_sizes, args.max_new_tokens)
+            methods = methods_of(args, target, scenario)
             rows.append(summary(scenario, measure(methods, scenario.prompts, args.repeats, progress=bar.update)))
     title = harness.heading(args, harness.label(args.model), f"{len(prompts)} prompts", "batch 1", args.dtype)
     harness.report(args, "budget", title, table(rows), rows, plot)

@@ -19,12 +19,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from medhead import __version__
+from medhead import __version__, generation_config
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.cli.common import Parser, add_generation_config_option, check_range
+from medhead.config import SamplingParams
 from medhead.errors import MedheadError
-from medhead.generation_config import end_tokens, override_generation_config
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.named_models import DEMO
 from medhead.model.target import Target
@@ -89,9 +89,20 @@ def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) 
 
 def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:
     """Make the model's generation configuration that of the options and of its tokenizer."""
-    override_generation_config(model, args.generation_config)
-    tokenizer = None if ignore_eos else load_tokenizer(args.model, args.trust_remote_code)
-    model.generation_config.eos_token_id = None if ignore_eos else end_tokens(model, tokenizer) or None
+    generation_config.override_generation_config(model, args.generation_config)
+    if ignore_eos:
+        model.generation_config.update(eos_token_id=None, stop_strings=None)
+    else:
+        tokenizer = load_tokenizer(args.model, args.trust_remote_code)
+        model.generation_config.eos_token_id = generation_config.end_tokens(model, tokenizer) or None
+
+
+def generate_arguments(args: argparse.Namespace, model: Any, temperature: float) -> dict[str, Any]:
+    """Return the arguments of `generate` for the options; the model went through `prepare_texts`."""
+    has_strings = generation_config.stop_strings(model)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code) if has_strings else None
+    params = SamplingParams(args.max_new_tokens, temperature)
+    return generation_config.generate_arguments(model, params, tokenizer)
 
 
 def load_prompts(args: argparse.Namespace, context: int) -> Prompts:

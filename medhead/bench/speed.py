@@ -11,10 +11,8 @@ from medhead.bench.harness import Row
 from medhead.bench.measure import PARTS, Method, MethodResult, Prompts, measure
 from medhead.cli.common import Parser, run_command
 from medhead.compile import BACKENDS
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generation_config import generate_arguments
 from medhead.heads import load_heads
 from medhead.model.loading import pick_device
 from medhead.model.named_models import shipped_heads
@@ -61,7 +59,7 @@ def parser() -> Parser:
 
 def methods_of(args: argparse.Namespace, target: Target, steps: list[str]) -> list[Method]:
     """Return all methods for one model; `steps` are the backends of compiled and captured steps."""
-    arguments = generate_arguments(target.model, SamplingParams(args.max_new_tokens, args.temperature))
+    arguments = harness.generate_arguments(args, target.model, args.temperature)
     folders = args.heads or shipped_heads(args.model)
     first: dict[str, Any] = {"heads": folders[0]} if folders else {}
     found: list[Method] = []

@@ -15,10 +15,8 @@ from medhead.bench.measure import Method, measure, warm_up
 from medhead.bench.task_prompts import KEEP, Task, Truncation, encode_task, read_tasks
 from medhead.bench.task_report import PLAIN, compare_hybrid, compare_texts, plot, rows_of, table, totals
 from medhead.cli.common import Parser, check_range, run_command
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.model.loading import load_tokenizer
 from medhead.model.named_models import default_heads
@@ -125,7 +123,7 @@ def measure_tasks(args: argparse.Namespace, target: Target, tasks: list[Task]) -
     answers = args.repeats * (len(proposers) + 1) * sum(len(task.prompts) for task in tasks)
     with harness.progress_bar(answers * len(temperatures) * len(batch_sizes)) as bar:
         for temperature in temperatures:
-            arguments = generate_arguments(target.model, SamplingParams(args.max_new_tokens, temperature))
+            arguments = harness.generate_arguments(args, target.model, temperature)
             for size in batch_sizes:
                 methods = methods_of(target, proposers, arguments, heads, args.tree_size, args.seed)
                 warm_up(methods, tasks[0].prompts[:size], size, max_new_tokens=WARM_UP_TOKENS)

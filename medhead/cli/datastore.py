@@ -16,7 +16,6 @@ from medhead.datastore.build import build_datastore, check_output
 from medhead.datastore.documents import encode, read_documents, text_files
 from medhead.datastore.store import INFO_FILE, ORDER_FILE, TOKENS_FILE
 from medhead.errors import MedheadError
-from medhead.model.loading import load_tokenizer
 
 EXAMPLES = """\
 examples:
@@ -58,6 +57,8 @@ def parser() -> Parser:
 
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
+    from medhead.model.loading import load_tokenizer
+
     began = time.perf_counter()
     check_output(args.output, args.overwrite)
     files = text_files(args.text)

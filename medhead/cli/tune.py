@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from medhead.bench.harness import add_decoding_options, load_prompts, load_target
+from medhead.bench.harness import add_decoding_options, generate_arguments, load_prompts, load_target
 from medhead.cli.common import Parser, check_range, run_command
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
@@ -84,7 +84,8 @@ def fastest(
     target: Target, args: argparse.Namespace, make: Callable[[T], Decoder], start: T, dimensions: Iterable[Changes[T]]
 ) -> T:
     """Search for the setting whose decoder, made by `make`, gives most tokens per second; print and return it."""
-    rate = throughput(make, load_prompts(args, target.context), args.max_new_tokens, args.repeats)
+    prompts, arguments = load_prompts(args, target.context), generate_arguments(args, target.model, 0.0)
+    rate = throughput(make, prompts, arguments, args.repeats)
     best = coordinate_search(start, dimensions, rate, print)
     print(f"fastest: {best}")
     return best

@@ -17,10 +17,10 @@ def decode_stream(loop: DecodeLoop, sequences: Iterator[Sequence], batch_size: i
     """
     group = max(1, batch_size // 8)
     while True:
-        free = batch_size - len(loop.sequences)
-        if (free >= group or not loop.sequences) and (joining := list(islice(sequences, free))):
-            loop.join(joining)
-        running = loop.sequences
+        free, running = batch_size - len(loop.sequences), loop.sequences
+        if (free >= group or not running) and (joining := list(islice(sequences, free))):
+            running = [*running, *joining]
+            loop.join(joining)  # captured steps hand on what they still have: sequences may end here
         if not running:
             return
         loop.step()

@@ -16,7 +16,7 @@ from medhead.errors import MedheadError, one_line
 from medhead.model.gguf import is_gguf, load_gguf, load_gguf_tokenizer
 from medhead.model.named_models import DEMO_HEADS as DEMO_HEADS
 from medhead.model.named_models import DEMO_MODEL as DEMO_MODEL
-from medhead.model.named_models import resolve_model
+from medhead.model.named_models import NAMED_MODELS, resolve_model
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -89,7 +89,7 @@ def load_model(
     except MedheadError:
         raise
     except LOADING_ERRORS as error:
-        raise MedheadError(f"model {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
+        raise MedheadError(f"model {str(name)!r} cannot be loaded: {_reason(name, error)}") from None
     finally:
         logging.enable_progress_bar()
     if missing := sorted(info["missing_keys"]):  # transformers leaves them random
@@ -116,7 +116,7 @@ def load_tokenizer(
     except MedheadError:
         raise
     except LOADING_ERRORS as error:
-        raise MedheadError(f"the tokenizer of {str(name)!r} cannot be loaded: {_first_sentence(error)}") from None
+        raise MedheadError(f"the tokenizer of {str(name)!r} cannot be loaded: {_reason(name, error)}") from None
 
 
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
@@ -163,5 +163,7 @@ def _check_name(name: str | Path) -> None:
         raise MedheadError(f"model folder {text!r} does not exist")
 
 
-def _first_sentence(error: BaseException) -> str:
-    return one_line(error).split(". ")[0][:240] or type(error).__name__
+def _reason(name: str | Path, error: BaseException) -> str:
+    """Return the first sentence of an error; where the name may be misspelt, also the names that medhead knows."""
+    first = one_line(error).split(". ")[0][:240] or type(error).__name__
+    return first if Path(name).exists() or "/" in str(name) else f"{first}; medhead knows {' and '.join(NAMED_MODELS)}"

@@ -31,6 +31,11 @@ class Detokenizer:
         self._append(new_text)
         return new_text
 
+    def stops_at(self, token: int) -> bool:
+        """Take a token; return whether the text ends with it."""
+        self.add(token)
+        return self.stopped
+
     def take(self) -> str:
         """Return the text that became final since the last call."""
         text, self._committed_text = self._committed_text, ""

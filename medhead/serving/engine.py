@@ -21,8 +21,8 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate_options import seed_or_draw
-from medhead.prepare import SequencePreparer
 from medhead.serving.handle import RequestHandle
+from medhead.serving.prepare import SequencePreparer
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler

@@ -11,11 +11,11 @@ from medhead.core.sequence import Sequence
 from medhead.core.stopping import token_limit
 from medhead.errors import MedheadError
 from medhead.model.target import Target
-from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
 from medhead.proposers.base import VerifyOutput
 from medhead.serving.detokenizer import Detokenizer
 from medhead.serving.handle import RequestHandle
+from medhead.serving.prepare import SequencePreparer
 from medhead.serving.request import Reason, Request, StepOutput, TreeView
 
 

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from medhead.bench.harness import progress_bar
 from medhead.bench.measure import Method, Prompts, measure
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
-from medhead.generation_config import generate_arguments
 
 T = TypeVar("T")
 Changes = list[Callable[[T], T]]  # the steps along one dimension
@@ -28,12 +26,18 @@ def coordinate_search(start: T, dimensions: Iterable[Changes[T]], rate: Rate[T],
     return best
 
 
-def throughput(make: Callable[[T], Decoder], prompts: Prompts, new_tokens: int, repeats: int) -> Rate[T]:
-    """Return a function that measures greedy decoding of the prompts, interleaved; `make` makes a setting's decoder."""
+def throughput(make: Callable[[T], Decoder], prompts: Prompts, arguments: dict[str, Any], repeats: int) -> Rate[T]:
+    """Return a function that measures decoding of the prompts, interleaved.
+
+    Args:
+        make: makes a setting's decoder.
+        prompts: token ids.
+        arguments: of `generate`.
+        repeats: how often each prompt is answered.
+    """
 
     def rate(settings: list[T]) -> list[float]:
-        params, decoders = SamplingParams(new_tokens, 0.0), [(str(setting), make(setting)) for setting in settings]
-        methods = [Method(name, generate_arguments(one.model, params), one) for name, one in decoders]
+        methods = [Method(str(setting), arguments, make(setting)) for setting in settings]
         with progress_bar(len(methods) * len(prompts) * repeats) as bar:
             return [result.rate for result in measure(methods, prompts, repeats, progress=bar.update)]
 

@@ -21,6 +21,9 @@ from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.compile import graph_cache
 from medhead.compile.async_output import CopiedOutput
 from medhead.compile.graph_cache import GraphCache, columns_for, rows_for
+from medhead.core.continuous import decode_stream
+from medhead.core.sequence import Sequence
+from medhead.core.stopping import StopChecker
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
@@ -119,6 +122,20 @@ def test_the_host_may_lag(target: Target, lag: int, monkeypatch: pytest.MonkeyPa
     assert torch.equal(captured.generate(**given), loop.generate(**given))
     assert max(queued) == lag + 1
     assert captured.statistics.passes == sum(map(bool, captured.statistics.lengths)) == len(captured.statistics.lengths)
+
+
+def test_every_sequence_of_a_stream_is_handed_on(target: Target) -> None:
+    """Those too that end while others join, when the host reads what captured steps still have."""
+    captured, loop = decoders(target, "block_recurrent", "recorded", tree_size=10)
+    assert captured.graphs is not None
+    captured.graphs.lag = 2
+    given = [Sequence([7, 8 + n], [7, 8 + n], StopChecker(n)) for n in (2, 13, 3, 4, 2, 5, 3, 2, 9, 6)]
+    with target.active(captured.proposer.feature_layers):
+        ended = list(decode_stream(captured.new_loop(), iter(given), 2))
+    assert sorted(map(id, ended)) == sorted(map(id, given))
+    for one in given:
+        ids = torch.tensor([one.prompt_ids])
+        assert one.output_ids == loop.generate(ids, max_new_tokens=one.stop_checker.limit)[0, 2:].tolist()
 
 
 @pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention"])

@@ -101,14 +101,20 @@ def test_what_the_statistics_say_about_the_end(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An answer cut by the limit or by the context, one that ended by itself, and an empty one."""
-    load, ends = loading.load_model, [-1]
+    load, load_tokenizer, ends = loading.load_model, loading.load_tokenizer, [-1]
 
     def load_ending(*given: Any) -> Any:
         model = load(*given)
         model.generation_config.eos_token_id = ends
         return model
 
+    def without_end(*given: Any) -> Any:
+        tokenizer = load_tokenizer(*given)
+        tokenizer.eos_token = None
+        return tokenizer
+
     monkeypatch.setattr(loading, "load_model", load_ending)
+    monkeypatch.setattr(loading, "load_tokenizer", without_end)
     assert ", cut at 24 tokens (--max-new-tokens N for more)" in run(command(folders), capsys)[2]
     assert "tokens (the model's context is full)" in run(command(folders, "--max-new-tokens", "500"), capsys)[2]
     ends[0] = json.loads(run(command(folders, "--json"), capsys)[1])["token_ids"][0]
@@ -436,8 +442,10 @@ def test_the_console_script(capsys: pytest.CaptureFixture[str], folders: dict[st
 
 
 @pytest.mark.parametrize(
-    "line", ["", "--help", "--version", "fly", "bench --help", "bench fly", "generate --help", "generate --tree-size 0"]
-)
+    "line",
+    ["", "--help", "--version", "fly", "bench --help", "bench fly", "generate --help", "generate --tree-size 0",
+     "chat --help", "serve --max-rows 0", "datastore --help"],
+)  # fmt: skip
 def test_without_a_command_torch_is_not_imported(line: str) -> None:
     code = "import sys, atexit; from medhead.cli.main import main\n"
     code += "atexit.register(lambda: print(*sorted({'torch', 'transformers'} & {*sys.modules}))); main()"

@@ -102,7 +102,7 @@ def test_the_model_is_left_as_it_was() -> None:
 
     def fails() -> None:
         with target.active():
-            assert model.config._attn_implementation == "medhead"
+            assert model.config._attn_implementation == "medhead_sdpa"
             raise RuntimeError("on purpose")
 
     with pytest.raises(RuntimeError, match="on purpose"):

@@ -62,6 +62,7 @@ JOINT = [
 JOINT += ["--lora-dropout", "0.2", "--max-steps", "8"]
 RECIPES = {"heads": HEADS, "joint": JOINT}
 FILES = {"adapter_config.json", "adapter_model.safetensors", "medhead_config.json", "README.md", "training.json"}
+RUNNING = {"checkpoint-3", "best-3.safetensors", "best.json", "features", "logs", "tokens", "options.json", "data.json"}
 MEASURED = {"accuracies.json", "accuracy.png"}
 
 
@@ -503,7 +504,7 @@ def test_weights_that_are_no_numbers_are_never_saved(
         patch.setattr(MuonAdamW, "step", breaking)
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert re.search(r"weight is not finite after step 6: .* resumes from checkpoint-3", line)
-    assert names_in(output / "run") == {"checkpoint-3", "features", "logs", "tokens", "options.json", "data.json"}
+    assert names_in(output / "run") == RUNNING
     assert run(command(folders, data, output, *HEADS), capsys)[0] == 0
 
 
@@ -524,7 +525,7 @@ def test_a_disk_that_is_full_at_a_checkpoint(
         line = refusal(command(folders, data, output, *HEADS), capsys)
     assert "the checkpoint of step 6 cannot be written" in line
     assert "free some space and start again: the run resumes from checkpoint-3" in line
-    assert names_in(output / "run") == {"checkpoint-3", "features", "logs", "tokens", "options.json", "data.json"}
+    assert names_in(output / "run") == RUNNING
 
 
 def test_a_disk_that_is_full_at_the_end(
@@ -556,7 +557,7 @@ def test_a_disk_that_is_full_elsewhere(
 def test_a_file_that_the_system_does_not_let_grow(folders: dict[str, Path], data: Path, tmp_path: Path) -> None:
     """The kernel refuses the write itself: no file may be larger than 24 kB, and the optimiser's state is."""
     output = tmp_path / "heads"
-    arguments = command(folders, data, output, *HEADS, "--no-tensorboard")
+    arguments = command(folders, data, output, *HEADS, "--no-tensorboard", "--features", "recompute", "--patience", "0")
     ended = subprocess.run(
         [sys.executable, "-m", "medhead_training.finetune", *arguments], cwd=ROOT, env=_alone(), capture_output=True,
         text=True, preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (24_000, 24_000)), check=False,

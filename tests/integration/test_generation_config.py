@@ -21,7 +21,7 @@ from medhead.cli import generate
 from medhead.config import SamplingParams
 from medhead.generation_config import end_tokens, generate_arguments, override_generation_config
 from medhead.serving import Engine, Request
-from medhead_training import generate_data
+from medhead_training import evaluate, generate_data
 
 PENALTIES = {"repetition_penalty": 1.3, "no_repeat_ngram_size": 3}
 PROMPTS = [[5, 6, 7], [9, 8, 7, 6, 5, 9, 8], [20], [30, 31, 30, 31, 30, 31], [40, 41, 42], [50, 51]]
@@ -164,6 +164,16 @@ def test_stop_strings_of_the_configuration_end_a_served_text(
     assert len(found) < 24
 
 
+def test_a_stop_string_that_is_a_special_token_ends_a_served_text(
+    small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    text = serve(Decoder(small, "none"), tokenizer, [Request([5, 6, 7], SamplingParams(24))])[0]
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(text[4])]})
+    small.generation_config.stop_strings = tokenizer.convert_ids_to_tokens(text[4])
+    found = serve(Decoder(small, "none"), tokenizer, [Request([5, 6, 7], SamplingParams(24))])[0]
+    assert found == text[: text.index(text[4]) + 1]
+
+
 def test_an_engine_refuses_beams_of_the_configuration(
     small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -228,11 +238,19 @@ def test_the_command_line_obeys_and_overrides(
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--generation-config", "{"], "cannot be read"),
+        (["--generation-config", "{"], "Expecting property name enclosed in double quotes"),
         (["--generation-config", '{"repetition_penality": 1}'], "knows no field 'repetition_penality'"),
         (["--generation-config", "{tmp_path}"], "holds no generation_config.json"),
         (["--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
         (["--generation-config", '{"num_beams": 4}'], "num_beams=4 is not supported"),
+        (
+            ["--generation-config", '{"bad_words_ids": [5]}'],
+            "cannot be used: `bad_words_ids` has to be a list of lists",
+        ),
+        (["--generation-config", '{"eos_token_id": "x"}'], "the model's generation configuration cannot be used"),
+        (["--generation-config", '{"stop_strings": 5}'], "must be strings, got 5"),
+        (["--generation-config", '{"to_dict": 5}'], "knows no field 'to_dict'"),
+        (["--generation-config", "/missing/folder"], "no such folder; give none, a folder or hub id"),
         (["--system", "Be kind."], "the model's chat template refuses these messages: no system, please"),
     ],
 )
@@ -264,10 +282,33 @@ def test_answers_for_training_are_those_that_are_served(
     served = serve(Decoder(model, "recycling"), AutoTokenizer.from_pretrained(folder), requests)
     assert [one["answer_ids"] for one in records] == served
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    code, _, err = run(generate_data.main, arguments, capsys)  # the file is complete
+    assert code == 2
+    assert "was started with generation configuration" in err
     output.write_text("".join(output.read_text().splitlines(True)[:2]))  # as if it had been killed
     code, _, err = run(generate_data.main, arguments, capsys)
     assert code == 2
     assert "was started with generation configuration" in err
+
+
+def test_stop_strings_of_a_checkpoint_end_answers_for_training_and_of_evaluate(
+    checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`messages` end before the string, as a text of the API; the tokens hold it."""
+    stops, prompts, output = set("aeiost"), tmp_path / "prompts.jsonl", tmp_path / "data.jsonl"
+    folder = checkpoint({"stop_strings": sorted(stops)})
+    prompts.write_text("".join(f'{{"prompt": "{text}"}}\n' for text in ("Once upon a time", "A", "The dragon said")))
+    given = ["--model", str(folder), "--prompts", str(prompts), "--max-new-tokens", "24"]
+    assert run(generate_data.main, [*given, "--output", str(output), "--temperatures", "0"], capsys)[0] == 0
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder)
+    records = [json.loads(line) for line in output.read_text().splitlines()]
+    assert any(stops & set(tokenizer.decode(record["answer_ids"])) for record in records)
+    for record in records:
+        request = Request(record["prompt_ids"], SamplingParams(24))
+        with Engine(Decoder(model, "none"), tokenizer) as engine:
+            assert record["messages"][-1]["content"] == engine.submit(request).wait()
+        assert [record["answer_ids"]] == serve(Decoder(model, "none"), tokenizer, [request])
+    assert run(evaluate.main, [*given, "--num-prompts", "1", "--proposers", "ngram"], capsys)[0] == 0
 
 
 def test_an_override_keeps_the_special_tokens(small: PreTrainedModel, tmp_path: Path) -> None:

@@ -32,7 +32,7 @@ def test_a_wrong_call_into_the_kernels_is_reported(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "mypy", "--no-error-summary", "-m", "medhead.planted"]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=90, check=False
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 1, done.stderr
     [line] = done.stdout.splitlines()

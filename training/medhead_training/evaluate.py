@@ -14,10 +14,8 @@ from typing import Any
 from medhead.bench import harness
 from medhead.bench.measure import Method, MethodResult, measure
 from medhead.cli.common import Parser, run_command
-from medhead.config import SamplingParams
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generation_config import generate_arguments
 from medhead.heads import Heads, load_heads
 from medhead.heads.adapter import adapts_target, heads_of, load_adapted
 from medhead.model.loading import load_model
@@ -161,9 +159,8 @@ def run(args: argparse.Namespace) -> None:
     total = len(prompts) * len(args.temperatures) * sum(map(len, groups.values()))
     with harness.progress_bar(total) as bar:
         for temperature in args.temperatures:
-            params = SamplingParams(args.max_new_tokens, temperature)
             for group in groups.values():
-                arguments = generate_arguments(group[0].target.model, params)
+                arguments = harness.generate_arguments(args, group[0].target.model, temperature)
                 methods = [Method(c.label, arguments, Decoder(c.target, c.proposer), seed=args.seed) for c in group]
                 given = {"batch_size": args.batch_size, "profile": PROFILED_BATCHES, "progress": bar.update}
                 found = measure(methods, prompts, **given)

@@ -33,6 +33,14 @@ from medhead_training.objective.measure import Document, measure_accuracy
 from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.tree_eval import HeadAccuracy
 from medhead_training.objective.unroll import PackedBatch
+from medhead_training.trainer.auto_options import (
+    MAX_HELD_OUT,
+    TextFacts,
+    choose,
+    chosen_values,
+    expectation,
+    held_out_documents,
+)
 from medhead_training.trainer.options import TrainOptions, add_options, read_options
 from medhead_training.trainer.report import plot_accuracy, write_card
 from medhead_training.trainer.run_folder import FACTS_FILE, check_same_data, claim_folder
@@ -61,8 +69,7 @@ exit codes: 0 done, 1 failure, 2 wrong input, 130 stopped with Ctrl-C
 """
 ACCURACIES_FILE = "accuracies.json"
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-MAX_HELD_OUT = 256  # documents
-MIN_ANSWER_TOKENS = 10_000  # with fewer, heads learn next to nothing
+MIN_ANSWER_TOKENS = 10_000  # with fewer, heads learn little
 
 
 def parser() -> Parser:
@@ -75,9 +82,7 @@ def parser() -> Parser:
 
 def split(options: TrainOptions, store: TokenStore) -> tuple[np.ndarray, np.ndarray]:
     """Return the documents to train on and the held-out ones, which are none if there is other text to measure with."""
-    count = 0
-    if options.held_out and not options.eval_data and store.documents > 1:
-        count = min(MAX_HELD_OUT, max(1, round(options.held_out * store.documents)))
+    count = 0 if options.eval_data else held_out_documents(options, store.documents)
     return store.split(count, options.seed)
 
 
@@ -132,7 +137,7 @@ def run(options: TrainOptions) -> None:
         tokenizer = load_tokenizer(options.model, options.trust_remote_code)
         model = load_target(options, device)
         target = Target(model, packed=False)  # packed weights only speed up decoding
-        if options.seq_len > target.context:
+        if (options.seq_len or 0) > target.context:
             raise MedheadError(
                 f"--seq-len {options.seq_len} is more than the {target.context} tokens that {target.name} can read"
             )
@@ -146,7 +151,16 @@ def run(options: TrainOptions) -> None:
     train, held_out = split(options, store)
     if options.eval_data:
         held_out = np.arange(min(MAX_HELD_OUT, held_out_store.documents))
-    rows = PackedDataset(store, train, options.seq_len, options.seed, options.epochs)
+    text = TextFacts.of(store)
+    given, options = options, choose(options, text, target.context, arguments.world_size)
+    assert options.seq_len is not None
+    assert options.batch_size is not None
+    assert options.epochs is not None
+    arguments.per_device_train_batch_size, arguments.eval_steps = options.batch_size, options.eval_steps
+    chosen = chosen_values(given, options)
+    rows = PackedDataset(
+        store, train, options.seq_len, options.seed, options.epochs, learn_from_all=options.learn_from == "all"
+    )
     check_anchors(rows)
     wrapped, heads = wrap_for_training(options, target, make_heads(options, target, store))
     if options.shard:
@@ -158,13 +172,14 @@ def run(options: TrainOptions) -> None:
     module = HeadsModule(wrapped, target, heads, options)
     if options.shard:
         exclude_frozen_from_ddp(module)
+    features: list[torch.Tensor] | None = [] if options.recipe == "heads" else None  # of held-out text, kept in memory
     texts = held_out_texts(held_out_store, held_out, options.seq_len)
 
     def evaluate_heads() -> dict[str, float]:
         if not texts:
             return {}
         with eval_mode(module):
-            found = measure_accuracy(heads, target, texts, max_anchors=4096)
+            found = measure_accuracy(heads, target, texts, max_anchors=4096, features=features)
         top1 = {f"top1_depth_{d + 1}": row[0] for d, row in enumerate(found.accuracies)}
         return top1 | {"predicted_accepted_length": found.accepted_lengths["32"]}
 
@@ -180,7 +195,10 @@ def run(options: TrainOptions) -> None:
         f"{store.documents:,} documents, {store.tokens:,} tokens, {store.assistant_tokens:,} of them to predict{skipped}; "
         f"{len(held_out)} documents held out; {parameters:,} parameters to train", main,
     )  # fmt: skip
-    for line in lines:
+    if chosen:
+        values = ", ".join(f"{name.replace('_', '-')} {value}" for name, value in chosen.items())
+        _print(f"chosen from the amount of text, each can be given: {values}", main)
+    for line in [expectation(text), *lines]:
         _print(line, main)
     if not module.supports_packing:
         line = "does not separate packed documents: each is read in a row of its own, which is slower"
@@ -191,6 +209,7 @@ def run(options: TrainOptions) -> None:
     checkpoint = last_checkpoint(folder)
     start = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    kept_step = trainer.load_best()
     minutes = (time.monotonic() - start) / 60
     with eval_mode(module):  # a sharded target takes all processes
         measured = measure_accuracy(heads, target, texts) if texts and (main or options.shard) else None
@@ -198,12 +217,12 @@ def run(options: TrainOptions) -> None:
         return
     steps = trainer.state.global_step
     facts = {
-        "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": steps,
+        "model": options.model, "recipe": options.recipe, "loss": options.loss, "steps": steps, "kept_step": kept_step,
         "epochs": round(rows.epochs_in(steps * rows_per_step), 1), "documents": len(train), "tokens": rows.tokens,
         "answer_tokens": store.assistant_tokens_of(train),
         "minutes": round(minutes, 1), "resumed": checkpoint is not None,
         "parameters": sum(p.numel() for p in heads.parameters()), "seed": options.seed,
-        "init_from": str(options.init_from or ""),
+        "init_from": str(options.init_from or ""), "chosen": chosen,
     }  # fmt: skip
     write_results(output, wrapped, heads, measured, facts, DTYPES[options.save_dtype])
     remove_features(folder)

@@ -8,12 +8,12 @@ sorted by index at the end: a run that was killed resumes to the very bytes it w
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import IO, Any
@@ -37,10 +37,11 @@ from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
-from medhead.generation_config import end_tokens, recorded_fields
+from medhead.generation_config import end_tokens, recorded_fields, stop_strings
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
-from medhead.prepare import SequencePreparer
 from medhead.proposers import PROPOSERS
+from medhead.serving.prepare import SequencePreparer
+from medhead_training.data.feature_store import fingerprint
 from medhead_training.data.prompts import cycle_prompts, encode_prompt, scan_prompts
 from medhead_training.data.records import Message
 from medhead_training.data.resumable import ResumableFile
@@ -159,12 +160,20 @@ def temperature_of(prompt: Prompt, args: argparse.Namespace) -> float:
 
 
 def line_of(
-    prompt: Prompt, ids: list[int], tokenizer: PreTrainedTokenizerBase, ends: list[int], temperature: float
+    prompt: Prompt,
+    ids: list[int],
+    tokenizer: PreTrainedTokenizerBase,
+    ends: list[int],
+    stops: Iterable[str],
+    temperature: float,
 ) -> bytes:
-    """Return the JSON line of an answer."""
+    """Return the JSON line of an answer; its text has no stop string, as that of the engine."""
     visible = ids[:-1] if ids[-1] in ends else ids
-    text_ids = visible if tokenizer.chat_template else prompt.ids + visible
-    text = tokenizer.decode(text_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    decode = partial(tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    answer = decode(visible)
+    text = answer if tokenizer.chat_template else decode(prompt.ids + visible)
+    dropped = len(answer) - min((answer.index(stop) for stop in stops if stop in answer), default=len(answer))
+    text = text[: len(text) - dropped]
     record: dict[str, Any] = {"text": text}
     if tokenizer.chat_template:
         record = {"messages": [*prompt.messages, {"role": "assistant", "content": text}]}
@@ -182,15 +191,6 @@ def max_prompt_tokens(args: argparse.Namespace, context: int) -> int:
     return int(args.max_prompt_tokens or room)
 
 
-def weights_fingerprint(model: torch.nn.Module) -> str:
-    """Return a hash of the first numbers of every parameter, which tells models apart."""
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(f"{name} {tuple(parameter.shape)}".encode())
-        digest.update(parameter.detach().flatten()[:8].float().cpu().numpy().tobytes())
-    return digest.hexdigest()[:32]
-
-
 def run(args: argparse.Namespace) -> None:
     """Run the command."""
     check_options(args)
@@ -204,9 +204,8 @@ def run(args: argparse.Namespace) -> None:
             f"--num-answers {args.num_answers} repeats the {number} prompts, and greedy decoding (--temperatures 0) would "
             "repeat the answers; give temperatures above 0 or more prompts"
         )
-    name = args.model
     args.proposer = args.proposer or ("heads" if args.heads else "none")
-    tokenizer = load_tokenizer(name, args.trust_remote_code)
+    tokenizer = load_tokenizer(args.model, args.trust_remote_code)
     if args.system is not None and not tokenizer.chat_template:
         raise MedheadError("--system needs a tokenizer with a chat template")
     output = ResumableFile(args.output, WRITER)
@@ -214,19 +213,17 @@ def run(args: argparse.Namespace) -> None:
     options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
     options["tokenizer"] = tokenizer_fingerprint(tokenizer)
     started = output.is_started(options)  # checked before a large model is loaded
-    if started and finish(output, args):
-        print(f"{args.output} holds all {args.num_answers} answers already")
-        return
-    model = load_model(name, device, dtype, args.trust_remote_code)
-    options["--model"] = weights_fingerprint(model)
+    model = load_model(args.model, device, dtype, args.trust_remote_code)
+    options["--model"] = fingerprint(dict(model.named_parameters()))
     decoder = make_decoder(args, model)
     options["generation configuration"] = recorded_fields(model, tokenizer)
     max_tokens = max_prompt_tokens(args, decoder.target.context)
-    if started:
-        output.is_started(options)
-    else:
+    if not started:
         check_prompts(args, tokenizer, min(number, args.num_answers), max_tokens)
         output.start(options)
+    elif output.is_started(options) and finish(output, args):
+        print(f"{args.output} holds all {args.num_answers} answers already")
+        return
     with output.open() as file:
         done = set(output.read_indices(file, args.num_answers))
         prompts = prompts_to_answer(args, tokenizer, number, max_tokens, done)
@@ -253,11 +250,11 @@ def write_answers(
     """Answer the prompts and write each answer as it ends."""
     tokens = passes = 0
     start = time.perf_counter()
-    ends = end_tokens(decoder.model, tokenizer)
+    ends, stops = end_tokens(decoder.model, tokenizer), stop_strings(decoder.model)
     with tqdm(total=args.num_answers, initial=done, unit="answer", smoothing=0.05, mininterval=1.0) as bar:
         try:
             for prompt, sequence in answer_prompts(decoder, tokenizer, prompts, args):
-                file.write(line_of(prompt, sequence.output_ids, tokenizer, ends, temperature_of(prompt, args)))
+                file.write(line_of(prompt, sequence.output_ids, tokenizer, ends, stops, temperature_of(prompt, args)))
                 file.flush()
                 tokens, passes = tokens + len(sequence.output_ids), passes + sequence.passes
                 speed = tokens / (time.perf_counter() - start)

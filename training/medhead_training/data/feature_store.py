@@ -67,14 +67,14 @@ def store_key(*facts: Any) -> str:
     return hashlib.sha256(json.dumps([_VERSION, *facts], default=str).encode()).hexdigest()[:24]
 
 
-def fingerprint(tensors: dict[str, Tensor]) -> list[Any]:
-    """Return name, shape, dtype and a checksum of each tensor; the bits of at most 4,096 of its numbers are summed."""
+def fingerprint(tensors: dict[str, Tensor]) -> str:
+    """Return a hash of names, shapes, dtypes and at most about 8,192 numbers of each tensor."""
     found: list[Any] = []
     for name, tensor in sorted(tensors.items()):
         flat = tensor.detach().flatten()
         sample = flat[:: max(1, len(flat) // 4096)].contiguous().view(torch.uint8).cpu().numpy()
         found.append([name, list(tensor.shape), str(tensor.dtype), hashlib.sha256(sample.tobytes()).hexdigest()[:16]])
-    return found
+    return store_key(found)
 
 
 def started(folder: Path, key: str) -> bool:

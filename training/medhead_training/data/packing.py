@@ -46,17 +46,18 @@ def best_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 class PackedDataset(Dataset[dict[str, Tensor]]):
     """Rows of exactly `length` tokens, all epochs one after the other; each epoch is packed and ordered differently.
 
-    A row is a dictionary of `input_ids` (int64), `mask` (bool, tokens of the assistant), `document` (int64, index of the
-    document within the row, -1 for padding) and `position_ids` (int64, from 0 in each document), each `[length]`.
-    Documents longer than `length` are cut into pieces, which count as documents of their own. With `kept`, the store of
-    what the target says about all pieces, a row also has its arrays, `[length, size]`, zero for padding.
+    A row is a dictionary of `input_ids` (int64), `mask` (bool, tokens to learn to predict: those of the assistant, or all with
+    `learn_from_all`), `document` (int64, index of the document within the row, -1 for padding) and `position_ids` (int64, from
+    0 in each document), each `[length]`. Documents longer than `length` are cut into pieces, which count as documents of their
+    own. With `kept`, the store of what the target says about all pieces, a row also has its arrays, `[length, size]`, zero for
+    padding.
     """
 
     kept: FeatureStore | None = None
 
     def __init__(
         self, store: TokenStore, documents: Sequence[int] | np.ndarray, length: int,
-        seed: int = 0, epochs: int = 1, pad_token: int = 0,
+        seed: int = 0, epochs: int = 1, pad_token: int = 0, learn_from_all: bool = False,
     ) -> None:  # fmt: skip
         chosen = np.asarray(documents, dtype=np.int64)
         if not len(chosen):
@@ -64,6 +65,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         if length < 1 or epochs < 1 or seed < 0:
             raise MedheadError(f"length and epochs must be at least 1, seed at least 0; got {length}, {epochs}, {seed}")
         self.store, self.length, self.seed, self.epochs, self.pad_token = store, length, seed, epochs, pad_token
+        self.learn_from_all = learn_from_all
         sizes = store.lengths[chosen]
         starts = np.asarray(store.ends)[chosen] - sizes
         pieces = -(-sizes // length)
@@ -109,7 +111,7 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
         for number, piece in enumerate(order[bounds[row] : bounds[row + 1]]):
             start, size = int(self._starts[piece]), int(self._sizes[piece])
             here = slice(at, at + size)
-            input_ids[here], mask[here] = self.store.read(start, start + size)
+            input_ids[here], mask[here] = self._read(start, start + size)
             document[here], position_ids[here] = number, np.arange(size)
             offset = int(self._offsets[piece])
             for name, values in kept.items():
@@ -128,7 +130,11 @@ class PackedDataset(Dataset[dict[str, Tensor]]):
     def pieces(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield token ids and mask of every piece, in the order of the documents."""
         for start, size in zip(self._starts.tolist(), self._sizes.tolist(), strict=True):
-            yield self.store.read(start, start + size)
+            yield self._read(start, start + size)
+
+    def _read(self, start: int, end: int) -> tuple[np.ndarray, np.ndarray]:
+        ids, mask = self.store.read(start, end)
+        return ids, np.ones_like(mask) if self.learn_from_all else mask
 
     def _empty_arrays(self) -> dict[str, Tensor]:
         parts = None if self.kept is None else self.kept.parts

@@ -18,10 +18,12 @@ from medhead.model.target import Target
 from medhead_training.data.token_store import TokenStore
 from medhead_training.trainer.options import TrainOptions
 
+MIN_DRAFT_VOCAB, MAX_DRAFT_VOCAB = 8192, 32768  # little text holds few of the tokens that answers will need
+
 
 def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -> HeadsConfig:
     """Return the heads' configuration from the options, with sizes taken from the target."""
-    kind, size, config = options.kind, target.hidden_size, target.config
+    kind, size, config = options.kind or "recurrent", target.hidden_size, target.config
     deep = kind in ("attention", "block")
     feature_layers = options.feature_layers
     if feature_layers is None:
@@ -52,27 +54,33 @@ def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -
 
 
 def select_draft_tokens(options: TrainOptions, store: TokenStore, vocab_size: int) -> torch.Tensor | None:
-    """Return the ids of the most frequent answer tokens in ascending order, or None for the whole vocabulary."""
+    """Return the ids of the most frequent answer tokens in ascending order, or None for the whole vocabulary.
+
+    Among equally frequent ones, those come first that are frequent in prompts, then those with lower ids, which most
+    tokenizers give to more frequent tokens.
+    """
     if options.draft_vocab == 0:
         return None
-    counts = np.zeros(vocab_size, dtype=np.int64)
+    counts, in_all = np.zeros((2, vocab_size), dtype=np.int64)
     for start in range(0, store.tokens, 1 << 22):
         tokens, mask = store.read(start, start + (1 << 22))
         counts += np.bincount(tokens[mask], minlength=vocab_size)[:vocab_size]
+        in_all += np.bincount(tokens, minlength=vocab_size)[:vocab_size]
     wanted = options.draft_vocab
     if wanted < 0:
         covered = np.cumsum(np.sort(counts)[::-1]) / max(counts.sum(), 1)
-        wanted = min(32768, -(-(int(np.searchsorted(covered, 0.998)) + 1) // 64) * 64)
+        wanted = -(-(int(np.searchsorted(covered, 0.998)) + 1) // 64) * 64
+        wanted = min(MAX_DRAFT_VOCAB, max(MIN_DRAFT_VOCAB, wanted))
     if wanted >= vocab_size:
         return None
-    return torch.from_numpy(np.sort(np.argsort(-counts, kind="stable")[:wanted]).copy())
+    return torch.from_numpy(np.sort(np.lexsort((-in_all, -counts))[:wanted]).copy())
 
 
 def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Heads:
     """Return newly initialised heads, or those of `--init-from`."""
     if options.init_from:
         heads = load_heads(options.init_from, target)
-        if heads.config.kind != options.kind:
+        if options.kind not in (None, heads.config.kind):
             raise MedheadError(
                 f"--init-from holds heads of kind {heads.config.kind!r}, but --kind is {options.kind!r}; give the same kind"
             )

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError
+from medhead.model.eval_mode import eval_mode
 from medhead.model.loading import DTYPES
 from medhead_training.data.feature_store import FeatureParts, fingerprint, prepare_features, started, store_key
 from medhead_training.data.packing import PackedDataset
-from medhead_training.objective.module import HeadsModule, eval_mode
+from medhead_training.objective.module import HeadsModule
 from medhead_training.objective.unroll import PackedBatch
 
 FOLDER = "features"  # in the run folder

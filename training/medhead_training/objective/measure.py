@@ -31,11 +31,17 @@ Document = tuple[Tensor, Tensor]  # token ids and the mask of the tokens to pred
 
 @torch.no_grad()
 def measure_accuracy(
-    heads: Heads, target: Target, documents: Iterable[Document], ranks: int = 10, max_anchors: int = 50_000
+    heads: Heads,
+    target: Target,
+    documents: Iterable[Document],
+    ranks: int = 10,
+    max_anchors: int = 50_000,
+    features: list[Tensor] | None = None,
 ) -> HeadAccuracy:
     """Run heads along held-out documents, heads and target each in their own dtype, until `max_anchors` are measured.
 
-    `ranks` ranks are distinguished; a larger one counts as a miss.
+    `ranks` ranks are distinguished; a larger one counts as a miss. The first call with an empty list `features` fills it with
+    the target's, later calls with the same list, documents and target read them there.
     """
     if ranks < 1 or max_anchors < 1:
         raise MedheadError(f"ranks and max_anchors must be at least 1, got {ranks} and {max_anchors}")
@@ -44,8 +50,14 @@ def measure_accuracy(
     with eval_mode(heads), target.active(heads.config.feature_layers):
         output_head = OutputHead(heads, target, next((p.dtype for p in heads.parameters()), target.dtype))
         columns = draft_columns(output_head.tokens, target.vocab_size, target.device)
-        for batch in _batches(documents, target.device):
-            found.append(_ranks_along(output_head, columns, target, batch, ranks))
+        for number, batch in enumerate(_batches(documents, target.device)):
+            if features is None or number == len(features):
+                kept = _features_of(target, batch)
+                if features is not None:
+                    features.append(kept)
+            else:
+                kept = features[number]
+            found.append(_ranks_along(output_head, columns, target, batch, kept, ranks))
             count += len(found[-1][0])
             if count >= max_anchors:
                 break
@@ -69,13 +81,19 @@ def _batches(documents: Iterable[Document], device: torch.device) -> Iterator[Pa
                 yield batch
 
 
+def _features_of(target: Target, batch: PackedBatch) -> Tensor:
+    """Return the target's features `[rows, length, feature_size]`."""
+    rows, length = batch.ids.shape
+    positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
+    return target.read_hidden(target.model, batch.ids, positions)[1]
+
+
 def _ranks_along(
-    output_head: OutputHead, columns: Tensor, target: Target, batch: PackedBatch, ranks: int
+    output_head: OutputHead, columns: Tensor, target: Target, batch: PackedBatch, features: Tensor, ranks: int
 ) -> tuple[Tensor, Tensor]:
     """Return ranks `[anchors, depth]` int16 in text order, and whether an anchor is the last of its answer `[anchors]`."""
     heads, dtype, (rows, length) = output_head.heads, output_head.dtype, batch.ids.shape
-    positions = torch.arange(length, device=batch.ids.device).expand(rows, -1)
-    features = target.read_hidden(target.model, batch.ids, positions)[1].to(dtype)
+    features = features.to(dtype)
     anchors, valid = sample_anchors(batch, 1.0)
     width = anchors.shape[1]
     if heads.cache_entry_size:  # every anchor attends to the whole text

@@ -43,14 +43,14 @@ RUN, HEADS, DATA, TRAINING, LORA, SAVING = "run", "heads", "data", "training", "
 
 @dataclass
 class TrainOptions:
-    """Everything that determines a run. None means that the value is derived from the target."""
+    """Everything that determines a run. None means that the value is derived from the target and the amount of text."""
 
     # fmt: off
     model: str = option("", RUN, "model folder, hub id, GGUF file, or smollm2: the target")
     data: list[str] = option([], RUN, "training text: JSON lines (messages, prompt and answer, or text), folders of them, or a Hugging Face dataset", nargs="+")
     output: str = option("", RUN, "folder for checkpoints and the finished heads")
     recipe: str = option("heads", RUN, "heads: frozen target, its text does not change; joint: LoRA on the target too; qlora: LoRA on a 4-bit target", choices=("heads", "joint", "qlora"))
-    kind: str = option("block", HEADS, "kind of heads", one_of(sorted(KINDS)))
+    kind: str | None = option(None, HEADS, f"kind of heads: {', '.join(sorted(KINDS))} (attention for less than 20,000 answer tokens, else recurrent; or that of --init-from)", one_of(sorted(KINDS)))
     depth: int = option(8, HEADS, "tokens that the heads draft ahead", COUNT)
     correction: str | None = option(None, HEADS, "how a draft token conditions the next ones: none, parent or recurrent", choices=("none", "parent", "recurrent"))
     blocks: int | None = option(None, HEADS, "layers of block heads (2), residual blocks of Medusa heads (1)", COUNT, type=int)
@@ -58,14 +58,16 @@ class TrainOptions:
     correction_size: int | None = option(None, HEADS, "width of the correction (1.5 times the hidden size)", COUNT, type=int)
     feature_layers: list[int] | None = option(None, HEADS, "layers of the target that attention and block heads read (3, or 5, evenly spaced)", type=int, nargs="+")
     causal: bool = option(True, HEADS, "each slot of block heads attends to earlier slots only")
-    draft_vocab: int = option(-1, HEADS, "size of the draft vocabulary; 0: all tokens, -1: as many as cover 99.8 %% of the answers, at most 32768", DRAFT_VOCAB)
+    draft_vocab: int = option(-1, HEADS, "size of the draft vocabulary; 0: all tokens, -1: as many as cover 99.8 %% of the answers, from 8192 to 32768", DRAFT_VOCAB)
     init_from: str = option("", HEADS, "heads checkpoint to start from (same kind; its sizes are kept)")
     eval_data: list[str] = option([], DATA, "held-out text (a part of the data if not given)", nargs="+")
-    held_out: float = option(0.02, DATA, "fraction of the documents that is held out, at most 256 documents", FRACTION)
-    seq_len: int = option(1024, DATA, "tokens of a row; several documents are packed into one", COUNT)
-    batch_size: int = option(8, DATA, "rows per device and step", COUNT)
+    held_out: float | None = option(None, DATA, "fraction of the documents that is held out, at most 256 documents (0.02, but 12 documents or a tenth of fewer than 120)", FRACTION, type=float)
+    learn_from: str = option("auto", DATA, "answers: learn to predict the assistant's tokens; all: prompts, too (not with the loss hard); auto: all for less than 500,000 answer tokens", choices=("auto", "answers", "all"))
+    seq_len: int | None = option(None, DATA, "tokens of a row; several documents are packed into one (1024; 256 or 512 for little text)", COUNT, type=int)
+    batch_size: int | None = option(None, DATA, "rows per device and step (1 to 8, so that there are at least 400 updates)", COUNT, type=int)
     gradient_accumulation_steps: int = option(1, DATA, "steps whose gradients are summed before an update", COUNT)
-    epochs: int = option(4, TRAINING, "passes over the data", COUNT)
+    epochs: int | None = option(None, TRAINING, "passes over the data (3 to 24: about 4 million tokens in all)", COUNT, type=int)
+    patience: int = option(5, TRAINING, "stop after so many evaluations without a larger held-out accepted length; the heads of the best evaluation are kept; 0: train to the end and keep the last (as recipes joint and qlora do)", NOT_NEGATIVE)
     max_steps: int = option(0, TRAINING, "maximum number of updates, which never adds to those of --epochs (0: until the epochs end)", NOT_NEGATIVE)
     loss: str = option("soft", TRAINING, "hard, soft, kl, reverse_kl, js, tv, lk or hybrid_lk", one_of(LOSSES))
     depth_decay: float = option(0.9, TRAINING, "weight of a depth relative to the one before", POSITIVE_FRACTION)
@@ -74,6 +76,7 @@ class TrainOptions:
     optimizer: str = option("muon", TRAINING, "muon (for matrices, AdamW for the rest) or adamw", choices=("muon", "adamw"))
     lr: float | None = option(None, TRAINING, "peak learning rate of Muon (0.02 for hidden size 256, less for larger ones)", POSITIVE, type=float)
     adamw_lr: float | None = option(None, TRAINING, "peak learning rate of AdamW (0.003 for hidden size 256, less for larger ones)", POSITIVE, type=float)
+    weight_decay: float | None = option(None, TRAINING, "weight decay of Muon (0.01; 0.1 for less than 500,000 answer tokens)", NOT_NEGATIVE, type=float)
     warmup_ratio: float = option(0.02, TRAINING, "fraction of the steps in which the learning rate rises", FRACTION)
     max_grad_norm: float = option(1.0, TRAINING, "norm to which gradients are clipped", POSITIVE)
     seed: int = option(0, TRAINING, "seed of everything random", SEED)
@@ -93,7 +96,7 @@ class TrainOptions:
     preservation_weight: float = option(1.0, LORA, "weight of KL(target without adapter || with it) on the answers", NOT_NEGATIVE)
     save_steps: int = option(200, SAVING, "updates between checkpoints", COUNT)
     logging_steps: int = option(10, SAVING, "updates between log entries", COUNT)
-    eval_steps: int = option(0, SAVING, "updates between evaluations (0: as often as checkpoints)", NOT_NEGATIVE)
+    eval_steps: int = option(0, SAVING, "updates between evaluations (0: 12 evaluations, or as often as checkpoints)", NOT_NEGATIVE)
     save_dtype: str = option("bfloat16", SAVING, "dtype of the stored heads", choices=tuple(DTYPES))
     tensorboard: bool = option(True, SAVING, "write TensorBoard logs if it is installed")
     # fmt: on
@@ -107,7 +110,9 @@ class TrainOptions:
             value, rule = getattr(self, entry.name), entry.metadata["rule"]
             if rule is not None and value is not None and not rule[1](value):
                 raise _not_allowed(entry.name, value, rule[0])
-        if self.seq_len < self.depth + 2:
+        if self.learn_from == "all" and self.loss == "hard":
+            raise _not_allowed("learn_from", self.learn_from, "answers with --loss hard")
+        if self.seq_len is not None and self.seq_len < self.depth + 2:
             raise _not_allowed("seq_len", self.seq_len, f"at least {self.depth + 2}, 2 more than --depth")
         if self.shard and self.recipe != "heads":
             raise _not_allowed("recipe", self.recipe, "heads with --shard")

@@ -59,7 +59,8 @@ def write_card(folder: str | Path, config: HeadsConfig, facts: dict[str, Any], m
     """Write `README.md`, a model card with PEFT's front matter, into the heads' folder, and return its path.
 
     Used of `facts`, if present: `model` (the target's name or folder), `recipe`, `loss`, `steps`, `epochs`, `documents`,
-    `tokens`, `answer_tokens`, `minutes`, `resumed`, `seed`, `parameters`, `init_from`. `measured` is None without held-out text.
+    `tokens`, `answer_tokens`, `minutes`, `resumed`, `seed`, `parameters`, `init_from`, `kept_step`,
+    `chosen`. `measured` is None without held-out text.
     """
     folder, model = Path(folder), str(facts.get("model") or "the target")
     recipe = str(facts.get("recipe") or "heads")
@@ -125,6 +126,8 @@ def _facts(config: HeadsConfig, facts: dict[str, Any], recipe: str) -> list[list
         "recipe": f"`{recipe}`",
         "loss": f"`{facts['loss']}`" if "loss" in facts else "",
         **{name: f"{facts[name]:,}" for name in ("steps", "epochs") if name in facts},
+        "heads of step": f"{facts['kept_step']:,}, the best on held-out text" if facts.get("kept_step", 0) else "",
+        "chosen from the amount of text": ", ".join(f"{n} {v}" for n, v in facts.get("chosen", {}).items()),
         "minutes": f"{facts.get('minutes', '')}{' since the run was last started' if facts.get('resumed') else ''}",
         "seed": str(facts.get("seed", "")),
     }

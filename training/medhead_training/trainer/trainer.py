@@ -23,6 +23,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from medhead.errors import MedheadError
 from medhead_training.objective.module import HeadsModule
+from medhead_training.trainer.best_update import BestUpdate
 from medhead_training.trainer.optim import muon_and_adamw
 from medhead_training.trainer.options import TrainOptions
 
@@ -35,7 +36,7 @@ def training_arguments(options: TrainOptions, folder: Path, device: torch.device
         output_dir=str(folder),
         num_train_epochs=1,  # the dataset holds all epochs
         max_steps=options.max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size or 1,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_grad_norm=options.max_grad_norm,
         save_strategy="steps",
@@ -74,7 +75,7 @@ class HeadsTrainer(Trainer):
         evaluate_heads: Callable[[], dict[str, float]],
     ) -> None:  # fmt: skip
         self.module, self.options, self.evaluate_heads = module, options, evaluate_heads
-        self.metrics, self.bar = StepMetrics(), ProgressBar()
+        self.metrics, self.bar, self.best = StepMetrics(), ProgressBar(), BestUpdate(Path(str(arguments.output_dir)))
         super().__init__(model=module, args=arguments, train_dataset=dataset, eval_dataset=dataset)
         self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # `disable_tqdm` puts it in the place of transformers' progress bar
@@ -85,9 +86,11 @@ class HeadsTrainer(Trainer):
         try:
             if resume_from_checkpoint is not None:
                 state = TrainerState.load_from_json(str(Path(resume_from_checkpoint) / TRAINER_STATE_NAME))
-                if state.global_step >= state.max_steps:  # transformers would train one more step
-                    self.state = state
+                if state.global_step >= state.max_steps or state.global_step == self.best.stopped:
+                    self.state = state  # transformers would train one more step
                     return self._load_from_checkpoint(resume_from_checkpoint)
+            elif self.args.should_save:
+                self.best.forget()
             return super().train(resume_from_checkpoint=resume_from_checkpoint, **more)
         finally:
             self.bar.close()
@@ -120,10 +123,33 @@ class HeadsTrainer(Trainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Measure the heads on held-out text."""
+        self._check_weights()
         found = {f"eval_{name}": value for name, value in self.evaluate_heads().items()}
         self.log(found)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        if self.keeps_best and "eval_predicted_accepted_length" in found:  # not without held-out text
+            limit = self.options.patience * int(self.args.eval_steps or 1)
+            length = found["eval_predicted_accepted_length"]
+            step = self.state.global_step
+            try:
+                stop = self.best.offer(step, length, self._trained_state, limit, self.args.should_save)
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise self._not_written(f"the heads of step {step}", error) from error
+            self.control.should_training_stop |= stop
         return found
+
+    @property
+    def keeps_best(self) -> bool:
+        """Whether the heads of the best evaluation are kept; where the target is trained, the last ones are."""
+        return bool(self.options.patience) and self.options.recipe == "heads"
+
+    def load_best(self) -> int:
+        """Load the weights of the best evaluation, if there is one, and return the number of the loaded update."""
+        weights = self.best.weights() if self.keeps_best else None
+        if weights is None:
+            return self.state.global_step
+        self.module.load_state_dict(weights, strict=False)
+        return self.best.step
 
     # ---------------------------------------------------------------- optimiser
 
@@ -134,7 +160,9 @@ class HeadsTrainer(Trainer):
             adamw_lr = options.adamw_lr or 0.003 * scale
             heads = dict(self.module.heads.named_parameters())
             if options.optimizer == "muon":
-                self.optimizer = muon_and_adamw(heads.items(), options.lr or 0.02 * scale, adamw_lr)
+                self.optimizer = muon_and_adamw(
+                    heads.items(), options.lr or 0.02 * scale, adamw_lr, options.weight_decay or 0.0
+                )
             else:
                 self.optimizer = torch.optim.AdamW(heads.values(), lr=adamw_lr, betas=(0.9, 0.98), weight_decay=0.0)
             of_heads = {id(p) for p in heads.values()}
@@ -177,8 +205,11 @@ class HeadsTrainer(Trainer):
             return
         folder = Path(output_dir or str(self.args.output_dir))
         folder.mkdir(parents=True, exist_ok=True)
+        save_file(self._trained_state(state_dict), folder / WEIGHTS)
+
+    def _trained_state(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         state = self.module.state_dict() if state_dict is None else state_dict
-        save_file({n: state[n].detach().cpu().contiguous() for n in sorted(self._trained_names())}, folder / WEIGHTS)
+        return {name: state[name].detach().cpu().contiguous() for name in sorted(self._trained_names())}
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         weights = load_file(Path(resume_from_checkpoint) / WEIGHTS)
@@ -198,12 +229,15 @@ class HeadsTrainer(Trainer):
             group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in self.optimizer.param_groups]  # what is logged
 
+    def _check_weights(self) -> None:
+        for name, parameter in self.module.named_parameters():
+            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):  # before the next loss shows it
+                raise self._diverged(f"{name} is not finite after step {self.state.global_step}")
+
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Save a checkpoint and mark it when it is complete; on a full disk the last complete one remains."""
         folder, step = Path(str(self.args.output_dir)), self.state.global_step
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad and not bool(torch.isfinite(parameter).all()):  # before the next loss shows it
-                raise self._diverged(f"{name} is not finite after step {step}")
+        self._check_weights()
         new = folder / f"{PREFIX_CHECKPOINT_DIR}-{step}"
         try:
             super()._save_checkpoint(model, trial)
@@ -212,11 +246,14 @@ class HeadsTrainer(Trainer):
                 (new / COMPLETE).touch()
         except (OSError, RuntimeError, SafetensorError) as error:
             shutil.rmtree(new, ignore_errors=True)
-            reason = " ".join(str(error).split())[:120]
-            raise MedheadError(
-                f"the checkpoint of step {step} cannot be written to {str(folder)!r} ({reason}); free some "
-                f"space and start again: the run resumes from {_name(last_checkpoint(folder))}"
-            ) from error
+            raise self._not_written(f"the checkpoint of step {step}", error) from error
+
+    def _not_written(self, what: str, error: Exception) -> MedheadError:
+        folder, reason = Path(str(self.args.output_dir)), " ".join(str(error).split())[:120]
+        return MedheadError(
+            f"{what} cannot be written to {str(folder)!r} ({reason}); free some space and start again: the run resumes from "
+            f"{_name(last_checkpoint(folder))}"
+        )
 
 
 class StepMetrics:
@@ -257,7 +294,8 @@ class ProgressBar(TrainerCallback):
             self.bar = tqdm(total=state.max_steps, initial=state.global_step, **look)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any) -> None:
-        """Advance by one step."""
+        """Advance by one step; the last one is evaluated, too."""
+        control.should_evaluate |= state.global_step >= state.max_steps
         if self.bar is not None:
             self.bar.update()
 

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Train SmolLM2's heads: the prompts, the model's own answers to them, the heads. Every step resumes where it was stopped.
+# usage: benchmarks/smollm2/train.sh FOLDER_OF_TRAIN_DATA OUTPUT_FOLDER [finetune options]
+set -euo pipefail
+here=$(cd "$(dirname "$0")" && pwd)
+data=$1 output=$2
+shift 2
+mkdir -p "$output"
+python "$here/prompts.py" "$data" "$output/prompts.jsonl"
+medhead generate-data --model smollm2 --prompts "$output/prompts.jsonl" --output "$output/answers.jsonl" \
+    --num-answers "${NUM_ANSWERS:-4759}" --temperatures 0 0.7 0 1.0 --max-new-tokens 200 --batch-size 32
+medhead finetune --model smollm2 --data "$output/answers.jsonl" --output "$output/heads" --draft-vocab 8192 "$@"
