@@ -190,12 +190,12 @@ def exists(name: str) -> bool:
     return name in transformers.models.auto.configuration_auto.CONFIG_MAPPING_NAMES
 
 
-def tiny(name: str, changes: dict[str, Any], seed: int = 0) -> PreTrainedModel:
-    """A tiny random float32 model of a family, ready to decode."""
+def tiny(name: str, changes: dict[str, Any], seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A tiny random model of a family, ready to decode."""
     fields = {key: value for key, value in (BASE | changes).items() if value is not None}
     torch.manual_seed(seed)
     config = AutoConfig.for_model(name, **fields)
-    return AutoModelForCausalLM.from_config(config).float().eval()
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 @torch.no_grad()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from medhead_kernels import flash, reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
+from medhead_kernels.causal import HALF_DTYPES
 
 MAX_NODES = 256  # of a tree, for triton and flash
-HALF_DTYPES = (torch.bfloat16, torch.float16)
 
 
 class BackendError(ValueError):

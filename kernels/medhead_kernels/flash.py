@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
+from medhead_kernels.causal import flash_kernel
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, tree: TreeMetadata, params: AttnParams) -> Tensor:
@@ -67,10 +68,8 @@ def _prefix_attention(
         rows: slice | list[int] = slice(None)
         if not tree.uniform:
             rows = [row for row, other in enumerate(tree.host_lengths) if other == length]
-        name = "_scaled_dot_product_flash_attention" + ("_for_cpu" if packed.device.type == "cpu" else "")
-        kernel = getattr(torch.ops.aten, name)
-        found = kernel(packed[rows], key[rows, :, :length], value[rows, :, :length], scale=params.scale)
-        out[rows], lse[rows] = found[0], found[1][:, :, : packed.shape[2]]
+        prefix = key[rows, :, :length], value[rows, :, :length]
+        out[rows], lse[rows] = flash_kernel(packed[rows], *prefix, params.scale)
     return out, lse
 
 

@@ -1,11 +1,11 @@
-"""The Triton kernels as PyTorch operators, which traced and compiled steps can record."""
+"""The attention kernel as a PyTorch operator, which traced and compiled steps can record."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from medhead_kernels import commit, tree_attention
+from medhead_kernels import tree_attention
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
 
@@ -28,14 +28,3 @@ def _attention(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, ances
 def _(query: Tensor, key: Tensor, value: Tensor, *args: object) -> Tensor:
     batch, heads, nodes, _ = query.shape
     return query.new_empty(batch, nodes, heads, value.shape[3])
-
-
-@torch.library.custom_op("medhead::move_rows", mutates_args=("buffer",))
-def move(buffer: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
-    """Call `commit.move` as the operator `medhead::move_rows`, which changes `buffer`."""
-    commit.move(buffer, path, lengths, counts)
-
-
-@move.register_fake
-def _(buffer: Tensor, path: Tensor, lengths: Tensor, counts: Tensor | None) -> None:
-    return None

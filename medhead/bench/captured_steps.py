@@ -59,7 +59,7 @@ def eager_steps(target: Target, ids: Tensor, nodes: list[int]) -> Steps:
     batch, context = ids.shape
     generator = GumbelNoise(target.vocab_size, target.device)
     with torch.inference_mode(), target.active():
-        buffers = _buffers(target, batch, context + max(nodes) + 1, PlainProposer())
+        buffers = loop_buffers(target, batch, context + max(nodes) + 1, PlainProposer())
         target.prefill(buffers.cache, ids.tolist())
         for name, proposer in proposers_of(target, nodes).items():
 
@@ -100,7 +100,7 @@ def config_of(target: Target, kind: str) -> HeadsConfig:
     )  # fmt: skip
 
 
-def _buffers(target: Target, batch: int, capacity: int, proposer: Proposer) -> StepBuffers:
+def loop_buffers(target: Target, batch: int, capacity: int, proposer: Proposer) -> StepBuffers:
     """Return buffers of the decode loop for greedy sequences."""
     cache, device = target.new_cache(batch, capacity), target.device
     features = torch.zeros(batch, target.feature_size, dtype=target.dtype, device=device)
@@ -124,7 +124,7 @@ def _capture(
     with torch.inference_mode(False), torch.no_grad():
         proposer.begin(target, [[0] * context] * batch)
         columns = columns_for(context + proposer.tree_size + proposer.steps)
-        buffers = StepBuffers.allocate(_buffers(target, batch, 1, proposer), batch, columns, proposer.steps)
+        buffers = StepBuffers.allocate(loop_buffers(target, batch, 1, proposer), batch, columns, proposer.steps)
         if forward_only:
             forward(buffers)  # tables and kernels are made outside the capture
             run = BACKENDS[backend](forward, buffers, target.device)

@@ -58,9 +58,8 @@ def recorded(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
 
 def compiled(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
     """Let PyTorch's compiler fuse the traced step; on CUDA the result is captured."""
-    per_layer = device.type == "cpu"  # on CUDA one kernel moves the rows of all layers
-    tensors = buffers.tensors(per_layer)
-    function = compile_graph(trace_step(step, buffers, per_layer), tensors, dynamic=False)
+    tensors = buffers.tensors()
+    function = compile_graph(trace_step(step, buffers), tensors, dynamic=False)
 
     def run() -> None:
         function(*tensors)
@@ -110,13 +109,13 @@ def make(backend: str, target: Target, proposer: Proposer, buffers: StepBuffers,
         ) from error
 
 
-def trace_step(step: Step, buffers: StepBuffers, per_layer: bool = False) -> GraphModule:
+def trace_step(step: Step, buffers: StepBuffers) -> GraphModule:
     """Return the step's operations over `buffers.tensors()`, traced with tensors that hold nothing: reading one fails."""
 
     def run(*tensors: Tensor) -> None:
-        step(buffers.over(list(tensors), per_layer))
+        step(buffers.over(list(tensors)))
 
-    return trace(run, buffers.tensors(per_layer), "fake")
+    return trace(run, buffers.tensors(), "fake")
 
 
 def _capture(run: Run, device: torch.device) -> Run:

@@ -19,6 +19,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
+from medhead.model.layout import refuse_rotary_by_length
 from medhead.model.target import Target
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace with: sizes that may differ are unequal
@@ -38,6 +39,7 @@ class CompiledTarget(Target):
         self._ready = False  # the probe's passes are not worth compiling
         kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
+        refuse_rotary_by_length(self.model, "compiled")
         self.on_progress: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host

@@ -13,6 +13,7 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
+from medhead.model.layout import refuse_rotary_by_length
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
 
@@ -41,7 +42,8 @@ class GraphCache:
         on_progress: told when something is made that takes a while.
 
     Raises:
-        MedheadError: the backend is unknown, or the proposer, the attention or the devices cannot be part of a captured step.
+        MedheadError: the backend is unknown, or the proposer, the attention, the rotary scaling or the devices cannot be
+            part of a captured step.
     """
 
     def __init__(self, target: Target, proposer: Proposer, backend: str, lag: int | None = None) -> None:
@@ -56,6 +58,7 @@ class GraphCache:
             raise MedheadError(
                 f"step {backend!r} does not go with attention 'flash', which reads lengths on the host; use auto or triton"
             )
+        refuse_rotary_by_length(target.model, backend)
         devices = {spec.device for pair in target.layout.layers.values() for spec in pair}
         if devices != {target.device}:
             raise MedheadError(f"step {backend!r} needs the whole model on one device, it is on {len(devices)}")

@@ -92,22 +92,19 @@ class StepBuffers:
             torch.zeros(rows, 1 + steps, dtype=torch.long, device=device),
         )
 
-    def tensors(self, per_layer: bool = False) -> list[Tensor]:
-        """Return all tensors in a fixed order, as `over` takes them; with `per_layer` every layer's keys and values apart."""
+    def tensors(self) -> list[Tensor]:
+        """Return all tensors in a fixed order, as `over` takes them, every layer's keys and values apart."""
         assert self.alive is not None
         assert self.output is not None
-        buffers = self.cache.buffers.values()
-        caches = [part for buffer in buffers for part in (buffer if per_layer else [buffer])]
         drafts = [] if self.draft_cache is None else [self.draft_cache.cache.rows]
         rest = [self.lengths.device, self.roots, self.features, self.sampling.numbers, self.sampling.scales]
-        return [*caches, *drafts, *rest, self.alive, self.output]
+        return [*self.cache.per_layer, *drafts, *rest, self.alive, self.output]
 
-    def over(self, tensors: list[Tensor], per_layer: bool = False) -> StepBuffers:
+    def over(self, tensors: list[Tensor]) -> StepBuffers:
         """Return buffers of the same form over other tensors."""
         left = iter(tensors)
         buffers: KVBuffers = {
-            spec: [next(left) for _ in range(len(buffer))] if per_layer else next(left)
-            for spec, buffer in self.cache.buffers.items()
+            spec: [next(left) for _ in range(len(buffer))] for spec, buffer in self.cache.buffers.items()
         }
         rows = None if self.draft_cache is None else next(left)
         lengths = Lengths(next(left), None)

@@ -16,7 +16,7 @@ from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, 
 from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.lockstep import Lockstep
-from medhead.core.sampling import SamplingBatch
+from medhead.core.sampling import SamplingBatch, reads_nothing
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
@@ -295,6 +295,8 @@ class DecodeLoop:
         if self.graphs is None or self.typical is not None or self.record_scores or self.record_logits:
             return False
         if not self.sequences or not _share_processors(self.sequences):
+            return False
+        if not reads_nothing(self.sequences[0].processors, self.target.device):
             return False
         if any(one.stop_checker.has_criteria for one in self.sequences):
             return False

@@ -25,6 +25,8 @@ _LOCAL_NAMES = (
     "LogitNormalization",
 )
 _LOCAL = tuple(getattr(lp, name) for name in (*_LOCAL_NAMES, "InfNanRemoveLogitsProcessor") if hasattr(lp, name))
+# those of them that check a distribution on the host
+_READING = tuple(getattr(lp, f"{kind}LogitsWarper") for kind in ("TopH", "Eta") if hasattr(lp, f"{kind}LogitsWarper"))
 # transformers' class, the attribute that holds its number, and the field of SamplingParams; in transformers' order
 _WARPERS = (
     (lp.TemperatureLogitsWarper, "temperature"),
@@ -37,6 +39,12 @@ _WARPERS = (
 def is_local(processors: Iterable[Any]) -> bool:
     """Return whether every processor looks at one distribution alone (exact types: a subclass may do anything)."""
     return all(type(processor) in _LOCAL for processor in processors)
+
+
+def reads_nothing(processors: Iterable[Any], device: torch.device) -> bool:
+    """Return whether no local processor reads a tensor on the host or brings one of another device: a step can be captured."""
+    held = [value for one in processors for value in vars(one).values() if isinstance(value, Tensor)]
+    return not any(type(one) in _READING for one in processors) and all(value.device == device for value in held)
 
 
 def take_warpers(processors: LogitsProcessorList, params: SamplingParams) -> tuple[SamplingParams, LogitsProcessorList]:

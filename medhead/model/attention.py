@@ -38,6 +38,7 @@ from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
 from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
+from medhead_kernels.causal import HALF_DTYPES, is_supported
 
 NAME = "medhead"
 
@@ -87,11 +88,14 @@ class TreePass:
     ) -> Tensor | None:
         """Return the additive mask `[batch or 1, 1, nodes, keys]` of one mask function.
 
-        None stands for plain attention: one node that sees every key, or several causal nodes.
+        None stands for plain attention: one node that sees every key, or several causal nodes; those have a prefix only where
+        a flash kernel may serve them, see `causal.attention`.
         """
+        flash = device.type == "cuda" and dtype in HALF_DTYPES
         fits = window is not None and self.num_keys <= window and not self.prompts
         causal = mask_function is causal_mask_function or fits
-        if causal and self.lengths is None and self.visible is None and (self.nodes == 1 or self.max_length == 0):
+        plain = flash or self.nodes == 1 or self.max_length == 0
+        if causal and self.lengths is None and self.visible is None and plain:
             return None
         key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
@@ -233,11 +237,13 @@ def _attention(
         out, attention_mask = _backend_attention(current, query, key, value, params)
         if out is not None:
             return out, None
-    if not needs_reference and not current.use_reference:
+    needs_reference = needs_reference or current.use_reference
+    nodes, keys = query.shape[2], key.shape[2]
+    if attention_mask is None and nodes > 1 and (needs_reference or (keys > nodes and not is_supported(query, value))):
+        visible = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
+        attention_mask = additive_mask(visible, torch.float32 if needs_reference else query.dtype)
+    if not needs_reference:
         return sdpa.attention(query, key, value, attention_mask, scale), None
-    if attention_mask is None and query.shape[2] > 1:
-        nodes, keys = query.shape[2], key.shape[2]
-        attention_mask = torch.ones(nodes, keys, dtype=torch.bool, device=query.device).tril(keys - nodes)
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None

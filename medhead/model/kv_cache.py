@@ -19,6 +19,7 @@ from transformers import Cache
 
 from medhead.core.lengths import Lengths
 from medhead.errors import one_line
+from medhead_kernels.cache_ops import move_layers, move_rows, write_rows
 
 PAGE = 64  # rows are allocated in multiples of this
 
@@ -85,7 +86,7 @@ class TreeCache(Cache):
     def from_buffers(cls, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> TreeCache:
         """Return a cache over existing storage, as `buffers` of another cache gives it.
 
-        A list of tensors per layer suits a compiler, which copies a whole tensor that changes in many places.
+        With a list of tensors per layer the cache is changed by operators that a compiler does not make copies for.
         """
         cache = cls.__new__(cls)
         cache._hold(layout, buffers, lengths)
@@ -94,11 +95,11 @@ class TreeCache(Cache):
     def _hold(self, layout: CacheLayout, buffers: KVBuffers, lengths: Lengths) -> None:
         Cache.__init__(self, layers=[])
         self.layout, self.buffers, self.lengths = layout, buffers, lengths
-        self.capacity: int = next(
-            (buffer[0].shape[2] for buffer in buffers.values()), 1 << 30
-        )  # without attention: no limit
+        unlimited = 1 << 30  # without attention
+        self.capacity: int = next((buffer[0].shape[2] for buffer in buffers.values()), unlimited)
         self.columns: int | None = None
         self.position_offset: Tensor | None = None
+        self._traced = any(isinstance(buffer, list) for buffer in buffers.values())
         self._refresh_views()
         self.used = 0
         self._start: int | None = 0  # where this pass writes, if that is the same in all rows
@@ -137,8 +138,11 @@ class TreeCache(Cache):
             values[:, :, self._start : self.used] = value_states
         else:
             index = self._rows_index[keys.device]
-            keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
-            values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
+            if self._traced:
+                write_rows(keys, values, key_states, value_states, index)
+            else:
+                keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
+                values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
         return keys[:, :, : self.used], values[:, :, : self.used]
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
@@ -151,19 +155,19 @@ class TreeCache(Cache):
             return
         for spec, buffer in self.buffers.items():
             here, lengths = path.to(spec.device), self.lengths.device.to(spec.device)
+            by_kernel = use_triton_commit(spec.device)
             if isinstance(buffer, list):
-                for layer in buffer:
-                    _move_rows(layer[None], here, lengths)
-            elif use_triton_commit(spec.device):
-                from medhead_kernels import ops
+                move_layers(buffer, here, lengths, counts.to(spec.device), by_kernel)
+            elif by_kernel:
+                from medhead_kernels import commit
 
-                ops.move(buffer, here, lengths, counts.to(spec.device))
+                commit.move(buffer, here, lengths, counts.to(spec.device))
             elif self._start is not None and len(path) == 1:
                 buffer[:, :, :, self._start : self._start + path.shape[1]] = buffer.index_select(
                     3, here[0] + self._start
                 )
             else:
-                _move_rows(buffer, here, lengths)
+                move_rows(buffer, here, lengths)
 
     def keep_rows(self, rows: list[int]) -> None:
         """Drop all rows but these (of sequences that ended), in this order; the caller does the same to `lengths`.
@@ -270,15 +274,6 @@ def compact_order(rows: list[int]) -> list[int]:
     """Return the rows in the order for which `TreeCache.keep_rows` moves the fewest: the last ones fill the gaps."""
     kept, spare = set(rows), [row for row in rows if row >= len(rows)]
     return [row if row in kept else spare.pop() for row in range(len(rows))]
-
-
-def _move_rows(buffer: Tensor, path: Tensor, lengths: Tensor) -> None:
-    """Copy the rows `length + path[d]` of a buffer `[layers, batch, heads, tokens, dim]` to `length + d`."""
-    batch, steps = path.shape
-    shape = (buffer.shape[0], batch, buffer.shape[2], steps, buffer.shape[4])
-    source = (lengths[:, None] + path)[None, :, None, :, None].expand(shape)
-    target = (lengths[:, None] + torch.arange(steps, device=path.device))[None, :, None, :, None].expand(shape)
-    buffer.scatter_(3, target, buffer.gather(3, source))
 
 
 @lru_cache(maxsize=8)

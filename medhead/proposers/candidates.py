@@ -160,7 +160,7 @@ def _interleaved(members: tuple[tuple[int, ...], ...], device: torch.device) -> 
 @lru_cache(maxsize=256)
 def _depths(levels: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the depth of the root and every candidate, `[1 + n]`, and the shift of the scores that breaks ties, `[n]`."""
-    depth = torch.arange(len(levels) + 1).repeat_interleave(torch.tensor([1, *levels])).to(device)
+    depth = torch.tensor([depth for depth, count in enumerate((1, *levels)) for _ in range(count)], device=device)
     return depth, -_TIE * depth[1:]
 
 

@@ -57,6 +57,17 @@ def test_no_step_waits_for_the_host(on_gpu: Target, way: str) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("name", ["recurrent", "block_recurrent", "attention", "medusa"])
+def test_a_graph_in_half_precision(name: str, sampling: dict[str, Any], dtype: torch.dtype) -> None:
+    """The graph writes the text of the same step without a graph: the same kernels with the same sizes."""
+    target = Target(tiny_llama(hidden_size=64, head_dim=64).to(CUDA, dtype))
+    heads, given = noise_heads(target, name), there(max_new_tokens=60, **sampling)
+    texts = [Decoder(target, "heads", heads=heads, tree_size=12, step=way).generate(**given) for way in ("eager", "graph")]
+    assert torch.equal(*texts)
+
+
 def test_plain_decoding_is_a_graph_too(on_gpu: Target) -> None:
     given = there(max_new_tokens=60, **SAMPLED)
     captured = Decoder(on_gpu, "none", step="graph")

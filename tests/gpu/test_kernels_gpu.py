@@ -7,13 +7,17 @@ from importlib.util import find_spec
 import pytest
 import torch
 from test_backends import Problem, check
-from test_kernels import moved_rows
+from test_conformance import random_tree
+from test_kernels import CAPPED, moved_rows
 from torch import Tensor
 
 from conftest import tiny_llama
+from families import ACCEPTED, tiny
 from medhead import Decoder
+from medhead.core.tree import TokenTree
 from medhead.model.target import Target
-from medhead_kernels.attn_metadata import AttnParams
+from medhead_kernels import causal, reference, sdpa
+from medhead_kernels.attn_metadata import AttnParams, additive_mask
 from medhead_kernels.backends import BACKENDS, AttnSpec
 
 pytestmark = [
@@ -71,6 +75,38 @@ def test_commit_at_real_sizes(dim: int, dtype: torch.dtype) -> None:
     expected = moved_rows(store, path, lengths)
     move(store, path, lengths)
     assert torch.equal(store, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("start", "tokens"), [(0, 700), (1024, 1024), (3000, 17), (900, 1)])
+def test_prompts_by_flash_kernels(start: int, tokens: int, dtype: torch.dtype) -> None:
+    query, key, value = (
+        torch.randn(2, heads, count, 128, device="cuda", dtype=dtype)
+        for heads, count in ((8, tokens), (2, start + tokens), (2, start + tokens))
+    )
+    assert causal.is_supported(query, value)
+    seen = torch.ones(tokens, start + tokens, dtype=torch.bool, device="cuda").tril(start)
+    bias = additive_mask(seen, torch.float32)[None, None]
+    expected = reference.attention(query.float(), key.float(), value.float(), bias, 0.1)
+    found = sdpa.attention(query, key, value, None, 0.1)
+    torch.testing.assert_close(found.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2", "gpt_oss", "qwen3"])
+def test_families_by_the_kernel(family: str, dtype: torch.dtype) -> None:
+    """Windows, soft-capping and sinks: the logits of a tree are those of the reference attention of the same target."""
+    found = []
+    for attention in ("reference", "triton"):
+        target = Target(tiny(family, ACCEPTED[family] | CAPPED.get(family, {})).to("cuda", dtype), attention=attention)
+        made = random_tree(2, 10, 99, torch.Generator().manual_seed(1))
+        tree = TokenTree(made.tokens.cuda(), made.parents.cuda(), made.depth.cuda(), made.max_depth)
+        with torch.inference_mode(), target.active():
+            cache = target.new_cache(2, 32)
+            target.prefill(cache, [[5, 6, 7], list(range(3, 20))])
+            found.append(target.verify(cache, tree)[0].float())
+    tolerance = {torch.float32: 2e-4, torch.float16: 2e-2, torch.bfloat16: 8e-2}[dtype]
+    assert float((found[0] - found[1]).abs().max()) <= tolerance * float(found[0].abs().max())
 
 
 def test_auto_is_triton_and_gives_the_text_of_sdpa() -> None:

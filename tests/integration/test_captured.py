@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
+from torch._inductor.utils import run_and_get_code
 from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from conftest import HEADS, noise_heads, tiny_llama
@@ -173,8 +174,10 @@ class Never(StoppingCriteria):
         {"return_dict_in_generate": True, "output_scores": True},
         {"return_dict_in_generate": True, "output_logits": True},
         {"stopping_criteria": StoppingCriteriaList([Never()])},
+        {"do_sample": True, "seed": 3, "eta_cutoff": 0.01},
+        {"do_sample": True, "seed": 3, "top_h": 0.5},
     ],
-    ids=["text", "scores", "logits", "criteria"],
+    ids=["text", "scores", "logits", "criteria", "eta", "top-h"],
 )
 def test_what_the_host_has_to_see_is_left_to_the_ordinary_loop(target: Target, changes: dict[str, Any]) -> None:
     captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
@@ -253,9 +256,13 @@ def test_compiled() -> None:
     heads = noise_heads(target, depth=2)
     captured = Decoder(target, "heads", heads=heads, tree_size=4, step="compiled", probe=False)
     given = {**prompts(rows=2), "max_new_tokens": 20}
-    assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    text, code = run_and_get_code(captured.generate, **given)
+    assert torch.equal(text, plain_text(target, **given))
     assert captured.statistics.captured_steps > 0
     assert captured.statistics.capture_seconds > 0
+    assert captured.graphs is not None
+    layer = next(iter(captured.graphs)).buffers.cache.per_layer[0]
+    assert not any(f"empty_strided_cpu({tuple(layer.shape)}" in part for part in code)  # no copy of a layer's cache
 
 
 @pytest.mark.parametrize(
@@ -272,6 +279,16 @@ def test_wrong_input_in_one_line(target: Target, proposer: str, options: dict[st
         options = {**options, "heads": noise_heads(target)}
     with pytest.raises(MedheadError, match=said) as caught:
         Decoder(target.model, proposer, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("proposer", ["none", "ngram"])
+@pytest.mark.parametrize("rope", ["longrope", "dynamic"])
+def test_rotary_scaling_by_length_is_refused(rope: str, proposer: str) -> None:
+    long = {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32}
+    scaling = {"rope_type": rope, "rope_theta": 10000.0, "factor": 2.0, **(long if rope == "longrope" else {})}
+    with pytest.raises(MedheadError, match=f"rotary scaling '{rope}' changes with the length") as caught:
+        Decoder(tiny_llama(rope_parameters=scaling), proposer, step="compiled")
     assert "\n" not in str(caught.value)
 
 
