@@ -57,9 +57,8 @@ class TreePass:
     host_lengths: tuple[int, ...] = ()  # committed tokens of every row; empty where only the device knows them
     scale_floor: int | None = None  # the position from which on layers scale their queries, see `query_scale`
     cache_length: int = 0  # what the cache says its length is
-    prompts: int = (
-        0  # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other
-    )
+    # rows of a pass over whole prompts, whose mask functions alone say what a token sees; 0 for any other pass
+    prompts: int = 0
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     states: Any = None  # the `StateCache` of a model whose layers hold states
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
