@@ -24,6 +24,7 @@ from medhead.model.layout import (
     cache_argument,
     context_length,
     decoder_layers,
+    encoder_configs,
     find_layout,
     max_length,
     output_matrix,
@@ -110,6 +111,7 @@ class Target:
         self._active = self._checked_inputs = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self._form = model_form(inner)
+        self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
         self._scale_floor = query_scale_floor(inner)
         check_adapters(inner)
@@ -171,7 +173,7 @@ class Target:
             try:
                 self._active = True
                 for config, name in zip(self._configs, before, strict=True):
-                    config._attn_implementation = attention_name(name)
+                    config._attn_implementation = name if id(config) in self._encoders else attention_name(name)
                 yield
             finally:
                 for config, name in zip(self._configs, before, strict=True):
