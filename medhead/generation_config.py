@@ -38,8 +38,10 @@ def end_tokens(model: Any, tokenizer: Any = None) -> list[int]:
     """
     found = [model.generation_config.eos_token_id]
     if tokenizer is not None:
-        special = set(stop_strings(model)) & set(tokenizer.all_special_tokens)
-        found += [tokenizer.eos_token_id, *map(tokenizer.convert_tokens_to_ids, sorted(special))]
+        found.append(tokenizer.eos_token_id)
+    if strings := stop_strings(model):
+        special = sorted(set(strings) & set(getattr(tokenizer, "all_special_tokens", ())))
+        found += map(tokenizer.convert_tokens_to_ids, special)
     return list(
         dict.fromkeys(int(token) for ids in found if ids is not None for token in torch.as_tensor(ids).flatten())
     )
