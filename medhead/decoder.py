@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -19,6 +17,7 @@ from medhead.check import CheckReport, compare
 from medhead.compile import CompiledTarget, GraphCache
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
+from medhead.core.context import warn_beyond_context
 from medhead.core.gumbel import GumbelNoise
 from medhead.core.lockstep import Lockstep, needs_lockstep
 from medhead.core.loop import DecodeLoop, StepTimes
@@ -79,9 +78,6 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """New tokens / `seconds`."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
-
-
-_warned: weakref.WeakSet[nn.Module] = weakref.WeakSet()  # models of which a text went beyond the context
 
 
 class Decoder:
@@ -378,26 +374,6 @@ def sampling_params(
     if not local:
         return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
     return take_warpers(processors, params)
-
-
-def warn_beyond_context(target: Target, sequences: list[Sequence], asked: int) -> None:
-    """Warn once per model that a text became longer than the model's context, or ended because positions did.
-
-    Args:
-        target: the target.
-        sequences: all sequences, at their end.
-        asked: number of new tokens that were asked for.
-    """
-    longest = max(sequences, key=lambda one: len(one.token_ids))
-    is_cut = longest.is_cut and len(longest.output_ids) < asked and len(longest.token_ids) >= target.max_length
-    if target.model in _warned or not (is_cut or len(longest.token_ids) > target.context):
-        return
-    _warned.add(target.model)
-    text = f"a text reached {target.context} tokens, the context of {target.name}"
-    goes_on = "it ends there, because the model has no further positions"
-    if not is_cut:
-        goes_on = "it goes on as in transformers, but the model was not made for longer texts"
-    warnings.warn(f"{text}; {goes_on}", stacklevel=3)
 
 
 def _pad_token(config: GenerationConfig) -> int:

@@ -248,6 +248,19 @@ def _attention(
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
 
 
+@contextmanager
+def attention_names(configs: list[Any], names: list[str]) -> Iterator[None]:
+    """Set the names of the attention functions of configurations inside the context."""
+    before = [config._attn_implementation for config in configs]
+    try:
+        for config, name in zip(configs, names, strict=True):
+            config._attn_implementation = name
+        yield
+    finally:
+        for config, name in zip(configs, before, strict=True):
+            config._attn_implementation = name
+
+
 @lru_cache(maxsize=64)
 def attention_name(own: str | None) -> str:
     """Return the name of the attention for trees, registered now, for a configuration whose attention is called `own`.

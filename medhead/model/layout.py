@@ -72,15 +72,18 @@ def cache_argument(model: nn.Module) -> str:
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:
-    """Return the distinct configurations from which the decoder's modules read the name of their attention function.
+    """Return the distinct configurations from which the model's modules read the name of their attention function.
 
-    Those of encoders (of images, of sounds) are left out: their attention is not that of the decoder.
+    A whole comes before its parts, because a name that is set in it goes to them too.
     """
     configs = (getattr(module, "config", None) for module in model.modules())
-    found = {id(config): config for config in configs if hasattr(config, "_attn_implementation")}
+    return list({id(config): config for config in configs if hasattr(config, "_attn_implementation")}.values())
+
+
+def encoder_configs(model: Any) -> set[int]:
+    """Return the identities of the configurations of encoders (of images, of sounds) inside the model's."""
     text = _with_parts(model.config.get_text_config(decoder=True))
-    encoders = {key for key in _with_parts(model.config) if key not in text} - {id(model.config)}
-    return [config for key, config in found.items() if key not in encoders]
+    return set(_with_parts(model.config)) - set(text) - {id(model.config)}
 
 
 def _with_parts(config: Any) -> dict[int, Any]:

@@ -34,6 +34,11 @@ _TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
 _HALF_TOLERANCE = 0.1  # of all other dtypes
 
 
+def _tells_sizes(name: str) -> bool:
+    """Return whether an argument tells the sizes of images (`image_grid_thw`), which later passes do not need."""
+    return "grid" in name or "size" in name
+
+
 def asks_for_nothing(name: str, value: Any) -> bool:
     """Return whether an argument of the model's forward may be left out: None, an empty container, token types of text."""
     if isinstance(value, Tensor):
@@ -89,7 +94,7 @@ class PromptInputs:
         return packed[range(len(packed)), [length - 1 for length in self.lengths()]]
 
     def _is_per_token(self, name: str, value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.is_floating_point() or "grid" in name or "size" in name:
+        if not isinstance(value, Tensor) or value.is_floating_point() or _tells_sizes(name):
             return False
         return value.shape == self.input_ids.shape
 
@@ -123,7 +128,7 @@ def check_later_passes(target: Target, inputs: PromptInputs) -> None:
     left = sorted(
         name for name, value in later.items() if name not in _OF_EVERY_PASS and name in given and value is not None
     )
-    left = [name for name in left if not isinstance(given[name], (bool, str))]
+    left = [name for name in left if not isinstance(given[name], (bool, str)) and not _tells_sizes(name)]
     if left:
         raise UnsupportedTargetError(
             f"{target.name} reads {', '.join(left)} in every pass, not only with the prompt; "

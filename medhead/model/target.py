@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.model.attention import TreePass, attention_name, tree_pass
+from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass
 from medhead.model.eval_mode import eval_mode
 from medhead.model.find_states import find_state_layers
 from medhead.model.inference_tensors import replace_inference_tensors
@@ -25,6 +25,7 @@ from medhead.model.layout import (
     cache_argument,
     context_length,
     decoder_layers,
+    encoder_configs,
     find_layout,
     max_length,
     output_matrix,
@@ -117,6 +118,7 @@ class Target:
         self._active = self._checked_inputs = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self._form = model_form(inner)
+        self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
         self._scale_floor = query_scale_floor(inner)
         check_adapters(inner)
@@ -172,20 +174,27 @@ class Target:
     @contextmanager
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
+<<<<<<< HEAD
         self._own_names = before = [config._attn_implementation for config in self._configs]
         rope, states = (
             self.length_rope.active(),
             nullcontext() if self.state_layers is None else self.state_layers.active(),
         )
         with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
+=======
+        self._own_names = [config._attn_implementation for config in self._configs]
+        names = [
+            name if id(config) in self._encoders else attention_name(name)
+            for config, name in zip(self._configs, self._own_names, strict=True)
+        ]
+        rope = self.length_rope.active()
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope:
+>>>>>>> vlm
             try:
                 self._active = True
-                for config, name in zip(self._configs, before, strict=True):
-                    config._attn_implementation = attention_name(name)
-                yield
+                with attention_names(self._configs, names):
+                    yield
             finally:
-                for config, name in zip(self._configs, before, strict=True):
-                    config._attn_implementation = name
                 self._active = False
                 replace_inference_tensors(self.model)
 
@@ -331,7 +340,9 @@ class Target:
         if not self._checked_inputs:
             logits, _ = self.verify(cache, TokenTree.root(inputs.last_tokens()))
             check_prompt_logits(self, inputs, expected, logits[:, 0])
-            check_prompt_logits(self, inputs, self._with_own_attention(partial(own_logits, self, inputs)), logits[:, 0])
+            with attention_names(self._configs, self._own_names):
+                own = own_logits(self, inputs)
+            check_prompt_logits(self, inputs, own, logits[:, 0])
             self._checked_inputs = True
         return features
 
@@ -429,17 +440,6 @@ class Target:
         outputs = [tapped.to(self.device) for tapped in self._feature_layers.values() if tapped is not None]
         assert len(outputs) == len(self._feature_layers)
         return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-    def _with_own_attention(self, run: Callable[[], Tensor]) -> Tensor:
-        """Return what `run` returns while the model has its own attention; inside `active`."""
-        names = [config._attn_implementation for config in self._configs]
-        try:
-            for config, name in zip(self._configs, self._own_names, strict=True):
-                config._attn_implementation = name
-            return run()
-        finally:
-            for config, name in zip(self._configs, names, strict=True):
-                config._attn_implementation = name
 
     def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
         """Register hooks that keep the outputs of layers."""

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -14,11 +16,13 @@ from medhead import Decoder
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.target import Target
 
+NEW = Version(transformers.__version__) >= Version("5.24")
 LONGROPE: dict[str, Any] = {
     "rope_type": "longrope",
     "rope_theta": 10000.0,
     "short_factor": [1.0] * 4,
     "long_factor": [2.0, 3.0, 4.0, 5.0],
+    "factor": 4.0,
     "original_max_position_embeddings": 64,
 }
 LONG: dict[str, Any] = {
@@ -74,6 +78,8 @@ def test_texts_that_cross_a_length_are_those_of_generate(
     kind, changes = CASES[name]
     if not exists(kind):
         pytest.skip(f"this version of transformers has no {kind}")
+    if kind in ("phi3", "phimoe") and not NEW:
+        pytest.skip("generate of older versions reads one token anew, not the text")
     monkeypatch.setattr("medhead.model.target.PREFILL_CHUNK", chunk)
     model = tiny(kind, changes)
     model.generation_config.eos_token_id = None
@@ -116,8 +122,8 @@ def test_a_table_of_positions_ends_a_text_with_a_warning() -> None:
 
 
 def test_a_window_in_the_cache_alone_is_refused() -> None:
-    if not exists("moshi"):
-        pytest.skip("this version of transformers has no moshi")
+    if not NEW:
+        pytest.skip("in older versions moshi's attention does not go through the registry")
     model = tiny("moshi", {"sliding_window": 16, "num_codebooks": 2, "num_key_value_heads": None, "ffn_dim": 48})
     with pytest.raises(UnsupportedTargetError, match="its window of 16 tokens exists only in transformers' cache"):
         Target(model)
