@@ -86,15 +86,9 @@ decoder = Decoder(model, "recycling")
 model.generate(**inputs, custom_generate=decoder, max_new_tokens=200)
 ```
 
-<<<<<<< HEAD
 The model's own forward reads such prompts in one pass, and trees verify the text that follows. The first time the logits after
 the prompt are compared with the model's own, and a model that differs is refused. So is one that reads images in every pass
 through cross attention. The command line, the chat page and the API take text only.
-=======
-The model's own forward reads such prompts in one pass, and trees verify the text that follows. The first time the logits
-after the prompt are compared with the model's own, and a model that differs is refused. So is one that reads images in every
-pass through cross attention. The command line, the chat page and the API take text only.
->>>>>>> vlm
 
 The tests compare the texts of random models with those of `generate`, greedy, in a padded batch of two prompts:
 
@@ -103,7 +97,6 @@ The tests compare the texts of random models with those of `generate`, greedy, i
 
 ## Long texts
 
-<<<<<<< HEAD
 Rotary positions go on beyond `max_position_embeddings`, as in `generate`, with one warning. A model with a table of positions
 ends there, with a warning. The command line and `Engine` always stop at the context. With `longrope` and `dynamic` scaling every
 token has the rotary frequencies of its own text's length. `generate` takes those of the longest row of a padded batch, so there a
@@ -127,12 +120,6 @@ cost and drafts where it pays.
 - Heads are trained on such a target without packing, one document a row.
 - Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
   depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
-=======
-Rotary positions go on beyond `max_position_embeddings`, as in `generate`, with one warning. A model with a table of
-positions ends there, with a warning. The command line and `Engine` always stop at the context. With `longrope` and `dynamic`
-scaling every token has the rotary frequencies of its own text's length. `generate` takes those of the longest row of a
-padded batch, so there a shorter row's text can differ from what the same prompt gives alone; here it does not.
->>>>>>> vlm
 
 ## Refused
 

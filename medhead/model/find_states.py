@@ -13,12 +13,23 @@ from transformers import Cache, DynamicCache
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout, KVSpec
-from medhead.model.layout import cache_argument
+from medhead.model.layout import cache_argument, find_layout
 from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
 from medhead.model.state_layers import StateLayers
 
 _TOKENS = 2  # of a pass; one token takes another way through these layers
 _SAME = 1e-5  # relative difference of logits below which a state had no effect
+
+
+def find_layers(model: Any) -> tuple[CacheLayout, StateLayers | None]:
+    """Return what a model caches, and its layers that hold states, if any do."""
+    try:
+        return find_layout(model), None
+    except UnsupportedTargetError:  # also because of layers that hold states
+        layers = find_state_layers(model)
+        if layers is None:
+            raise
+        return layers.layout, layers
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.attention import windows_seen
 from medhead.model.eval_mode import eval_mode
+from medhead_kernels.backends import BACKENDS, Backend
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
 PREFIXES = (5, 3)  # two rows of different length
@@ -31,6 +33,8 @@ class _TreeVerifier(Protocol):
     device: torch.device
     vocab_size: int
     num_embeddings: int
+    backend: Backend
+    state_layers: Any
 
     def active(self) -> AbstractContextManager[None]: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
@@ -118,3 +122,36 @@ def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int
                 ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
                 found.append(target.model(input_ids=ids, use_cache=False).logits[0, -1].float())
     return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)
+
+
+def probe_target(target: _TreeVerifier, attention: str) -> None:
+    """Check a target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
+    try:
+        _check_states(target)
+    except UnsupportedTargetError as error:
+        if target.backend.needs_dense_mask:
+            raise
+        if attention != "auto":
+            raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
+        name, target.backend = target.backend.name, BACKENDS["sdpa"]
+        _check_states(target)
+        reason = f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}"
+        warnings.warn(reason, stacklevel=3)
+
+
+def _check_states(target: _TreeVerifier) -> None:
+    """Check a target; where dense forms of layers with states fail, warn and run these layers depth by depth."""
+    layers = target.state_layers
+    try:
+        check_target(target)
+    except UnsupportedTargetError as error:
+        if layers is None or not layers.dense:
+            raise
+        dense, layers.dense = layers.dense, {}
+        try:
+            check_target(target)
+        except UnsupportedTargetError:
+            layers.dense = dense
+            raise
+        reason = f"layers with states run once for each depth of a tree, which is slower: at once, {error}"
+        warnings.warn(reason, stacklevel=4)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -17,16 +16,15 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass
 from medhead.model.eval_mode import eval_mode
-from medhead.model.find_states import find_state_layers
+from medhead.model.find_states import find_layers
 from medhead.model.inference_tensors import replace_inference_tensors
-from medhead.model.kv_cache import CacheLayout, TreeCache
+from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import (
     attention_configs,
     cache_argument,
     context_length,
     decoder_layers,
     encoder_configs,
-    find_layout,
     max_length,
     output_matrix,
 )
@@ -35,7 +33,7 @@ from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
-from medhead.model.probe import check_target
+from medhead.model.probe import probe_target
 from medhead.model.prompt_inputs import (
     PromptInputs,
     check_later_passes,
@@ -45,7 +43,6 @@ from medhead.model.prompt_inputs import (
 )
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.state_cache import StateCache
-from medhead.model.state_layers import StateLayers
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -123,7 +120,7 @@ class Target:
         self._scale_floor = query_scale_floor(inner)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
-            self.layout, self.state_layers = _find_layers(inner)
+            self.layout, self.state_layers = find_layers(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
@@ -131,7 +128,7 @@ class Target:
             raise MedheadError(str(error)) from None
         if probe:
             with self.lock:
-                self._probe(attention)
+                probe_target(self, attention)
 
     # ---------------------------------------------------------------- passes
 
@@ -174,22 +171,14 @@ class Target:
     @contextmanager
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
-<<<<<<< HEAD
-        self._own_names = before = [config._attn_implementation for config in self._configs]
-        rope, states = (
-            self.length_rope.active(),
-            nullcontext() if self.state_layers is None else self.state_layers.active(),
-        )
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
-=======
         self._own_names = [config._attn_implementation for config in self._configs]
         names = [
             name if id(config) in self._encoders else attention_name(name)
             for config, name in zip(self._configs, self._own_names, strict=True)
         ]
         rope = self.length_rope.active()
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope:
->>>>>>> vlm
+        states = nullcontext() if self.state_layers is None else self.state_layers.active()
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
             try:
                 self._active = True
                 with attention_names(self._configs, names):
@@ -365,37 +354,6 @@ class Target:
 
     # ---------------------------------------------------------------- inside
 
-    def _probe(self, attention: str) -> None:
-        """Check the target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
-        try:
-            self._check()
-        except UnsupportedTargetError as error:
-            if self.backend.needs_dense_mask:
-                raise
-            if attention != "auto":
-                raise UnsupportedTargetError(f"with attention {attention!r} (try 'sdpa'): {error}") from error
-            name, self.backend = self.backend.name, BACKENDS["sdpa"]
-            self._check()
-            reason = f"attention {name!r} fails with this model, so it is 'sdpa', which is slower: {error}"
-            warnings.warn(reason, stacklevel=3)
-
-    def _check(self) -> None:
-        """Check the target; where dense forms of layers with states fail, warn and run these layers depth by depth."""
-        layers = self.state_layers
-        try:
-            check_target(self)
-        except UnsupportedTargetError as error:
-            if layers is None or not layers.dense:
-                raise
-            dense, layers.dense = layers.dense, {}
-            try:
-                check_target(self)
-            except UnsupportedTargetError:
-                layers.dense = dense
-                raise
-            reason = f"layers with states run once for each depth of a tree, which is slower: at once, {error}"
-            warnings.warn(reason, stacklevel=4)
-
     def _pass(self, cache: TreeCache, depth: Tensor, visible: Tensor | None, nodes: int) -> TreePass:
         lengths = None if cache.lengths.uniform else cache.lengths.device
         use_reference, floor = self.backend.name == "reference", self._scale_floor
@@ -464,14 +422,3 @@ class Target:
             return None
         rows = torch.arange(hidden.shape[0], device=hidden.device)
         return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
-
-
-def _find_layers(model: PreTrainedModel) -> tuple[CacheLayout, StateLayers | None]:
-    """Return what a model caches, and its layers that hold states, if any do."""
-    try:
-        return find_layout(model), None
-    except UnsupportedTargetError:  # also because of layers that hold states
-        layers = find_state_layers(model)
-        if layers is None:
-            raise
-        return layers.layout, layers
