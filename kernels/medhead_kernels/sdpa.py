@@ -25,7 +25,13 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     group = query.shape[1] // key.shape[1]
     if query.device.type != "cuda":
         out = F.scaled_dot_product_attention(
-            query, key, value, bias, is_causal=bias is None and query.shape[2] > 1, scale=scale, enable_gqa=group > 1
+            query,
+            key,
+            value,
+            bias,
+            is_causal=bias is None and query.shape[2] > 1,
+            scale=scale,
+            enable_gqa=bool(group > 1),
         )
         return out.transpose(1, 2)
     if group > 1:  # no other kernel takes a mask and groups of query heads

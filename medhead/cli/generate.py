@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from medhead.cli.common import (
@@ -112,9 +113,8 @@ def answer(
 ) -> dict[str, Any]:
     """Print the answer as it is decoded and what --check finds, or print nothing with --json; return its JSON object."""
     from medhead.cli.terminal import TerminalPrinter
-    from medhead.generation_config import generate_arguments
 
-    arguments = generate_arguments(decoder.model, params, tokenizer)
+    arguments = arguments_of(decoder, params, tokenizer, inputs.shape[1])
     arguments |= {"attention_mask": inputs.new_ones(inputs.shape)}
     printer = TerminalPrinter(tokenizer, trace=args.trace, silent=args.json)
     sequences: list[Sequence] = []
@@ -161,14 +161,26 @@ def compare(
     """Count the runs of a comparison on standard error, print its table unless --json is given, and return its JSON object."""
     from medhead.cli import compare
     from medhead.cli.terminal import RunCounter
-    from medhead.generation_config import generate_arguments
 
     counter = RunCounter(compare.RUNS, done=1, silent=args.quiet)
-    arguments = generate_arguments(decoder.model, params, tokenizer)
+    arguments = arguments_of(decoder, params, tokenizer, len(ids))
     results = compare.compare(decoder, ids, arguments, args.seed, counter.add)
     if not args.json:
         print(compare.table(results, params.greedy))
     return compare.to_json(results, params.greedy)
+
+
+def arguments_of(decoder: Decoder, params: SamplingParams, tokenizer: Any, prompt_tokens: int) -> dict[str, Any]:
+    """Return the arguments of `model.generate`; an answer ends at the model's context.
+
+    Raises:
+        MedheadError: the prompt fills the context.
+    """
+    from medhead.core.stopping import token_limit
+    from medhead.generation_config import generate_arguments
+
+    limit = token_limit(params.max_new_tokens, prompt_tokens, decoder.target.context)
+    return generate_arguments(decoder.model, replace(params, max_new_tokens=limit), tokenizer)
 
 
 def save_state(args: argparse.Namespace, decoder: Decoder) -> None:
