@@ -64,7 +64,9 @@ def test_a_graph_in_half_precision(name: str, sampling: dict[str, Any], dtype: t
     """The graph writes the text of the same step without a graph: the same kernels with the same sizes."""
     target = Target(tiny_llama(hidden_size=64, head_dim=64).to(CUDA, dtype))
     heads, given = noise_heads(target, name), there(max_new_tokens=60, **sampling)
-    texts = [Decoder(target, "heads", heads=heads, tree_size=12, step=way).generate(**given) for way in ("eager", "graph")]
+    texts = [
+        Decoder(target, "heads", heads=heads, tree_size=12, step=way).generate(**given) for way in ("eager", "graph")
+    ]
     assert torch.equal(*texts)
 
 

@@ -34,7 +34,7 @@ def test_every_part_measures_something(tmp_path: Path) -> None:
     lines = {}
     for name in PARTS:
         text = (tmp_path / f"{name}.log").read_text()
-        assert f"== {name}: exit code {5 if name == 'tests' else 0}," in done.stdout.replace("exit code 0", "exit code 0"), text
+        assert f"== {name}: exit code 0," in done.stdout, text
         lines[name] = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     failed = [line for found in lines.values() for line in found if "error" in line]
     assert {line["what"] for line in failed} == {"cuDNN, prefix only"}, failed
