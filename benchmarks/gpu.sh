@@ -30,7 +30,7 @@ if [ "${SHAPE:-}" != tiny ] && ! nvidia-smi >/dev/null 2>&1; then
     echo "there is no GPU here; SHAPE=tiny runs all parts on a CPU"
     exit 2
 fi
-workers=$("$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
+workers=$([ "${SHAPE:-}" = tiny ] || "$python" -c 'import xdist; print("-n 6")' 2>/dev/null)
 part env 40 "$python" "$here/gpu/env.py"
 # shellcheck disable=SC2086
 part tests 100 "$python" -m pytest -q $workers "$root/tests/gpu" -m gpu -k "not compiled"

@@ -22,22 +22,15 @@ def attention(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sc
     """
     if bias is None and causal.is_supported(query, value):
         return causal.attention(query, key, value, scale)
-    group = query.shape[1] // key.shape[1]
+    is_causal = bias is None and query.shape[2] > 1
+    grouped = bool(query.shape[1] != key.shape[1])  # sizes of a traced pass are symbols
     if query.device.type != "cuda":
         out = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            bias,
-            is_causal=bias is None and query.shape[2] > 1,
-            scale=scale,
-            enable_gqa=bool(group > 1),
+            query, key, value, bias, is_causal=is_causal, scale=scale, enable_gqa=grouped
         )
         return out.transpose(1, 2)
-    if group > 1:  # no other kernel takes a mask and groups of query heads
-        key, value = key.repeat_interleave(group, 1), value.repeat_interleave(group, 1)
+    if grouped:  # no other kernel takes a mask and groups of query heads
+        key, value = (part.repeat_interleave(query.shape[1] // key.shape[1], 1) for part in (key, value))
     with _flags, sdpa_kernel(_WITHOUT_CUDNN):
-        out = F.scaled_dot_product_attention(
-            query, key, value, bias, is_causal=bias is None and query.shape[2] > 1, scale=scale
-        )
+        out = F.scaled_dot_product_attention(query, key, value, bias, is_causal=is_causal, scale=scale)
     return out.transpose(1, 2)

@@ -236,6 +236,27 @@ def test_commit_moves_what_the_plain_one_moves(seed: int, kind: tuple[torch.dtyp
 
 @needs_triton
 @interpreted
+@pytest.mark.parametrize(("apart", "launches"), [(False, 1), (True, 3)])
+def test_layers_of_one_storage_are_moved_by_one_launch(
+    apart: bool, launches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from medhead_kernels import cache_ops, commit
+
+    calls, move = [], commit.move
+    monkeypatch.setattr(commit, "move", lambda *given: (calls.append(1), move(*given)))
+    buffer, lengths = torch.randn(3, 2, 2, 16, 8), torch.tensor([3, 0])
+    path, counts = torch.tensor([[0, 2, 3], [0, 1, 4]]), torch.tensor([3, 3])
+    expected, plain = moved_rows(buffer, path, lengths), [layer.clone() for layer in buffer]
+    layers = [layer.clone() for layer in buffer] if apart else list(buffer.unbind())
+    cache_ops.move_layers(layers, path, lengths, counts, True)
+    cache_ops.move_layers(plain, path, lengths, counts, False)
+    assert torch.equal(torch.stack(layers), expected)
+    assert torch.equal(torch.stack(plain), expected)
+    assert len(calls) == launches
+
+
+@needs_triton
+@interpreted
 def test_a_cache_that_commits_by_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache that commits by the kernel gives the same text."""
     ids = torch.tensor([[5, 9, 13, 5, 9], [7, 8, 7, 8, 7]])
