@@ -117,15 +117,16 @@ cost and drafts where it pays.
 - `step` must be `loop`: captured and compiled steps are refused.
 - Prompts are read in one pass instead of chunks where the model's layers ignore a given state when they get several tokens at
   once (Mamba-1 and RecurrentGemma, for example), which takes more memory for long prompts.
-- Heads are trained on such a target without packing, one document a row.
+- Heads are trained on such a target without packing, one document a row. `heads="mtp"` serves Qwen3.5 checkpoints too.
+- A row whose prompt is one token makes the first pass of its batch go depth by depth.
 - Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
   depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
 
 ## Refused
 
-These families are refused with `UnsupportedTargetError`: their attention does not go through the registry, or their states
-are not in a cache of transformers. Encoder-decoder models are refused as well, and so are models whose window exists only in
-transformers' cache (`moshi`, `unlimited_ocr`). The error names the reason.
+These families are refused with `UnsupportedTargetError`: their attention does not go through the registry or selects keys by
+an index, or their states are not in a cache of transformers. Encoder-decoder models are refused as well, and so are models
+whose window exists only in transformers' cache (`moshi`, `unlimited_ocr`). The error names the reason.
 
 {refused}
 
