@@ -18,7 +18,7 @@ from medhead.model.kv_cache import CacheLayout, KVSpec
 def find_layout(model: Any) -> CacheLayout:
     """Return the shapes that every layer caches, found by one ordinary pass over two tokens.
 
-    A model that caches no keys and values, or also other states, raises an `UnsupportedTargetError`.
+    A model that caches no keys and values, or also other states (see `find_states`), raises an `UnsupportedTargetError`.
     """
     name, argument = type(model).__name__, cache_argument(model)
     cache: Any = DynamicCache()
@@ -31,15 +31,15 @@ def find_layout(model: Any) -> CacheLayout:
     returned: Any = getattr(used, argument, None)
     if returned is not cache:
         raise UnsupportedTargetError(
-            f"{name} is a recurrent model with a state of its own instead of a key/value cache; "
-            "medhead cannot verify trees with it yet"
+            f"{name} keeps states of its own instead of a cache of transformers, so medhead cannot verify trees with it "
+            "(most recurrent models have such a cache from transformers 5.24 on)"
         )
     found = {}
     for index, layer in enumerate(cache.layers):
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if any(hasattr(layer, state) for state in ("conv_states", "recurrent_states")):
             raise UnsupportedTargetError(
-                f"{name} has recurrent or convolutional layers (layer {index}); medhead cannot verify trees with them yet"
+                f"{name} caches more than keys and values: layer {index} is recurrent or convolutional"
             )
         if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
             found[index] = KVSpec.of(keys), KVSpec.of(values)
