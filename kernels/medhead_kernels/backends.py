@@ -1,4 +1,4 @@
-"""The attention backends by name, behind one signature; each one reports what it does not support."""
+"""The attention backends by name, all with one signature; each one reports what it does not support."""
 
 from __future__ import annotations
 

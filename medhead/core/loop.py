@@ -234,11 +234,10 @@ class DecodeLoop:
         """Return the maximum tree depth: proposer, tokens left and context limit it."""
         wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
         room = self.target.max_length - max(len(sequence.token_ids) for sequence in self.sequences) - 1
-        if (
-            length := self.target.length_rope.rereads_at
-        ) is not None:  # no tree may go beyond it before the text is read anew
-            before = [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
-            room = min(room, length - 1 - max(before, default=0)) if before else room
+        length = self.target.length_rope.rereads_at
+        before = [] if length is None else [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
+        if length is not None and before:  # no tree may go beyond it before the text is read anew
+            room = min(room, length - 1 - max(before))
         return max(0, min(self.proposer.next_depth, wanted, room))
 
     def _reread(self) -> None:

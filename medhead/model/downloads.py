@@ -163,9 +163,8 @@ def _hub_refusal(hub_id: str) -> str:
         except Exception as error:  # no network, no such model, offline mode
             answers.append(one_line(error, 100))
 
-    thread = threading.Thread(
-        target=ask, daemon=True
-    )  # its timeout holds for each address, and not for the name server
+    # the timeout of the hub's client holds for each address, and not for the name server
+    thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)
     return answers[0] if answers else f"no answer within {HUB_TIMEOUT:g} s"

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from medhead.errors import UnsupportedTargetError
+from medhead.model.layout import cache_argument
 
 
 class LengthRope:
@@ -62,9 +63,8 @@ class LengthRope:
             for hook in hooks:
                 hook.remove()
             for module, (buffers, lengths) in zip(self.modules, before, strict=True):
-                module._buffers.update(
-                    buffers
-                )  # `dynamic` frequencies stay those of the longest text until a short one comes
+                # `dynamic` frequencies stay those of the longest text until a short one comes
+                module._buffers.update(buffers)
                 vars(module).update(lengths)
 
     def _replace(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
@@ -155,8 +155,6 @@ class _FilledCache:
 
 def _rereads(model: Any, limit: int) -> bool:
     """Return whether `generate` drops its cache when the text becomes longer than `limit` (Phi-3 does)."""
-    from medhead.model.layout import cache_argument
-
     name = cache_argument(model)
     ids = torch.zeros(1, limit + 1, dtype=torch.long, device=model.device)
     try:

@@ -42,7 +42,7 @@ class ModelLock:
                     while self._owner is not None or self._waiting[0] is not ticket:
                         self._changed.wait()
                     self._owner = thread
-                finally:  # an interrupt must not leave a ticket that nobody takes
+                finally:  # an interrupted thread takes its ticket back
                     self._waiting.remove(ticket)
                     self._changed.notify_all()
         self._depth += 1

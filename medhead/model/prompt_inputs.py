@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 
 from medhead.errors import MedheadError, UnsupportedTargetError, one_line
+from medhead.model.layout import cache_argument
+from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
 
 if TYPE_CHECKING:
     from medhead.model.kv_cache import TreeCache
@@ -21,17 +23,9 @@ if TYPE_CHECKING:
 
 _TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids", "moe_mm_token_type_ids")
 _OF_EVERY_PASS = {
-    "input_ids",
-    "attention_mask",
-    "position_ids",
-    "cache",
-    "past_key_values",
-    "use_cache",
-    "logits_to_keep",
-}
-_OF_EVERY_PASS |= {"inputs_embeds", "cache_position", "return_dict", *_TOKEN_TYPES}
-_TOLERANCE = {torch.float32: 2e-3, torch.float64: 2e-3}
-_HALF_TOLERANCE = 0.1  # of all other dtypes
+    "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
+    "logits_to_keep", "return_dict", *_TOKEN_TYPES,
+}  # fmt: skip
 
 
 def _tells_sizes(name: str) -> bool:
@@ -102,19 +96,12 @@ class PromptInputs:
         """Return the arguments of the model's forward for the pass over the prompts, as `generate` prepares them."""
         given = {"attention_mask": self.attention_mask, "position_ids": self.position_ids, **self.arguments}
         given = {name: value.copy() if isinstance(value, dict) else value for name, value in given.items()}
-        given |= {} if cache is None else {cache_name(target): cache}
+        given |= {} if cache is None else {cache_argument(target.model): cache}
         found = target.model.prepare_inputs_for_generation(
             self.input_ids, is_first_iteration=True, use_cache=cache is not None, **given
         )
         found.pop("logits_to_keep", None)
         return {name: value for name, value in found.items() if value is not None}
-
-
-def cache_name(target: Target) -> str:
-    """Return the name of the cache argument of the target's forward."""
-    from medhead.model.layout import cache_argument
-
-    return cache_argument(target.model)
 
 
 def check_later_passes(target: Target, inputs: PromptInputs) -> None:
@@ -197,7 +184,7 @@ def check_prompt_logits(target: Target, inputs: PromptInputs, expected: Tensor, 
     """
     whole = slice(None) if inputs.attention_mask is None else inputs.attention_mask.bool().all(1)
     expected, found = expected[whole], found[whole].float().to(expected.device)
-    allowed = _TOLERANCE.get(target.dtype, _HALF_TOLERANCE) * float(expected.abs().max().clamp(min=1e-3))
+    allowed = TOLERANCE.get(target.dtype, HALF_TOLERANCE) * float(expected.abs().max().clamp(min=1e-3))
     difference = float((found - expected).abs().max()) if len(expected) else 0.0
     if not difference <= allowed:
         raise UnsupportedTargetError(

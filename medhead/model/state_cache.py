@@ -18,9 +18,8 @@ from medhead.core.tree import TokenTree
 from medhead.model.kv_cache import CacheLayout, TreeCache
 from medhead.model.state_groups import Ancestors, StateGroup, prompt_groups, tree_groups
 
-StateKey = tuple[
-    str, int | str, int
-]  # what the state is, the layer or attribute that holds it, its number in the layer
+# what the state is, the layer or attribute that holds it, its number in the layer
+StateKey = tuple[str, int | str, int]
 
 
 class StateCall:

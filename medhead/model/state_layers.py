@@ -35,6 +35,7 @@ class StateLayers:
         takes_positions: whether the model takes `position_ids`.
         in_chunks: whether the modules read a prompt in several chunks correctly; some ignore a state that they are given with
             several tokens (Mamba-1, RecurrentGemma), so these prompts are read whole.
+        dense: the modules that run over all nodes at once, and how.
     """
 
     layout: CacheLayout
@@ -43,9 +44,7 @@ class StateLayers:
     cache_type: type[StateCache]
     takes_positions: bool
     in_chunks: bool = True
-    dense: dict[nn.Module, Callable[..., Any]] = field(
-        init=False
-    )  # the modules that run over all nodes at once, and how
+    dense: dict[nn.Module, Callable[..., Any]] = field(init=False)
 
     def __post_init__(self) -> None:
         found = {module: dense_forward(module) for module in self.modules if module not in self.attributes}

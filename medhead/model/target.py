@@ -65,16 +65,14 @@ class Target:
     Attributes:
         context: longest sequence that the configuration allows (`max_position_embeddings`).
         max_length: longest sequence that the model can run; rotary positions go on beyond the context, as in transformers.
+        layout: the keys and values that the model caches.
+        state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
 
     Raises:
         MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
             unknown or cannot serve this model.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
             transformers' registry, or states that transformers' caches do not hold.
-
-    Attributes:
-        layout: the keys and values that the model caches.
-        state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
     """
 
     compiles = False  # whether passes, and what `compiled` is given, are compiled

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from transformers import LogitsProcessorList, PreTrainedModel
 from transformers.generation import logits_process as lp
 
@@ -115,11 +116,12 @@ def test_every_local_processor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", LEFT)
-def test_processors_that_the_host_takes_part_in_are_left_to_the_loop(name: str) -> None:
+def test_processors_that_the_host_takes_part_in_are_left_to_the_loop(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # the check of a distribution is what reads; importing PyTorch's compiler switches it off for the whole process
+    monkeypatch.setattr(torch.distributions.Distribution, "_validate_args", True)
     with fake_cuda():
         assert not reads_nothing(LEFT[name](), CUDA)
-
-
-def test_a_processor_with_tensors_on_the_host_would_break_a_capture() -> None:
-    with pytest.raises(AssertionError, match="works on the host"):
-        launches(tiny_llama, None, PARAMS, LEFT["suppressed on the host"])
+    with pytest.raises((AssertionError, DataDependentOutputException)):  # what the capture would fail with
+        launches(tiny_llama, None, PARAMS, LEFT[name])
