@@ -19,7 +19,6 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
-from medhead.model.layout import refuse_rotary_by_length
 from medhead.model.target import Target
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace with: sizes that may differ are unequal
@@ -39,7 +38,7 @@ class CompiledTarget(Target):
         self._ready = False  # the probe's passes are not worth compiling
         kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
-        refuse_rotary_by_length(self.model, "compiled")
+        self.length_rope.refuse_step("compiled")
         self.on_progress: Callable[[str], None] = lambda line: None
         self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
         self._ready = self.backend.name != "flash"  # which asks the host
@@ -59,7 +58,7 @@ class CompiledTarget(Target):
         Raises:
             MedheadError: the pass is compiled now, and cannot be.
         """
-        if not self._ready or self.length_rope.modules or cache.position_offset is not None:
+        if not self._ready or cache.position_offset is not None:
             return super().verify(cache, tree)
         cache.begin(tree.nodes, spare=1)  # spare=1: a completely used cache would trigger a recompilation
         bitmask = [tree.ancestor_bitmask] if self._takes_bitmask(tree.nodes) else []

@@ -13,7 +13,6 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
-from medhead.model.layout import refuse_rotary_by_length
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
 
@@ -58,7 +57,7 @@ class GraphCache:
             raise MedheadError(
                 f"step {backend!r} does not go with attention 'flash', which reads lengths on the host; use auto or triton"
             )
-        refuse_rotary_by_length(target.model, backend)
+        target.length_rope.refuse_step(backend)
         devices = {spec.device for pair in target.layout.layers.values() for spec in pair}
         if devices != {target.device}:
             raise MedheadError(f"step {backend!r} needs the whole model on one device, it is on {len(devices)}")

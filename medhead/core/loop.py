@@ -302,7 +302,7 @@ class DecodeLoop:
         if self._buffers is not None and self._buffers.cache.position_offset is not None:
             return False
         longest = max(len(sequence.token_ids) for sequence in self.sequences)
-        return longest + self.graphs.room_ahead <= min(self.target.context, self.target.length_rope.limit)
+        return longest + self.graphs.room_ahead <= self.target.context
 
     def _step_captured(self) -> None:
         """Run a captured step and hand on what has arrived."""

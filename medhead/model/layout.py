@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from medhead.errors import MedheadError, UnsupportedTargetError, one_line
+from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout, KVSpec
 
@@ -93,25 +93,6 @@ def _with_parts(config: Any) -> dict[int, Any]:
         if (part := getattr(config, name, None)) is not None and hasattr(part, "to_dict"):
             found |= _with_parts(part)
     return found
-
-
-def refuse_rotary_by_length(model: nn.Module, step: str) -> None:
-    """Refuse a captured or compiled step of a model whose rotary frequencies depend on the length of the text.
-
-    transformers chooses the frequencies of "longrope" and "dynamic" by the largest position of every pass, on the host or
-    by a tensor of the host.
-
-    Raises:
-        MedheadError: names the step and the kind of rotary scaling.
-    """
-    kinds = [getattr(module, "rope_type", None) for module in model.modules()]
-    names = {name for kind in kinds for name in (kind.values() if isinstance(kind, dict) else [kind])}
-    found = sorted(name for name in names if isinstance(name, str) and ("dynamic" in name or name == "longrope"))
-    if found:
-        raise MedheadError(
-            f"step {step!r} cannot capture {type(model).__name__}: its rotary scaling {found[0]!r} changes with the length "
-            "of the text; decode with step='loop'"
-        )
 
 
 def context_length(config: Any) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from medhead.errors import UnsupportedTargetError
+from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.layout import cache_argument
 
 
@@ -41,6 +41,19 @@ class LengthRope:
         self._is_running = is_running
         self.limit = min(map(_least_limit, self.modules), default=1 << 30)  # up to this length nothing is replaced
         self.rereads_at = self.limit + 1 if self.modules and _rereads(model, self.limit) else None
+
+    def refuse_step(self, step: str) -> None:
+        """Refuse a captured or compiled step: transformers chooses the frequencies of every pass on the host.
+
+        Raises:
+            MedheadError: names the step and the kind of rotary scaling.
+        """
+        if self.modules:
+            kind = min(_kinds(self.modules[0]))
+            raise MedheadError(
+                f"step {step!r} cannot capture a model whose rotary scaling {kind!r} changes with the length of the text; "
+                "decode with step='loop'"
+            )
 
     @contextmanager
     def reading(self, lengths: list[int], device: torch.device) -> Iterator[None]:

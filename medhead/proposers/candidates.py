@@ -65,8 +65,11 @@ class Candidates:
         return self.scores.topk(min(count, self.tokens.shape[1]), dim=1).values.exp()
 
     def num_possible(self) -> int:
-        """Return the largest number of candidates of a row that are not padding; the host waits for the device."""
-        return int((self.scores > -torch.inf).sum(1).max())
+        """Return the largest number of candidates of a row that are not padding.
+
+        Elsewhere than on a CPU return the number of all, because the host would wait for the device.
+        """
+        return int((self.scores > -torch.inf).sum(1).max()) if self.scores.is_cpu else self.scores.shape[1]
 
     def paths(self, row: int) -> dict[tuple[int, ...], float]:
         """Return the scores of a row's paths by their tokens, for traces and tests."""

@@ -212,3 +212,11 @@ def test_best_is_a_tree_whatever_the_scores_are(seed: int, nodes: int, unknown: 
     assert tree.nodes <= nodes
     known = int((found.scores > -math.inf).sum())
     assert tree.nodes >= min(nodes, 1 + known)
+
+
+def test_the_host_counts_possible_candidates_only_where_it_need_not_wait() -> None:
+    scores = torch.tensor([[0.0, -1.0, -math.inf], [-0.5, -math.inf, -math.inf]])
+    found = Candidates(torch.zeros(2, 3, dtype=torch.long), torch.full((2, 3), -1), scores, (3,))
+    assert found.num_possible() == 2
+    elsewhere = Candidates(found.tokens.to("meta"), found.parent_index.to("meta"), scores.to("meta"), (3,))
+    assert elsewhere.num_possible() == 3  # a tensor of this device cannot be read
