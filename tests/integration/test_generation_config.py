@@ -7,6 +7,7 @@ import shutil
 import time
 import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -143,11 +144,9 @@ def test_texts_end_at_the_tokens_of_tokenizer_and_configuration(
     small.generation_config.eos_token_id = [text[places[5]], 2]
     assert end_tokens(small, tokenizer) == [text[places[5]], 2, tokenizer.eos_token_id]
     assert serve(Decoder(small, "none"), tokenizer, [request])[0] == text[: places[5] + 1]
-    eos, tokenizer.eos_token = tokenizer.eos_token, tokenizer.convert_ids_to_tokens(text[places[3]])
-    try:
-        assert serve(Decoder(small, "none"), tokenizer, [request])[0] == text[: places[3] + 1]
-    finally:
-        tokenizer.eos_token = eos
+    tokenizer = deepcopy(tokenizer)  # other tests use the session's
+    tokenizer.eos_token = tokenizer.convert_ids_to_tokens(text[places[3]])
+    assert serve(Decoder(small, "none"), tokenizer, [request])[0] == text[: places[3] + 1]
     own = Decoder(small, "none").generate(torch.tensor([[5, 6, 7]]), max_new_tokens=24)
     assert own[0, 3:].tolist() == text[: places[5] + 1]  # `model.generate` itself ends where transformers does
 
@@ -168,6 +167,7 @@ def test_a_stop_string_that_is_a_special_token_ends_a_served_text(
     small: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     text = serve(Decoder(small, "none"), tokenizer, [Request([5, 6, 7], SamplingParams(24))])[0]
+    tokenizer = deepcopy(tokenizer)  # other tests use the session's
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(text[4])]})
     small.generation_config.stop_strings = tokenizer.convert_ids_to_tokens(text[4])
     found = serve(Decoder(small, "none"), tokenizer, [Request([5, 6, 7], SamplingParams(24))])[0]

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -49,25 +46,24 @@ def files(
     return {path.name: path for path in root.iterdir()}
 
 
-def generated(name: Path) -> str:
-    """Return the text of the command in a process of its own."""
+def generated(name: Path, capsys: pytest.CaptureFixture[str]) -> str:
     options = ["--prompt", "Once upon a time", "--max-new-tokens", "24", "--device", "cpu", "--json"]
-    command = [sys.executable, "-m", "medhead.generate", "--model", str(name), *options]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-    text: str = json.loads(done.stdout)["text"]
+    assert main(["generate", "--model", str(name), *options]) == 0
+    text: str = json.loads(capsys.readouterr().out)["text"]
     return text
 
 
 @pytest.mark.parametrize("name", ["F32", "Q8_0"])
-def test_a_file_is_the_model_in_safetensors(name: str, files: dict[str, Path], tmp_path: Path) -> None:
+def test_a_file_is_the_model_in_safetensors(
+    name: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     file, folder = files[f"{name}.gguf"], files[name]
     model = medhead.load_model(file, "cpu", "float32")
     reference = AutoModelForCausalLM.from_pretrained(folder).eval().state_dict()
     loaded = model.state_dict()
     assert loaded.keys() == reference.keys()
     assert all(torch.equal(loaded[key], reference[key]) for key in reference)
-    assert generated(file) == generated(folder)
+    assert generated(file, capsys) == generated(folder, capsys)
     assert not hasattr(model.config, "quantization_config")
     assert (model.config.eos_token_id, model.generation_config.eos_token_id) == (1, 1)
     model.save_pretrained(tmp_path)  # it is an ordinary model: saved, cast, loaded
