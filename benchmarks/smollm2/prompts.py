@@ -20,7 +20,7 @@ SHARES = {
     "llama-synonyms": 60, "llama-sentences": 120, "generated-jokes": 100, "generated-food-stories": 60,
     "gsm8k": 1300, "sgd": 250, "stories_chat": 250, "translation": 400, "retrieval": 300,
 }  # fmt: skip
-MAX_CHARACTERS = 1500
+MAX_CHARACTERS = 900
 SLOTS = {
     "city": [
         "Berlin",
@@ -71,7 +71,7 @@ def retrievals(rng: random.Random, articles: dict[str, str], count: int) -> list
     found = []
     for _ in range(count):
         subjects = rng.sample(sorted(articles), 3)
-        passages = "\n".join(f"Passage {i + 1}: {articles[one][:450]}" for i, one in enumerate(subjects))
+        passages = "\n".join(f"Passage {i + 1}: {articles[one][:250]}" for i, one in enumerate(subjects))
         question = rng.choice(ASK).format(rng.choice(subjects))
         found.append(one_question(f"Answer the question with the passages.\n{passages}\nQuestion: {question}"))
     return found
