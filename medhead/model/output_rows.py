@@ -11,17 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 64  # unit vectors multiplied at once
 
 
 @torch.no_grad()
 def output_form(model: Any, output: Any, device: torch.device) -> tuple[int, int, torch.dtype]:
     """Return the size of the vocabulary, the size of a hidden state, and the type that the output matrix computes in."""
-    weight = getattr(output, "weight", None)
-    if _is_plain(weight, model):
+    weight: Any = getattr(output, "weight", None)
+    if _is_whole(weight, model):
         return weight.shape[0], weight.shape[1], weight.dtype
-    floating = isinstance(weight, Tensor) and weight.is_floating_point()
-    dtype = weight.dtype if floating else model.dtype
+    dtype = weight.dtype if isinstance(weight, Tensor) and weight.dtype in _DTYPES else model.dtype
     size = getattr(output, "in_features", None) or model.config.get_text_config(decoder=True).hidden_size
     logits = output(torch.zeros(1, size, dtype=dtype, device=device))
     return logits.shape[-1], size, dtype
@@ -33,8 +33,9 @@ def output_rows(target: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tens
 
     `tokens` are token ids; None is the whole vocabulary. Weights that are no plain tensor are dequantised.
     """
-    weight, bias = getattr(target.output, "weight", None), getattr(target.output, "bias", None)
-    if not _is_plain(weight, target.model):
+    weight: Any = getattr(target.output, "weight", None)
+    bias = getattr(target.output, "bias", None)
+    if not _is_whole(weight, target.model):
         return _measured_rows(target, tokens)
     weight, bias = weight.detach(), None if bias is None else bias.detach()
     if tokens is None:
@@ -42,10 +43,14 @@ def output_rows(target: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tens
     return weight[tokens], None if bias is None else bias[tokens]
 
 
-def _is_plain(weight: Any, model: Any) -> bool:
-    """Whether a weight is a whole ordinary tensor of floating-point numbers that is in memory."""
-    ordinary = type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point() and weight.device.type != "meta"
-    return ordinary and (getattr(model, "tp_size", None) or 1) == 1
+def is_plain(weight: Any) -> bool:
+    """Whether a weight is an ordinary tensor of a type that models compute in."""
+    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES
+
+
+def _is_whole(weight: Any, model: Any) -> bool:
+    """Whether a weight is plain, in memory, and no shard of a larger one."""
+    return is_plain(weight) and weight.device.type != "meta" and (getattr(model, "tp_size", None) or 1) == 1
 
 
 def _measured_rows(target: Any, tokens: Tensor | None) -> tuple[Tensor, Tensor | None]:

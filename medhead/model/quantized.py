@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from medhead.errors import UnsupportedTargetError
+from medhead.model.eval_mode import eval_mode
+from medhead.model.output_rows import is_plain
 from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
 
 _LARGE = 100.0  # factor of the second row's activations, which dominates a scale that both rows share
@@ -19,8 +21,8 @@ def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
 
     Raises:
         UnsupportedTargetError: the layer's result for a token depends on the other tokens of the pass, as where activations
-            are quantised with one scale for all; or the layer rounds the activations of a float32 model to few bits, which
-            makes the difference between a tree and a plain pass, 1e-7 before, large enough to change the text.
+            are quantised with one scale for all; or the layer rounds the activations of a float32 model to a few bits. A tree
+            and a plain pass differ by 1e-7 before such a layer, and by a rounding step after it, which changes texts.
     """
     seen = set()
     for name, layer in model.named_modules():
@@ -29,7 +31,8 @@ def check_activations(model: nn.Module, dtype: torch.dtype) -> None:
         if not isinstance(size, int) or not _is_quantized(weight) or kind in seen:
             continue
         seen.add(kind)
-        reason = _reason(layer, size, dtype)
+        with eval_mode(layer):
+            reason = _reason(layer, size, dtype)
         if reason is not None:
             stored = type(layer if type(weight) is nn.Parameter or not isinstance(weight, Tensor) else weight).__name__
             raise UnsupportedTargetError(
@@ -42,18 +45,20 @@ def _is_quantized(weight: Any) -> bool:
     if not isinstance(weight, Tensor):
         return True
     sharded = type(weight).__module__.startswith("torch.distributed")
-    return not (sharded or (type(weight) in (Tensor, nn.Parameter) and weight.is_floating_point()))
+    return not (sharded or is_plain(weight))
 
 
 def _reason(layer: Any, size: int, dtype: torch.dtype) -> str | None:
     """Return why the layer cannot be exact, None if it can."""
     held = next((tensor for tensor in (*layer.parameters(), *layer.buffers())), torch.empty(0))
+    if held.device.type == "meta":  # offloaded; the probe decides
+        return None
     rows = torch.randn(2, size, generator=torch.Generator().manual_seed(0)).to(held.device, dtype)
     try:
         alone, beside = layer(rows[:1]), layer(rows * torch.tensor([[1.0], [_LARGE]]).to(rows))[:1]
         parts = layer(rows[1:]) + alone - layer(torch.zeros_like(rows[:1]))
         whole = layer(rows[:1] + rows[1:])
-    except Exception:  # it takes other arguments, or its weights are elsewhere; the probe decides
+    except Exception:  # it takes other arguments; the probe decides
         return None
     allowed = TOLERANCE.get(dtype, HALF_TOLERANCE) * float(alone.abs().max())
     if not float((alone - beside).abs().max()) <= allowed:
@@ -61,7 +66,8 @@ def _reason(layer: Any, size: int, dtype: torch.dtype) -> str | None:
             "quantises the activations of all tokens of a pass together, so that a tree changes the text; quantise the "
             "weights alone, or the activations of every token on their own"
         )
-    if not float((parts - whole).abs().max()) <= allowed:
+    is_linear = isinstance(layer, nn.Linear) or not layer._modules  # others may hold an activation function
+    if is_linear and not float((parts - whole).abs().max()) <= allowed:
         return (
             f"rounds activations to a few bits, which {str(dtype).removeprefix('torch.')} does not; quantise the weights "
             "alone, or load the model in bfloat16, where trees may round near ties differently"

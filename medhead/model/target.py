@@ -100,7 +100,8 @@ class Target:
         self.embedding: Any = inner.get_input_embeddings()
         self.num_embeddings, self.device = num_rows(self.embedding), input_device(inner)
         self.vocab_size, self.hidden_size, self.dtype = output_form(inner, self.output, self.device)
-        check_activations(inner, self.dtype)
+        with self.lock:
+            check_activations(inner, self.dtype)
         self.shards = shard_group(inner)
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = context_length(self.config)
