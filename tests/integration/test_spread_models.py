@@ -59,6 +59,7 @@ from transformers import AutoModelForCausalLM
 from conftest import noise_heads, tiny_llama
 from medhead import Decoder, MedheadError
 from medhead.model.target import Target
+from medhead.serving import Engine
 from test_spread_models import LENGTH, PROMPT
 
 torch.distributed.init_process_group("gloo")
@@ -77,12 +78,13 @@ for name, draft_vocab in (("block_recurrent", 0), ("attention_last", 20), ("bloc
 everywhere = [None] * 2
 torch.distributed.all_gather_object(everywhere, sampled)
 assert everywhere[0] == everywhere[1]
-try:
-    Decoder(target, "heads", heads=noise_heads(target), step="recorded")
-except MedheadError as error:
-    assert "are split over processes" in str(error)
-else:
-    raise AssertionError("a recorded step was not refused")
+for refused in (lambda: Decoder(target, "heads", heads=noise_heads(target), step="recorded"), lambda: Engine(decoder, None)):
+    try:
+        refused()
+    except MedheadError as error:
+        assert "split over processes" in str(error)
+    else:
+        raise AssertionError("not refused")
 torch.distributed.destroy_process_group()
 print("the same text", rank)
 """
