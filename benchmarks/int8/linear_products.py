@@ -137,7 +137,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     names = [shape.split("x") for shape in SHAPES]
-    table: dict[str, Any] = {}
+    table: list[dict[str, Any]] = []
     with torch.inference_mode():
         dense = {
             shape: [torch.randn(int(out), int(size)) * 0.05 for _ in range(SHAPES[shape])]
@@ -150,8 +150,8 @@ def main() -> None:
                 multiply(torch.randn(2, 576), prepare(dense["192x576"][0]))
                 prepared[name] = {shape: [prepare(weight) for weight in parts] for shape, parts in dense.items()}
             except (RuntimeError, AttributeError, NotImplementedError) as error:
-                table[name] = " ".join(str(error).split())[:200]
-                print(name, table[name], flush=True)
+                table.append({"product": name, "error": " ".join(str(error).split())[:200]})
+                print(table[-1], flush=True)
         for rows in ROWS:
             found: dict[str, list[dict[str, float]]] = {name: [] for name in prepared}
             for _ in range(args.rounds):
@@ -161,7 +161,7 @@ def main() -> None:
             for name, passes in found.items():
                 best = {shape: round(1e3 * min(one[shape] for one in passes), 3) for shape in SHAPES}
                 total = round(1e3 * min(sum(one.values()) for one in passes), 2)
-                table.setdefault(name, {})[str(rows)] = {"pass_ms": total, "ms_by_shape": best}
+                table.append({"product": name, "rows": rows, "pass_ms": total, "ms_by_shape": best})
                 print(f"{rows:3d} {total:9.2f} ms  {name}  {best}", flush=True)
     with open("/proc/cpuinfo", encoding="ascii") as lines:
         cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
@@ -171,10 +171,12 @@ def main() -> None:
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
         "method": f"CPU time of the 211 linear layers of SmolLM2-135M with random weights, one after the other; smallest of "
         f"{args.rounds} interleaved rounds, in ms; ms_by_shape sums the layers of a shape (out x in); layers: {SHAPES}",
-        "rows": table,
     }
-    if args.output is not None:
-        args.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if args.output is not None:  # one line for each product and number of rows
+        lines = ",\n".join(f"  {json.dumps(row)}" for row in table)
+        args.output.write_text(
+            f'{json.dumps(report, indent=1)[:-2]},\n "results": [\n{lines}\n ]\n}}\n', encoding="utf-8"
+        )
 
 
 if __name__ == "__main__":
