@@ -130,9 +130,38 @@ whose window exists only in transformers' cache (`moshi`, `unlimited_ocr`). The 
 
 {refused}
 
-## Without a test
+## int8 weights
 
-Quantized models and models split over several devices (`device_map`) run the same code. No test covers them.
+`--weights int8` (`load_model(..., weights="int8")`) rounds the linear layers of the decoder layers and the output matrix to 8
+bits when the model is loaded: symmetric, one scale for each row, on a CPU. The input embeddings are kept, also where they
+were tied to the output matrix. Activations are not rounded, so in float32 every text equals plain decoding of the rounded
+model. Heads of the unrounded model fit.
+
+The gain is memory: a quarter of float32. On a CPU with AVX2 a pass takes as long as in float32, see [decoding on a
+CPU](guides/cpu.md#int8-weights). Layers other than `torch.nn.Linear` (experts in one tensor, GPT-2's `Conv1D`) keep their
+type, Mamba and Jamba are refused, adapters cannot be put on top. To save or train a model, load it without the option.
+
+## Quantised and spread models
+
+Models that transformers, torchao or bitsandbytes quantised are targets if a token's result does not depend on the other
+tokens of the pass, which `Decoder` checks for every kind of layer:
+
+- torchao's weight-only types (int8, int4) and bitsandbytes' 4 bits: every text equals plain decoding.
+- Activations in 8 bits with a scale for each token (`Int8DynamicActivationInt8WeightConfig`): refused in float32. In bfloat16
+  near ties may be rounded differently, as without quantisation.
+- `torch.ao.quantization.quantize_dynamic` and other scales for a whole pass: refused. bitsandbytes' LLM.int8 is refused in
+  float32.
+
+Heads that were trained on the unquantised model fit. They use dequantised rows of the output matrix.
+
+Where the weights are not all in the memory of one device, `step` must be `loop`:
+
+- Weights offloaded to the memory of the CPU or to disk (`device_map`): every text equals plain decoding. Models split over
+  several GPUs run the same code; no test covers them.
+- Tensor parallel models (`tp_plan="auto"`, one process for each shard): every text equals plain decoding. All processes call
+  `generate` with the same arguments. The first one's tree is verified, and its seed is used where none is given. `hybrid` has
+  trees of 16 nodes unless `tree_size` is given, because the processes would measure different times. `Engine` serves no such
+  model.
 """
 
 

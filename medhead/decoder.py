@@ -28,6 +28,7 @@ from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
 from medhead.model.hf_patch import patch_generate, unpatch_generate
 from medhead.model.model_form import num_rows
+from medhead.model.shards import placement
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
 from medhead.statistics import Statistics
@@ -113,6 +114,11 @@ class Decoder:
                 f"step {step!r} does not go with {self.target.name}, whose layers hold states (recurrent or convolutional); "
                 "use step='loop'"
             )
+        if step != "loop" and (where := placement(self.model)) is not None:
+            raise MedheadError(
+                f"step {step!r} needs all weights in the memory of one device, those of {self.target.name} are {where}; "
+                "use step='loop'"
+            )
         if step == "compiled" and not self.proposer.capturable:
             self.compiled_target = CompiledTarget(self.model, probe=False, attention=self.target.backend.name)
         elif step != "loop":
@@ -183,6 +189,8 @@ class Decoder:
             show_scores = keep and bool(config.output_scores)
             lockstep = Lockstep(input_ids, processors, criteria, pad, stop_checker, show_scores)
         local = is_local(processors) and lockstep is None
+        if config.do_sample and seed is None and self.target.shards is not None:
+            seed = self.target.shards.seed(options.seed_or_draw(None))
         params, processors = sampling_params(config, processors, seed, limit, local)
 
         def on_tokens(sequence: Sequence, new: list[int], ended: bool) -> None:

@@ -42,6 +42,7 @@ def fingerprint(target: Target, batch: int) -> str:
     parts = [
         json.dumps(target.config.to_dict(), sort_keys=True, default=str),
         str(target.dtype),
+        _storage(target.model),
         target.device.type,
         torch.cuda.get_device_name(target.device)
         if on_cuda
@@ -53,6 +54,11 @@ def fingerprint(target: Target, batch: int) -> str:
         transformers.__version__,
     ]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
+
+
+def _storage(model: torch.nn.Module) -> list[str]:
+    """Return the names of the types of modules and weights, which tell quantised models from others."""
+    return sorted({type(part).__name__ for part in (*model.modules(), *model.parameters())})
 
 
 def read(file: Path, parse: Callable[[Any], T], consequence: str) -> T | None:

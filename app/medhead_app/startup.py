@@ -32,7 +32,7 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     check_memory(resolve_model(args.model), device, dtype)
     with _reported(prog, f"loading {name} ({str(dtype).removeprefix('torch.')} on {device})", name, device):
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
-        decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code))
+        decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code, args.weights))
     heads: Any = args.heads or default_heads(args.model)
     if heads is not None and adapts_target(heads):
         heads = heads_of(decoder.model)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from medhead import __version__, generation_config
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, add_generation_config_option, check_range
+from medhead.cli.common import Parser, add_generation_config_option, add_weights_option, check_range
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
@@ -51,6 +51,7 @@ def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int 
     forms = "JSON lines with messages, prompt, question, turns or text"
     options.add_argument("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model)")
     options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    add_weights_option(options)
     add_generation_config_option(options)
     if num_prompts is None:
         options.add_argument("--prompts", required=True, help=f"{forms}, and category, the task")
@@ -82,7 +83,7 @@ def check_options(args: argparse.Namespace, **ranges: tuple[float, float]) -> No
 def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) -> Target:
     """Load the model that the options name; its texts also end at the EOS token of its tokenizer."""
     device = pick_device(args.device)
-    model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code)
+    model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code, args.weights)
     prepare_texts(args, model, ignore_eos)
     return Target(model)
 
@@ -153,7 +154,8 @@ def heading(args: argparse.Namespace, *parts: str) -> str:
     found = machine()
     on_gpu = pick_device(args.device).type == "cuda"
     place = found["gpu"] if on_gpu else f"{found['cpu']}, {found['threads']} threads"
-    return ", ".join(part for part in (args.title, *parts, place, found["date"]) if part)
+    weights = f"{args.weights} weights" if getattr(args, "weights", None) else ""
+    return ", ".join(part for part in (args.title, *parts, weights, place, found["date"]) if part)
 
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> str:

@@ -118,11 +118,18 @@ def check_tree_option(args: argparse.Namespace) -> None:
 
 
 def add_device_options(group: Any, dtype: str = "auto") -> None:
-    """Add --device, --dtype and --trust-remote-code."""
+    """Add --device, --dtype, --weights and --trust-remote-code."""
     usual = "float32 on a CPU, else bfloat16" if dtype == "auto" else dtype
     group.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda if there is one)")
     group.add_argument("--dtype", default=dtype, help=f"float32, bfloat16 or float16 (default: {usual})")
+    add_weights_option(group)
     group.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
+
+
+def add_weights_option(group: Any) -> None:
+    """Add --weights."""
+    group.add_argument("--weights", choices=["int8"], help="int8: on a CPU, round the weights of the linear layers to 8 bits, "
+                       "which changes the text and takes a quarter of their memory in float32 (default: --dtype)")  # fmt: skip
 
 
 def add_generation_config_option(group: Any) -> None:

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> None:
     device = pick_device(args.device)
     dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(args.model, args.trust_remote_code)
     ids = encode_chat(tokenizer, prompt, args.system, args.raw)
-    decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code), tokenizer)
+    decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code, args.weights), tokenizer)
     decoder.warmup()  # its time does not count as time of the answer
     result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
     if args.compare:

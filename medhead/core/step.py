@@ -49,6 +49,8 @@ def decode_step(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
     tree = proposer.propose(state, max_depth)
+    if target.shards is not None:
+        tree = target.shards.tree(tree)
     mark("propose")
     began = time.perf_counter()
     logits, features = target.verify(cache, tree)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from medhead.heads.base import Heads
 from medhead.heads.layers import Linear
+from medhead.model.output_rows import output_rows
 from medhead.model.target import Target
 from medhead_kernels import skinny_gemm
 from medhead_kernels.timing import time_call
@@ -48,16 +49,14 @@ class OutputHead:
 
     @torch.inference_mode(False)
     def __init__(self, heads: Heads, target: Target, dtype: torch.dtype | None) -> None:
-        weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
         self.tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(target.device)
-        if self.tokens is not None:
-            weight, bias = weight[self.tokens], None if bias is None else bias[self.tokens]
+        weight, bias = output_rows(target, self.tokens)
         self.dtype = dtype or _faster_dtype(weight)
         if any(parameter.dtype != self.dtype for parameter in heads.parameters()):
             heads = deepcopy(heads)  # other proposers may hold them too
         self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
-        self.bias = None if bias is None else bias.detach().to(self.dtype)
+        self.bias = None if bias is None else bias.to(self.dtype)
         self._embed, self._count = target.embed, target.num_embeddings
         self._packed: list[skinny_gemm.PackedLinear] = []  # the output matrix and the heads' layers, once packed
         self.table: Tensor | None = None

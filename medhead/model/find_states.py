@@ -13,7 +13,7 @@ from transformers import Cache, DynamicCache
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout, KVSpec
-from medhead.model.layout import cache_argument, find_layout
+from medhead.model.layout import cache_argument, find_layout, input_device
 from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
 from medhead.model.state_layers import StateLayers
 
@@ -85,7 +85,7 @@ def _cached_pairs(cache: Cache) -> Iterator[tuple[int, tuple[KVSpec, KVSpec]]]:
 def _own_cache(model: Any) -> Cache | None:
     """Return the cache that a model makes itself, after two tokens; None if it works with no cache of transformers."""
     argument = cache_argument(model)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=input_device(model))
     try:
         own = getattr(model(input_ids=ids, use_cache=True), argument, None)
         if own is None:  # RecurrentGemma does not return it
@@ -133,7 +133,7 @@ class _Finder:
 
     def run(self, start: int, states: dict[StateKey, Tensor]) -> tuple[Tensor, dict[StateKey, Tensor]]:
         """Return the logits of two tokens after `start`, and the states that they leave."""
-        device = self.model.get_input_embeddings().weight.device
+        device = input_device(self.model)
         positions = start + torch.arange(_TOKENS, device=device)[None]
         self.cache.lengths.set([start])
         self.cache.begin(_TOKENS)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -20,7 +21,7 @@ def model_state(target: Target) -> Hashable:
     A compiled step on a CPU holds packed copies of the weights, so there the key also has the weights' version counters and a
     sample of their values, because PyTorch does not count changes through `weight.data`. Elsewhere steps read weights in place.
     """
-    weights = list(target.model.parameters())
+    weights = [part for weight in target.model.parameters() for part in _parts(weight)]
     on_cpu = [weight.detach() for weight in weights if weight.device.type == "cpu"]
     versions = tuple(0 if weight.is_inference() else weight._version for weight in on_cpu)
     return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, _sample(on_cpu)
@@ -41,6 +42,15 @@ def _sample(weights: list[Tensor]) -> bytes:
     plain = [weight.reshape(-1) for weight in weights if weight.is_floating_point() and weight.numel()]
     samples = [values[:: max(1, len(values) // _SAMPLES)] for values in plain]
     return torch.cat(samples).double().numpy().tobytes() if samples else b""
+
+
+def _parts(weight: Tensor) -> Iterator[Tensor]:
+    """Yield the ordinary tensors that a weight consists of: values and scales where it is quantised, else itself."""
+    if not is_traceable_wrapper_subclass(weight):
+        yield weight
+        return
+    for name in weight.__tensor_flatten__()[0]:
+        yield from _parts(getattr(weight, name))
 
 
 def _pointer(weight: Tensor) -> int:

@@ -22,7 +22,7 @@ def find_layout(model: Any) -> CacheLayout:
     """
     name, argument = type(model).__name__, cache_argument(model)
     cache: Any = DynamicCache()
-    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
     try:
         with eval_mode(model):
             used = model(input_ids=ids, use_cache=True, **{argument: cache})
@@ -46,6 +46,16 @@ def find_layout(model: Any) -> CacheLayout:
     if not found:
         raise UnsupportedTargetError(f"{name} wrote nothing into its key/value cache")
     return CacheLayout(found)
+
+
+def input_device(model: Any) -> torch.device:
+    """Return the device that token ids go to; accelerate keeps weights that it offloads on `meta` and moves them there."""
+    embedding = model.get_input_embeddings()
+    hook = getattr(embedding, "_hf_hook", None)
+    moving = [
+        part for part in (hook, *getattr(hook, "hooks", ())) if getattr(part, "execution_device", None) is not None
+    ]
+    return torch.device(moving[0].execution_device) if moving else embedding.weight.device
 
 
 def output_matrix(model: Any) -> Any:
@@ -109,7 +119,7 @@ def max_length(model: Any, context: int) -> int:
 
     Rotary positions have no end: transformers goes on with them beyond the context.
     """
-    embeddings = {id(part.weight) for part in (model.get_input_embeddings(), output_matrix(model))}
+    embeddings = {id(getattr(part, "weight", None)) for part in (model.get_input_embeddings(), output_matrix(model))}
     sizes = range(context, context + 3)  # a table may have rows for padding
     for module in model.modules():
         weight = getattr(module, "weight", None)

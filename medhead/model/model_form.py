@@ -20,8 +20,8 @@ def model_form(model: Any) -> dict[str, Any]:
     for name, module in (("input embeddings", embedding), ("output matrix", output)):
         form[name] = module
         form[f"rows of the {name}"] = num_rows(module)
-        form[f"dtype of the {name}"] = getattr(module.weight, "dtype", None)
-        form[f"device of the {name}"] = getattr(module.weight, "device", None)
+        form[f"dtype of the {name}"] = _of_weight(module, "dtype")
+        form[f"device of the {name}"] = _of_weight(module, "device")
     attention = ((module.__dict__.get("config"), module.__dict__.get("layer_idx")) for module in model.modules())
     form["attention layers"] = {  # the very configurations, which are kept alive so that their ids stay theirs
         (id(config), index): config for config, index in attention if hasattr(config, "_attn_implementation")
@@ -47,6 +47,10 @@ def num_rows(module: Any) -> int:
     """Return the number of tokens that an embedding or an output matrix has rows for, adapters of PEFT looked through."""
     base = module.get_base_layer() if hasattr(module, "get_base_layer") else module
     return int(getattr(base, "num_embeddings", None) or getattr(base, "out_features", None) or len(module.weight))
+
+
+def _of_weight(module: Any, name: str) -> Any:
+    return getattr(getattr(module, "weight", None), name, None)
 
 
 def _key(value: Any) -> Any:

@@ -25,12 +25,14 @@ from medhead.model.layout import (
     context_length,
     decoder_layers,
     encoder_configs,
+    input_device,
     max_length,
     output_matrix,
 )
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
+from medhead.model.output_rows import output_form
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
@@ -41,7 +43,9 @@ from medhead.model.prompt_inputs import (
     own_logits,
     prefill_prompt,
 )
+from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
+from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
@@ -94,15 +98,11 @@ class Target:
             raise UnsupportedTargetError(f"{self.name} has no output matrix, so it is not a causal language model")
         self.config = inner.config.get_text_config(decoder=True)
         self.embedding: Any = inner.get_input_embeddings()
-        weight: Any = self.output.weight
-        if not isinstance(weight, Tensor):
-            raise UnsupportedTargetError(
-                f"the output matrix of {self.name} ({type(self.output).__name__}) holds no tensor"
-            )
-        self.vocab_size, self.hidden_size = weight.shape
-        self.num_embeddings = num_rows(self.embedding)
-        self.device = self.embedding.weight.device
-        self.dtype = weight.dtype
+        self.num_embeddings, self.device = num_rows(self.embedding), input_device(inner)
+        self.vocab_size, self.hidden_size, self.dtype = output_form(inner, self.output, self.device)
+        with self.lock:
+            check_activations(inner, self.dtype)
+        self.shards = shard_group(inner)
         self.layers = int(getattr(self.config, "num_hidden_layers", 0))
         self.context = context_length(self.config)
         self.max_length = max_length(inner, self.context)

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 _ERROR_FACTOR = 2.0  # actual share of wrong tokens / estimated share
 _MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
+_SHARDED_TREE_SIZE = (
+    16  # tensor parallel processes measure different times, from which they would choose different sizes
+)
 _OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
 
 
@@ -47,7 +50,7 @@ class HybridProposer(Proposer):
     Args:
         target: the target.
         heads: heads for the member `heads`, see `HeadsProposer`.
-        tree_size: number of nodes of every tree, root included; None adapts it to what pays.
+        tree_size: number of nodes of every tree, root included; None adapts it to what pays (16 with tensor parallelism).
         members: names of registered proposers, or proposers; by default `heads` and `ngram`, or without heads `ngram` and
             `recycling`.
         costs: cost of a pass; None reads it from the user's cache or measures it.
@@ -71,6 +74,8 @@ class HybridProposer(Proposer):
     ) -> None:
         if members is None:
             members = ["ngram", "recycling"] if heads is None else ["heads", "ngram"]
+        if tree_size is None and target.shards is not None:
+            tree_size = _SHARDED_TREE_SIZE
         unused = sorted(key for key in options if _OWNERS.get(key, "heads") not in members)
         if unused:
             raise MedheadError(f"no member of the hybrid takes the options {', '.join(unused)}; leave them out")

@@ -88,6 +88,11 @@ class Engine:
                 f"max_rows must be at least 1, max_queue at least 0 and time_limit above 0, "
                 f"got {max_rows}, {max_queue} and {time_limit}"
             )
+        if decoder.target.shards is not None:
+            raise MedheadError(
+                f"an engine cannot serve {decoder.target.name}, which is split over processes: they would not batch the same "
+                "requests; call generate in every process"
+            )
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, decoder.heads if heads is None else heads
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit

@@ -101,7 +101,7 @@ def load_all_heads(args: argparse.Namespace, target: Target) -> Iterator[tuple[s
     for folder in folders:
         try:
             if adapts_target(folder):
-                model = load_model(args.model, target.device, target.dtype, args.trust_remote_code)
+                model = load_model(args.model, target.device, target.dtype, args.trust_remote_code, args.weights)
                 harness.prepare_texts(args, model)
                 adapted = load_adapted(model, folder)
                 yield str(folder), heads_of(adapted), Target(adapted)

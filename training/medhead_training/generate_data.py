@@ -211,9 +211,10 @@ def run(args: argparse.Namespace) -> None:
     output = ResumableFile(args.output, WRITER)
     options = {f"--{option.replace('_', '-')}": getattr(args, option) for option in RECORDED}
     options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
+    options |= {"--weights": args.weights} if args.weights else {}
     options["tokenizer"] = tokenizer_fingerprint(tokenizer)
     started = output.is_started(options)  # checked before a large model is loaded
-    model = load_model(args.model, device, dtype, args.trust_remote_code)
+    model = load_model(args.model, device, dtype, args.trust_remote_code, args.weights)
     options["--model"] = fingerprint(dict(model.named_parameters()))
     decoder = make_decoder(args, model)
     options["generation configuration"] = recorded_fields(model, tokenizer)

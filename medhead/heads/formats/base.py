@@ -14,6 +14,7 @@ from medhead.errors import MedheadError
 from medhead.heads.base import Heads
 from medhead.heads.config import HeadsConfig
 from medhead.heads.formats.reader import WEIGHTS_FILE, CheckpointReader
+from medhead.model.output_rows import output_rows
 from medhead.model.target import Target
 
 
@@ -83,8 +84,8 @@ def output_matrix(heads: Heads, target: Target, depth: int = 0) -> Tensor:
         return own
     if getattr(target.output, "bias", None) is not None:
         raise MedheadError(f"the output matrix of {target.name} has a bias, which no checkpoint format holds")
-    weight = target.output.weight.detach()
-    return weight if heads.draft_tokens is None else weight[heads.draft_tokens.to(weight.device)]
+    tokens = heads.draft_tokens
+    return output_rows(target, None if tokens is None else tokens.to(target.device))[0]
 
 
 def decoder_config_json(heads: Heads, target: Target) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from medhead.heads import Heads
 from medhead.model.eval_mode import eval_mode
+from medhead.model.output_rows import output_rows
 from medhead.model.target import Target
 from medhead_training.objective.chunked import chunked_loss, mean_output, soft_by_mean
 from medhead_training.objective.losses import depth_weights
@@ -36,14 +37,12 @@ class HeadsModule(nn.Module):
         self.__dict__.update(target=target, heads=heads)  # not as submodules: they are part of `model` already
         self.options = options
         self.supports_packing = separates_documents(target)
-        weight, bias = target.output.weight.detach(), getattr(target.output, "bias", None)
-        tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(weight.device)
-        index = draft_columns(tokens, len(weight), weight.device)
-        if tokens is not None:
-            weight, bias = weight[tokens], None if bias is None else bias[tokens]
+        tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(target.device)
+        weight, bias = output_rows(target, tokens)
+        index = draft_columns(tokens, target.vocab_size, weight.device)
         # buffers hold a copy (or a view) of the frozen rows that FSDP does not shard
         self.register_buffer("output", weight, persistent=False)
-        self.register_buffer("bias", None if bias is None else bias.detach(), persistent=False)
+        self.register_buffer("bias", bias, persistent=False)
         self.register_buffer("draft_index", index, persistent=False)
 
     def train(self, mode: bool = True) -> HeadsModule:
@@ -156,7 +155,7 @@ class HeadsModule(nn.Module):
         with torch.no_grad(), self.model.disable_adapter():
             original, _ = self.target_states(batch, position_ids)
         needed = batch.predictable(1)
-        weight, bias = self.target.output.weight.detach(), getattr(self.target.output, "bias", None)
+        weight, bias = output_rows(self.target)
         count = needed.sum().clamp(min=1)
         return chunked_loss(
             "kl", hidden[needed], weight, bias=bias, teacher_hidden=original[needed], teacher_weight=weight,
