@@ -137,7 +137,7 @@ bits when the model is loaded: symmetric, one scale for each row, on a CPU. The 
 were tied to the output matrix. Activations are not rounded, so in float32 every text equals plain decoding of the rounded
 model. Heads of the unrounded model fit.
 
-The gain is memory: a quarter of float32. On a CPU with AVX2 a pass takes as long as in float32, see [decoding on a
+The gain is memory: a quarter of float32. On a CPU with AVX2 a pass takes up to 11 % longer than in float32, see [decoding on a
 CPU](guides/cpu.md#int8-weights). Layers other than `torch.nn.Linear` (experts in one tensor, GPT-2's `Conv1D`) keep their
 type, Mamba and Jamba are refused, adapters cannot be put on top. To save or train a model, load it without the option.
 
