@@ -1,6 +1,7 @@
 """Write the generated parts of README and documentation; `python docs/generate.py --check` only compares.
 
-- `docs/models.md` and README's list of supported models come from `tests/families.py` and `tests/vision_models.py`.
+- `docs/models.md` and README's list of supported models come from `tests/families.py`, `tests/vision_models.py`, and
+  `docs/model_types.jsonl`, which `docs/model_types.py` writes.
 - README's table of results comes from `benchmarks/demo-cpu-float32/results.json`.
 """
 
@@ -18,6 +19,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 from families import ACCEPTED, REFUSED, SINCE_5_24, STATEFUL  # noqa: E402
 from vision_models import VISION  # noqa: E402
 
+TYPES = ROOT / "docs" / "model_types.jsonl"
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
 FEATURES = {  # what a family's configuration in the tests has, by its fields
     "sliding window": ("sliding_window",),
@@ -28,7 +30,7 @@ FEATURES = {  # what a family's configuration in the tests has, by its fields
 MODELS_PAGE = """\
 # Supported models
 
-<!-- written by docs/generate.py from tests/families.py and tests/vision_models.py -->
+<!-- written by docs/generate.py from tests/families.py, tests/vision_models.py and docs/model_types.jsonl -->
 
 ## Names of models
 
@@ -122,13 +124,12 @@ cost and drafts where it pays.
 - Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
   depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
 
-## Refused
+## Every type of transformers {version}
 
-These families are refused with `UnsupportedTargetError`: their attention does not go through the registry or selects keys by
-an index, or their states are not in a cache of transformers. Encoder-decoder models are refused as well, and so are models
-whose window exists only in transformers' cache (`moshi`, `unlimited_ocr`). The error names the reason.
+`python docs/model_types.py` builds a tiny random model of every type and compares texts with those of `generate`: greedy, for one
+prompt and for a padded batch of two, and sampled with a seed against plain decoding. Prompts are text.
 
-{refused}
+{every_type}
 
 ## Without a test
 
@@ -145,6 +146,25 @@ def features(fields: dict[str, Any]) -> str:
 def names(table: dict[str, Any]) -> str:
     """Return the names of a table as inline code."""
     return ", ".join(f"`{name}`" for name in sorted(table))
+
+
+def type_results() -> list[dict[str, str]]:
+    """Return the results of `docs/model_types.py`."""
+    return [json.loads(line) for line in TYPES.read_text(encoding="utf-8").splitlines()]
+
+
+def every_type() -> str:
+    """Return for both kinds of models which types are identical, and the reasons of the others."""
+    parts = []
+    for kind, title in (("causal", "Causal language models"), ("vision", "Models of images and text")):
+        found = [one for one in type_results() if one["kind"] == kind]
+        same = {one["type"]: True for one in found if one["result"] == "identical"}
+        lines = [f"### {title}", "", f"Identical ({len(same)} of {len(found)}): {names(same)}", ""]
+        for result, says in (("refused", "Refused"), ("impossible", "Not text alone in transformers itself")):
+            rows = [f"| `{one['type']}` | {one['reason']} |" for one in found if one["result"] == result]
+            lines += [f"| {says} | why |", "|---|---|", *rows, ""] if rows else []
+        parts += lines
+    return "\n".join(parts).rstrip()
 
 
 def models_page() -> str:

@@ -34,6 +34,7 @@ from transformers.masking_utils import (
 )
 
 from medhead.errors import MedheadError
+from medhead.model.alibi import place_bias
 from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
@@ -61,6 +62,8 @@ class TreePass:
     prompts: int = 0
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     states: Any = None  # the `StateCache` of a model whose layers hold states
+    dense: bool = False  # every mask is a tensor, because the model's own code reads it
+    alibi: Tensor | None = None  # `[heads]` slopes of a model that adds ALiBi by its own code; only with `dense`
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
@@ -94,7 +97,7 @@ class TreePass:
         fits = window is not None and self.num_keys <= window and not self.prompts
         causal = mask_function is causal_mask_function or fits
         plain = flash or self.nodes == 1 or self.max_length == 0
-        if causal and self.lengths is None and self.visible is None and plain:
+        if causal and self.lengths is None and self.visible is None and plain and not self.dense:
             return None
         key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
@@ -104,6 +107,10 @@ class TreePass:
                 visible = self._allowed_keys(mask_function, device)
                 visible = visible if self.prompts else visible & self._visible_keys(device)
             self._biases[key] = additive_mask(visible, dtype)[:, None]
+            if self.alibi is not None and self.visible is not None:
+                lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
+                bias = place_bias(self.alibi, lengths.to(device), self.depth, self.num_keys)
+                self._biases[key] = self._biases[key] + bias.to(dtype)
         return self._biases[key]
 
     def _visible_keys(self, device: torch.device) -> Tensor:
@@ -226,9 +233,18 @@ def _backend_attention(
 
 def _attention(
     current: TreePass, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]` by the running pass."""
+    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]` by the running pass.
+
+    `indices` `[batch, nodes, selected]` are the keys that an indexer selected; there the mask is dense.
+    """
+    if indices is not None:
+        assert attention_mask is not None, "an indexer reads a dense mask"
+        hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
+        hidden = hidden.scatter_(-1, indices.long(), False)[:, None]
+        attention_mask = attention_mask.masked_fill(hidden, torch.finfo(attention_mask.dtype).min)
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.shape[0] == 0:

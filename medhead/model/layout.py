@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
-from medhead.model.kv_cache import CacheLayout, KVSpec
+from medhead.model.kv_cache import CacheLayout
 
 
 @torch.no_grad()
@@ -26,26 +26,57 @@ def find_layout(model: Any) -> CacheLayout:
     try:
         with eval_mode(model):
             used = model(input_ids=ids, use_cache=True, **{argument: cache})
-    except Exception as error:
-        raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {one_line(error, 160)}") from error
+    except Exception as error:  # layers of other kinds fail at a cache that holds keys and values alone
+        with eval_mode(model):
+            own = own_cache(model)
+        if (found := _indexed_layout(own)) is None:
+            raise UnsupportedTargetError(_why_not_cached(name, own, error)) from error
+        return found
     returned: Any = getattr(used, argument, None)
     if returned is not cache:
         raise UnsupportedTargetError(
             f"{name} keeps states of its own instead of a cache of transformers, so medhead cannot verify trees with it "
             "(most recurrent models have such a cache from transformers 5.24 on)"
         )
-    found = {}
     for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if any(hasattr(layer, state) for state in ("conv_states", "recurrent_states")):
             raise UnsupportedTargetError(
                 f"{name} caches more than keys and values: layer {index} is recurrent or convolutional"
             )
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-            found[index] = KVSpec.of(keys), KVSpec.of(values)
-    if not found:
+    layout = CacheLayout.of(cache)
+    if not layout.layers:
         raise UnsupportedTargetError(f"{name} wrote nothing into its key/value cache")
-    return CacheLayout(found)
+    return layout
+
+
+def _indexed_layout(own: Cache | None) -> CacheLayout | None:
+    """Return what a model caches whose layers select keys by those of an indexer; None if its layers are others."""
+    if own is None or any(hasattr(layer, "recurrent_states") for layer in own.layers):
+        return None
+    found = CacheLayout.of(own)
+    return found if found.indexers else None
+
+
+def _why_not_cached(name: str, own: Cache | None, error: Exception) -> str:
+    """Return why a model does not run with a cache of keys and values: its layers cache other things, or it says so itself."""
+    kinds = {type(layer) for layer in getattr(own, "layers", ())}
+    if other := sorted(kind.__name__ for kind in kinds if kind.__module__ != DynamicCache.__module__):
+        return f"{name} caches more than keys and values of single tokens ({', '.join(other)}); medhead cannot verify trees with it"
+    return f"{name} does not run with a key/value cache: {one_line(f'{type(error).__name__}: {error}', 160)}"
+
+
+def own_cache(model: Any) -> Cache | None:
+    """Return the cache that a model makes itself, after two tokens; None if it works with no cache of transformers."""
+    argument = cache_argument(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        own = getattr(model(input_ids=ids, use_cache=True), argument, None)
+        if own is None:  # RecurrentGemma does not return it
+            own = DynamicCache()
+            model(input_ids=ids, use_cache=True, **{argument: own})
+    except Exception:  # the caller knows what an ordinary pass says
+        return None
+    return own if isinstance(own, Cache) else None
 
 
 def output_matrix(model: Any) -> Any:
@@ -69,6 +100,16 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the cache argument of `forward`: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def first_position(model: Any) -> int:
+    """Return the position that `generate` gives to the first token of a text: 0, or 1 in PaliGemma."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+    try:
+        given = model.prepare_inputs_for_generation(ids, is_first_iteration=True, position_ids=ids.clone(), use_cache=False)
+        return int(given["position_ids"].flatten()[0])
+    except Exception:  # it wants more than text, which a pass says better
+        return 0
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:

@@ -34,6 +34,7 @@ class _TreeVerifier(Protocol):
     vocab_size: int
     num_embeddings: int
     backend: Backend
+    dense_masks: bool
     state_layers: Any
 
     def active(self) -> AbstractContextManager[None]: ...
@@ -125,6 +126,21 @@ def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int
 
 
 def probe_target(target: _TreeVerifier, attention: str) -> None:
+    """Check a target; where its attention does not go through the registry, give the model's own code dense masks."""
+    try:
+        _check_backend(target, attention)
+    except UnsupportedTargetError:
+        if attention not in ("auto", "sdpa") or target.dense_masks:
+            raise
+        target.backend, target.dense_masks = BACKENDS["sdpa"], True
+        try:
+            _check_states(target)
+        except UnsupportedTargetError:
+            target.dense_masks = False
+            raise  # what this says is the truth, for models of both kinds
+
+
+def _check_backend(target: _TreeVerifier, attention: str) -> None:
     """Check a target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
     try:
         _check_states(target)

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass
 from medhead.model.eval_mode import eval_mode
 from medhead.model.find_states import find_layers
@@ -25,6 +26,7 @@ from medhead.model.layout import (
     context_length,
     decoder_layers,
     encoder_configs,
+    first_position,
     max_length,
     output_matrix,
 )
@@ -64,6 +66,7 @@ class Target:
 
     Attributes:
         context: longest sequence that the configuration allows (`max_position_embeddings`).
+        first_position: position of the first token of a text.
         max_length: longest sequence that the model can run; rotary positions go on beyond the context, as in transformers.
         layout: the keys and values that the model caches.
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
@@ -115,10 +118,14 @@ class Target:
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
+        self.first_position = first_position(inner)
         self._scale_floor = query_scale_floor(inner)
+        self._alibi = alibi_slopes(inner)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
             self.layout, self.state_layers = find_layers(inner)
+        # every mask is a dense tensor for models whose own code adds it to their scores
+        self.dense_masks = bool(self.layout.indexers)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
@@ -360,11 +367,12 @@ class Target:
             lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
         )
         current.states = cache if isinstance(cache, StateCache) else None
+        current.dense, current.alibi = self.dense_masks, self._alibi
         return current
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
-        return not self.backend.needs_dense_mask and nodes <= MAX_NODES
+        return not (self.dense_masks or self.backend.needs_dense_mask) and nodes <= MAX_NODES
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
@@ -382,7 +390,7 @@ class Target:
     def _positions(self, position_ids: Tensor) -> dict[str, Any]:
         """Return the argument that tells a model positions; attention-free ones take none."""
         takes = self.state_layers is None or self.state_layers.takes_positions
-        return {"position_ids": position_ids} if takes else {}
+        return {"position_ids": position_ids + self.first_position if self.first_position else position_ids} if takes else {}
 
     @property
     def feature_size(self) -> int:
