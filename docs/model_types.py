@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import resource
 import sys
 import warnings
 from pathlib import Path
@@ -23,6 +24,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor
+from transformers import AutoConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
@@ -32,7 +34,7 @@ from medhead.errors import one_line  # noqa: E402
 from tiny_types import KINDS, tiny_type, types  # noqa: E402
 
 RESULTS = ROOT / "docs" / "model_types.jsonl"
-LIMIT = 120  # seconds for one type
+LIMIT = 120  # seconds of processor time for one type
 NEW = 24  # tokens of each text
 
 
@@ -47,7 +49,13 @@ def prompts() -> dict[str, Tensor]:
 def compare(name: str, kind: str) -> dict[str, Any]:
     """Return the result of a type, and the reason where it is not `identical`."""
     try:
+        AutoConfig.for_model(name)
+    except Exception as error:
+        return {"result": "impossible", "reason": one_line(f"{type(error).__name__}: {error}", 200)}
+    try:
         model = tiny_type(name, kind)
+    except ImportError as error:
+        return {"result": "impossible", "reason": one_line(str(error).split(" but ")[0], 200)}
     except Exception as error:
         return {"result": "unbuilt", "reason": one_line(f"{type(error).__name__}: {error}", 200)}
     both = prompts()
@@ -91,21 +99,21 @@ def _child(name: str, kind: str, pipe: Any) -> None:
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
     pipe.send(compare(name, kind))
 
 
 def compare_apart(name: str, kind: str) -> dict[str, Any]:
-    """Return the result of a type, compared in a process of its own within `LIMIT` seconds."""
+    """Return the result of a type, compared in a process of its own."""
     context = multiprocessing.get_context("fork")
     here, there = context.Pipe(duplex=False)
     child = context.Process(target=_child, args=(name, kind, there))
     child.start()
     there.close()
     try:
-        found = here.recv() if here.poll(LIMIT) else {"result": "unbuilt", "reason": f"more than {LIMIT} seconds"}
+        found = here.recv()
     except EOFError:
-        found = {"result": "unbuilt", "reason": "the process died"}
-    child.kill()
+        found = {"result": "unbuilt", "reason": f"the process died, perhaps after {LIMIT} seconds of processor time"}
     child.join()
     return found
 

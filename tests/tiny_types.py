@@ -51,6 +51,7 @@ _TEXT = {
     **_named("linear_num_value_heads linear_num_heads router_hidden_size loop_gate_rank gated_norm_rank", 4),
     **_named("sliding_window attention_chunk_size sliding_window_size window_size local_attention", 6),
     **_named("max_position_embeddings n_positions max_seq_len n_ctx max_target_positions", 256),
+    **_named("encoder_hash_byte_group_vocab shape_vocab_size pronunciation_vocab_size", 64),
     **_named("index_head_dim", 8), **_named("index_n_heads", 16), **_named("index_topk", 5),
     "max_source_positions": 64, "num_kv_shared_layers": 0, "initializer_range": 0.2, "mm_tokens_per_image": 4,
     "qk_head_dim": 16, "rel_extent": 32, "dim_model_base": 8, "scale_factor": 1, "image_seq_length": 4,
@@ -80,6 +81,12 @@ _ENCODERS = ("vision", "visual", "audio", "qformer", "perceiver", "resampler", "
 
 # what a type needs besides, by name; a dot leads into a part of the configuration
 CHANGES: dict[str, dict[str, Any]] = {
+    "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
+    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 2.0, "factor": 1.0}},
+    "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
+    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
+    "dots3_note": {"text_config.layer_types": None},
+    "dots3_note_text": {"layer_types": None},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "molmo2": {"vision_config.image_size": [28, 28], "vision_config.image_default_input_size": [28, 28]},
     "internvl": {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]},
@@ -87,6 +94,13 @@ CHANGES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 90}, "vq_config.channel_multiplier": [1, 1]},
     "emu3": {"vocabulary_map": {"<image>": 90}, "vq_config.channel_multiplier": [1, 1]},
     "janus": {"vq_config.channel_multiplier": [1, 1]},
+    **{
+        name: {"is_decoder": True}
+        for name in (
+            "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
+            "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
+        ).split()
+    },
     "apertus1p5": {"vision_config.channel_multiplier": [1, 1]},
 }
 
@@ -140,6 +154,8 @@ def _shrink(config: Any, changes: dict[str, Any], encoder: bool = False) -> Any:
     for name in _KINDS_OF_LAYERS:
         if found := _kinds(vars(config).get(name), layers):
             given[name] = found
+    if "kv_lora_rank" in known:  # multi-head latent attention expands to keys of every head
+        given["num_key_value_heads"] = 4
     if isinstance(vars(config).get("no_rope_layers"), list):
         given["no_rope_layers"] = [1, 0, 1]
     given |= {path: value for path, value in changes.items() if "." not in path}
@@ -163,11 +179,9 @@ def _like(before: Any, value: Any) -> Any:
 
 
 def _kinds(kinds: Any, count: int) -> list[Any] | None:
-    """Return the kinds of so many layers, every kind of a longer list at least once if they are so few."""
-    if not isinstance(kinds, list | tuple) or not kinds:
-        return None
-    known = list(dict.fromkeys(kinds))
-    return [known[place % len(known)] for place in range(count)]
+    """Return the kinds of so many layers, taking turns; None for layers of one kind."""
+    known = list(dict.fromkeys(kinds)) if isinstance(kinds, list | tuple) else []
+    return None if len(known) < 2 else [known[place % len(known)] for place in range(count)]
 
 
 def _given(config: Any, name: str) -> Any:

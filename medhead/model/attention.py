@@ -33,7 +33,7 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import place_bias
 from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
@@ -42,6 +42,7 @@ from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reaso
 from medhead_kernels.causal import HALF_DTYPES, is_supported
 
 NAME = "medhead"
+_ARGUMENTS_BY_ORDER = {"position_bias", "sinks", "block_indices"}
 
 
 @dataclass
@@ -232,7 +233,7 @@ def _backend_attention(
 
 
 def _attention(
-    current: TreePass, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    current: TreePass, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
     indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
@@ -240,6 +241,11 @@ def _attention(
 
     `indices` `[batch, nodes, selected]` are the keys that an indexer selected; there the mask is dense.
     """
+    if unknown := _ARGUMENTS_BY_ORDER & kwargs.keys():
+        raise UnsupportedTargetError(
+            f"{type(module).__name__} gives its attention {', '.join(sorted(unknown))}, which follow the order of keys and not "
+            "their positions, so medhead cannot verify trees with it"
+        )
     if indices is not None:
         assert attention_mask is not None, "an indexer reads a dense mask"
         hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
@@ -294,7 +300,7 @@ def attention_name(own: str | None) -> str:
             return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
         if current.scale_floor is not None and current.num_keys >= current.scale_floor:
             args = (rescale_query(module, args[0], current), *args[1:])
-        return _attention(current, *args, **kwargs)
+        return _attention(current, module, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         current = _running.get()

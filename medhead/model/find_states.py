@@ -12,7 +12,7 @@ from transformers import Cache
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout
-from medhead.model.layout import cache_argument, find_layout, own_cache
+from medhead.model.layout import cache_argument, find_layout, other_layers, own_cache
 from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
 from medhead.model.state_layers import StateLayers
 
@@ -53,7 +53,7 @@ def find_state_layers(model: Any) -> StateLayers | None:
 
 def _find(model: Any) -> StateLayers | None:
     own = own_cache(model)
-    if own is None:
+    if own is None or other_layers(own):
         return None
     if not hasattr(Cache, "get_recurrent_state"):
         if not any(hasattr(layer, name) for layer in own.layers for name in ("conv_states", "recurrent_states")):

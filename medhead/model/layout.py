@@ -59,10 +59,18 @@ def _indexed_layout(own: Cache | None) -> CacheLayout | None:
 
 def _why_not_cached(name: str, own: Cache | None, error: Exception) -> str:
     """Return why a model does not run with a cache of keys and values: its layers cache other things, or it says so itself."""
-    kinds = {type(layer) for layer in getattr(own, "layers", ())}
-    if other := sorted(kind.__name__ for kind in kinds if kind.__module__ != DynamicCache.__module__):
-        return f"{name} caches more than keys and values of single tokens ({', '.join(other)}); medhead cannot verify trees with it"
+    if own is not None and (other := other_layers(own)):
+        return (
+            f"{name} caches more than keys and values of single tokens ({', '.join(other)}), "
+            "so medhead cannot verify trees with it"
+        )
     return f"{name} does not run with a key/value cache: {one_line(f'{type(error).__name__}: {error}', 160)}"
+
+
+def other_layers(cache: Cache) -> list[str]:
+    """Return the names of the kinds of layers of a cache that belong to one family of models alone."""
+    kinds = {type(layer) for layer in cache.layers}
+    return sorted(kind.__name__ for kind in kinds if kind.__module__ != DynamicCache.__module__)
 
 
 def own_cache(model: Any) -> Cache | None:

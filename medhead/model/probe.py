@@ -38,6 +38,7 @@ class _TreeVerifier(Protocol):
     state_layers: Any
 
     def active(self) -> AbstractContextManager[None]: ...
+    def position_arguments(self, position_ids: Tensor) -> dict[str, Any]: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def prefill(self, cache: Any, rows: list[list[int]], *, chunk: int) -> Tensor: ...
     def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
@@ -115,13 +116,17 @@ def _probe_tree(
 
 
 def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
-    """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
+    """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path.
+
+    The pass gets the positions that `generate` gives, which are not a model's own default in every model (RoBERTa's).
+    """
     found = []
     with eval_mode(target.model):
         for row, prefix in enumerate(prefixes):
             for path in tree.paths_to(row):
                 ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
-                found.append(target.model(input_ids=ids, use_cache=False).logits[0, -1].float())
+                positions = target.position_arguments(torch.arange(ids.shape[1], device=target.device)[None])
+                found.append(target.model(input_ids=ids, use_cache=False, **positions).logits[0, -1].float())
     return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)
 
 

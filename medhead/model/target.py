@@ -33,6 +33,7 @@ from medhead.model.layout import (
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
+from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
@@ -121,6 +122,7 @@ class Target:
         self.first_position = first_position(inner)
         self._scale_floor = query_scale_floor(inner)
         self._alibi = alibi_slopes(inner)
+        self._own_positions = OwnPositions(inner, lambda: running_target.get() is self)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
             self.layout, self.state_layers = find_layers(inner)
@@ -181,9 +183,9 @@ class Target:
             name if id(config) in self._encoders else attention_name(name)
             for config, name in zip(self._configs, self._own_names, strict=True)
         ]
-        rope = self.length_rope.active()
+        rope, own_positions = self.length_rope.active(), self._own_positions.active()
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
+        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, own_positions, states:
             try:
                 self._active = True
                 with attention_names(self._configs, names):
@@ -352,7 +354,7 @@ class Target:
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
         with self._running():
-            model(input_ids=input_ids, use_cache=False, **self._positions(position_ids))
+            model(input_ids=input_ids, use_cache=False, **self.position_arguments(position_ids))
         self._select = None
         assert self._hidden is not None, "only inside `with target.listening()`"
         return self._hidden, self._features()
@@ -382,15 +384,19 @@ class Target:
         if self.length_rope.modules and self.length_rope.text_lengths is None:
             host = cache.lengths.host
             self.length_rope.longest = None if host is None else max(host) + tokens.shape[1]
-        given = {self._cache_name: cache} | self._positions(positions)
+        given = {self._cache_name: cache} | self.position_arguments(positions)
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, use_cache=True, **given)
         return output.logits, self._features()
 
-    def _positions(self, position_ids: Tensor) -> dict[str, Any]:
-        """Return the argument that tells a model positions; attention-free ones take none."""
-        takes = self.state_layers is None or self.state_layers.takes_positions
-        return {"position_ids": position_ids + self.first_position if self.first_position else position_ids} if takes else {}
+    def position_arguments(self, position_ids: Tensor) -> dict[str, Any]:
+        """Return the argument that tells a model positions `[batch, nodes]`; attention-free ones take none."""
+        if self.state_layers is not None and not self.state_layers.takes_positions:
+            return {}
+        if self.first_position:
+            position_ids = position_ids + self.first_position
+        self._own_positions.positions = position_ids
+        return {"position_ids": position_ids}
 
     @property
     def feature_size(self) -> int:
