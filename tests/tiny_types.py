@@ -5,7 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
@@ -79,14 +86,20 @@ _KINDS_OF_LAYERS = "layer_types mlp_layer_types layers_block_type indexer_types"
 _EVEN_IF_NONE = ("num_key_value_heads", "pad_token_id")
 _ENCODERS = ("vision", "visual", "audio", "qformer", "perceiver", "resampler", "vq", "image", "sam", "tower")
 
+_DOTS3 = {  # its layers with windows have sizes of their own
+    "layer_types": None, "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 12,
+    "swa_kv_lora_rank": 12, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+}  # fmt: skip
 # what a type needs besides, by name; a dot leads into a part of the configuration
 CHANGES: dict[str, dict[str, Any]] = {
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
-    "hunyuan_v1_moe": {"rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 2.0, "factor": 1.0}},
+    "ministral": {"head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 2.0, "factor": 1.0}},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
-    "dbrx": {"attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
-    "dots3_note": {"text_config.layer_types": None},
-    "dots3_note_text": {"layer_types": None},
+    "dbrx": {"attn_config.clip_qkv": 8.0, "attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
+    "dots3_note": {"text_config." + name: value for name, value in _DOTS3.items()},
+    "dots3_note_text": _DOTS3,
+    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "molmo2": {"vision_config.image_size": [28, 28], "vision_config.image_default_input_size": [28, 28]},
     "internvl": {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]},
@@ -128,8 +141,7 @@ def tiny_type(name: str, kind: str) -> PreTrainedModel:
         raise RuntimeError(f"the tiny model has {count / 1e6:.0f}M parameters")
     torch.manual_seed(0)
     model = auto.from_config(config).float().eval()
-    if model.generation_config is not None:
-        model.generation_config.update(pad_token_id=0, eos_token_id=2)
+    model.generation_config = GenerationConfig(pad_token_id=0, bos_token_id=1, eos_token_id=2)
     return model
 
 

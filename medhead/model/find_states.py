@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
-from medhead.errors import UnsupportedTargetError, one_line
+from medhead.errors import UnsupportedTargetError
 from medhead.model.eval_mode import eval_mode
 from medhead.model.kv_cache import CacheLayout
-from medhead.model.layout import cache_argument, find_layout, other_layers, own_cache
+from medhead.model.layout import cache_argument, describe_failure, find_layout, other_layers, own_cache
 from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
 from medhead.model.state_layers import StateLayers
 
@@ -45,8 +45,7 @@ def find_state_layers(model: Any) -> StateLayers | None:
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 160)
-        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {reason}") from error
+        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {describe_failure(error)}") from error
     finally:
         _set_attributes(before)
 

@@ -64,7 +64,14 @@ def _why_not_cached(name: str, own: Cache | None, error: Exception) -> str:
             f"{name} caches more than keys and values of single tokens ({', '.join(other)}), "
             "so medhead cannot verify trees with it"
         )
-    return f"{name} does not run with a key/value cache: {one_line(f'{type(error).__name__}: {error}', 160)}"
+    return f"{name} does not run with a key/value cache: {describe_failure(error)}"
+
+
+def describe_failure(error: Exception) -> str:
+    """Return why a pass failed; a cache of medhead has no `layers`, which few models read."""
+    if isinstance(error, IndexError) and str(error) == "list index out of range":
+        return "it reads the layers of transformers' own cache"
+    return one_line(f"{type(error).__name__}: {error}", 160)
 
 
 def other_layers(cache: Cache) -> list[str]:

@@ -33,18 +33,19 @@ class OwnPositions:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Replace the positions inside the context."""
-        hooks = [module.register_forward_pre_hook(self._replace, with_kwargs=True) for module in self.modules]
+        """Replace the outputs of the tables inside the context."""
+        hooks = [module.register_forward_hook(self._replace) for module in self.modules]
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
 
-    def _replace(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    def _replace(self, module: Any, args: Any, output: Tensor) -> Tensor | None:
         if self.positions is None or not self._is_running():
             return None
-        return args, kwargs | {"position_ids": self.positions}
+        rows = self.positions + getattr(module, "offset", 0)
+        return nn.functional.embedding(rows.to(module.weight.device), module.weight)
 
 
 def _is_table(module: nn.Module) -> bool:

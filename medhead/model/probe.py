@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from medhead.core.tree import TokenTree
-from medhead.errors import UnsupportedTargetError, one_line
+from medhead.errors import UnsupportedTargetError
 from medhead.model.attention import windows_seen
 from medhead.model.eval_mode import eval_mode
+from medhead.model.layout import describe_failure
 from medhead_kernels.backends import BACKENDS, Backend
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
@@ -73,20 +75,41 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 160)
-        raise UnsupportedTargetError(
-            f"{target.name} cannot verify a token tree: its attention does not go through transformers' registry ({reason})"
-        ) from error
+        reason = f"a pass over it fails ({describe_failure(error)})"
+        if not _uses_registry(target.model):
+            reason = f"its attention does not go through transformers' registry, and {reason}"
+        raise UnsupportedTargetError(f"{target.name} cannot verify a token tree: {reason}") from error
     logits = logits.float()
     allowed = TOLERANCE.get(target.dtype, HALF_TOLERANCE) * float(expected.abs().max().clamp(min=1e-3))
     difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("nan")
     if not difference <= allowed:
         raise UnsupportedTargetError(
             f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
-            f"(allowed {allowed:.3g}); its attention ignores transformers' registry, "
-            "or its layers hold states that no cache of transformers holds"
+            f"(allowed {allowed:.3g}); {_why(target, prefixes[0])}"
         )
     _check_windows(target, windows)
+
+
+def _why(target: _TreeVerifier, prefix: list[int]) -> str:
+    """Return why a tree's logits differ from those of its paths, as far as the model tells."""
+    changed = [*prefix[:-1], (prefix[-1] + 1) % min(target.vocab_size, target.num_embeddings)]
+    with eval_mode(target.model):
+        rows = torch.tensor([prefix, changed], device=target.device)
+        one, other = target.model(input_ids=rows, use_cache=False).logits[:, 0].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        return "its tokens attend to later tokens of the prompt"
+    parts = (target.config, getattr(target.config, "attn_config", None))
+    if any(getattr(part, "alibi", False) for part in parts):
+        return "it adds ALiBi by the order of keys in code of its own"
+    if not _uses_registry(target.model):
+        return "its attention does not go through transformers' registry and follows the order of keys"
+    return "its attention ignores transformers' registry, or its layers hold states that no cache of transformers holds"
+
+
+def _uses_registry(model: Any) -> bool:
+    """Return whether the file of a model's class calls the registered attention functions."""
+    modules = {type(part).__module__ for part in model.modules() if "transformers.models." in type(part).__module__}
+    return any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
 
 
 def _check_windows(target: _TreeVerifier, masked: set[int | None]) -> None:
