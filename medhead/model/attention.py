@@ -176,7 +176,10 @@ def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
         hides_keys = current.num_keys > window
         return torch.empty(0, 1, current.nodes, window if hides_keys else 0, device=device)  # see the module docstring
-    return current.bias(mask_function, local_size, kwargs.get("dtype", torch.float32), device)
+    bias = current.bias(mask_function, local_size, kwargs.get("dtype", torch.float32), device)
+    if current.dense and bias is not None:  # some code checks that the mask has every row
+        bias = bias.expand(kwargs.get("batch_size", len(bias)), -1, -1, -1)
+    return bias
 
 
 def mask_window(mask_function: Callable) -> int | None:
@@ -247,10 +250,7 @@ def _attention(
             "their positions, so medhead cannot verify trees with it"
         )
     if indices is not None:
-        assert attention_mask is not None, "an indexer reads a dense mask"
-        hidden = torch.ones(*indices.shape[:2], key.shape[2], dtype=torch.bool, device=key.device)
-        hidden = hidden.scatter_(-1, indices.long(), False)[:, None]
-        attention_mask = attention_mask.masked_fill(hidden, torch.finfo(attention_mask.dtype).min)
+        attention_mask = _selected(attention_mask, indices)
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.shape[0] == 0:
@@ -268,6 +268,14 @@ def _attention(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _selected(mask: Tensor | None, indices: Tensor) -> Tensor:
+    """Return a dense mask in which also the keys are hidden that are not among `indices` `[batch, nodes, selected]`."""
+    assert mask is not None, "an indexer reads a dense mask"
+    hidden = torch.ones(*indices.shape[:2], mask.shape[-1], dtype=torch.bool, device=mask.device)
+    hidden = hidden.scatter_(-1, indices.long(), False)[:, None]
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 @contextmanager
@@ -297,6 +305,8 @@ def attention_name(own: str | None) -> str:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = _running.get()
         if current is None:
+            if kwargs.get("indices") is not None and own in ("eager", "sdpa"):  # the model leaves this to other names
+                args = (*args[:3], _selected(args[3], kwargs.pop("indices")), *args[4:])
             return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
         if current.scale_floor is not None and current.num_keys >= current.scale_floor:
             args = (rescale_query(module, args[0], current), *args[1:])

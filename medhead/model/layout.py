@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
@@ -35,8 +36,8 @@ def find_layout(model: Any) -> CacheLayout:
     returned: Any = getattr(used, argument, None)
     if returned is not cache:
         raise UnsupportedTargetError(
-            f"{name} keeps states of its own instead of a cache of transformers, so medhead cannot verify trees with it "
-            "(most recurrent models have such a cache from transformers 5.24 on)"
+            f"{name} fills no cache of transformers (it caches nothing, or states of its own), so medhead cannot verify trees "
+            "with it; most recurrent models have such a cache from transformers 5.24 on"
         )
     for index, layer in enumerate(cache.layers):
         if any(hasattr(layer, state) for state in ("conv_states", "recurrent_states")):
@@ -115,6 +116,13 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the cache argument of `forward`: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def uses_registry(model: Any) -> bool:
+    """Return whether a file of transformers with classes of the model calls the registered attention functions."""
+    names = {type(part).__module__ for part in model.modules()}
+    files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    return not files or any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
 def first_position(model: Any) -> int:

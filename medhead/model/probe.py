@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -15,7 +14,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError
 from medhead.model.attention import windows_seen
 from medhead.model.eval_mode import eval_mode
-from medhead.model.layout import describe_failure
+from medhead.model.layout import describe_failure, uses_registry
 from medhead_kernels.backends import BACKENDS, Backend
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
@@ -76,7 +75,7 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
         raise
     except Exception as error:
         reason = f"a pass over it fails ({describe_failure(error)})"
-        if not _uses_registry(target.model):
+        if not uses_registry(target.model):
             reason = f"its attention does not go through transformers' registry, and {reason}"
         raise UnsupportedTargetError(f"{target.name} cannot verify a token tree: {reason}") from error
     logits = logits.float()
@@ -101,15 +100,9 @@ def _why(target: _TreeVerifier, prefix: list[int]) -> str:
     parts = (target.config, getattr(target.config, "attn_config", None))
     if any(getattr(part, "alibi", False) for part in parts):
         return "it adds ALiBi by the order of keys in code of its own"
-    if not _uses_registry(target.model):
+    if not uses_registry(target.model):
         return "its attention does not go through transformers' registry and follows the order of keys"
     return "its attention ignores transformers' registry, or its layers hold states that no cache of transformers holds"
-
-
-def _uses_registry(model: Any) -> bool:
-    """Return whether the file of a model's class calls the registered attention functions."""
-    modules = {type(part).__module__ for part in model.modules() if "transformers.models." in type(part).__module__}
-    return any(hasattr(sys.modules[name], "ALL_ATTENTION_FUNCTIONS") for name in modules)
 
 
 def _check_windows(target: _TreeVerifier, masked: set[int | None]) -> None:

@@ -15,7 +15,7 @@ from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import alibi_slopes
-from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass
+from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
 from medhead.model.eval_mode import eval_mode
 from medhead.model.find_states import find_layers
 from medhead.model.inference_tensors import replace_inference_tensors
@@ -29,6 +29,7 @@ from medhead.model.layout import (
     first_position,
     max_length,
     output_matrix,
+    uses_registry,
 )
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
@@ -127,12 +128,16 @@ class Target:
         with self.lock:  # it changes the model's mode for a moment
             self.layout, self.state_layers = find_layers(inner)
         # every mask is a dense tensor for models whose own code adds it to their scores
-        self.dense_masks = bool(self.layout.indexers)
+        self.dense_masks = bool(self.layout.indexers) or not uses_registry(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
         except BackendError as error:
             raise MedheadError(str(error)) from None
+        if self.dense_masks and not self.backend.needs_dense_mask:
+            if attention != "auto":
+                warn_dense_fallback(attention, "the model's own code reads the mask")
+            self.backend = BACKENDS["sdpa"]
         if probe:
             with self.lock:
                 probe_target(self, attention)
@@ -179,8 +184,10 @@ class Target:
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
         self._own_names = [config._attn_implementation for config in self._configs]
+        # attention outside the registry adds masks to its scores, as it does by the name "eager"
+        outside = self.dense_masks and not self.layout.indexers
         names = [
-            name if id(config) in self._encoders else attention_name(name)
+            name if id(config) in self._encoders else attention_name("eager" if outside else name)
             for config, name in zip(self._configs, self._own_names, strict=True)
         ]
         rope, own_positions = self.length_rope.active(), self._own_positions.active()
