@@ -71,7 +71,9 @@ def compare(name: str, kind: str) -> dict[str, Any]:
         for proposer in ("none", "recycling", "lookahead"):
             with Decoder(model, proposer) as decoder:
                 found = [decoder.generate(**one, **greedy).tolist() for one in (alone, both)]
-                if found[0] == expected[0] and found[1] != expected[1]:  # are the rows of transformers' own batch different?
+                if (
+                    found[0] == expected[0] and found[1] != expected[1]
+                ):  # are the rows of transformers' own batch different?
                     own = model.generate(**short, **greedy).tolist()[0]
                     if found[1] == decoder.generate(**both, **greedy).tolist() and _row(found[1][1], 5) == _row(own, 0):
                         found[1] = expected[1]

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from families import ACCEPTED, REFUSED, STATEFUL, tiny, tiny_stateful
+from families import ACCEPTED, INDEXED, REFUSED, STATEFUL, tiny, tiny_stateful
 
 KINDS = {"causal": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "vision": MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES}
 MAX_PARAMETERS = 8_000_000
@@ -78,28 +78,46 @@ _VISION = {
     "head_dim": 8, "d_kv": 8, "patch_size": 14, "fullatt_block_indexes": [1], "deepstack_visual_indexes": [0],
     "global_attn_indexes": [1], "max_position_embeddings": 64, "initializer_range": 0.2,
 }  # fmt: skip
-_TOKENS = """image_token_id image_token_index video_token_id video_token_index vision_start_token_id vision_end_token_id
-    image_start_token_id image_end_token_id boi_token_id eoi_token_id boi_token_index eoi_token_index audio_token_id
-    audio_token_index vision_token_id boa_token_id eoa_token_id eoa_token_index image_patch_id im_start_id im_end_id
-    im_newline_id vision_start_token_index""".split()
-_KINDS_OF_LAYERS = "layer_types mlp_layer_types layers_block_type indexer_types".split()
+_TOKENS = (
+    "image_token_id", "image_token_index", "video_token_id", "video_token_index", "vision_start_token_id",
+    "vision_end_token_id", "image_start_token_id", "image_end_token_id", "boi_token_id", "eoi_token_id",
+    "boi_token_index", "eoi_token_index", "audio_token_id", "audio_token_index", "vision_token_id",
+    "boa_token_id", "eoa_token_id", "eoa_token_index", "image_patch_id", "im_start_id", "im_end_id",
+    "im_newline_id", "vision_start_token_index",
+)  # fmt: skip
+_KINDS_OF_LAYERS = ["layer_types", "mlp_layer_types", "layers_block_type", "indexer_types"]
 _EVEN_IF_NONE = ("num_key_value_heads", "pad_token_id")
 _ENCODERS = ("vision", "visual", "audio", "qformer", "perceiver", "resampler", "vq", "image", "sam", "tower")
 
+_ENCODERS_AS_DECODERS = (
+    "bert", "bert-generation", "big_bird", "camembert", "data2vec-text", "electra", "ernie", "megatron-bert", "rembert",
+    "roberta", "roberta-prelayernorm", "roc_bert", "roformer", "xlm-roberta", "xlm-roberta-xl",
+)  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 _DOTS3 = {  # its layers with windows have sizes of their own
-    "layer_types": None, "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 12,
-    "swa_kv_lora_rank": 12, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
+    "layer_types": None, "num_key_value_heads": 4, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4,
+    "swa_q_lora_rank": 12, "swa_kv_lora_rank": 12, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8,
 }  # fmt: skip
 # what a type needs besides, by name; a dot leads into a part of the configuration
 CHANGES: dict[str, dict[str, Any]] = {
+    **{name: {"is_decoder": True} for name in _ENCODERS_AS_DECODERS},
     "hrm_text": {"num_hidden_layers": 2, "num_layers_per_stack": None},
     "ministral": {"head_dim": 8},
-    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "alpha": 2.0, "factor": 1.0}},
+    "hunyuan_vl": {"text_config.head_dim": 8},
+    "hunyuan_v1_moe": {"head_dim": 8, "rope_parameters": _ROPE | {"rope_type": "dynamic", "alpha": 2.0, "factor": 1.0}},
+    "minimax_m3_vl_text": {"index_block_size": 4, "index_topk_blocks": 2},
+    "minimax_m3_vl": {"text_config.index_block_size": 4, "text_config.index_topk_blocks": 2},
     "dory": {"n_input_layers": 1, "n_recurrent_layers": 1, "n_output_layers": 1},
     "dbrx": {"attn_config.clip_qkv": 8.0, "attn_config.rope_theta": 10000.0, "attn_config.kv_n_heads": 2},
     "dots3_note": {"text_config." + name: value for name, value in _DOTS3.items()},
     "dots3_note_text": _DOTS3,
-    "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 10000.0}}},
+    "cohere_compass_text": {"rope_parameters": {"full_attention": _ROPE}},
+    "cohere_compass": {"text_config.rope_parameters": {"full_attention": _ROPE}},
+    "ernie4_5_vl_moe": {"text_config.rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}},
+    "xmod": {"is_decoder": True, "languages": ["en_XX"], "default_language": "en_XX"},
+    "deepseek_ocr2": {"text_config.mlp_layer_types": ["dense", "sparse", "dense"]},
+    "granite4_vision": {"deepstack_layer_map": [], "use_spatial_sampling": False},
+    "qwen4_exp": {"text_config." + name: value for name, value in INDEXED["qwen4_exp_text"].items()},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
     "molmo2": {"vision_config.image_size": [28, 28], "vision_config.image_default_input_size": [28, 28]},
     "internvl": {"vision_config.image_size": [28, 28], "vision_config.patch_size": [14, 14]},
@@ -107,13 +125,6 @@ CHANGES: dict[str, dict[str, Any]] = {
     "chameleon": {"vocabulary_map": {"<image>": 90}, "vq_config.channel_multiplier": [1, 1]},
     "emu3": {"vocabulary_map": {"<image>": 90}, "vq_config.channel_multiplier": [1, 1]},
     "janus": {"vq_config.channel_multiplier": [1, 1]},
-    **{
-        name: {"is_decoder": True}
-        for name in (
-            "bert bert-generation big_bird camembert data2vec-text electra ernie megatron-bert rembert roberta "
-            "roberta-prelayernorm roc_bert roformer xlm-roberta xlm-roberta-xl xmod"
-        ).split()
-    },
     "apertus1p5": {"vision_config.channel_multiplier": [1, 1]},
 }
 
@@ -177,7 +188,8 @@ def _shrink(config: Any, changes: dict[str, Any], encoder: bool = False) -> Any:
         for name, value in given.items():
             setattr(config, name, value)
     rope = getattr(config, "rope_parameters", None)
-    if isinstance(rope, dict) and not any(isinstance(one, dict) for one in rope.values()):
+    flat = isinstance(rope, dict) and not any(isinstance(one, dict) for one in rope.values())
+    if flat and "rope_parameters" not in changes:
         half = int(4 * (rope.get("partial_rotary_factor") or 1))  # of a head of 8
         rope["mrope_section"] = [half - 2, 1, 1] if half > 2 else [1, 1, 0]
     return config

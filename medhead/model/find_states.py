@@ -45,7 +45,9 @@ def find_state_layers(model: Any) -> StateLayers | None:
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {describe_failure(error)}") from error
+        raise UnsupportedTargetError(
+            f"{name} does not run with a cache of states: {describe_failure(error)}"
+        ) from error
     finally:
         _set_attributes(before)
 

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import Cache, DynamicCache, PreTrainedModel
 
 from medhead.errors import UnsupportedTargetError, one_line
@@ -129,7 +129,9 @@ def first_position(model: Any) -> int:
     """Return the position that `generate` gives to the first token of a text: 0, or 1 in PaliGemma."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
-        given = model.prepare_inputs_for_generation(ids, is_first_iteration=True, position_ids=ids.clone(), use_cache=False)
+        given = model.prepare_inputs_for_generation(
+            ids, is_first_iteration=True, position_ids=ids.clone(), use_cache=False
+        )
         return int(given["position_ids"].flatten()[0])
     except Exception:  # it wants more than text, which a pass says better
         return 0

@@ -192,7 +192,14 @@ class Target:
         ]
         rope, own_positions = self.length_rope.active(), self._own_positions.active()
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, own_positions, states:
+        with (
+            self.listening(feature_layers),
+            self.packed_weights.active(),
+            eval_mode(self.model),
+            rope,
+            own_positions,
+            states,
+        ):
             try:
                 self._active = True
                 with attention_names(self._configs, names):
@@ -385,7 +392,7 @@ class Target:
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
-        positions = (depth + start).expand(tokens.shape)
+        positions = (depth + start).expand(tokens.shape).contiguous()  # some models view them as a row
         if cache.position_offset is not None:
             positions = positions + cache.position_offset[..., None]
         if self.length_rope.modules and self.length_rope.text_lengths is None:
