@@ -175,7 +175,9 @@ def every_type() -> str:
         same = {one["type"]: True for one in found if one["result"] == "identical"}
         lines = [f"### {title}", "", f"Identical ({len(same)} of {len(found)}): {names(same)}", ""]
         for result, says in OTHERS.items():
-            rows = [f"| `{one['type']}` | {one['reason'].replace('|', '/')} |" for one in found if one["result"] == result]
+            rows = [
+                f"| `{one['type']}` | {one['reason'].replace('|', '/')} |" for one in found if one["result"] == result
+            ]
             lines += [f"| {says} | why |", "|---|---|", *rows, ""] if rows else []
         parts += lines
     return "\n".join(parts).rstrip()
@@ -203,7 +205,7 @@ def models_block() -> str:
         f"The tests verify token trees with {len(accepted)} families: {', '.join(sorted(accepted))}.\n\n"
         f"Tiny models of every type of transformers {version()} were [compared with `generate`](docs/models.md): the texts of "
         f"{same['causal']} types of causal language models and {same['vision']} of models of images and text are identical, none "
-        "differs, and the others are refused with one line."
+        "differs. The others are refused with one line, or do not run with text alone in transformers itself."
     )
 
 
