@@ -125,16 +125,17 @@ def uses_registry(model: Any) -> bool:
     return not files or any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
 
 
-def first_position(model: Any) -> int:
-    """Return the position that `generate` gives to the first token of a text: 0, or 1 in PaliGemma."""
+def first_position(model: Any) -> int | None:
+    """Return the position that `generate` gives to the first token: 0, or 1 in PaliGemma; None if it gives none."""
     ids = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
     try:
         given = model.prepare_inputs_for_generation(
             ids, is_first_iteration=True, position_ids=ids.clone(), use_cache=False
         )
-        return int(given["position_ids"].flatten()[0])
     except Exception:  # it wants more than text, which a pass says better
-        return 0
+        return None
+    positions = given.get("position_ids")
+    return None if positions is None else int(positions.flatten()[0])
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:

@@ -36,6 +36,7 @@ class _TreeVerifier(Protocol):
     num_embeddings: int
     backend: Backend
     dense_masks: bool
+    positions_given: bool
     state_layers: Any
 
     def active(self) -> AbstractContextManager[None]: ...
@@ -102,6 +103,8 @@ def _why(target: _TreeVerifier, prefix: list[int]) -> str:
         return "it adds ALiBi by the order of keys in code of its own"
     if not uses_registry(target.model):
         return "its attention does not go through transformers' registry and follows the order of keys"
+    if not target.positions_given:
+        return "`generate` gives it no positions, and those that it computes itself are not those of a tree's nodes"
     return "its attention ignores transformers' registry, or its layers hold states that no cache of transformers holds"
 
 
@@ -136,12 +139,14 @@ def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int
 
     The pass gets the positions that `generate` gives, which are not a model's own default in every model (RoBERTa's).
     """
-    found = []
+    found: list[Tensor] = []
+    positions: dict[str, Any] = {}
     with eval_mode(target.model):
         for row, prefix in enumerate(prefixes):
             for path in tree.paths_to(row):
                 ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
-                positions = target.position_arguments(torch.arange(ids.shape[1], device=target.device)[None])
+                if target.positions_given:
+                    positions = target.position_arguments(torch.arange(ids.shape[1], device=target.device)[None])
                 found.append(target.model(input_ids=ids, use_cache=False, **positions).logits[0, -1].float())
     return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)
 

@@ -69,6 +69,7 @@ class Target:
     Attributes:
         context: longest sequence that the configuration allows (`max_position_embeddings`).
         first_position: position of the first token of a text.
+        positions_given: whether `generate` gives the model positions; else it computes them.
         max_length: longest sequence that the model can run; rotary positions go on beyond the context, as in transformers.
         layout: the keys and values that the model caches.
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
@@ -120,7 +121,8 @@ class Target:
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
-        self.first_position = first_position(inner)
+        first = first_position(inner)
+        self.first_position, self.positions_given = first or 0, first is not None
         self._scale_floor = query_scale_floor(inner)
         self._alibi = alibi_slopes(inner)
         self._own_positions = OwnPositions(inner, lambda: running_target.get() is self)
