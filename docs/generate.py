@@ -1,6 +1,7 @@
 """Write the generated parts of README and documentation; `python docs/generate.py --check` only compares.
 
-- `docs/models.md` and README's list of supported models come from `tests/families.py` and `tests/vision_models.py`.
+- `docs/models.md` and README's list of supported models come from `tests/families.py`, `tests/vision_models.py`, and
+  `docs/model_types.jsonl`, which `docs/model_types.py` writes.
 - README's table of results comes from `benchmarks/demo-cpu-float32/results.json`.
 """
 
@@ -15,9 +16,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "tests")]
 
-from families import ACCEPTED, REFUSED, SINCE_5_24, STATEFUL  # noqa: E402
+from families import ACCEPTED, OUTSIDE, SINCE_5_24, STATEFUL  # noqa: E402
 from vision_models import VISION  # noqa: E402
 
+TYPES = ROOT / "docs" / "model_types.jsonl"
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
 FEATURES = {  # what a family's configuration in the tests has, by its fields
     "sliding window": ("sliding_window",),
@@ -25,10 +27,16 @@ FEATURES = {  # what a family's configuration in the tests has, by its fields
     "multi-head latent attention": ("kv_lora_rank",),
     "chunked attention": ("attention_chunk_size",),
 }
+TITLES = {"causal": "Causal language models", "vision": "Models of images and text"}
+OTHERS = {
+    "refused": "Refused",
+    "impossible": "`generate` of transformers does not run with text alone",
+    "unbuilt": "No tiny model",
+}
 MODELS_PAGE = """\
 # Supported models
 
-<!-- written by docs/generate.py from tests/families.py and tests/vision_models.py -->
+<!-- written by docs/generate.py from tests/families.py, tests/vision_models.py and docs/model_types.jsonl -->
 
 ## Names of models
 
@@ -72,7 +80,9 @@ with one ordinary forward pass over the node's path. The first column is the `mo
 
 {accepted}
 
-{newer} need transformers 5.24 or newer.
+{newer} need transformers 5.24 or newer. Models whose attention does not go through the registry work where their own code adds
+transformers' masks to its scores, with dense masks (BLOOM with ALiBi and Falcon, for example). So do models whose layers select
+keys by an indexer (DeepSeek V3.2, GLM-MoE-DSA).
 
 ## Images in prompts
 
@@ -122,13 +132,13 @@ cost and drafts where it pays.
 - Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
   depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
 
-## Refused
+## Every type of transformers {version}
 
-These families are refused with `UnsupportedTargetError`: their attention does not go through the registry or selects keys by
-an index, or their states are not in a cache of transformers. Encoder-decoder models are refused as well, and so are models
-whose window exists only in transformers' cache (`moshi`, `unlimited_ocr`). The error names the reason.
+`python docs/model_types.py` builds a tiny random model of every type and compares texts with those of `generate`: greedy, for one
+prompt and for a padded batch of two, and sampled with a seed against plain decoding. Prompts are text. Where `generate` gives a
+padded row another text than the same prompt alone (`git`, for example), the latter is compared.
 
-{refused}
+{every_type}
 
 ## int8 weights
 
@@ -176,27 +186,55 @@ def names(table: dict[str, Any]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(table))
 
 
+def type_results() -> list[dict[str, str]]:
+    """Return the results of `docs/model_types.py`."""
+    return [json.loads(line) for line in TYPES.read_text(encoding="utf-8").splitlines()]
+
+
+def version() -> str:
+    """Return the version of transformers whose types were compared."""
+    return max(one["transformers"] for one in type_results())
+
+
+def every_type() -> str:
+    """Return for both kinds of models which types are identical, and the reasons of the others."""
+    parts = []
+    for kind, title in TITLES.items():
+        found = [one for one in type_results() if one["kind"] == kind]
+        same = {one["type"]: True for one in found if one["result"] == "identical"}
+        lines = [f"### {title}", "", f"Identical ({len(same)} of {len(found)}): {names(same)}", ""]
+        for result, says in OTHERS.items():
+            rows = [
+                f"| `{one['type']}` | {one['reason'].replace('|', '/')} |" for one in found if one["result"] == result
+            ]
+            lines += [f"| {says} | why |", "|---|---|", *rows, ""] if rows else []
+        parts += lines
+    return "\n".join(parts).rstrip()
+
+
 def models_page() -> str:
     """Return `docs/models.md`."""
-    accepted = {name: fields for name, fields in ACCEPTED.items() if name not in SINCE_5_24}
-    refused = {name: fields for name, fields in REFUSED.items() if name not in SINCE_5_24 | STATEFUL}
+    accepted = {name: fields for name, fields in ACCEPTED.items() if name not in SINCE_5_24 | OUTSIDE}
     rows = [f"| `{name}` | {features(fields)} |" for name, fields in sorted(accepted.items())]
     table = "\n".join(["| family | tested with |", "|---|---|", *rows])
     images = {name: True for name, tested in VISION.items() if tested}
     texts = {name: True for name, tested in VISION.items() if not tested}
     return MODELS_PAGE.format(
-        accepted=table, newer=names(SINCE_5_24), stateful=names(STATEFUL), refused=names(refused),
-        images=names(images), texts=names(texts),
+        accepted=table, newer=names(SINCE_5_24), stateful=names(STATEFUL),
+        images=names(images), texts=names(texts), version=version(), every_type=every_type(),
     )  # fmt: skip
 
 
 def models_block() -> str:
     """Return README's list of supported models."""
-    accepted = set(ACCEPTED) | set(SINCE_5_24) | set(STATEFUL)
-    refused = set(REFUSED) - accepted
+    accepted = set(ACCEPTED) | set(SINCE_5_24) | set(OUTSIDE) | set(STATEFUL)
+    found = type_results()
+    same = {kind: [one["kind"] for one in found if one["result"] == "identical"].count(kind) for kind in TITLES}
     return (
         f"The tests verify token trees with {len(accepted)} families: {', '.join(sorted(accepted))}.\n\n"
-        f"Refused with one line: {', '.join(sorted(refused))}, and encoder-decoder models."
+        f"Tiny models of every type of transformers {version()} were [compared with `generate`](docs/models.md): the texts of "
+        f"{same['causal']} types of causal language models and {same['vision']} of models of images and text are identical, none "
+        "differs. The others are refused with one line, or do not run with text alone in transformers itself."
     )
 
 

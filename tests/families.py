@@ -165,11 +165,18 @@ STATEFUL: dict[str, dict[str, Any]] = {
 # attention that does not go through the registry or selects keys by an index, and states that transformers' caches do not hold
 REFUSED: dict[str, dict[str, Any]] = {
     "rwkv": {"context_length": 64, "attention_hidden_size": 32, "num_key_value_heads": None, "head_dim": None},
-    "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
     "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "num_key_value_heads": None, "head_dim": None},
 }  # fmt: skip
 
 
+# attention outside the registry, and keys that an indexer selects; tested from transformers 5.24 on
+INDEXER = MLA | {"n_group": 1, "index_topk": 5, "index_head_dim": 8, "index_n_heads": 16}
+OUTSIDE: dict[str, dict[str, Any]] = {
+    "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
+    "falcon": {"num_key_value_heads": None, "head_dim": None},
+    "deepseek_v32": INDEXER,
+    "glm_moe_dsa": INDEXER | {"indexer_types": ["full", "shared", "full"]},
+}
 # families whose attention goes through the registry from transformers 5.24 on
 SINCE_5_24: dict[str, dict[str, Any]] = {
     "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
@@ -177,7 +184,9 @@ SINCE_5_24: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 HAS_5_24 = Version(transformers.__version__) >= Version("5.24")
 (ACCEPTED if HAS_5_24 else REFUSED).update(SINCE_5_24)
-if not HAS_5_24:
+if HAS_5_24:
+    ACCEPTED.update(OUTSIDE)
+else:
     REFUSED.update(STATEFUL)
 INDEXED = {  # with layers that hold states
     "qwen4_exp_text": DELTA | {"layer_types": ["linear_attention", "full_attention", "linear_attention"], "hc_count": 2, "hc_lowrank": 8, "ple_layer_ids": [3], "ple_embed_dim": 16, "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "split_ngram_parts": 1, "make_ngram_vocab_size_divisible_by": 8, "indexer_n_heads": 4, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 64, "indexer_compress_ratio": 4},

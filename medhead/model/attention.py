@@ -33,7 +33,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.model.alibi import place_bias
 from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
@@ -41,6 +42,7 @@ from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reaso
 from medhead_kernels.causal import HALF_DTYPES, is_supported
 
 NAME = "medhead"
+_ARGUMENTS_BY_ORDER = {"position_bias", "sinks", "block_indices"}
 
 
 @dataclass
@@ -61,6 +63,8 @@ class TreePass:
     prompts: int = 0
     ancestor_bitmask: Tensor | None = None  # see `TokenTree.ancestor_bitmask`; required with a backend
     states: Any = None  # the `StateCache` of a model whose layers hold states
+    dense: bool = False  # every mask is a tensor, because the model's own code reads it
+    alibi: Tensor | None = None  # `[heads]` slopes of a model that adds ALiBi by its own code; only with `dense`
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
@@ -94,7 +98,7 @@ class TreePass:
         fits = window is not None and self.num_keys <= window and not self.prompts
         causal = mask_function is causal_mask_function or fits
         plain = flash or self.nodes == 1 or self.max_length == 0
-        if causal and self.lengths is None and self.visible is None and plain:
+        if causal and self.lengths is None and self.visible is None and plain and not self.dense:
             return None
         key = (None if causal else mask_function, dtype, device)
         if key not in self._biases:
@@ -104,6 +108,10 @@ class TreePass:
                 visible = self._allowed_keys(mask_function, device)
                 visible = visible if self.prompts else visible & self._visible_keys(device)
             self._biases[key] = additive_mask(visible, dtype)[:, None]
+            if self.alibi is not None and self.visible is not None:
+                lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
+                bias = place_bias(self.alibi, lengths.to(device), self.depth, self.num_keys)
+                self._biases[key] = self._biases[key] + bias.to(dtype)
         return self._biases[key]
 
     def _visible_keys(self, device: torch.device) -> Tensor:
@@ -168,7 +176,10 @@ def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
         hides_keys = current.num_keys > window
         return torch.empty(0, 1, current.nodes, window if hides_keys else 0, device=device)  # see the module docstring
-    return current.bias(mask_function, local_size, kwargs.get("dtype", torch.float32), device)
+    bias = current.bias(mask_function, local_size, kwargs.get("dtype", torch.float32), device)
+    if current.dense and bias is not None:  # some code checks that the mask has every row
+        bias = bias.expand(kwargs.get("batch_size", len(bias)), -1, -1, -1)
+    return bias
 
 
 def mask_window(mask_function: Callable) -> int | None:
@@ -225,10 +236,21 @@ def _backend_attention(
 
 
 def _attention(
-    current: TreePass, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
-    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None, **kwargs: Any,
+    current: TreePass, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    indices: Tensor | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]` by the running pass."""
+    """Map queries `[batch, heads, nodes, dim]` to `[batch, nodes, heads, dim]` by the running pass.
+
+    `indices` `[batch, nodes, selected]` are the keys that an indexer selected; there the mask is dense.
+    """
+    if unknown := _ARGUMENTS_BY_ORDER & kwargs.keys():
+        raise UnsupportedTargetError(
+            f"{type(module).__name__} gives its attention {', '.join(sorted(unknown))}, which follow the order of keys and not "
+            "their positions, so medhead cannot verify trees with it"
+        )
+    if indices is not None:
+        attention_mask = _selected(attention_mask, indices)
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if attention_mask is not None and attention_mask.shape[0] == 0:
@@ -246,6 +268,14 @@ def _attention(
     if attention_mask is not None and attention_mask.dtype == torch.bool:
         attention_mask = additive_mask(attention_mask, torch.float32)
     return reference.attention(query, key, value, attention_mask, scale, softcap, s_aux), None
+
+
+def _selected(mask: Tensor | None, indices: Tensor) -> Tensor:
+    """Return a dense mask in which also the keys are hidden that are not among `indices` `[batch, nodes, selected]`."""
+    assert mask is not None, "an indexer reads a dense mask"
+    hidden = torch.ones(*indices.shape[:2], mask.shape[-1], dtype=torch.bool, device=mask.device)
+    hidden = hidden.scatter_(-1, indices.long(), False)[:, None]
+    return mask & ~hidden if mask.dtype == torch.bool else mask.masked_fill(hidden, torch.finfo(mask.dtype).min)
 
 
 @contextmanager
@@ -275,10 +305,12 @@ def attention_name(own: str | None) -> str:
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         current = _running.get()
         if current is None:
+            if kwargs.get("indices") is not None and own in ("eager", "sdpa"):  # the model leaves this to other names
+                args = (*args[:3], _selected(args[3], kwargs.pop("indices")), *args[4:])
             return _own_attention(cast(Hashable, type(module)), own)(module, *args, **kwargs)
         if current.scale_floor is not None and current.num_keys >= current.scale_floor:
             args = (rescale_query(module, args[0], current), *args[1:])
-        return _attention(current, *args, **kwargs)
+        return _attention(current, module, *args, **kwargs)
 
     def mask(*args: Any, **kwargs: Any) -> Any:
         current = _running.get()

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache
+from transformers import Cache
 
-from medhead.errors import UnsupportedTargetError, one_line
+from medhead.errors import UnsupportedTargetError
 from medhead.model.eval_mode import eval_mode
-from medhead.model.kv_cache import CacheLayout, KVSpec
-from medhead.model.layout import cache_argument, find_layout, input_device
+from medhead.model.kv_cache import CacheLayout
+from medhead.model.layout import (
+    cache_argument,
+    describe_failure,
+    find_layout,
+    input_device,
+    other_layers,
+    own_cache,
+)
 from medhead.model.state_cache import StateCache, StateCall, StateKey, cache_class
 from medhead.model.state_layers import StateLayers
 
@@ -46,15 +52,16 @@ def find_state_layers(model: Any) -> StateLayers | None:
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 160)
-        raise UnsupportedTargetError(f"{name} does not run with a cache of states: {reason}") from error
+        raise UnsupportedTargetError(
+            f"{name} does not run with a cache of states: {describe_failure(error)}"
+        ) from error
     finally:
         _set_attributes(before)
 
 
 def _find(model: Any) -> StateLayers | None:
-    own = _own_cache(model)
-    if own is None:
+    own = own_cache(model)
+    if own is None or other_layers(own):
         return None
     if not hasattr(Cache, "get_recurrent_state"):
         if not any(hasattr(layer, name) for layer in own.layers for name in ("conv_states", "recurrent_states")):
@@ -63,37 +70,10 @@ def _find(model: Any) -> StateLayers | None:
             f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
             "medhead verifies trees with them in transformers 5.24 and newer"
         )
-    if any(hasattr(layer, "update_indexer") for layer in own.layers):
-        raise UnsupportedTargetError(
-            f"{type(model).__name__} keeps an index of keys beside keys and values (indexed attention), "
-            "which medhead cannot verify trees with"
-        )
-    layout = CacheLayout(dict(_cached_pairs(own)))
+    layout = CacheLayout.of(own)
     found = _Finder(model, layout, cache_class(type(own)))
     states = found.run(0, {})[1]
     return found.layers(found.continues(states)) if states else None
-
-
-def _cached_pairs(cache: Cache) -> Iterator[tuple[int, tuple[KVSpec, KVSpec]]]:
-    """Yield the layers that hold keys and values, with their shapes."""
-    for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4:
-            yield index, (KVSpec.of(keys), KVSpec.of(values))
-
-
-def _own_cache(model: Any) -> Cache | None:
-    """Return the cache that a model makes itself, after two tokens; None if it works with no cache of transformers."""
-    argument = cache_argument(model)
-    ids = torch.zeros(1, _TOKENS, dtype=torch.long, device=input_device(model))
-    try:
-        own = getattr(model(input_ids=ids, use_cache=True), argument, None)
-        if own is None:  # RecurrentGemma does not return it
-            own = DynamicCache()
-            model(input_ids=ids, use_cache=True, **{argument: own})
-    except Exception:  # the caller knows what an ordinary pass says
-        return None
-    return own if isinstance(own, Cache) else None
 
 
 class _Recorder:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -44,17 +44,41 @@ KVBuffers = dict[KVSpec, Any]  # `[layers, batch, heads, tokens, dim]` of every 
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """What a target caches: the shapes of keys and values of every layer with a cache of its own."""
+    """What a target caches: the shapes of keys and values of every layer with a cache of its own.
+
+    Attributes:
+        layers: keys and values by layer.
+        indexers: by layer, the keys with which it selects the tokens that it attends to (DeepSeek Sparse Attention).
+    """
 
     layers: dict[int, tuple[KVSpec, KVSpec]]
+    indexers: dict[int, KVSpec] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, cache: Cache) -> CacheLayout:
+        """Return what the layers of a cache of transformers hold."""
+        layers: dict[int, tuple[KVSpec, KVSpec]] = {}
+        indexers: dict[int, KVSpec] = {}
+        for index, layer in enumerate(cache.layers):
+            keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+            if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == values.ndim == 4:
+                layers[index] = KVSpec.of(keys), KVSpec.of(values)
+            indexer = getattr(layer, "indexer_keys", None)
+            if isinstance(indexer, Tensor) and indexer.ndim == 3:
+                indexers[index] = KVSpec.of(indexer[:, None])
+        return cls(layers, indexers)
+
+    def all_specs(self) -> list[KVSpec]:
+        """Return the shape of everything that is cached, in the order of `TreeCache.per_layer` within a shape."""
+        return [*(spec for pair in self.layers.values() for spec in pair), *self.indexers.values()]
 
     def specs(self) -> dict[KVSpec, int]:
         """Return every shape, in the order of `TreeCache.buffers`, and how many layers' keys or values have it."""
-        return dict(Counter(spec for pair in self.layers.values() for spec in pair))
+        return dict(Counter(self.all_specs()))
 
     def bytes_per_token(self) -> int:
         """Return the memory of one token of one row."""
-        return sum(spec.heads * spec.dim * spec.dtype.itemsize for pair in self.layers.values() for spec in pair)
+        return sum(spec.heads * spec.dim * spec.dtype.itemsize for spec in self.all_specs())
 
 
 class TreeCache(Cache):
@@ -144,6 +168,15 @@ class TreeCache(Cache):
                 keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
                 values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
         return keys[:, :, : self.used], values[:, :, : self.used]
+
+    def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
+        """Store the keys `[batch, nodes, dim]` of one layer's indexer of this pass; return a view of all that it has."""
+        held, given = self._indexers[layer_idx], indexer_key_states[:, None]
+        if self._start is not None:
+            held[:, :, self._start : self.used] = given
+        else:
+            held.scatter_(2, self._rows_index[held.device].expand_as(given), given.to(held.dtype))
+        return held[:, 0, : self.used]
 
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """Move the accepted nodes of the last pass into place; the caller advances `lengths` afterwards.
@@ -249,6 +282,7 @@ class TreeCache(Cache):
         self._views = {
             layer: (next(left[key]), next(left[value])) for layer, (key, value) in self.layout.layers.items()
         }
+        self._indexers = {layer: next(left[spec]) for layer, spec in self.layout.indexers.items()}
 
     def _grow(self, needed: int) -> None:
         grown = max(2 * self.capacity, -(-needed // PAGE) * PAGE)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import sys
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import nn
+from transformers import Cache, DynamicCache, PreTrainedModel
 
 from medhead.errors import UnsupportedTargetError, one_line
 from medhead.model.eval_mode import eval_mode
-from medhead.model.kv_cache import CacheLayout, KVSpec
+from medhead.model.kv_cache import CacheLayout
 
 
 @torch.no_grad()
@@ -26,26 +27,72 @@ def find_layout(model: Any) -> CacheLayout:
     try:
         with eval_mode(model):
             used = model(input_ids=ids, use_cache=True, **{argument: cache})
-    except Exception as error:
-        raise UnsupportedTargetError(f"{name} does not run with a key/value cache: {one_line(error, 160)}") from error
+    except Exception as error:  # layers of other kinds fail at a cache that holds keys and values alone
+        with eval_mode(model):
+            own = own_cache(model)
+        if (found := _indexed_layout(own)) is None:
+            raise UnsupportedTargetError(_why_not_cached(name, own, error)) from error
+        return found
     returned: Any = getattr(used, argument, None)
     if returned is not cache:
         raise UnsupportedTargetError(
-            f"{name} keeps states of its own instead of a cache of transformers, so medhead cannot verify trees with it "
-            "(most recurrent models have such a cache from transformers 5.24 on)"
+            f"{name} fills no cache of transformers (it caches nothing, or states of its own), so medhead cannot verify trees "
+            "with it; most recurrent models have such a cache from transformers 5.24 on"
         )
-    found = {}
     for index, layer in enumerate(cache.layers):
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if any(hasattr(layer, state) for state in ("conv_states", "recurrent_states")):
             raise UnsupportedTargetError(
                 f"{name} caches more than keys and values: layer {index} is recurrent or convolutional"
             )
-        if isinstance(keys, Tensor) and isinstance(values, Tensor) and keys.ndim == 4:
-            found[index] = KVSpec.of(keys), KVSpec.of(values)
-    if not found:
+    layout = CacheLayout.of(cache)
+    if not layout.layers:
         raise UnsupportedTargetError(f"{name} wrote nothing into its key/value cache")
-    return CacheLayout(found)
+    return layout
+
+
+def _indexed_layout(own: Cache | None) -> CacheLayout | None:
+    """Return what a model caches whose layers select keys by those of an indexer; None if its layers are others."""
+    if own is None or any(hasattr(layer, "recurrent_states") for layer in own.layers):
+        return None
+    found = CacheLayout.of(own)
+    return found if found.indexers else None
+
+
+def _why_not_cached(name: str, own: Cache | None, error: Exception) -> str:
+    """Return why a model does not run with a cache of keys and values: its layers cache other things, or it says so itself."""
+    if own is not None and (other := other_layers(own)):
+        return (
+            f"{name} caches more than keys and values of single tokens ({', '.join(other)}), "
+            "so medhead cannot verify trees with it"
+        )
+    return f"{name} does not run with a key/value cache: {describe_failure(error)}"
+
+
+def describe_failure(error: Exception) -> str:
+    """Return why a pass failed; a cache of medhead has no `layers`, which few models read."""
+    if isinstance(error, IndexError) and str(error) == "list index out of range":
+        return "it reads the layers of transformers' own cache"
+    return one_line(f"{type(error).__name__}: {error}", 160)
+
+
+def other_layers(cache: Cache) -> list[str]:
+    """Return the names of the kinds of layers of a cache that belong to one family of models alone."""
+    kinds = {type(layer) for layer in cache.layers}
+    return sorted(kind.__name__ for kind in kinds if kind.__module__ != DynamicCache.__module__)
+
+
+def own_cache(model: Any) -> Cache | None:
+    """Return the cache that a model makes itself, after two tokens; None if it works with no cache of transformers."""
+    argument = cache_argument(model)
+    ids = torch.zeros(1, 2, dtype=torch.long, device=input_device(model))
+    try:
+        own = getattr(model(input_ids=ids, use_cache=True), argument, None)
+        if own is None:  # RecurrentGemma does not return it
+            own = DynamicCache()
+            model(input_ids=ids, use_cache=True, **{argument: own})
+    except Exception:  # the caller knows what an ordinary pass says
+        return None
+    return own if isinstance(own, Cache) else None
 
 
 def input_device(model: Any) -> torch.device:
@@ -79,6 +126,26 @@ def decoder_layers(model: Any, count: int) -> nn.ModuleList:
 def cache_argument(model: nn.Module) -> str:
     """Return the name of the cache argument of `forward`: `cache` since transformers 5.24, `past_key_values` before."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
+def uses_registry(model: Any) -> bool:
+    """Return whether a file of transformers with classes of the model calls the registered attention functions."""
+    names = {type(part).__module__ for part in model.modules()}
+    files = [sys.modules[name] for name in names if name.startswith("transformers.models.")]
+    return not files or any(hasattr(file, "ALL_ATTENTION_FUNCTIONS") for file in files)
+
+
+def first_position(model: Any) -> int | None:
+    """Return the position that `generate` gives to the first token: 0, or 1 in PaliGemma; None if it gives none."""
+    ids = torch.zeros(1, 1, dtype=torch.long, device=input_device(model))
+    try:
+        given = model.prepare_inputs_for_generation(
+            ids, is_first_iteration=True, position_ids=ids.clone(), use_cache=False
+        )
+    except Exception:  # it wants more than text, which a pass says better
+        return None
+    positions = given.get("position_ids")
+    return None if positions is None else int(positions.flatten()[0])
 
 
 def attention_configs(model: PreTrainedModel) -> list[Any]:

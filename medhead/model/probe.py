@@ -11,9 +11,10 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from medhead.core.tree import TokenTree
-from medhead.errors import UnsupportedTargetError, one_line
+from medhead.errors import UnsupportedTargetError
 from medhead.model.attention import windows_seen
 from medhead.model.eval_mode import eval_mode
+from medhead.model.layout import describe_failure, uses_registry
 from medhead_kernels.backends import BACKENDS, Backend
 
 PARENTS = (0, 0, 0, 1, 1, 3, 2)  # two branches of different depth, siblings, a chain of three
@@ -34,9 +35,12 @@ class _TreeVerifier(Protocol):
     vocab_size: int
     num_embeddings: int
     backend: Backend
+    dense_masks: bool
+    positions_given: bool
     state_layers: Any
 
     def active(self) -> AbstractContextManager[None]: ...
+    def position_arguments(self, position_ids: Tensor) -> dict[str, Any]: ...
     def new_cache(self, batch: int, capacity: int) -> Any: ...
     def prefill(self, cache: Any, rows: list[list[int]], *, chunk: int) -> Tensor: ...
     def verify(self, cache: Any, tree: TokenTree) -> tuple[Tensor, Tensor]: ...
@@ -71,20 +75,37 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
     except UnsupportedTargetError:
         raise
     except Exception as error:
-        reason = one_line(f"{type(error).__name__}: {error}", 160)
-        raise UnsupportedTargetError(
-            f"{target.name} cannot verify a token tree: its attention does not go through transformers' registry ({reason})"
-        ) from error
+        reason = f"a pass over it fails ({describe_failure(error)})"
+        if not uses_registry(target.model):
+            reason = f"its attention does not go through transformers' registry, and {reason}"
+        raise UnsupportedTargetError(f"{target.name} cannot verify a token tree: {reason}") from error
     logits = logits.float()
     allowed = TOLERANCE.get(target.dtype, HALF_TOLERANCE) * float(expected.abs().max().clamp(min=1e-3))
     difference = float((logits - expected).abs().max()) if logits.shape == expected.shape else float("nan")
     if not difference <= allowed:
         raise UnsupportedTargetError(
             f"{target.name} cannot verify a token tree: a tree's logits differ from its paths' by {difference:.3g} "
-            f"(allowed {allowed:.3g}); its attention ignores transformers' registry, "
-            "or its layers hold states that no cache of transformers holds"
+            f"(allowed {allowed:.3g}); {_why(target, prefixes[0])}"
         )
     _check_windows(target, windows)
+
+
+def _why(target: _TreeVerifier, prefix: list[int]) -> str:
+    """Return why a tree's logits differ from those of its paths, as far as the model tells."""
+    changed = [*prefix[:-1], (prefix[-1] + 1) % min(target.vocab_size, target.num_embeddings)]
+    with eval_mode(target.model):
+        rows = torch.tensor([prefix, changed], device=target.device)
+        one, other = target.model(input_ids=rows, use_cache=False).logits[:, 0].float()
+    if not torch.allclose(one, other, rtol=1e-3, atol=1e-3 * float(one.abs().max())):
+        return "its tokens attend to later tokens of the prompt"
+    parts = (target.config, getattr(target.config, "attn_config", None))
+    if any(getattr(part, "alibi", False) for part in parts):
+        return "it adds ALiBi by the order of keys in code of its own"
+    if not uses_registry(target.model):
+        return "its attention does not go through transformers' registry and follows the order of keys"
+    if not target.positions_given:
+        return "`generate` gives it no positions, and those that it computes itself are not those of a tree's nodes"
+    return "its attention ignores transformers' registry, or its layers hold states that no cache of transformers holds"
 
 
 def _check_windows(target: _TreeVerifier, masked: set[int | None]) -> None:
@@ -114,17 +135,38 @@ def _probe_tree(
 
 
 def _path_logits(target: _TreeVerifier, tree: TokenTree, prefixes: list[list[int]]) -> Tensor:
-    """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path."""
-    found = []
+    """Return `[batch, nodes, vocab]` float32 logits, each node's from an ordinary pass over its prefix and path.
+
+    The pass gets the positions that `generate` gives, which are not a model's own default in every model (RoBERTa's).
+    """
+    found: list[Tensor] = []
+    positions: dict[str, Any] = {}
     with eval_mode(target.model):
         for row, prefix in enumerate(prefixes):
             for path in tree.paths_to(row):
                 ids = torch.tensor([[*prefix, int(tree.tokens[row, 0]), *path]], device=target.device)
-                found.append(target.model(input_ids=ids, use_cache=False).logits[0, -1].float())
+                if target.positions_given:
+                    positions = target.position_arguments(torch.arange(ids.shape[1], device=target.device)[None])
+                found.append(target.model(input_ids=ids, use_cache=False, **positions).logits[0, -1].float())
     return torch.stack(found).unflatten(0, (tree.batch, tree.nodes)).to(target.device)
 
 
 def probe_target(target: _TreeVerifier, attention: str) -> None:
+    """Check a target; where its attention does not go through the registry, give the model's own code dense masks."""
+    try:
+        _check_backend(target, attention)
+    except UnsupportedTargetError:
+        if attention not in ("auto", "sdpa") or target.dense_masks:
+            raise
+        target.backend, target.dense_masks = BACKENDS["sdpa"], True
+        try:
+            _check_states(target)
+        except UnsupportedTargetError:
+            target.dense_masks = False
+            raise  # what this says is the truth, for models of both kinds
+
+
+def _check_backend(target: _TreeVerifier, attention: str) -> None:
     """Check a target; where a kernel that `auto` chose fails, warn and use `sdpa`."""
     try:
         _check_states(target)

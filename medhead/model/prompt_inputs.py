@@ -162,7 +162,7 @@ def prefill_prompt(
     cache.lengths.set((lengths - 1).tolist())
     if (positions := arguments.get("position_ids")) is not None:
         last = positions[..., rows.to(positions.device), (lengths - 1).to(positions.device)]
-        offset = last - (lengths - 1).to(positions.device)  # `[..., batch]`
+        offset = last - (lengths - 1).to(positions.device) - target.first_position  # `[..., batch]`
         cache.position_offset = offset if bool(offset.any()) or offset.ndim > 1 else None
     if on_chunk is not None:
         on_chunk(features[:, :-1], 0)

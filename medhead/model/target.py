@@ -14,7 +14,8 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass
+from medhead.model.alibi import alibi_slopes
+from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
 from medhead.model.eval_mode import eval_mode
 from medhead.model.find_states import find_layers
 from medhead.model.inference_tensors import replace_inference_tensors
@@ -25,14 +26,17 @@ from medhead.model.layout import (
     context_length,
     decoder_layers,
     encoder_configs,
+    first_position,
     input_device,
     max_length,
     output_matrix,
+    uses_registry,
 )
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.output_rows import output_form
+from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
@@ -68,6 +72,8 @@ class Target:
 
     Attributes:
         context: longest sequence that the configuration allows (`max_position_embeddings`).
+        first_position: position of the first token of a text.
+        positions_given: whether `generate` gives the model positions; else it computes them.
         max_length: longest sequence that the model can run; rotary positions go on beyond the context, as in transformers.
         layout: the keys and values that the model caches.
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
@@ -115,15 +121,25 @@ class Target:
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
+        first = first_position(inner)
+        self.first_position, self.positions_given = first or 0, first is not None
         self._scale_floor = query_scale_floor(inner)
+        self._alibi = alibi_slopes(inner)
+        self._own_positions = OwnPositions(inner, lambda: running_target.get() is self)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
             self.layout, self.state_layers = find_layers(inner)
+        # every mask is a dense tensor for models whose own code adds it to their scores
+        self.dense_masks = bool(self.layout.indexers) or not uses_registry(inner)
         specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
         try:
             self.backend: Backend = select_backend(attention, specs)
         except BackendError as error:
             raise MedheadError(str(error)) from None
+        if self.dense_masks and not self.backend.needs_dense_mask:
+            if attention != "auto":
+                warn_dense_fallback(attention, "the model's own code reads the mask")
+            self.backend = BACKENDS["sdpa"]
         if probe:
             with self.lock:
                 probe_target(self, attention)
@@ -170,13 +186,22 @@ class Target:
     def _activated(self, feature_layers: Sequence[int]) -> Iterator[None]:
         self.check_model()
         self._own_names = [config._attn_implementation for config in self._configs]
+        # attention outside the registry adds masks to its scores, as it does by the name "eager"
+        outside = self.dense_masks and not self.layout.indexers
         names = [
-            name if id(config) in self._encoders else attention_name(name)
+            name if id(config) in self._encoders else attention_name("eager" if outside else name)
             for config, name in zip(self._configs, self._own_names, strict=True)
         ]
-        rope = self.length_rope.active()
+        rope, own_positions = self.length_rope.active(), self._own_positions.active()
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
-        with self.listening(feature_layers), self.packed_weights.active(), eval_mode(self.model), rope, states:
+        with (
+            self.listening(feature_layers),
+            self.packed_weights.active(),
+            eval_mode(self.model),
+            rope,
+            own_positions,
+            states,
+        ):
             try:
                 self._active = True
                 with attention_names(self._configs, names):
@@ -345,7 +370,7 @@ class Target:
         """
         self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
         with self._running():
-            model(input_ids=input_ids, use_cache=False, **self._positions(position_ids))
+            model(input_ids=input_ids, use_cache=False, **self.position_arguments(position_ids))
         self._select = None
         assert self._hidden is not None, "only inside `with target.listening()`"
         return self._hidden, self._features()
@@ -360,29 +385,34 @@ class Target:
             lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
         )
         current.states = cache if isinstance(cache, StateCache) else None
+        current.dense, current.alibi = self.dense_masks, self._alibi
         return current
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
-        return not self.backend.needs_dense_mask and nodes <= MAX_NODES
+        return not (self.dense_masks or self.backend.needs_dense_mask) and nodes <= MAX_NODES
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]
-        positions = (depth + start).expand(tokens.shape)
+        positions = (depth + start).expand(tokens.shape).contiguous()  # some models view them as a row
         if cache.position_offset is not None:
             positions = positions + cache.position_offset[..., None]
         if self.length_rope.modules and self.length_rope.text_lengths is None:
             host = cache.lengths.host
             self.length_rope.longest = None if host is None else max(host) + tokens.shape[1]
-        given = {self._cache_name: cache} | self._positions(positions)
+        given = {self._cache_name: cache} | self.position_arguments(positions)
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, use_cache=True, **given)
         return output.logits, self._features()
 
-    def _positions(self, position_ids: Tensor) -> dict[str, Any]:
-        """Return the argument that tells a model positions; attention-free ones take none."""
-        takes = self.state_layers is None or self.state_layers.takes_positions
-        return {"position_ids": position_ids} if takes else {}
+    def position_arguments(self, position_ids: Tensor) -> dict[str, Any]:
+        """Return the argument that tells a model positions `[batch, nodes]`; attention-free ones take none."""
+        if self.state_layers is not None and not self.state_layers.takes_positions:
+            return {}
+        if self.first_position:
+            position_ids = position_ids + self.first_position
+        self._own_positions.positions = position_ids
+        return {"position_ids": position_ids}
 
     @property
     def feature_size(self) -> int:
