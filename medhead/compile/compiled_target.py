@@ -69,7 +69,7 @@ class CompiledTarget(Target):
             for part in (tree.tokens, tree.depth, tree.visible, *bitmask)
         ]
         given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
-        key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self._feature_layers), self._state
+        key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self.taps.layers), self._state
         if key not in self._passes:
             self._passes[key] = self._compile(tree, bool(bitmask), given)
         return self._passes[key](*given)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError, one_line
 from medhead.model.layout import cache_argument
 from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
@@ -123,26 +124,45 @@ def check_later_passes(target: Target, inputs: PromptInputs) -> None:
         )
 
 
-def prefill_prompt(
-    target: Target,
-    cache: TreeCache,
-    inputs: PromptInputs,
-    on_chunk: Callable[[Tensor, int], None] | None,
-    run: Callable[[dict[str, Any], Tensor], tuple[Tensor, Tensor]],
-) -> tuple[Tensor, Tensor]:
+def prefill_prompts(
+    target: Target, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None
+) -> Tensor:
     """Fill an empty cache with whole prompts of several rows, images included, in one pass.
 
-    The last token of every row is read too, but not kept: it is the root of the first tree.
+    The first time the logits after the prompts are compared with those of the model's own pass.
 
     Args:
         target: the target, active.
         cache: an empty cache.
         inputs: of the prompts.
         on_chunk: called with the features `[batch, tokens, size]` of all tokens but the last, and 0.
-        run: runs the model's forward with these arguments and the index of each row's last token; returns logits and features.
 
     Returns:
-        features `[batch, size]` of the token before the last of every row, and logits `[batch, vocab]` of the last.
+        features `[batch, size]` of the token before the last of every row.
+
+    Raises:
+        UnsupportedTargetError: the model cannot decode after such prompts.
+    """
+    if target.state_layers is not None:
+        raise UnsupportedTargetError(f"{target.name} reads images and its layers hold states; give it text alone")
+    check_later_passes(target, inputs)
+    features, expected = _read_prompts(target, cache, inputs, on_chunk)
+    if not target.checked_inputs:
+        logits, _ = target.verify(cache, TokenTree.root(inputs.last_tokens()))
+        check_prompt_logits(target, inputs, expected, logits[:, 0])
+        with target.own_attention():
+            own = own_logits(target, inputs)
+        check_prompt_logits(target, inputs, own, logits[:, 0])
+        target.checked_inputs = True
+    return features
+
+
+def _read_prompts(
+    target: Target, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None
+) -> tuple[Tensor, Tensor]:
+    """Read prompts; return features `[batch, size]` of the token before the last of every row, and logits of the last.
+
+    The last token of every row is read too, but not kept: it is the root of the first tree.
     """
     packed = inputs.without_padding()
     lengths = torch.tensor(inputs.lengths(), device=packed.input_ids.device)
@@ -150,7 +170,7 @@ def prefill_prompt(
     cache.begin(packed.input_ids.shape[1])
     arguments = packed.prepared(target, cache)
     try:
-        logits, features = run(arguments, lengths - 1)
+        logits, features = target.run_prompts(cache, arguments, lengths - 1)
     except MedheadError:
         raise
     except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from functools import partial
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
 from medhead.model.eval_mode import eval_mode
+from medhead.model.feature_taps import FeatureTaps
 from medhead.model.find_states import find_layers
 from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
@@ -40,13 +40,7 @@ from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
-from medhead.model.prompt_inputs import (
-    PromptInputs,
-    check_later_passes,
-    check_prompt_logits,
-    own_logits,
-    prefill_prompt,
-)
+from medhead.model.prompt_inputs import PromptInputs, prefill_prompts
 from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
@@ -113,10 +107,8 @@ class Target:
         self.context = context_length(self.config)
         self.max_length = max_length(inner, self.context)
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
-        self._select: Tensor | None = None  # row of the hidden states that needs logits, while prefilling
-        self._hidden: Tensor | None = None
-        self._feature_layers: dict[int, Tensor | None] = {}  # outputs of the layers that were asked for
-        self._active = self._checked_inputs = False
+        self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
+        self._active = self.checked_inputs = False
         self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
@@ -157,7 +149,8 @@ class Target:
 
     def follow_model(self, device: torch.device) -> None:
         """Take the model as it is now as unchanged: its owner moved it to another device."""
-        self.device, self._form = device, model_form(self.model)
+        self.device = self.taps.device = device
+        self._form = model_form(self.model)
 
     @property
     def lock(self) -> ModelLock:
@@ -176,9 +169,9 @@ class Target:
                 with self._activated(feature_layers):
                     yield
                 return
-            if tuple(feature_layers) != tuple(self._feature_layers):
+            if tuple(feature_layers) != tuple(self.taps.layers):
                 raise MedheadError(
-                    f"{self.name} is read at layers {list(self._feature_layers)} already, asked for {list(feature_layers)}"
+                    f"{self.name} is read at layers {list(self.taps.layers)} already, asked for {list(feature_layers)}"
                 )
             yield
 
@@ -213,14 +206,9 @@ class Target:
     @contextmanager
     def listening(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
         """Keep the features of the target's passes inside the context; nothing else of the model is changed."""
-        with self.lock:
-            hooks = [*self._tap(feature_layers), self.output.register_forward_pre_hook(self._capture)]
-            try:
-                yield
-            finally:
-                for hook in hooks:
-                    hook.remove()
-                self._hidden, self._select, self._feature_layers = None, None, {}
+        layers = decoder_layers(self.model, self.layers) if feature_layers else []
+        with self.lock, self.taps.listening(self.output, {at: layers[at] for at in feature_layers}):
+            yield
 
     @contextmanager
     def _running(self) -> Iterator[None]:
@@ -310,10 +298,10 @@ class Target:
                 cache.begin_prompts([min(max(0, len(row) - start), nodes) for row in rows], nodes)
             cache.lengths.set([start] * len(rows))
             depth = torch.arange(nodes, device=self.device)[None]
-            self._select = last = (lengths - 1 - start).clamp(0, nodes - 1)
+            self.taps.select = last = (lengths - 1 - start).clamp(0, nodes - 1)
             cache.begin(nodes)
             _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
-            self._select = None
+            self.taps.select = None
             if on_chunk is not None:
                 on_chunk(features, start)
             inside = (lengths > start) & (lengths <= start + nodes)
@@ -325,38 +313,24 @@ class Target:
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None
     ) -> Tensor:
-        """Fill an empty cache with whole prompts that hold images; return features and call `on_chunk` as `prefill` does.
-
-        The first time the logits after the prompts are compared with those of the model's own pass.
-
-        Raises:
-            UnsupportedTargetError: the model cannot decode after such prompts.
-        """
-        if self.state_layers is not None:
-            raise UnsupportedTargetError(f"{self.name} reads images and its layers hold states; give it text alone")
-        check_later_passes(self, inputs)
-
-        def run(arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
-            self._select = last
-            nodes = int(arguments["input_ids"].shape[1])
-            depth = torch.arange(nodes, device=self.device)[None]
-            current = self._pass(cache, depth, None, nodes)
-            current.prompts = cache.batch_size
-            with tree_pass(current), self._running():
-                output = self.model(**arguments)
-            self._select = None
-            return output.logits, self._features()
-
+        """Fill an empty cache with whole prompts that hold images; see `prefill_prompts`."""
         with self.length_rope.reading(inputs.lengths(), self.device):
-            features, expected = prefill_prompt(self, cache, inputs, on_chunk, run)
-        if not self._checked_inputs:
-            logits, _ = self.verify(cache, TokenTree.root(inputs.last_tokens()))
-            check_prompt_logits(self, inputs, expected, logits[:, 0])
-            with attention_names(self._configs, self._own_names):
-                own = own_logits(self, inputs)
-            check_prompt_logits(self, inputs, own, logits[:, 0])
-            self._checked_inputs = True
-        return features
+            return prefill_prompts(self, cache, inputs, on_chunk)
+
+    def run_prompts(self, cache: TreeCache, arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
+        """Run the model's forward over whole prompts; return the logits of every row's token `last`, and all features."""
+        self.taps.select = last
+        nodes = int(arguments["input_ids"].shape[1])
+        current = self._pass(cache, torch.arange(nodes, device=self.device)[None], None, nodes)
+        current.prompts = cache.batch_size
+        with tree_pass(current), self._running():
+            output = self.model(**arguments)
+        self.taps.select = None
+        return output.logits, self.taps.features()
+
+    def own_attention(self) -> AbstractContextManager[None]:
+        """Give the model its own attention back inside the context, while the target is active."""
+        return attention_names(self._configs, self._own_names)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return the input embeddings of token ids, `[*tokens.shape, hidden]`."""
@@ -368,12 +342,13 @@ class Target:
         `model` is the target's model, or what wraps it. Where `position_ids` start again at 0 a new text begins, which does
         not see the one before, unless the model has `state_layers`.
         """
-        self._select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)  # logits of one token
+        self.taps.select = torch.zeros(
+            input_ids.shape[0], dtype=torch.long, device=input_ids.device
+        )  # logits of one token
         with self._running():
             model(input_ids=input_ids, use_cache=False, **self.position_arguments(position_ids))
-        self._select = None
-        assert self._hidden is not None, "only inside `with target.listening()`"
-        return self._hidden, self._features()
+        self.taps.select = None
+        return self.taps.last_hidden(), self.taps.features()
 
     # ---------------------------------------------------------------- inside
 
@@ -403,7 +378,7 @@ class Target:
         given = {self._cache_name: cache} | self.position_arguments(positions)
         with tree_pass(current), self._running():
             output = self.model(input_ids=tokens, use_cache=True, **given)
-        return output.logits, self._features()
+        return output.logits, self.taps.features()
 
     def position_arguments(self, position_ids: Tensor) -> dict[str, Any]:
         """Return the argument that tells a model positions `[batch, nodes]`; attention-free ones take none."""
@@ -417,36 +392,4 @@ class Target:
     @property
     def feature_size(self) -> int:
         """Size of the features of one token."""
-        return int(self.hidden_size) * max(1, len(self._feature_layers))
-
-    def _features(self) -> Tensor:
-        assert self._hidden is not None, "only inside `with target.active()`"
-        if not self._feature_layers:
-            return self._hidden
-        outputs = [tapped.to(self.device) for tapped in self._feature_layers.values() if tapped is not None]
-        assert len(outputs) == len(self._feature_layers)
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, -1)
-
-    def _tap(self, feature_layers: Sequence[int]) -> list[Any]:
-        """Register hooks that keep the outputs of layers."""
-        if not feature_layers:
-            return []
-        layers = decoder_layers(self.model, self.layers)
-        self._feature_layers = dict.fromkeys(feature_layers)
-
-        def keep(layer: int, module: nn.Module, args: Any, output: Any) -> None:
-            if running_target.get() is self:
-                self._feature_layers[layer] = output[0] if isinstance(output, tuple) else output
-
-        return [layers[layer].register_forward_hook(partial(keep, layer)) for layer in feature_layers]
-
-    def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        """Keep what the output matrix is given; while prefilling, pass only one row of it on."""
-        if running_target.get() is not self:
-            return None
-        hidden = args[0]
-        self._hidden = hidden if hidden.device == self.device else hidden.to(self.device)
-        if self._select is None:
-            return None
-        rows = torch.arange(hidden.shape[0], device=hidden.device)
-        return (hidden[rows, self._select.to(hidden.device)][:, None], *args[1:])
+        return int(self.hidden_size) * max(1, len(self.taps.layers))
