@@ -206,7 +206,7 @@ class Target:
     @contextmanager
     def listening(self, feature_layers: Sequence[int] = ()) -> Iterator[None]:
         """Keep the features of the target's passes inside the context; nothing else of the model is changed."""
-        layers = decoder_layers(self.model, self.layers) if feature_layers else []
+        layers: Any = decoder_layers(self.model, self.layers) if feature_layers else []
         with self.lock, self.taps.listening(self.output, {at: layers[at] for at in feature_layers}):
             yield
 
