@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
@@ -10,12 +11,13 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from medhead.errors import MedheadError
 from medhead.serving import request as serving
-from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error, to_api_error
+from medhead_app.api.choices import check_count, submit_all, with_seeds
+from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error
+from medhead_app.api.logprobs import TokenTexts
 from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
-from medhead_app.api.streams import HEADERS, event_stream, full_text
+from medhead_app.api.streams import HEADERS, event_stream, full_answers
 from medhead_app.metrics import Metrics
 from medhead_app.service import Service
 
@@ -28,6 +30,7 @@ class Api:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        self.token_texts = cache(lambda: TokenTexts(service.tokenizer))
         self.router = APIRouter()
         routes: list[tuple[str, Handler, list[str]]] = [
             ("/v1/chat/completions", self.chat_completions, ["POST"]),
@@ -45,16 +48,20 @@ class Api:
         """Handle `POST /v1/chat/completions`."""
         body = parse_body(ChatRequest, await _read_json(http))
         self._check_model(body.model)
+        check_count(body.candidates, "n", self.service.engine)
         encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
-        return await self._respond(http, body, encoded.token_ids, CHAT)
+        return await self._respond(http, body, [encoded.token_ids], CHAT)
 
     async def completions(self, http: Request) -> Response:
         """Handle `POST /v1/completions`."""
         body = parse_body(CompletionRequest, await _read_json(http))
         self._check_model(body.model)
-        prompt = body.prompt
-        token_ids = prompt if isinstance(prompt, list) else await run_in_threadpool(self.service.encode, prompt)
-        return await self._respond(http, body, token_ids, COMPLETIONS)
+        field = "prompt" if body.candidates == 1 else "n"
+        check_count(len(body.prompt) * body.candidates, field, self.service.engine)
+        encode = self.service.encode
+        prompts = [one if isinstance(one, list) else await run_in_threadpool(encode, one) for one in body.prompt]
+        echoes = [one if isinstance(one, str) else self.service.decode(one) for one in body.prompt] if body.echo else []
+        return await self._respond(http, body, prompts, COMPLETIONS, echoes)
 
     async def list_models(self, http: Request) -> Response:
         """Handle `GET /v1/models`."""
@@ -82,22 +89,26 @@ class Api:
         raise ApiError(f"there is no {http.method} {http.url.path} here", code="unknown_url", status=404)
 
     async def _respond(
-        self, http: Request, body: GenerationRequest, token_ids: list[int], endpoint: Endpoint
+        self,
+        http: Request,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        endpoint: Endpoint,
+        echoes: list[str] | None = None,
     ) -> Response:
-        request = self._build_request(body, token_ids)
-        self.metrics.set_endpoint(request, endpoint.name)
-        try:
-            handle = self.service.engine.submit(request)
-        except MedheadError as error:
-            self.metrics.count_rejected(request, endpoint.name, to_api_error(error).code or "invalid_value")
-            raise
+        engine, candidates = self.service.engine, body.candidates
+        requests = [one for prompt in prompts for one in with_seeds(self._build_request(body, prompt), candidates)]
+        handles = submit_all(engine, self.metrics, requests, endpoint.name)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        builder = ResponseBuilder(endpoint, self.service.name, handle, include_usage)
+        texts = self.token_texts() if body.wants_logprobs else None
+        builder = ResponseBuilder(
+            endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes or []
+        )
         if body.stream:
-            events = event_stream(http, handle, builder)
+            events = event_stream(http, handles, builder)
             return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
-        text = await full_text(http, handle)
-        return Response(status_code=CLIENT_CLOSED) if text is None else JSONResponse(builder.response(text))
+        answers = await full_answers(http, handles)
+        return Response(status_code=CLIENT_CLOSED) if answers is None else JSONResponse(builder.response(answers))
 
     def _build_request(self, body: GenerationRequest, token_ids: list[int]) -> serving.Request:
         (field, limit), service = body.token_limit(), self.service
@@ -117,7 +128,7 @@ class Api:
             raise ApiError(message, "model", "model_not_found", 404)
 
     def _model_object(self) -> dict[str, Any]:
-        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "medhead"}
+        model = {"id": self.service.name, "object": "model", "created": self.service.created, "owned_by": "medhead"}
         return model | {"context_length": self.service.context}
 
 
