@@ -7,18 +7,23 @@ from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
 from medhead.serving import request as serving
+from medhead.serving.handle import RequestHandle
 from medhead_app.api.choices import check_count, submit_all, with_seeds
+from medhead_app.api.conformance import html_page
 from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error
 from medhead_app.api.logprobs import TokenTexts
 from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
+from medhead_app.api.responses_builder import ResponsesBuilder
+from medhead_app.api.responses_schema import ResponsesRequest
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from medhead_app.api.streams import HEADERS, event_stream, full_answers
 from medhead_app.metrics import Metrics
+from medhead_app.middleware import HANDLES
 from medhead_app.service import Service
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -35,10 +40,12 @@ class Api:
         routes: list[tuple[str, Handler, list[str]]] = [
             ("/v1/chat/completions", self.chat_completions, ["POST"]),
             ("/v1/completions", self.completions, ["POST"]),
+            ("/v1/responses", self.responses, ["POST"]),
             ("/v1/models", self.list_models, ["GET"]),
             ("/v1/models/{name:path}", self.get_model, ["GET"]),
             ("/health", self.health, ["GET"]),
             ("/metrics", self.get_metrics, ["GET"]),
+            ("/docs", self.get_docs, ["GET"]),
             ("/v1/{path:path}", self.not_found, METHODS),
         ]
         for path, handler, methods in routes:
@@ -63,6 +70,15 @@ class Api:
         echoes = [one if isinstance(one, str) else self.service.decode(one) for one in body.prompt] if body.echo else []
         return await self._respond(http, body, prompts, COMPLETIONS, echoes)
 
+    async def responses(self, http: Request) -> Response:
+        """Handle `POST /v1/responses`."""
+        body = parse_body(ResponsesRequest, await _read_json(http))
+        self._check_model(body.model)
+        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
+        request = self._build_request(body, encoded.token_ids)
+        new_builder = lambda handles: ResponsesBuilder(body, handles[0])  # noqa: E731
+        return await self._answer(http, [request], body.stream, "responses", new_builder)
+
     async def list_models(self, http: Request) -> Response:
         """Handle `GET /v1/models`."""
         return JSONResponse({"object": "list", "data": [self._model_object()]})
@@ -84,6 +100,10 @@ class Api:
         """Handle `GET /metrics`, for Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def get_docs(self, http: Request) -> Response:
+        """Handle `GET /docs`: endpoints and fields as a page."""
+        return HTMLResponse(html_page(self.service.name))
+
     async def not_found(self, http: Request) -> Response:
         """Answer every other request under `/v1`."""
         raise ApiError(f"there is no {http.method} {http.url.path} here", code="unknown_url", status=404)
@@ -96,15 +116,29 @@ class Api:
         endpoint: Endpoint,
         echoes: list[str] | None = None,
     ) -> Response:
-        engine, candidates = self.service.engine, body.candidates
+        candidates = body.candidates
         requests = [one for prompt in prompts for one in with_seeds(self._build_request(body, prompt), candidates)]
-        handles = submit_all(engine, self.metrics, requests, endpoint.name)
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         texts = self.token_texts() if body.wants_logprobs else None
-        builder = ResponseBuilder(
-            endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes or []
-        )
-        if body.stream:
+
+        def new_builder(handles: list[RequestHandle]) -> ResponseBuilder:
+            of_texts = candidates, body.n, include_usage, texts, echoes or []
+            return ResponseBuilder(endpoint, self.service.name, handles, *of_texts)
+
+        return await self._answer(http, requests, body.stream, endpoint.name, new_builder)
+
+    async def _answer(
+        self,
+        http: Request,
+        requests: list[serving.Request],
+        stream: bool,
+        endpoint: str,
+        new_builder: Callable[[list[RequestHandle]], ResponseBuilder | ResponsesBuilder],
+    ) -> Response:
+        handles = submit_all(self.service.engine, self.metrics, requests, endpoint)
+        http.scope.get(HANDLES, []).extend(handles)
+        builder = new_builder(handles)
+        if stream:
             events = event_stream(http, handles, builder)
             return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
         answers = await full_answers(http, handles)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
@@ -130,7 +130,10 @@ class StreamOptions(StrictModel):
 
 
 class GenerationRequest(StrictModel):
-    """Fields of both endpoints."""
+    """Fields of all endpoints."""
+
+    left_out: ClassVar[tuple[str, ...]] = ()  # fields of a parent class that a body does not have
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -283,17 +286,17 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
 
 
 def _remove_neutral(kind: type[GenerationRequest], fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+    kept, neutral = {}, kind.neutral
     for name, value in fields.items():
-        if name in kind.model_fields:
+        if name in kind.model_fields and name not in kind.left_out:
             kept[name] = value
         elif name in IGNORED:
             if not isinstance(value, IGNORED[name]):
                 kind_name = {str: "a string", dict: "an object", int: "a whole number"}[IGNORED[name]]
                 raise ApiError(f"{name} must be {kind_name}, got {value!r}"[:200], name, "invalid_type")
-        elif name not in NEUTRAL:
+        elif name not in neutral:
             raise ApiError(f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
-        elif not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in NEUTRAL[name]):
+        elif not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in neutral[name]):
             raise ApiError(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
     return kept
 
