@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field, replace
 
 from medhead.errors import MedheadError
@@ -75,7 +75,7 @@ def cancel_all(handles: list[RequestHandle]) -> None:
             handle.cancel()
 
 
-async def merged_outputs(handles: list[RequestHandle]) -> AsyncIterator[tuple[int, StepOutput | None]]:
+async def merged_outputs(handles: list[RequestHandle]) -> AsyncGenerator[tuple[int, StepOutput | None]]:
     """Yield the outputs of several requests as they come, each with the index of its request; None at its end.
 
     Raises:

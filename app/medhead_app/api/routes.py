@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from functools import cache
 from typing import Any
 
@@ -67,8 +67,7 @@ class Api:
         check_count(len(body.prompt) * body.candidates, field, self.service.engine)
         encode = self.service.encode
         prompts = [one if isinstance(one, list) else await run_in_threadpool(encode, one) for one in body.prompt]
-        echoes = [one if isinstance(one, str) else self.service.decode(one) for one in body.prompt] if body.echo else []
-        return await self._respond(http, body, prompts, COMPLETIONS, echoes)
+        return await self._respond(http, body, prompts, COMPLETIONS, body.prompt if body.echo else [])
 
     async def responses(self, http: Request) -> Response:
         """Handle `POST /v1/responses`."""
@@ -76,7 +75,10 @@ class Api:
         self._check_model(body.model)
         encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
         request = self._build_request(body, encoded.token_ids)
-        new_builder = lambda handles: ResponsesBuilder(body, handles[0])  # noqa: E731
+
+        def new_builder(handles: list[RequestHandle]) -> ResponsesBuilder:
+            return ResponsesBuilder(body, handles[0])
+
         return await self._answer(http, [request], body.stream, "responses", new_builder)
 
     async def list_models(self, http: Request) -> Response:
@@ -114,7 +116,7 @@ class Api:
         body: GenerationRequest,
         prompts: list[list[int]],
         endpoint: Endpoint,
-        echoes: list[str] | None = None,
+        echoed: Sequence[str | list[int]] = (),
     ) -> Response:
         candidates = body.candidates
         requests = [one for prompt in prompts for one in with_seeds(self._build_request(body, prompt), candidates)]
@@ -122,8 +124,10 @@ class Api:
         texts = self.token_texts() if body.wants_logprobs else None
 
         def new_builder(handles: list[RequestHandle]) -> ResponseBuilder:
-            of_texts = candidates, body.n, include_usage, texts, echoes or []
-            return ResponseBuilder(endpoint, self.service.name, handles, *of_texts)
+            echoes = [one if isinstance(one, str) else self.service.decode(one) for one in echoed]
+            return ResponseBuilder(
+                endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes
+            )
 
         return await self._answer(http, requests, body.stream, endpoint.name, new_builder)
 

@@ -38,6 +38,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
 }
+# further fields of `SamplingParams` with the names and values of the API
+_SAME_NAMES = ("presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos")
 
 
 def _join_parts(content: Any) -> Any:
@@ -182,15 +184,8 @@ class GenerationRequest(StrictModel):
         fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
         fields["logprobs"] = self.num_logprobs()
-        for name in (
-            "repetition_penalty",
-            "no_repeat_ngram_size",
-            "presence_penalty",
-            "frequency_penalty",
-            "logit_bias",
-        ):
+        for name in ("repetition_penalty", "no_repeat_ngram_size", *_SAME_NAMES):
             fields[name] = getattr(self, name)
-        fields |= {"stop_token_ids": self.stop_token_ids, "ignore_eos": self.ignore_eos}
         if temperature > 0:
             fields |= {"top_k": self.top_k, "min_p": self.min_p, "top_p": self.top_p}
         return {name: value for name, value in fields.items() if value is not None}
@@ -286,7 +281,8 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
 
 
 def _remove_neutral(kind: type[GenerationRequest], fields: dict[str, Any]) -> dict[str, Any]:
-    kept, neutral = {}, kind.neutral
+    kept: dict[str, Any] = {}
+    neutral = kind.neutral
     for name, value in fields.items():
         if name in kind.model_fields and name not in kind.left_out:
             kept[name] = value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from typing import Any, Protocol
 
 from starlette.requests import Request as HttpRequest
@@ -78,12 +78,13 @@ async def event_stream(http: HttpRequest, handles: list[RequestHandle], builder:
         try:
             for chunk in builder.first_chunks():
                 yield format_event(chunk)
-            async for index, output in merged_outputs(handles):
-                if output is None and handles[index].result.reason == "cancelled":
-                    yield format_event(builder.error_chunk(STOPPING))
-                    return
-                for chunk in builder.end_chunks(index) if output is None else builder.output_chunks(index, output):
-                    yield format_event(chunk)
+            async with aclosing(merged_outputs(handles)) as outputs:
+                async for index, output in outputs:
+                    if output is None and handles[index].result.reason == "cancelled":
+                        yield format_event(builder.error_chunk(STOPPING))
+                        return
+                    for chunk in builder.end_chunks(index) if output is None else builder.output_chunks(index, output):
+                        yield format_event(chunk)
             for chunk in builder.last_chunks():
                 yield format_event(chunk)
             yield builder.end_event
