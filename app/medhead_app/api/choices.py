@@ -75,7 +75,7 @@ def cancel_all(handles: list[RequestHandle]) -> None:
             handle.cancel()
 
 
-async def merged_outputs(handles: list[RequestHandle]) -> AsyncGenerator[tuple[int, StepOutput | None]]:
+async def merged_outputs(handles: list[RequestHandle]) -> AsyncGenerator[tuple[int, StepOutput | None], None]:
     """Yield the outputs of several requests as they come, each with the index of its request; None at its end.
 
     Raises:
