@@ -95,7 +95,7 @@ def test_the_limit_and_the_real_engine(real: tuple[str, Service]) -> None:
     ],
 )
 def test_what_is_not_supported_is_refused_by_name(serve: Serve, fields: dict[str, Any], param: str) -> None:
-    response = httpx.post(f"{serve()}/v1/responses", json={"model": "tiny", "input": "Once"} | fields)
+    response = httpx.post(f"{serve()}/v1/responses", json={"model": "tiny", "input": "Once"} | fields, timeout=60)
     error = response.json()["error"]
     assert (response.status_code, error["param"]) == (400, param), error
     assert "\n" not in error["message"]

@@ -45,7 +45,7 @@ class Naive(LogitsProcessor):
 
 @pytest.fixture(scope="module")
 def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    return tiny_llama(seed=5, vocab=len(tokenizer), eos_token_id=1, bos_token_id=None)
+    return tiny_llama(seed=5, vocab=len(tokenizer), eos_token_id=1, bos_token_id=None, initializer_range=0.2)
 
 
 def serve(decoder: Decoder, tokenizer: Any, requests: list[Request]) -> list[list[StepOutput]]:

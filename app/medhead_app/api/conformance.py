@@ -71,4 +71,5 @@ def html_page(name: str) -> str:
 
 
 def _code(cell: str) -> str:
-    return f"only `{cell.removeprefix('only ')}`" if cell.startswith("only ") else cell
+    values = cell.removeprefix("only ").split(" or ")
+    return f"only {' or '.join(f'`{value}`' for value in values)}" if cell.startswith("only ") else cell
