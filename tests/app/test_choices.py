@@ -233,7 +233,9 @@ def test_the_table_of_fields_says_what_the_api_does(serve: Serve) -> None:
     }
     for path, kind in conformance.BODIES.items():
         for name in conformance.fields():
-            found = httpx.post(f"{address}/v1/{path}", json={"model": "tiny", **paths[path], name: [{"odd": [1]}]}, timeout=60)
+            found = httpx.post(
+                f"{address}/v1/{path}", json={"model": "tiny", **paths[path], name: [{"odd": [1]}]}, timeout=60
+            )
             kept = conformance.status(kind, name)
             error = found.json()["error"]
             assert found.status_code in (400, 404), (path, name)
