@@ -3,6 +3,7 @@
 - `docs/models.md` and README's list of supported models come from `tests/families.py`, `tests/vision_models.py`, and
   `docs/model_types.jsonl`, which `docs/model_types.py` writes.
 - README's table of results comes from `benchmarks/demo-cpu-float32/results.json`.
+- The table of fields in `docs/guides/serving.md` comes from the schema of the API.
 """
 
 from __future__ import annotations
@@ -14,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests")]
+sys.path[:0] = [str(ROOT / name) for name in ("tests", "app", ".")]
 
 from families import ACCEPTED, OUTSIDE, SINCE_5_24, STATEFUL  # noqa: E402
+from medhead_app.api.conformance import markdown_table  # noqa: E402
 from vision_models import VISION  # noqa: E402
 
 TYPES = ROOT / "docs" / "model_types.jsonl"
@@ -306,7 +308,7 @@ def put(text: str, name: str, block: str) -> str:
     """Return a text with the part between the markers of a name replaced."""
     marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
     if not marked.search(text):
-        raise SystemExit(f"docs/generate.py: README.md has no markers for {name!r}")
+        raise SystemExit(f"docs/generate.py: there are no markers for {name!r}")
     return marked.sub(lambda found: f"{found[1]}{block}\n{found[2]}", text)
 
 
@@ -314,7 +316,9 @@ def outputs() -> dict[Path, str]:
     """Return every generated file with the text that it should have."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     readme = put(put(readme, "models", models_block()), "results", results_block())
-    return {ROOT / "README.md": readme, ROOT / "docs" / "models.md": models_page()}
+    serving = ROOT / "docs" / "guides" / "serving.md"
+    table = put(serving.read_text(encoding="utf-8"), "fields", markdown_table())
+    return {ROOT / "README.md": readme, ROOT / "docs" / "models.md": models_page(), serving: table}
 
 
 def main(arguments: list[str]) -> int:

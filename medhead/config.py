@@ -13,6 +13,7 @@ MAX_TEMPERATURE = 100
 PROPOSER_NAMES = ("heads", "hybrid", "lookahead", "ngram", "none", "recycling")
 ATTENTION_NAMES = ("auto", "flash", "reference", "sdpa", "triton")
 MAX_PENALTY = 100
+MAX_BIASES = 300  # token ids of a logit_bias, as at OpenAI
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,13 @@ class SamplingParams:
         repetition_penalty: divisor of positive and factor of negative logits of tokens that the text holds; 1 is none.
         no_repeat_ngram_size: n-grams of this size occur once; 0 allows repeats.
         min_new_tokens: end tokens are banned before so many new tokens; 0 bans none.
+        presence_penalty: subtracted from the logit of every token that the output holds, from -2 to 2.
+        frequency_penalty: subtracted from a token's logit as often as the output holds it, from -2 to 2.
+        logit_bias: numbers from -100 to 100 that are added to the logits of token ids, at most 300.
+        stop_token_ids: further tokens that end the text; they are not part of the text.
+        ignore_eos: end tokens of model and tokenizer do not end the text.
+
+    `logit_bias` and the two penalties follow `repetition_penalty` and precede the temperature.
 
     Raises:
         MedheadError: a value is out of range; the message names the field, the value and what is allowed.
@@ -47,6 +55,11 @@ class SamplingParams:
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     min_new_tokens: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
 
     def __post_init__(self) -> None:
         _check_count("max_new_tokens", self.max_new_tokens)
@@ -61,6 +74,11 @@ class SamplingParams:
             check_seed(self.seed)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise MedheadError(f"stop must be a tuple of strings, got {self.stop!r}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_range(name, getattr(self, name), -2, 2)
+        _check_bias(self.logit_bias)
+        for token in self.stop_token_ids:
+            _check_count("a token id of stop_token_ids", token, least=0)
 
     @property
     def greedy(self) -> bool:
@@ -102,3 +120,16 @@ def _check_range(name: str, value: Any, low: float, high: float, exclusive: bool
     if not valid or (exclusive and value == low):
         allowed = f"above {low} and at most {high}" if exclusive else f"from {low} to {high}"
         raise MedheadError(f"{name} must be {allowed}, got {value!r}")
+
+
+def _check_bias(bias: Any) -> None:
+    if bias is None:
+        return
+    if not isinstance(bias, dict) or len(bias) > MAX_BIASES:
+        got = f"{len(bias)} token ids" if isinstance(bias, dict) else repr(bias)[:80]
+        raise MedheadError(f"logit_bias must map at most {MAX_BIASES} token ids to numbers, got {got}")
+    for token, value in bias.items():
+        _check_count("a token id of logit_bias", token, least=0)
+        if value is None:
+            raise MedheadError(f"logit_bias of token {token} must be from -100 to 100, got None")
+        _check_range(f"logit_bias of token {token}", value, -100, 100)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from medhead.config import SamplingParams
+from medhead.core.penalties import own_processors
 from medhead.errors import MedheadError, one_line
 from medhead.generate_options import check_config
 
@@ -57,7 +58,7 @@ def stop_strings(model: Any) -> tuple[str, ...]:
 
 
 def generate_arguments(model: Any, params: SamplingParams, tokenizer: Any = None) -> dict[str, Any]:
-    """Return the arguments of `model.generate` for sampling parameters, without their seed and stop strings.
+    """Return the arguments of `model.generate` for sampling parameters, without seed, stop strings and own processors.
 
     Parameters that are None take the value of the model's generation configuration, as do all fields that sampling
     parameters do not have. Sampling keeps all tokens where neither says otherwise.
@@ -65,7 +66,8 @@ def generate_arguments(model: Any, params: SamplingParams, tokenizer: Any = None
     Args:
         model: the model, whose `generation_config` counts.
         params: sampling parameters.
-        tokenizer: its EOS token ends a text too; it decodes the text for stop strings of the configuration.
+        tokenizer: its EOS token ends a text too, and so do `stop_token_ids`; it decodes the text for stop strings of the
+            configuration.
     """
     config = model.generation_config
     arguments: dict[str, Any] = {"max_new_tokens": params.max_new_tokens, "do_sample": not params.greedy}
@@ -78,7 +80,7 @@ def generate_arguments(model: Any, params: SamplingParams, tokenizer: Any = None
     arguments |= {name: value for name, value in given.items() if value is not None}
     arguments |= {name: value for name, value in _FORM.items() if getattr(config, name, None) not in (None, value)}
     if tokenizer is not None:
-        arguments["eos_token_id"] = end_tokens(model, tokenizer) or None
+        arguments["eos_token_id"] = [*end_tokens(model, tokenizer), *params.stop_token_ids] or None
     return arguments | ({"tokenizer": tokenizer} if stop_strings(model) else {})
 
 
@@ -124,6 +126,7 @@ def prepare_generation(
     try:
         arguments = generate_arguments(model, params, tokenizer) | {"stop_strings": None, "tokenizer": None}
         drop_fields_without_effect(model, arguments)
+        arguments["logits_processor"] = own_processors(params, len(prompt), model.device)
         model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=prepared, **arguments)
     except MedheadError:
         raise

@@ -90,6 +90,7 @@ def run(args: argparse.Namespace) -> None:
 
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # before gradio is imported
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("medhead_app.access").setLevel(logging.INFO)
     with closing(bind(args.host, args.port)) as bound, closing(load_service(args, args.prog)) as service:
         page = options = None
         if not args.no_page:

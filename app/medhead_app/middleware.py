@@ -1,21 +1,52 @@
-"""Middleware that checks every request, for the page and the API: password, origin and size."""
+"""Middleware of every request, for the page and the API: password, origin, size, and the access log."""
 
 from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import secrets
-from urllib.parse import urlsplit
+import time
+from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from medhead.serving.handle import RequestHandle
 from medhead_app.api.errors import ApiError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 MAX_BODY = 4 * 2**20  # bytes
+ACCESS = logging.getLogger("medhead_app.access")
+HANDLES = "medhead.handles"  # key of the scope for the engine's requests of an HTTP request
 PUBLIC_PATHS = ("/health",)  # paths that need no password
+
+
+class AccessLog:
+    """Log one line for every request of the API: method, path, status, new tokens and seconds; no text of a client's."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass the request on; log it when the response is complete."""
+        if scope["type"] != "http" or not scope["path"].startswith("/v1/"):
+            await self.app(scope, receive, send)
+            return
+        began, status, handles = time.perf_counter(), 500, list[RequestHandle]()
+        scope[HANDLES] = handles
+
+        async def send_noted(message: Message) -> None:
+            nonlocal status
+            status = message.get("status", status)
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_noted)
+        finally:
+            path, tokens = quote(scope["path"]), sum(handle.result.new_tokens for handle in handles)
+            ACCESS.info("%s %s %d %d tokens %.3f s", scope["method"], path, status, tokens, time.perf_counter() - began)
 
 
 class Auth:

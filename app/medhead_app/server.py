@@ -15,7 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from medhead_app.api.errors import handle_error
 from medhead_app.api.routes import Api
 from medhead_app.metrics import Metrics
-from medhead_app.middleware import LOCAL_HOSTS, MAX_BODY, Auth, BodyLimit, SameOrigin
+from medhead_app.middleware import LOCAL_HOSTS, MAX_BODY, AccessLog, Auth, BodyLimit, SameOrigin
 from medhead_app.service import Service
 
 
@@ -46,9 +46,10 @@ def build_app(
     app.add_middleware(BodyLimit, max_bytes=max_body)
     if auth is not None:
         app.add_middleware(Auth, user=auth[0], password=auth[1])
-    if hosts is not None:  # the outermost check
+    if hosts is not None:  # the first check
         app.add_middleware(SameOrigin, hosts=hosts)
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    app.add_middleware(AccessLog)
     return app
 
 

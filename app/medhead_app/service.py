@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ class Service:
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self.max_new_tokens = min(max_new_tokens, self.context - 1)
         self.temperature = default_temperature(engine)  # of requests that give none
+        self.created = int(time.time())  # when the server was started, in Unix time
         self.closed = False
         self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
 
@@ -53,6 +55,10 @@ class Service:
         """Return the token ids of a text."""
         with self._lock:
             return list(self.tokenizer(text)["input_ids"])
+
+    def decode(self, token_ids: list[int]) -> str:
+        """Return the text of token ids, without special tokens."""
+        return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def encode_chat(self, messages: Sequence[ChatMessage], answer_tokens: int, truncate: bool = True) -> EncodedChat:
         """Return the token ids of a conversation in the model's chat template.
@@ -88,6 +94,7 @@ class Service:
         proposer: str | None = None,
         tree_size: int | None = None,
         trace: bool = False,
+        logprobs: int | None = None,
         **sampling: Any,
     ) -> Request:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
@@ -99,7 +106,7 @@ class Service:
         if not 1 <= tokens <= self.max_new_tokens:
             raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
         params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
-        return Request(prompt, params, proposer=proposer, tree_size=tree_size, trace=trace)
+        return Request(prompt, params, proposer=proposer, tree_size=tree_size, trace=trace, logprobs=logprobs)
 
     def close(self) -> None:
         """End all requests and close the engine."""

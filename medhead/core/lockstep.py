@@ -14,6 +14,7 @@ from transformers.generation import logits_process as lp
 from transformers.generation import stopping_criteria as sc
 
 from medhead.core.acceptance import Accepted
+from medhead.core.penalties import OutputPenalties
 from medhead.core.sampling import draw, is_local
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import child_with
@@ -34,7 +35,8 @@ _PER_ROW_NAMES = (
     "SuppressTokensAtBegin",
     "Watermark",
 )
-_PER_ROW = (*(getattr(lp, f"{name}LogitsProcessor") for name in _PER_ROW_NAMES), lp.ExponentialDecayLengthPenalty)
+_TRANSFORMERS_OWN = (getattr(lp, f"{name}LogitsProcessor") for name in _PER_ROW_NAMES)
+_PER_ROW = (*_TRANSFORMERS_OWN, lp.ExponentialDecayLengthPenalty, OutputPenalties)
 
 
 def needs_lockstep(processors: LogitsProcessorList, criteria: StoppingCriteriaList, rows: int) -> bool:

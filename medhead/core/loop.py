@@ -297,7 +297,7 @@ class DecodeLoop:
             return False
         if not reads_nothing(self.sequences[0].processors, self.target.device):
             return False
-        if any(one.stop_checker.has_criteria for one in self.sequences):
+        if any(one.stop_checker.has_criteria or one.needs_logits for one in self.sequences):
             return False
         if self._buffers is not None and self._buffers.cache.position_offset is not None:
             return False

@@ -14,6 +14,7 @@ from transformers.generation import logits_process as lp
 
 from medhead.config import MAX_TEMPERATURE, SamplingParams
 from medhead.core.gumbel import GumbelNoise, LazyGumbel, chunk_size, seed_halves
+from medhead.core.penalties import LogitBias
 from medhead.core.tree import TokenTree
 
 _MAX_NUMPY_NUMBERS = 2**21  # beyond, PyTorch's threads are faster than numpy
@@ -25,6 +26,7 @@ _LOCAL_NAMES = (
     "LogitNormalization",
 )
 _LOCAL = tuple(getattr(lp, name) for name in (*_LOCAL_NAMES, "InfNanRemoveLogitsProcessor") if hasattr(lp, name))
+_LOCAL += (LogitBias,)
 # those of them that check a distribution on the host
 _READING = tuple(getattr(lp, f"{kind}LogitsWarper") for kind in ("TopH", "Eta") if hasattr(lp, f"{kind}LogitsWarper"))
 # transformers' class, the attribute that holds its number, and the field of SamplingParams; in transformers' order

@@ -29,6 +29,7 @@ class Sequence:
     local: bool = True
     # called with the sequence, its new tokens and whether they are its last, after every pass
     on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
+    needs_logits: bool = False  # whether `on_tokens` needs `DecodeLoop.output`, which captured steps do not give
     output_ids: list[int] = field(default_factory=list)  # new token ids
     passes: int = 0  # verify passes so far
     scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import StoppingCriteriaList
 from transformers.generation.stopping_criteria import EosTokenCriteria, MaxLengthCriteria
 
 from medhead.errors import MedheadError
@@ -29,12 +29,12 @@ class StopChecker:
         self,
         limit: int,
         end_tokens: Iterable[int] = (),
-        criteria: StoppingCriteriaList | None = None,
+        criteria: Iterable[Any] | None = None,
         device: torch.device | str = "cpu",
         stops_at: Callable[[int], bool] | None = None,
     ) -> None:
         self.limit, self.device, self.end_tokens, self._stops_at = limit, device, frozenset(end_tokens), stops_at
-        self._criteria = []
+        self._criteria: list[Any] = []
         for criterion in criteria or ():
             if type(criterion) is EosTokenCriteria:
                 self.end_tokens |= frozenset(torch.as_tensor(criterion.eos_token_id).flatten().tolist())

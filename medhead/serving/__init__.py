@@ -2,6 +2,7 @@
 
 from medhead.serving.engine import Engine
 from medhead.serving.handle import RequestHandle
+from medhead.serving.logprobs import TokenLogprobs
 from medhead.serving.request import EngineError, QueueFullError, Request, Result, StepOutput, Stopped, TreeView
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "Result",
     "StepOutput",
     "Stopped",
+    "TokenLogprobs",
     "TreeView",
 ]

@@ -7,6 +7,7 @@ from typing import Any
 from weakref import WeakValueDictionary
 
 from transformers import LogitsProcessorList
+from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from medhead.config import SamplingParams
 from medhead.core.sampling import is_local, signature
@@ -57,7 +58,8 @@ class SequencePreparer:
         found = prepare_generation(self._model, sequence.prompt_ids, params, self._tokenizer)
         if stops_at is None and self.stop_strings:
             stops_at = Detokenizer(self._tokenizer, self.stop_strings).stops_at
-        sequence.stop_checker = StopChecker(limit, (), found.criteria, self._target.device, stops_at)
+        criteria = [one for one in found.criteria if not (params.ignore_eos and type(one) is EosTokenCriteria)]
+        sequence.stop_checker = StopChecker(limit, params.stop_token_ids, criteria, self._target.device, stops_at)
         sequence.local = is_local(found.processors)
         sequence.params, processors = sampling_params(
             found.config, found.processors, params.seed, limit, sequence.local

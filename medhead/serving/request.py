@@ -7,6 +7,7 @@ from typing import Literal
 
 from medhead.config import SamplingParams, check_tree_size
 from medhead.errors import MedheadError
+from medhead.serving.logprobs import MAX_TOP_LOGPROBS, TokenLogprobs
 
 Reason = Literal["stop", "length", "cancelled", "timeout", "error"]
 
@@ -35,6 +36,7 @@ class Request:
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
         trace: fill `StepOutput.sources` and `StepOutput.tree`, which takes a little time.
+        logprobs: fill `StepOutput.logprobs` with so many of the most probable tokens, from 0 to 20; None fills nothing.
 
     Raises:
         MedheadError: a value is out of range.
@@ -46,6 +48,7 @@ class Request:
     tree_size: int | None = None
     time_limit: float | None = None
     trace: bool = False
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         limit = self.time_limit
@@ -53,6 +56,9 @@ class Request:
             raise MedheadError(f"time_limit must be a number of seconds above 0, got {limit!r}")
         if self.tree_size is not None:
             check_tree_size(self.tree_size)
+        top = self.logprobs
+        if top is not None and (isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS):
+            raise MedheadError(f"logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}, got {top!r}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class StepOutput:
             `bonus` for the target's own token. Empty without `trace`.
         tree: the tree of this pass, with `trace`.
         seconds: of this pass.
+        logprobs: of every token of `tokens`, if the request asks for them.
     """
 
     tokens: list[int]
@@ -94,6 +101,7 @@ class StepOutput:
     sources: list[str] = field(default_factory=list)
     tree: TreeView | None = None
     seconds: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
 
 @dataclass

@@ -15,6 +15,7 @@ from medhead.proposers import PROPOSERS
 from medhead.proposers.base import VerifyOutput
 from medhead.serving.detokenizer import Detokenizer
 from medhead.serving.handle import RequestHandle
+from medhead.serving.logprobs import path_logprobs
 from medhead.serving.prepare import SequencePreparer
 from medhead.serving.request import Reason, Request, StepOutput, TreeView
 
@@ -36,6 +37,7 @@ class RequestState:
         self.detokenizer = Detokenizer(tokenizer, request.params.stop + preparer.stop_strings)
         params = replace(request.params, seed=handle.result.seed)
         self.sequence = preparer.new_sequence(request.prompt, params, on_tokens=self._on_tokens)
+        self.sequence.needs_logits = request.logprobs is not None
         self.new_token_ids: list[int] = []
         self._new_texts: list[str] = []
         self.ended = False
@@ -68,13 +70,18 @@ class RequestState:
         result.busy += seconds
         result.seconds = now - self.submitted
         text = self.detokenizer.finish() if self.ended else self.detokenizer.take()
-        if not self.handle.request.trace or loop.output is None:
-            return StepOutput(tokens, text, seconds=seconds)
-        view = tree_view(loop.output, loop.proposer.origins(loop.output.tree, row), row)
+        output, top = loop.output, self.handle.request.logprobs
+        logprobs = path_logprobs(output, row, tokens, top) if output is not None and top is not None else []
+        if not self.handle.request.trace or output is None:
+            return StepOutput(tokens, text, seconds=seconds, logprobs=logprobs)
+        view = tree_view(output, loop.proposer.origins(output.tree, row), row)
         sources = [_source(view, depth) for depth in range(1, len(tokens) + 1)]
-        return StepOutput(tokens, text, texts, sources, view, seconds)
+        return StepOutput(tokens, text, texts, sources, view, seconds, logprobs)
 
     def _stops_at(self, token: int) -> bool:
+        if token in self.handle.request.params.stop_token_ids:  # it ends the text and is no part of it
+            self._new_texts.append("")
+            return False
         self._new_texts.append(self.detokenizer.add(token))
         return self.detokenizer.stopped
 
@@ -110,6 +117,10 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     low, high = min(request.prompt), max(request.prompt)
     if low < 0 or high >= vocabulary:
         raise MedheadError(f"token id {low if low < 0 else high} is outside the model's vocabulary of {vocabulary}")
+    for name in ("logit_bias", "stop_token_ids"):
+        for token in getattr(request.params, name) or ():
+            if token >= target.vocab_size:
+                raise MedheadError(f"{name}: token id {token} is outside the model's vocabulary of {target.vocab_size}")
     token_limit(request.params.max_new_tokens, len(request.prompt), target.context)
     if request.proposer is not None and request.proposer not in PROPOSERS:
         raise MedheadError(f"no proposer is called {request.proposer!r}; known: {', '.join(sorted(PROPOSERS))}")

@@ -42,6 +42,7 @@ class FakeEngine:
         self.decoder = SimpleNamespace(target=SimpleNamespace(context=CONTEXT, model=model))
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.handles: list[RequestHandle] = []
+        self.max_rows, self.max_queue = room, 0
         self.totals, self.running = EngineStatistics(), False
 
     def start(self) -> FakeEngine:

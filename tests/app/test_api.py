@@ -246,13 +246,24 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
     ("fields", "param", "code"),
     [
         ({"banana": 1}, "banana", "unknown_parameter"),
-        ({"n": 2}, "n", "unsupported_parameter"),
-        ({"n": True}, "n", "unsupported_parameter"),
-        ({"frequency_penalty": 0.5}, "frequency_penalty", "unsupported_parameter"),
-        ({"presence_penalty": -1}, "presence_penalty", "unsupported_parameter"),
-        ({"logprobs": True}, "logprobs", "unsupported_parameter"),
-        ({"top_logprobs": 3}, "top_logprobs", "unsupported_parameter"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_parameter"),
+        ({"n": 0}, "n", "invalid_value"),
+        ({"n": True}, "n", "invalid_value"),
+        ({"n": 101}, "n", "invalid_value"),  # more than the queue holds
+        ({"best_of": 2}, "best_of", "unsupported_parameter"),  # completions have it
+        ({"frequency_penalty": 2.5}, "frequency_penalty", "invalid_value"),
+        ({"presence_penalty": "1"}, "presence_penalty", "invalid_value"),
+        ({"logprobs": 3}, "logprobs", "invalid_value"),  # completions have a number
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"five": 1}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": [5]}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {str(token): 1 for token in range(301)}}, "logit_bias", "invalid_value"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_value"),
+        ({"stop_token_ids": 5}, "stop_token_ids", "invalid_value"),
+        ({"ignore_eos": 1}, "ignore_eos", "invalid_value"),
+        ({"metadata": "me"}, "metadata", "invalid_type"),
+        ({"store": True}, "store", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
         ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
         ({"temperature": 3}, "temperature", "invalid_value"),
@@ -308,7 +319,7 @@ def test_wrong_fields_are_refused_by_name(serve: Serve, fields: dict[str, Any], 
     assert engine.handles == []
 
 
-@pytest.mark.parametrize("prompt", ["", [], ["a", "b"], [[1], [2]], [1.5], [True], 7, ["a", 1]])
+@pytest.mark.parametrize("prompt", ["", [], [""], [[]], ["a", ""], [1.5], [True], 7, ["a", 1], [[[1]]], ["a"] * 101])
 def test_wrong_prompts_are_refused(serve: Serve, prompt: Any) -> None:
     response = post(serve(), "completions", messages=None, prompt=prompt)
     assert (response.status_code, response.json()["error"]["param"]) == (400, "prompt")
@@ -335,9 +346,9 @@ def test_errors_are_the_clients_own_exceptions(serve: Serve) -> None:
     with pytest.raises(openai.NotFoundError, match="this server has 'tiny'") as missing:
         programs.chat.completions.create(model="gpt-4o", messages=MESSAGES)
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="n is not supported") as refused:
-        programs.chat.completions.create(model="tiny", messages=MESSAGES, n=2)
-    assert refused.value.param == "n"
+    with pytest.raises(openai.BadRequestError, match="store is not supported") as refused:
+        programs.chat.completions.create(model="tiny", messages=MESSAGES, store=True)
+    assert refused.value.param == "store"
 
 
 def test_unknown_addresses(serve: Serve) -> None:

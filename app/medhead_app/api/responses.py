@@ -8,7 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from medhead.serving.handle import RequestHandle
-from medhead.serving.request import Result
+from medhead.serving.logprobs import TokenLogprobs
+from medhead.serving.request import Result, StepOutput
+from medhead_app.api.choices import Answer, best_answers
+from medhead_app.api.errors import ApiError
+from medhead_app.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
 
 FINISH_REASONS = {"length": "length", "timeout": "length"}  # OpenAI has no timeout; `medhead.reason` tells it
 
@@ -29,53 +33,110 @@ COMPLETIONS = Endpoint("completions", "text_completion", "text_completion", "cmp
 
 @dataclass
 class ResponseBuilder:
-    """Builds the response to one request; `include_usage` ends a stream with a chunk of token counts."""
+    """Builds the response to one request; `include_usage` ends a stream with a chunk of token counts.
+
+    Several choices have their statistics each, in the field `medhead` of the choice; that of one choice is the response's.
+    """
 
     endpoint: Endpoint
     model: str
-    handle: RequestHandle
+    handles: list[RequestHandle]  # every prompt's candidates after each other
+    candidates: int = 1  # texts that are produced for every prompt
+    n: int = 1  # choices of every prompt
     include_usage: bool = False
+    texts: TokenTexts | None = None  # for log probabilities; None sends none
+    echoes: list[str] = field(default_factory=list)  # what the choices of every prompt begin with; empty for nothing
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
+    end_event: str = "data: [DONE]\n\n"
 
-    def response(self, text: str) -> dict[str, Any]:
-        """Return the whole response."""
-        if self.endpoint is CHAT:
-            content: dict[str, Any] = {"message": {"role": "assistant", "content": text, "refusal": None}}
-        else:
-            content = {"text": text}
-        body = self._body(self.endpoint.object, [self._choice(content, self._finish_reason())])
-        return body | {"usage": self._usage(), "medhead": statistics(self.handle.result)}
+    def __post_init__(self) -> None:
+        self._offsets = [0] * len(self.handles)  # where the next token of each begins; nothing is echoed with them
+
+    def response(self, answers: list[Answer]) -> dict[str, Any]:
+        """Return the whole response from the answers of all candidates."""
+        chosen = best_answers(answers, self.candidates, self.n)
+        choices = [self._whole_choice(index, answer) for index, answer in enumerate(chosen)]
+        own = {"medhead": statistics(chosen[0].result)} if len(chosen) == 1 else {}
+        return self._body(self.endpoint.object, choices) | {"usage": self._usage()} | own
 
     def first_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks before the text: a chat begins with the role."""
-        return [self.chunk({"role": "assistant", "content": ""})] if self.endpoint is CHAT else []
+        """Return the chunks before the text: a chat begins with the role, a completion with what is echoed."""
+        if self.endpoint is CHAT:
+            return [self._chunk(i, {"role": "assistant", "content": ""}) for i in range(len(self.handles))]
+        return [self._chunk(i, {"content": self._echo(i)}) for i in range(len(self.handles)) if self.echoes]
+
+    def output_chunks(self, index: int, output: StepOutput) -> list[dict[str, Any]]:
+        """Return the chunks of what a pass emitted for a choice."""
+        if not output.text and not output.logprobs:
+            return []
+        return [self._chunk(index, {"content": output.text}, logprobs=self._logprobs(index, output.logprobs))]
+
+    def end_chunks(self, index: int) -> list[dict[str, Any]]:
+        """Return the chunks at the end of a choice: finish reason and statistics."""
+        result = self.handles[index].result
+        return [self._chunk(index, {}, _finish_reason(result)) | {"medhead": statistics(result)}]
 
     def last_chunks(self) -> list[dict[str, Any]]:
-        """Return the chunks after the text: finish reason and statistics, and the token counts if included."""
-        chunk = self.chunk({}, self._finish_reason()) | {"medhead": statistics(self.handle.result)}
-        usage = self._body(self.endpoint.chunk_object, []) | {"usage": self._usage()}
-        return [chunk, usage] if self.include_usage else [chunk]
+        """Return the chunks after all choices: the token counts if included."""
+        return [self._body(self.endpoint.chunk_object, []) | {"usage": self._usage()}] if self.include_usage else []
+
+    def error_chunk(self, error: ApiError) -> dict[str, Any]:
+        """Return the chunk that ends a stream with an error."""
+        return error.body()
+
+    def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        if self.endpoint is CHAT:
+            content: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+        else:
+            content = {"text": self._echo(index * self.candidates // self.n) + answer.text}
+        logprobs = self._logprobs(index, answer.logprobs)
+        choice = self._choice(index, content, _finish_reason(answer.result), logprobs)
+        own = {"medhead": statistics(answer.result)} if len(self.handles) // self.candidates * self.n > 1 else {}
+        return choice | own
 
     def _usage(self) -> dict[str, int]:
-        prompt, new = self.handle.result.prompt_tokens, self.handle.result.new_tokens
+        prompt = sum(handle.result.prompt_tokens for handle in self.handles[:: self.candidates])
+        new = sum(handle.result.new_tokens for handle in self.handles)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
 
-    def _finish_reason(self) -> str:
-        return FINISH_REASONS.get(self.handle.result.reason, "stop")
+    def _echo(self, index: int) -> str:
+        """Return what the text of a candidate begins with."""
+        return self.echoes[index // self.candidates] if self.echoes else ""
 
-    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> dict[str, Any]:
+    def _logprobs(self, index: int, logprobs: list[TokenLogprobs]) -> dict[str, Any] | None:
+        if self.texts is None:
+            return None
+        if self.endpoint is CHAT:
+            return chat_logprobs(self.texts, logprobs)
+        found = completion_logprobs(self.texts, logprobs, self._offsets[index])
+        self._offsets[index] += sum(map(len, found["tokens"]))
+        return found
+
+    def _chunk(
+        self,
+        index: int,
+        delta: dict[str, str],
+        finish_reason: str | None = None,
+        logprobs: dict[str, Any] | None = None,
+    ) -> dict[str, Any]:
         """Return a chunk; `delta` is what it adds to a message."""
         content: dict[str, Any] = {"delta": delta} if self.endpoint is CHAT else {"text": delta.get("content", "")}
-        body = self._body(self.endpoint.chunk_object, [self._choice(content, finish_reason)])
-        return body | ({"usage": None} if self.include_usage else {})
+        choice = self._choice(index, content, finish_reason, logprobs)
+        return self._body(self.endpoint.chunk_object, [choice]) | ({"usage": None} if self.include_usage else {})
 
-    def _choice(self, content: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "logprobs": None, "finish_reason": finish_reason, **content}
+    def _choice(
+        self, index: int, content: dict[str, Any], finish_reason: str | None, logprobs: dict[str, Any] | None
+    ) -> dict[str, Any]:
+        return {"index": index, "logprobs": logprobs, "finish_reason": finish_reason, **content}
 
     def _body(self, kind: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         name = self.endpoint.id_prefix + self.id
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
+
+
+def _finish_reason(result: Result) -> str:
+    return FINISH_REASONS.get(result.reason, "stop")
 
 
 def statistics(result: Result) -> dict[str, Any]:

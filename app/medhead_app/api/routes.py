@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.concurrency import run_in_threadpool
 
-from medhead.errors import MedheadError
 from medhead.serving import request as serving
-from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error, to_api_error
+from medhead.serving.handle import RequestHandle
+from medhead_app.api.choices import check_count, submit_all, with_seeds
+from medhead_app.api.conformance import html_page
+from medhead_app.api.errors import CLIENT_CLOSED, ApiError, handle_error
+from medhead_app.api.logprobs import TokenTexts
 from medhead_app.api.responses import CHAT, COMPLETIONS, Endpoint, ResponseBuilder
+from medhead_app.api.responses_builder import ResponsesBuilder
+from medhead_app.api.responses_schema import ResponsesRequest
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
-from medhead_app.api.streams import HEADERS, event_stream, full_text
+from medhead_app.api.streams import HEADERS, event_stream, full_answers
 from medhead_app.metrics import Metrics
+from medhead_app.middleware import HANDLES
 from medhead_app.service import Service
 
 METHODS = ["GET", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"]
@@ -28,14 +35,17 @@ class Api:
 
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
+        self.token_texts = cache(lambda: TokenTexts(service.tokenizer))
         self.router = APIRouter()
         routes: list[tuple[str, Handler, list[str]]] = [
             ("/v1/chat/completions", self.chat_completions, ["POST"]),
             ("/v1/completions", self.completions, ["POST"]),
+            ("/v1/responses", self.responses, ["POST"]),
             ("/v1/models", self.list_models, ["GET"]),
             ("/v1/models/{name:path}", self.get_model, ["GET"]),
             ("/health", self.health, ["GET"]),
             ("/metrics", self.get_metrics, ["GET"]),
+            ("/docs", self.get_docs, ["GET"]),
             ("/v1/{path:path}", self.not_found, METHODS),
         ]
         for path, handler, methods in routes:
@@ -45,16 +55,31 @@ class Api:
         """Handle `POST /v1/chat/completions`."""
         body = parse_body(ChatRequest, await _read_json(http))
         self._check_model(body.model)
+        check_count(body.candidates, "n", self.service.engine)
         encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
-        return await self._respond(http, body, encoded.token_ids, CHAT)
+        return await self._respond(http, body, [encoded.token_ids], CHAT)
 
     async def completions(self, http: Request) -> Response:
         """Handle `POST /v1/completions`."""
         body = parse_body(CompletionRequest, await _read_json(http))
         self._check_model(body.model)
-        prompt = body.prompt
-        token_ids = prompt if isinstance(prompt, list) else await run_in_threadpool(self.service.encode, prompt)
-        return await self._respond(http, body, token_ids, COMPLETIONS)
+        field = "prompt" if body.candidates == 1 else "n"
+        check_count(len(body.prompt) * body.candidates, field, self.service.engine)
+        encode = self.service.encode
+        prompts = [one if isinstance(one, list) else await run_in_threadpool(encode, one) for one in body.prompt]
+        return await self._respond(http, body, prompts, COMPLETIONS, body.prompt if body.echo else [])
+
+    async def responses(self, http: Request) -> Response:
+        """Handle `POST /v1/responses`."""
+        body = parse_body(ResponsesRequest, await _read_json(http))
+        self._check_model(body.model)
+        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
+        request = self._build_request(body, encoded.token_ids)
+
+        def new_builder(handles: list[RequestHandle]) -> ResponsesBuilder:
+            return ResponsesBuilder(body, handles[0])
+
+        return await self._answer(http, [request], body.stream, "responses", new_builder)
 
     async def list_models(self, http: Request) -> Response:
         """Handle `GET /v1/models`."""
@@ -77,27 +102,51 @@ class Api:
         """Handle `GET /metrics`, for Prometheus."""
         return Response(generate_latest(self.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    async def get_docs(self, http: Request) -> Response:
+        """Handle `GET /docs`: endpoints and fields as a page."""
+        return HTMLResponse(html_page(self.service.name))
+
     async def not_found(self, http: Request) -> Response:
         """Answer every other request under `/v1`."""
         raise ApiError(f"there is no {http.method} {http.url.path} here", code="unknown_url", status=404)
 
     async def _respond(
-        self, http: Request, body: GenerationRequest, token_ids: list[int], endpoint: Endpoint
+        self,
+        http: Request,
+        body: GenerationRequest,
+        prompts: list[list[int]],
+        endpoint: Endpoint,
+        echoed: Sequence[str | list[int]] = (),
     ) -> Response:
-        request = self._build_request(body, token_ids)
-        self.metrics.set_endpoint(request, endpoint.name)
-        try:
-            handle = self.service.engine.submit(request)
-        except MedheadError as error:
-            self.metrics.count_rejected(request, endpoint.name, to_api_error(error).code or "invalid_value")
-            raise
+        candidates = body.candidates
+        requests = [one for prompt in prompts for one in with_seeds(self._build_request(body, prompt), candidates)]
         include_usage = body.stream_options is not None and body.stream_options.include_usage
-        builder = ResponseBuilder(endpoint, self.service.name, handle, include_usage)
-        if body.stream:
-            events = event_stream(http, handle, builder)
+        texts = self.token_texts() if body.wants_logprobs else None
+
+        def new_builder(handles: list[RequestHandle]) -> ResponseBuilder:
+            echoes = [one if isinstance(one, str) else self.service.decode(one) for one in echoed]
+            return ResponseBuilder(
+                endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes
+            )
+
+        return await self._answer(http, requests, body.stream, endpoint.name, new_builder)
+
+    async def _answer(
+        self,
+        http: Request,
+        requests: list[serving.Request],
+        stream: bool,
+        endpoint: str,
+        new_builder: Callable[[list[RequestHandle]], ResponseBuilder | ResponsesBuilder],
+    ) -> Response:
+        handles = submit_all(self.service.engine, self.metrics, requests, endpoint)
+        http.scope.get(HANDLES, []).extend(handles)
+        builder = new_builder(handles)
+        if stream:
+            events = event_stream(http, handles, builder)
             return StreamingResponse(events, media_type="text/event-stream", headers=HEADERS)
-        text = await full_text(http, handle)
-        return Response(status_code=CLIENT_CLOSED) if text is None else JSONResponse(builder.response(text))
+        answers = await full_answers(http, handles)
+        return Response(status_code=CLIENT_CLOSED) if answers is None else JSONResponse(builder.response(answers))
 
     def _build_request(self, body: GenerationRequest, token_ids: list[int]) -> serving.Request:
         (field, limit), service = body.token_limit(), self.service
@@ -117,7 +166,7 @@ class Api:
             raise ApiError(message, "model", "model_not_found", 404)
 
     def _model_object(self) -> dict[str, Any]:
-        model = {"id": self.service.name, "object": "model", "created": 0, "owned_by": "medhead"}
+        model = {"id": self.service.name, "object": "model", "created": self.service.created, "owned_by": "medhead"}
         return model | {"context_length": self.service.context}
 
 

@@ -3,32 +3,43 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from medhead.config import SamplingParams, check_tree_size
 from medhead.proposers import PROPOSERS
+from medhead.serving.logprobs import MAX_TOP_LOGPROBS
 from medhead_app.api.errors import ApiError
 
 MAX_STOPS = 4
-IGNORED = ("user", "safety_identifier", "prompt_cache_key")  # strings without an effect
+MAX_CHOICES = 128
+# hints that change no text, with the type of their values
+IGNORED: dict[str, type] = {
+    **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"), str),
+    **dict.fromkeys(("cache_salt", "request_id"), str),  # vLLM's
+    "metadata": dict,
+    "prediction": dict,
+    "priority": int,
+}
 # fields that are not supported, with the values that ask for nothing; null always does
 NEUTRAL: dict[str, tuple[Any, ...]] = {
-    **dict.fromkeys(("audio", "prediction", "reasoning_effort", "verbosity", "web_search_options"), ()),
-    **dict.fromkeys(("frequency_penalty", "presence_penalty", "top_logprobs"), (0,)),
-    **dict.fromkeys(("best_of", "n"), (1,)),
-    **dict.fromkeys(("echo", "logprobs", "store"), (False,)),
+    **dict.fromkeys(("audio", "reasoning_effort", "verbosity", "web_search_options"), ()),
+    **dict.fromkeys(("best_of", "length_penalty"), (1,)),
+    **dict.fromkeys(("add_generation_prompt", "skip_special_tokens", "spaces_between_special_tokens"), (True,)),
+    **dict.fromkeys(("continue_final_message", "include_stop_str_in_output", "use_beam_search"), (False,)),
+    **dict.fromkeys(("echo", "store"), (False,)),
+    "top_logprobs": (0,),
     **dict.fromkeys(("functions", "tools"), ([],)),
-    **dict.fromkeys(("logit_bias", "metadata"), ({},)),
     "function_call": ("none",),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
     "response_format": ({"type": "text"},),
-    "service_tier": ("auto", "default"),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
 }
+# further fields of `SamplingParams` with the names and values of the API
+_SAME_NAMES = ("presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos")
 
 
 def _join_parts(content: Any) -> Any:
@@ -54,18 +65,28 @@ def _stop_tuple(stop: Any) -> Any:
     return tuple(texts)
 
 
-def _single_prompt(prompt: Any) -> Any:
-    """Return a text or token ids, also from a list that holds one of these."""
-    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-        if len(prompt) > 1:
-            raise ValueError("must be one prompt; send a request for each prompt")
-        prompt = prompt[0]
-    ids = isinstance(prompt, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in prompt)
-    if not isinstance(prompt, str) and not ids:
-        raise ValueError("must be a string or a list of token ids")
-    if not prompt:
-        raise ValueError("must not be empty")
-    return prompt
+def _prompt_list(prompt: Any) -> Any:
+    """Return a list of texts and lists of token ids, from one of these or a list of them."""
+    several = isinstance(prompt, list) and prompt and not isinstance(prompt[0], int)
+    prompts = prompt if several else [prompt]
+    for one in prompts:
+        ids = isinstance(one, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in one)
+        if not isinstance(one, str) and not ids:
+            raise ValueError("must be a string, a list of token ids, or a list of these")
+        if not one:
+            raise ValueError("must not be empty")
+    return prompts
+
+
+def _bias_by_id(bias: Any) -> Any:
+    """Return `logit_bias` with whole numbers as keys, which are strings in JSON."""
+    if not isinstance(bias, dict) or not all(isinstance(key, str) and key.isdecimal() for key in bias):
+        raise ValueError("must be an object of numbers by token id")
+    return {int(key): value for key, value in bias.items()} or None
+
+
+def _to_tuple(values: Any) -> Any:
+    return tuple(values) if isinstance(values, list) else values
 
 
 def _known_proposer(name: str | None) -> str | None:
@@ -111,7 +132,10 @@ class StreamOptions(StrictModel):
 
 
 class GenerationRequest(StrictModel):
-    """Fields of both endpoints."""
+    """Fields of all endpoints."""
+
+    left_out: ClassVar[tuple[str, ...]] = ()  # fields of a parent class that a body does not have
+    neutral: ClassVar[dict[str, tuple[Any, ...]]] = NEUTRAL
 
     model: str
     max_tokens: Annotated[int | None, Field(ge=1)] = None
@@ -123,6 +147,12 @@ class GenerationRequest(StrictModel):
     repetition_penalty: Annotated[float | None, CheckSampling] = None
     no_repeat_ngram_size: Annotated[int | None, CheckSampling] = None
     min_tokens: Annotated[int | None, Field(ge=0)] = None
+    presence_penalty: Annotated[float | None, CheckSampling] = None
+    frequency_penalty: Annotated[float | None, CheckSampling] = None
+    logit_bias: Annotated[dict[int, float] | None, BeforeValidator(_bias_by_id), CheckSampling] = None
+    stop_token_ids: Annotated[tuple[int, ...], BeforeValidator(_to_tuple), CheckSampling] = ()
+    ignore_eos: bool = False
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int | None, WrapSeed, CheckSampling] = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_tuple)] = ()
     stream: bool = False
@@ -134,12 +164,27 @@ class GenerationRequest(StrictModel):
         """Return the name and the value of the field that limits the answer."""
         return "max_tokens", self.max_tokens
 
+    def num_logprobs(self) -> int | None:
+        """Return how many of the most probable tokens to list with every token; None for no log probabilities."""
+        return None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the response has log probabilities."""
+        return False
+
+    @property
+    def candidates(self) -> int:
+        """The number of texts to produce for every prompt."""
+        return self.n
+
     def request_fields(self, default_temperature: float) -> dict[str, Any]:
         """Return the arguments of `Service.request`, without those that have no effect."""
         temperature = default_temperature if self.temperature is None else self.temperature
         fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
-        for name in ("repetition_penalty", "no_repeat_ngram_size"):
+        fields["logprobs"] = self.num_logprobs()
+        for name in ("repetition_penalty", "no_repeat_ngram_size", *_SAME_NAMES):
             fields[name] = getattr(self, name)
         if temperature > 0:
             fields |= {"top_k": self.top_k, "min_p": self.min_p, "top_p": self.top_p}
@@ -151,6 +196,19 @@ class ChatRequest(GenerationRequest):
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
+    logprobs: bool = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+
+    def num_logprobs(self) -> int | None:
+        """Return how many of the most probable tokens to list with every token; None for no log probabilities."""
+        if self.top_logprobs and not self.logprobs:
+            raise ApiError("top_logprobs needs logprobs=true", "top_logprobs", "invalid_value")
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the response has log probabilities."""
+        return self.logprobs
 
     def token_limit(self) -> tuple[str, int | None]:
         """Return the name and the value of the field that limits the answer."""
@@ -169,8 +227,32 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Body of `/v1/completions`."""
 
-    prompt: Annotated[str | list[int], BeforeValidator(_single_prompt)]
+    prompt: Annotated[list[str | list[int]], BeforeValidator(_prompt_list)]
     max_tokens: Annotated[int | None, Field(ge=1)] = 16  # OpenAI's default
+    logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    best_of: Annotated[int | None, Field(ge=1, le=MAX_CHOICES)] = None
+    echo: bool = False
+
+    def num_logprobs(self) -> int | None:
+        """Return how many of the most probable tokens to list with every token; None for no log probabilities."""
+        if self.echo and self.logprobs is not None:
+            raise ApiError("echo with logprobs is not supported by this server; leave one out", "echo", "invalid_value")
+        return 0 if self.logprobs is None and self.candidates > self.n else self.logprobs
+
+    @property
+    def wants_logprobs(self) -> bool:
+        """Whether the response has log probabilities."""
+        return self.logprobs is not None
+
+    @property
+    def candidates(self) -> int:
+        """The number of texts to produce for every prompt."""
+        best_of = self.n if self.best_of is None else self.best_of
+        if best_of < self.n:
+            raise ApiError(f"best_of must be at least n, got {best_of} and {self.n}", "best_of", "invalid_value")
+        if best_of > self.n and self.stream:
+            raise ApiError("best_of above n needs stream=false", "best_of", "invalid_value")
+        return best_of
 
 
 Body = TypeVar("Body", bound=GenerationRequest)
@@ -199,16 +281,18 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
 
 
 def _remove_neutral(kind: type[GenerationRequest], fields: dict[str, Any]) -> dict[str, Any]:
-    kept = {}
+    kept: dict[str, Any] = {}
+    neutral = kind.neutral
     for name, value in fields.items():
-        if name in kind.model_fields:
+        if name in kind.model_fields and name not in kind.left_out:
             kept[name] = value
         elif name in IGNORED:
-            if not isinstance(value, str):
-                raise ApiError(f"{name} must be a string, got {value!r}"[:200], name, "invalid_type")
-        elif name not in NEUTRAL:
+            if not isinstance(value, IGNORED[name]):
+                kind_name = {str: "a string", dict: "an object", int: "a whole number"}[IGNORED[name]]
+                raise ApiError(f"{name} must be {kind_name}, got {value!r}"[:200], name, "invalid_type")
+        elif name not in neutral:
             raise ApiError(f"unknown field {name[:80]!r}", name[:80], "unknown_parameter")
-        elif not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in NEUTRAL[name]):
+        elif not any(value == good and isinstance(value, bool) == isinstance(good, bool) for good in neutral[name]):
             raise ApiError(f"{name} is not supported by this server; leave it out", name, "unsupported_parameter")
     return kept
 
