@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from medhead.core.tree import TokenTree
     from medhead.decoder import Decoder, Statistics
     from medhead.errors import MedheadError, UnsupportedTargetError
+    from medhead.grammar import Grammar
     from medhead.model.loading import load_model, load_tokenizer
     from medhead.proposers import Proposer, register_proposer
 
 __version__ = "0.1.0"
 __all__ = [
     "Decoder",
+    "Grammar",
     "MedheadError",
     "Proposer",
     "Statistics",
@@ -27,7 +29,7 @@ __all__ = [
     "register_proposer",
 ]
 _NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
-          "errors": ["MedheadError", "UnsupportedTargetError"], "model.loading": ["load_model", "load_tokenizer"],
+          "errors": ["MedheadError", "UnsupportedTargetError"], "grammar": ["Grammar"], "model.loading": ["load_model", "load_tokenizer"],
           "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medhead.errors import MedheadError
+from medhead.grammar import Grammar
 
 MAX_TREE_SIZE = 256
 MAX_TEMPERATURE = 100
@@ -32,6 +33,7 @@ class SamplingParams:
         repetition_penalty: divisor of positive and factor of negative logits of tokens that the text holds; 1 is none.
         no_repeat_ngram_size: n-grams of this size occur once; 0 allows repeats.
         min_new_tokens: end tokens are banned before so many new tokens; 0 bans none.
+        grammar: what the text must look like; None for any text.
 
     Raises:
         MedheadError: a value is out of range; the message names the field, the value and what is allowed.
@@ -47,6 +49,7 @@ class SamplingParams:
     repetition_penalty: float | None = None
     no_repeat_ngram_size: int | None = None
     min_new_tokens: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_new_tokens", self.max_new_tokens)
@@ -61,6 +64,8 @@ class SamplingParams:
             check_seed(self.seed)
         if isinstance(self.stop, str) or not all(isinstance(text, str) for text in self.stop):
             raise MedheadError(f"stop must be a tuple of strings, got {self.stop!r}")
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise MedheadError(f"grammar must be a medhead.Grammar, got {type(self.grammar).__name__}")
 
     @property
     def greedy(self) -> bool:

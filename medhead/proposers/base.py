@@ -65,6 +65,7 @@ class VerifyOutput:
         counts: `accepted.counts` on the host; empty in a captured step.
         emitted: `accepted.emitted` on the host.
         seconds: from the tree to the accepted path, the target's pass included.
+        drafted: number of nodes that the proposer filled; those that follow are forced by grammars.
     """
 
     tree: TokenTree
@@ -74,6 +75,7 @@ class VerifyOutput:
     counts: list[int] = field(default_factory=list)
     emitted: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
+    drafted: int = 0
 
 
 class Proposer:

@@ -70,7 +70,9 @@ class RequestState:
         text = self.detokenizer.finish() if self.ended else self.detokenizer.take()
         if not self.handle.request.trace or loop.output is None:
             return StepOutput(tokens, text, seconds=seconds)
-        view = tree_view(loop.output, loop.proposer.origins(loop.output.tree, row), row)
+        origins = loop.proposer.origins(loop.output.tree, row)
+        own = loop.output.drafted
+        view = tree_view(loop.output, [*origins[:own], *["grammar"] * (len(origins) - own)], row)
         sources = [_source(view, depth) for depth in range(1, len(tokens) + 1)]
         return StepOutput(tokens, text, texts, sources, view, seconds)
 
