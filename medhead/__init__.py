@@ -29,8 +29,8 @@ __all__ = [
     "register_proposer",
 ]
 _NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
-          "errors": ["MedheadError", "UnsupportedTargetError"], "grammar": ["Grammar"], "model.loading": ["load_model", "load_tokenizer"],
-          "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
+          "errors": ["MedheadError", "UnsupportedTargetError"], "grammar": ["Grammar"],
+          "model.loading": ["load_model", "load_tokenizer"], "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 

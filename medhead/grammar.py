@@ -77,7 +77,7 @@ def compile_grammar(kind: str, text: str) -> str:
     name = f"the {kind.replace('_', ' ').replace('json', 'JSON')}"
     try:
         source = _to_source(kind, text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise MedheadError(f"{name} is wrong: {one_line(error, 200)}") from None
     if problem := LLMatcher.validate_grammar(source):
         if not LLMatcher.validate_grammar_with_warnings(source)[0]:
@@ -90,8 +90,10 @@ def _to_source(kind: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 
     if kind == "json_schema":
-        json.loads(text)  # its errors name line and column of the text itself
-        return LLMatcher.grammar_from_json_schema(text, _JSON_FORM)
+        schema = json.loads(text)  # its errors name line and column of the text itself
+        if schema is False or not isinstance(schema, dict | bool):
+            raise ValueError(f"it must be an object that allows some text, got {text[:60]}")
+        return LLMatcher.grammar_from_json_schema({} if schema is True else text, _JSON_FORM)
     if kind == "choice":
         texts = json.loads(text)
         if not isinstance(texts, list) or not texts or not all(isinstance(one, str) and one for one in texts):

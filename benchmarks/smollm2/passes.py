@@ -94,7 +94,9 @@ def rows_of(args: argparse.Namespace, target: Target, done: set[tuple[Any, ...]]
             for name, make in decoders(args, target):
                 if (task, temperature, name) not in done:
                     found = count_passes(make(), prompts, args.batch_size, args.seed, arguments)
-                    harness.say(f"{task}, temperature {temperature:g}, {name}: {found['new_tokens'] / found['passes']:.2f}")
+                    harness.say(
+                        f"{task}, temperature {temperature:g}, {name}: {found['new_tokens'] / found['passes']:.2f}"
+                    )
                     yield {"task": task, "temperature": temperature, "proposer": name} | found
 
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gguf": "gguf", "gradio": "app", "httpx": "app", "llguidance": "structured", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
-    "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
+    "gguf": "gguf", "gradio": "app", "httpx": "app", "llguidance": "structured", "markdown_it": "app", "matplotlib": "bench",
+    "prometheus_client": "app", "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
 

@@ -95,7 +95,9 @@ def run(args: argparse.Namespace) -> None:
     params = sampling_params(args)
     check_tree_option(args)
     if args.compare and params.grammar is not None:
-        raise MedheadError("--compare does not go with --json-schema and --regex, which transformers has not; use --check")
+        raise MedheadError(
+            "--compare does not go with --json-schema and --regex, which transformers has not; use --check"
+        )
     prompt = read_prompt(args)
     import torch
 

@@ -146,7 +146,9 @@ class GenerationRequest(StrictModel):
         form = None if self.response_format is None else self.response_format.grammar()
         outputs = None if self.structured_outputs is None else self.structured_outputs.grammar()
         fields = {"response_format": form, "structured_outputs": outputs}
-        fields |= {name: getattr(self, name) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")}
+        fields |= {
+            name: getattr(self, name) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        }
         given = [name for name, grammar in fields.items() if grammar is not None]
         if len(given) > 1:
             raise ApiError(f"give {given[0]} or {given[1]}, not both", given[1], "invalid_value")
