@@ -3,8 +3,7 @@
 A node's allowed tokens are a function of the tokens before it. Where the grammar leaves one text only, that is the first token
 of the text as the tokenizer writes it; elsewhere, all tokens that the grammar can go on from, end tokens included where a text
 may end. The target's logits of all other tokens become -inf before any processor sees them, at every node, so each draw is
-that of plain constrained decoding. Forced tokens are also appended to the tree: the pass accepts them without having to
-draft them.
+that of plain constrained decoding. Draft tokens that are not allowed leave the tree, and forced tokens join it.
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
 
     from medhead.core.sequence import Sequence
+    from medhead.proposers.base import Proposer
 
 LOG = logging.getLogger(__name__)
 MAX_FORCED, MIN_FORCED = 32, 4  # forced tokens below the root; a batch has MAX_FORCED_NODES of them together
@@ -57,23 +57,26 @@ class Constraint:
         self._output = list(output_ids)
         self._ended = bool(new) and (new[-1] in self._end_tokens or not self._matcher.consume_tokens(new))
 
-    def forced(self, tokens: list[int], parents: list[int], depth: list[int], max_depth: int) -> list[tuple[int, int]]:
-        """Return token and parent of nodes to append to a tree: what the grammar forces below its nodes.
+    def fit(
+        self, tokens: list[int], parents: list[int], depth: list[int], max_depth: int
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the nodes of a tree that the grammar allows, and token and parent of nodes to append, which it forces.
 
         Args:
             tokens: of all nodes.
             parents: of all nodes.
             depth: of all nodes.
-            max_depth: no node is deeper; also the largest number of nodes.
+            max_depth: no node is deeper; also the largest number of nodes to append.
         """
         children: dict[tuple[int, int], int] = {}
         for node in range(len(tokens) - 1, 0, -1):  # the first of equal children wins
             children[parents[node], tokens[node]] = node
-        added: list[tuple[int, int]] = []
+        kept, added = list[int](), list[tuple[int, int]]()
 
         def append(node: int, forced: list[int]) -> None:
-            count = max_depth - depth[node] if node == 0 else min(_MAX_FORCED_BELOW_DRAFT, max_depth - depth[node])
-            for token in forced[: max(0, count)]:
+            kept.append(node)
+            room = max(0, max_depth - depth[node])
+            for token in forced[: room if node == 0 else min(_MAX_FORCED_BELOW_DRAFT, room)]:
                 child = children.get((node, token))
                 if child is None:
                     if len(added) >= max_depth:
@@ -83,7 +86,7 @@ class Constraint:
                 node = child
 
         self._walk(tokens, parents, append)
-        return added
+        return (list(range(len(tokens))) if self._ended else sorted(kept)), added
 
     def allowed(self, tokens: list[int], parents: list[int]) -> list[tuple[int, bytes | int]]:
         """Return the nodes whose path the grammar allows, each with its allowed tokens as bits, or its one allowed token."""
@@ -134,44 +137,50 @@ class BatchConstraints:
     Args:
         sequences: of the batch, at least one of which has a grammar.
         max_depth: largest depth of a node that tokens left and context allow.
-        proposes: whether forced tokens are appended to the trees.
+        proposer: of the trees; those of one that fills none stay as they are.
     """
 
-    def __init__(self, sequences: list[Sequence], max_depth: int, proposes: bool) -> None:
+    def __init__(self, sequences: list[Sequence], max_depth: int, proposer: Proposer) -> None:
         self._constraints = [one.constraint for one in sequences]
         for one in sequences:
             if one.constraint is not None:
                 one.constraint.advance(one.output_ids)
         most = max(MIN_FORCED, min(MAX_FORCED, MAX_FORCED_NODES // len(sequences)))
-        self.max_depth = min(max_depth, most) if proposes else 0
+        self.max_depth = min(max_depth, most) if proposer.max_depth else 0
+        self._prunes = not proposer.reads_nodes
 
     @classmethod
-    def of(cls, sequences: list[Sequence], max_depth: int, proposes: bool) -> BatchConstraints | None:
+    def of(cls, sequences: list[Sequence], max_depth: int, proposer: Proposer) -> BatchConstraints | None:
         """Return the grammars of the sequences, None where no sequence has one."""
         if all(one.constraint is None for one in sequences):
             return None
-        return cls(sequences, max_depth, proposes)
+        return cls(sequences, max_depth, proposer)
 
-    def add_forced(self, tree: TokenTree) -> TokenTree:
-        """Return the tree with nodes of forced tokens appended; all nodes that it has keep their places."""
+    def fit(self, tree: TokenTree) -> tuple[TokenTree, list[int]]:
+        """Return the tree without nodes that the grammars ban and with nodes that they force.
+
+        Also return how many of every row's nodes are the proposer's; those that are forced follow them.
+        """
         most = min(self.max_depth, MAX_TREE_SIZE - tree.nodes)
         if most < 1:
-            return tree
-        columns = [part.tolist() for part in (tree.tokens, tree.parents, tree.depth)]
-        rows = list(zip(*columns, strict=True))
-        added = [
-            [] if one is None else one.forced(*row, most) for one, row in zip(self._constraints, rows, strict=True)
-        ]
-        count = max(map(len, added))
-        if not count:
-            return tree
-        for (tokens, parents, depth), nodes in zip(rows, added, strict=True):
-            for token, parent in nodes + [(tokens[0], 0)] * (count - len(nodes)):  # padding changes no output
-                tokens.append(token)
-                parents.append(parent)
-                depth.append(depth[parent] + 1)
-        parts = [torch.tensor(part, device=tree.tokens.device) for part in columns]
-        return TokenTree(*parts, max_depth=max(tree.max_depth, max(map(max, columns[2]))))
+            return tree, [tree.nodes] * tree.batch
+        rows, drafted = [], []
+        for one, *row in zip(
+            self._constraints, *(x.tolist() for x in (tree.tokens, tree.parents, tree.depth)), strict=True
+        ):
+            kept, added = (list(range(tree.nodes)), []) if one is None else one.fit(*row, most)
+            if not self._prunes:
+                kept = list(range(tree.nodes))
+            rows.append(_select(*row, kept, added))
+            drafted.append(len(kept))
+        nodes = max(len(tokens) for tokens, _, _ in rows)
+        for tokens, parents, depth in rows:
+            missing = nodes - len(tokens)  # a copy of the root below the root changes no output
+            tokens += tokens[:1] * missing
+            parents += [0] * missing
+            depth += [1] * missing
+        tokens, parents, depth = torch.tensor(rows, device=tree.tokens.device).unbind(1)
+        return TokenTree(tokens, parents, depth, max(max(depths) for _, _, depths in rows)), drafted
 
     def mask(self, tree: TokenTree, logits: Tensor) -> Tensor:
         """Return the logits `[batch, nodes, vocab]` with -inf for tokens that are not allowed."""
@@ -249,6 +258,23 @@ def _matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
     from llguidance import LLMatcher
 
     return LLMatcher(tokenizer, source, log_level=0)
+
+
+def _select(
+    tokens: list[int], parents: list[int], depth: list[int], kept: list[int], added: list[tuple[int, int]]
+) -> tuple[list[int], list[int], list[int]]:
+    """Return tokens, parents and depth of the nodes that are kept, and of those that are added to all nodes."""
+    tokens = tokens + [token for token, _ in added]
+    parents, depth = parents + [parent for _, parent in added], list(depth)
+    for _, parent in added:
+        depth.append(depth[parent] + 1)
+    chosen = kept + list(range(len(tokens) - len(added), len(tokens)))
+    places = {node: place for place, node in enumerate(chosen)}
+    return (
+        [tokens[node] for node in chosen],
+        [places[parents[node]] for node in chosen],
+        [depth[node] for node in chosen],
+    )
 
 
 def _to_bits(allowed: bytes | int, vocab: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

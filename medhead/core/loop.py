@@ -174,7 +174,7 @@ class DecodeLoop:
 
         texts = [sequence.token_ids for sequence in self.sequences]
         room = self._room()
-        constraints = BatchConstraints.of(self.sequences, room, proposes=self.proposer.max_depth > 0)
+        constraints = BatchConstraints.of(self.sequences, room, self.proposer)
         max_depth = min(self.proposer.next_depth, room)
         with torch.inference_mode():
             self._reread()

@@ -43,7 +43,7 @@ def decode_step(
         max_depth: no tree is deeper.
         texts: prompt and output of every sequence; empty for fixed buffers.
         mark: called with the name of each part as it ends, for profiles.
-        constraints: grammars of the sequences, which append what they force to the trees; None for none.
+        constraints: grammars of the sequences, to which the trees are fitted; None for none.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
     reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
@@ -53,9 +53,9 @@ def decode_step(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
     tree = proposer.propose(state, max_depth)
-    drafted = tree.nodes
+    drafted: list[int] = []
     if constraints is not None:
-        tree = constraints.add_forced(tree)
+        tree, drafted = constraints.fit(tree)
     mark("propose")
     began = time.perf_counter()
     logits, features = target.verify(cache, tree)

@@ -71,8 +71,10 @@ class RequestState:
         if not self.handle.request.trace or loop.output is None:
             return StepOutput(tokens, text, seconds=seconds)
         origins = loop.proposer.origins(loop.output.tree, row)
-        own = loop.output.drafted
-        view = tree_view(loop.output, [*origins[:own], *["grammar"] * (len(origins) - own)], row)
+        if loop.output.drafted:
+            own = loop.output.drafted[row]
+            origins[own:] = ["grammar"] * (len(origins) - own)
+        view = tree_view(loop.output, origins, row)
         sources = [_source(view, depth) for depth in range(1, len(tokens) + 1)]
         return StepOutput(tokens, text, texts, sources, view, seconds)
 

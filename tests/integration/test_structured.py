@@ -24,7 +24,7 @@ from medhead.proposers import Proposer, build_proposer
 from medhead.serving import Engine, Request
 from scripted import OracleProposer, RandomProposer
 
-END, LIMIT = 1, 300
+END, LIMIT = 1, 140
 VALUES: list[dict[str, Any]] = [
     {"type": "string", "maxLength": 5},
     {"type": "integer", "minimum": 0, "maximum": 99},
@@ -102,6 +102,7 @@ def texts(
 
 
 def makers(decoder: Decoder, plain: list[list[int]], prompts: list[list[int]]) -> dict[str, Proposer]:
+    """Every kind of proposer, and two for tests: the last three visit many nodes."""
     target = decoder.target
     whole = [prompt + text for prompt, text in zip(prompts, plain, strict=True)]
     heads = noise_heads(target, "recurrent")
@@ -129,7 +130,8 @@ OPTIONS: list[dict[str, Any]] = [
 def test_a_batch_has_the_same_texts_whatever_proposes(decoder, tokenizer, reads, options) -> None:
     plain = texts(decoder, tokenizer, GRAMMARS, **options)
     check_texts(plain, reads)
-    for name, proposer in makers(decoder, plain, PROMPTS).items():
+    made = list(makers(decoder, plain, PROMPTS).items())
+    for name, proposer in made if options in ({}, SAMPLED) else made[-3:]:
         with decoder.using(proposer):
             assert texts(decoder, tokenizer, GRAMMARS, **options) == plain, name
 

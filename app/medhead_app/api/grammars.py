@@ -56,9 +56,8 @@ class ResponseFormat(_Model):
     def grammar(self) -> Grammar | None:
         """Return what the answer must look like, None for any text."""
         if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ApiError(
-                "json_schema goes with the type json_schema, and is needed there", "response_format", "invalid_value"
-            )
+            message = "response_format must have json_schema with the type json_schema, and only there"
+            raise ApiError(message, "response_format", "invalid_value")
         if self.json_schema is not None:
             found: Grammar = self.json_schema.grammar
             return found
