@@ -47,15 +47,17 @@ class Constraint:
     def __init__(self, matcher: LLMatcher, end_tokens: Iterable[int]) -> None:
         self._first, self._end_tokens = matcher, frozenset(end_tokens)
         self._matcher, self._output = matcher.deep_copy(), list[int]()
-        self._ended = False
+        self._ended = self._failed = False
 
     def advance(self, output_ids: list[int]) -> None:
         """Go on to the state after these new tokens of the sequence, which begin with those of the last call."""
-        if self._ended:  # in lockstep, rows that have ended go on with padding
+        if self._ended or self._failed:
             return
         new = output_ids[len(self._output) :]
         self._output = list(output_ids)
-        self._ended = bool(new) and (new[-1] in self._end_tokens or not self._matcher.consume_tokens(new))
+        self._ended = bool(new) and new[-1] in self._end_tokens
+        # at a limit of the matcher's resources, or in lockstep, where rows that have ended go on with padding
+        self._failed = bool(new) and not self._ended and not self._matcher.consume_tokens(new)
 
     def fit(
         self, tokens: list[int], parents: list[int], depth: list[int], max_depth: int
@@ -96,11 +98,13 @@ class Constraint:
             found.append((node, forced[0] if forced else self._matcher.compute_bitmask()))
 
         self._walk(tokens, parents, read)
-        return found
+        return sorted(found, key=lambda one: one[0])
 
     def _walk(self, tokens: list[int], parents: list[int], visit: Callable[[int, list[int]], None]) -> None:
         """Call `visit` with every node on an allowed path, in its state, and with the tokens that are forced there."""
-        if self._ended:
+        if self._failed:
+            visit(0, [min(self._end_tokens)])
+        if self._ended or self._failed:
             return
         children: list[list[int]] = [[] for _ in tokens]
         for node in range(1, len(tokens)):
@@ -194,8 +198,10 @@ class BatchConstraints:
                 bits.append(_to_bits(allowed, vocab))
         if not rows:
             return logits
-        allowed_tokens = np.unpackbits(np.stack(bits), axis=1, count=vocab, bitorder="little")
-        banned = torch.from_numpy(allowed_tokens == 0).to(logits.device)
+        unpacked = np.unpackbits(~np.stack(bits), axis=1, count=vocab, bitorder="little")
+        banned = torch.from_numpy(unpacked).view(torch.bool).to(logits.device)
+        if len(rows) == tree.batch * tree.nodes:
+            return logits.masked_fill(banned.view_as(logits), -torch.inf)
         where = torch.tensor(rows, device=logits.device), torch.tensor(nodes, device=logits.device)
         masked = logits.clone()
         masked[where] = masked[where].masked_fill(banned, -torch.inf)

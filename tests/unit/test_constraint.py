@@ -117,3 +117,11 @@ def test_a_path_that_is_too_complex_ends_and_changes_no_other(tokenizer, encode)
             assert found.keys() == whole.keys()
             for node, allowed in found.items():
                 assert tokens_of(allowed) == ([1] if node in failing else tokens_of(whole[node]))
+
+
+def test_a_text_that_the_matcher_cannot_follow_ends(tokenizer, encode) -> None:
+    one = constraint(tokenizer)
+    one.advance(encode("no such text"))
+    assert [tokens_of(allowed) for _, allowed in one.allowed([0, 5], [0, 0])] == [[1]]
+    one.advance(encode("no such text at all"))
+    assert one.fit([0, 5], [0, 0], [0, 1], 4) == ([0], [(1, 0)])
