@@ -33,6 +33,7 @@ LOG = logging.getLogger(__name__)
 MAX_FORCED, MIN_FORCED = 32, 4  # forced tokens below the root; a batch has MAX_FORCED_NODES of them together
 MAX_FORCED_NODES = 64
 _MAX_FORCED_BELOW_DRAFT = 8  # forced tokens below a draft token, which may be wrong
+_Row = tuple[list[int], list[int], list[int]]  # tokens, parents and depth of a row's nodes
 _tokenizers: WeakKeyDictionary[Any, dict[Any, LLTokenizer]] = WeakKeyDictionary()
 
 
@@ -168,14 +169,13 @@ class BatchConstraints:
         most = min(self.max_depth, MAX_TREE_SIZE - tree.nodes)
         if most < 1:
             return tree, [tree.nodes] * tree.batch
-        rows, drafted = [], []
-        for one, *row in zip(
-            self._constraints, *(x.tolist() for x in (tree.tokens, tree.parents, tree.depth)), strict=True
-        ):
-            kept, added = (list(range(tree.nodes)), []) if one is None else one.fit(*row, most)
-            if not self._prunes:
-                kept = list(range(tree.nodes))
-            rows.append(_select(*row, kept, added))
+        everything = list(range(tree.nodes))
+        rows, drafted = list[_Row](), list[int]()
+        trees = zip(tree.tokens.tolist(), tree.parents.tolist(), tree.depth.tolist(), strict=True)
+        for one, row in zip(self._constraints, trees, strict=True):
+            kept, added = (everything, []) if one is None else one.fit(*row, most)
+            kept = kept if self._prunes else everything
+            rows.append(_select(row, kept, added))
             drafted.append(len(kept))
         nodes = max(len(tokens) for tokens, _, _ in rows)
         for tokens, parents, depth in rows:
@@ -183,8 +183,8 @@ class BatchConstraints:
             tokens += tokens[:1] * missing
             parents += [0] * missing
             depth += [1] * missing
-        tokens, parents, depth = torch.tensor(rows, device=tree.tokens.device).unbind(1)
-        return TokenTree(tokens, parents, depth, max(max(depths) for _, _, depths in rows)), drafted
+        parts = torch.tensor(rows, device=tree.tokens.device).unbind(1)
+        return TokenTree(*parts, max_depth=max(max(depth) for _, _, depth in rows)), drafted
 
     def mask(self, tree: TokenTree, logits: Tensor) -> Tensor:
         """Return the logits `[batch, nodes, vocab]` with -inf for tokens that are not allowed."""
@@ -266,13 +266,12 @@ def _matcher(tokenizer: LLTokenizer, source: str) -> LLMatcher:
     return LLMatcher(tokenizer, source, log_level=0)
 
 
-def _select(
-    tokens: list[int], parents: list[int], depth: list[int], kept: list[int], added: list[tuple[int, int]]
-) -> tuple[list[int], list[int], list[int]]:
-    """Return tokens, parents and depth of the nodes that are kept, and of those that are added to all nodes."""
-    tokens = tokens + [token for token, _ in added]
-    parents, depth = parents + [parent for _, parent in added], list(depth)
-    for _, parent in added:
+def _select(row: _Row, kept: list[int], added: list[tuple[int, int]]) -> _Row:
+    """Return the nodes of a row that are kept, and those that are added after all of them."""
+    tokens, parents, depth = map(list, row)
+    for token, parent in added:
+        tokens.append(token)
+        parents.append(parent)
         depth.append(depth[parent] + 1)
     chosen = kept + list(range(len(tokens) - len(added), len(tokens)))
     places = {node: place for place, node in enumerate(chosen)}

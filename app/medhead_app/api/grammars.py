@@ -75,7 +75,9 @@ class StructuredOutputs(_Model):
 
     def grammar(self) -> Grammar | None:
         """Return what the answer must look like, None for any text."""
-        found = [one for one in (self.json_schema, self.regex, self.choice, self.grammar_text) if one is not None]
+        found: list[Grammar] = [
+            one for one in (self.json_schema, self.regex, self.choice, self.grammar_text) if one is not None
+        ]
         found += [Grammar.json_object()] if self.json_object else []
         if len(found) > 1:
             raise ApiError("structured_outputs must have one field", "structured_outputs", "invalid_value")
