@@ -183,8 +183,8 @@ class BatchConstraints:
             tokens += tokens[:1] * missing
             parents += [0] * missing
             depth += [1] * missing
-        parts = torch.tensor(rows, device=tree.tokens.device).unbind(1)
-        return TokenTree(*parts, max_depth=max(max(depth) for _, _, depth in rows)), drafted
+        parts = torch.tensor(rows, device=tree.tokens.device)
+        return TokenTree(parts[:, 0], parts[:, 1], parts[:, 2], max(max(depth) for _, _, depth in rows)), drafted
 
     def mask(self, tree: TokenTree, logits: Tensor) -> Tensor:
         """Return the logits `[batch, nodes, vocab]` with -inf for tokens that are not allowed."""

@@ -5,21 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from medhead.grammar import Grammar
 from medhead_app.api.errors import ApiError
 
 
-def _field(kinds: type | tuple[type, ...], allowed: str, make: Callable[[Any], Grammar]) -> Any:
-    """Return a field's type: a value of these types becomes a grammar; its errors say what is allowed."""
+def _check(kinds: type | tuple[type, ...], allowed: str, make: Callable[[Any], Grammar]) -> BeforeValidator:
+    """Return a validator that makes a grammar of a value of these types; its errors say what is allowed."""
 
-    def check(value: Any, info: ValidationInfo) -> Grammar:
+    def check(value: Any) -> Grammar:
         if not isinstance(value, kinds):
             raise ValueError(f"must be {allowed}")
         return make(value)
 
-    return Annotated[Grammar, BeforeValidator(check)]
+    return BeforeValidator(check)
 
 
 def _choice(texts: list[Any]) -> Grammar:
@@ -28,10 +28,13 @@ def _choice(texts: list[Any]) -> Grammar:
     return Grammar.choice(texts)
 
 
-JsonSchema = _field((dict, str), "a JSON schema, as an object or its JSON text", Grammar.json_schema)
-Regex = _field(str, "a regular expression", lambda text: Grammar("regex", text))
-Choice = _field(list, "a list of strings", _choice)
-GrammarText = _field(str, "a grammar in the syntax of Lark or GBNF", lambda text: Grammar("grammar", text))
+_SCHEMA = _check((dict, str), "a JSON schema, as an object or its JSON text", Grammar.json_schema)
+_REGEX = _check(str, "a regular expression", lambda text: Grammar("regex", text))
+_TEXT = _check(str, "a grammar in the syntax of Lark or GBNF", lambda text: Grammar("grammar", text))
+JsonSchema = Annotated[Grammar, _SCHEMA]
+Regex = Annotated[Grammar, _REGEX]
+Choice = Annotated[Grammar, _check(list, "a list of strings", _choice)]
+GrammarText = Annotated[Grammar, _TEXT]
 
 
 class _Model(BaseModel):
@@ -43,7 +46,7 @@ class NamedSchema(_Model):
 
     name: str
     description: str | None = None
-    grammar: JsonSchema = Field(alias="schema")  # type: ignore[valid-type]
+    grammar: JsonSchema = Field(alias="schema")
     strict: bool | None = None
 
 
@@ -59,19 +62,18 @@ class ResponseFormat(_Model):
             message = "response_format must have json_schema with the type json_schema, and only there"
             raise ApiError(message, "response_format", "invalid_value")
         if self.json_schema is not None:
-            found: Grammar = self.json_schema.grammar
-            return found
+            return self.json_schema.grammar
         return Grammar.json_object() if self.type == "json_object" else None
 
 
 class StructuredOutputs(_Model):
     """vLLM's field `structured_outputs`: one of its fields."""
 
-    json_schema: JsonSchema | None = Field(None, alias="json")  # type: ignore[valid-type]
+    json_schema: JsonSchema | None = Field(None, alias="json")
     json_object: bool | None = None
-    regex: Regex | None = None  # type: ignore[valid-type]
-    choice: Choice | None = None  # type: ignore[valid-type]
-    grammar_text: GrammarText | None = Field(None, alias="grammar")  # type: ignore[valid-type]
+    regex: Regex | None = None
+    choice: Choice | None = None
+    grammar_text: GrammarText | None = Field(None, alias="grammar")
 
     def grammar(self) -> Grammar | None:
         """Return what the answer must look like, None for any text."""
