@@ -298,8 +298,8 @@ def peers_block() -> str:
         lines.append("| " + " | ".join([*cells, f"{equal:.0f}/{by[0.0]['prompts']:.0f}"]) + " |")
     caption = (
         f"SmolLM2-135M-Instruct, {next(iter(totals.values()))[0.0]['prompts']:.0f} prompts of Spec-Bench, at most "
-        f"{options['max_new_tokens']} new tokens, {options['dtype']} (llama.cpp: the type in its name), {machine['threads']} threads of an "
-        f"{machine['cpu']}, {machine['date']} ([committed result](benchmarks/peers/smollm2/results.json)):"
+        f"{options['max_new_tokens']} new tokens, {options['dtype']} (llama.cpp: the type in its name), "
+        f"{machine['threads']} threads of an {machine['cpu']}, {machine['date']} ([committed result](benchmarks/peers/smollm2/results.json)):"
     )
     return caption + "\n\n" + "\n".join(lines)
 

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from medhead.core.tree import TokenTree
     from medhead.decoder import Decoder
     from medhead.errors import MedheadError, UnsupportedTargetError
+    from medhead.grammar import Grammar
     from medhead.model.loading import load_model, load_tokenizer
     from medhead.proposers import Proposer, register_proposer
     from medhead.statistics import Statistics
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 __all__ = [
     "Decoder",
+    "Grammar",
     "MedheadError",
     "Proposer",
     "Statistics",
@@ -28,8 +30,9 @@ __all__ = [
     "register_proposer",
 ]
 _NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder"],
-          "errors": ["MedheadError", "UnsupportedTargetError"], "model.loading": ["load_model", "load_tokenizer"],
-          "proposers": ["Proposer", "register_proposer"], "statistics": ["Statistics"]}  # fmt: skip
+          "errors": ["MedheadError", "UnsupportedTargetError"], "grammar": ["Grammar"],
+          "model.loading": ["load_model", "load_tokenizer"], "proposers": ["Proposer", "register_proposer"],
+          "statistics": ["Statistics"]}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 

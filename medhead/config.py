@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from medhead.errors import MedheadError
+from medhead.grammar import Grammar
 
 MAX_TREE_SIZE = 256
 MAX_TEMPERATURE = 100
@@ -38,6 +39,7 @@ class SamplingParams:
         logit_bias: numbers from -100 to 100 that are added to the logits of token ids, at most 300.
         stop_token_ids: further tokens that end the text; they are not part of the text.
         ignore_eos: end tokens of model and tokenizer do not end the text.
+        grammar: what the text must look like; None for any text.
 
     `logit_bias` and the two penalties follow `repetition_penalty` and precede the temperature.
 
@@ -60,6 +62,7 @@ class SamplingParams:
     logit_bias: dict[int, float] | None = None
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         _check_count("max_new_tokens", self.max_new_tokens)
@@ -79,6 +82,10 @@ class SamplingParams:
         _check_bias(self.logit_bias)
         for token in self.stop_token_ids:
             _check_count("a token id of stop_token_ids", token, least=0)
+        if self.grammar is not None and not isinstance(self.grammar, Grammar):
+            raise MedheadError(f"grammar must be a medhead.Grammar, got {type(self.grammar).__name__}")
+        if self.grammar is not None and self.ignore_eos:
+            raise MedheadError("ignore_eos does not go with a grammar, which says where the text ends; leave it out")
 
     @property
     def greedy(self) -> bool:

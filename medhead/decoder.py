@@ -17,6 +17,7 @@ from medhead.check import CheckReport, compare
 from medhead.compile import CompiledTarget, GraphCache
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
+from medhead.core.constraint import new_constraint
 from medhead.core.context import warn_beyond_context
 from medhead.core.gumbel import GumbelNoise
 from medhead.core.lockstep import Lockstep, needs_lockstep
@@ -26,6 +27,7 @@ from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
+from medhead.grammar import Grammar
 from medhead.model.hf_patch import patch_generate, unpatch_generate
 from medhead.model.model_form import num_rows
 from medhead.model.shards import placement
@@ -145,6 +147,7 @@ class Decoder:
         streamer: Any = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
         seed: int | None = None,
+        grammar: Grammar | list[Grammar | None] | None = None,
         **arguments: Any,
     ) -> Tensor | GenerateDecoderOnlyOutput:
         """Called by `model.generate(custom_generate=decoder)` with what it has prepared.
@@ -156,8 +159,10 @@ class Decoder:
             stopping_criteria: prepared criteria.
             generation_config: prepared configuration.
             streamer: receives one column of tokens at a time.
-            tokenizer: unused; transformers needs it for stop strings.
+            tokenizer: for a grammar; transformers needs it for stop strings.
             seed: of the sampling noise; drawn from torch's generator if None.
+            grammar: what the texts must look like, one for all prompts or a list with one or None for every prompt; needs
+                the tokenizer.
             arguments: other arguments of the model's forward, what a processor made of images for example; refused if they
                 would have to be ignored.
 
@@ -184,6 +189,8 @@ class Decoder:
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
         keep = bool(config.return_dict_in_generate)
         lockstep, stop_checker = None, StopChecker(limit, criteria=criteria, device=self.target.device)
+        grammars = options.row_grammars(grammar, len(texts))
+        vocab_size, ends = self.target.vocab_size, stop_checker.end_tokens
         if needs_lockstep(processors, criteria, len(texts)):
             stop_checker = StopChecker(limit)
             show_scores = keep and bool(config.output_scores)
@@ -210,8 +217,9 @@ class Decoder:
                 processors if local else options.row_processors(processors, index),
                 local,
                 on_tokens,
+                None if own is None else new_constraint(own, tokenizer, vocab_size, ends),
             )
-            for index, (prompt_ids, text) in enumerate(zip(input_ids.tolist(), texts, strict=True))
+            for index, (prompt_ids, text, own) in enumerate(zip(input_ids.tolist(), texts, grammars, strict=True))
         ]
         prompt_tokens = sum(map(len, texts))
         record = keep and bool(config.output_scores), keep and bool(config.output_logits)

@@ -13,6 +13,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from medhead.config import check_seed
 from medhead.errors import MedheadError
+from medhead.grammar import Grammar
 from medhead.model.prompt_inputs import PromptInputs, asks_for_nothing
 
 _BEAMS = "medhead decodes one sequence per row; use num_return_sequences with sampling, or generate without medhead"
@@ -133,6 +134,21 @@ def _for_row(processor: Any, row: int) -> Any:
         processor = copy(processor)
         processor.prompt_ignore_length = ignored[row : row + 1]
     return processor
+
+
+def row_grammars(grammar: Grammar | list[Grammar | None] | None, rows: int) -> list[Grammar | None]:
+    """Return the grammar of every row; those of several returned sequences of a prompt are the same.
+
+    Raises:
+        MedheadError: a value is no grammar, or their number is not that of the prompts.
+    """
+    given = grammar if isinstance(grammar, list) else [grammar]
+    for one in given:
+        if one is not None and not isinstance(one, Grammar):
+            raise MedheadError(f"grammar must be a medhead.Grammar or a list of them, got {type(one).__name__}")
+    if not given or rows % len(given):
+        raise MedheadError(f"grammar has {len(given)} entries for {rows} prompts; give one for each prompt")
+    return [one for one in given for _ in range(rows // len(given))]
 
 
 def unpadded_rows(input_ids: Tensor, attention_mask: Tensor | None) -> list[list[int]]:

@@ -17,14 +17,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
+from medhead.grammar import Grammar
 
 if TYPE_CHECKING:
     from medhead.decoder import Decoder
 
 EXTRAS = {  # optional package: the extra of medhead that installs it
     "accelerate": "train", "bitsandbytes": "qlora", "datasets": "train", "fastapi": "app", "flash_attn": "flash",
-    "gguf": "gguf", "gradio": "app", "httpx": "app", "markdown_it": "app", "matplotlib": "bench", "prometheus_client": "app",
-    "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
+    "gguf": "gguf", "gradio": "app", "httpx": "app", "llguidance": "structured", "markdown_it": "app", "matplotlib": "bench",
+    "prometheus_client": "app", "psutil": "bench", "tensorboard": "train", "triton": "triton", "uvicorn": "app", "yaml": "train",
 }  # fmt: skip
 
 
@@ -103,11 +104,30 @@ def _name_options() -> Iterator[None]:
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Return the sampling parameters that the options ask for, or raise a MedheadError that names the option."""
     with _name_options():
-        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed}
+        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed, "grammar": read_grammar(args)}
         params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, **given)
     if params.greedy and (args.top_p is not None or args.top_k is not None):
         raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")
     return params
+
+
+def read_grammar(args: argparse.Namespace) -> Grammar | None:
+    """Return the grammar of --json-schema or --regex, None without; or raise a MedheadError that names the option."""
+    if args.json_schema is None and args.regex is None:
+        return None
+    if args.json_schema is not None and args.regex is not None:
+        raise MedheadError("give --json-schema or --regex, not both")
+    try:
+        if args.regex is not None:
+            return Grammar("regex", args.regex)
+        return Grammar.json_schema(Path(args.json_schema).read_text(encoding="utf-8"))
+    except UnicodeError:
+        raise MedheadError(f"--json-schema {args.json_schema!r} is not UTF-8 text") from None
+    except OSError as error:
+        raise MedheadError(f"--json-schema {args.json_schema!r} cannot be read: {error.strerror or error}") from None
+    except MedheadError as error:
+        option = f"--regex {args.regex!r}" if args.regex is not None else f"--json-schema {args.json_schema!r}"
+        raise MedheadError(f"{option}: {error}") from None
 
 
 def check_tree_option(args: argparse.Namespace) -> None:

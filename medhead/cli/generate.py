@@ -18,6 +18,7 @@ from medhead.cli.common import (
     sampling_params,
     say,
 )
+from medhead.errors import MedheadError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -36,6 +37,7 @@ examples:
   medhead generate --model my/model --heads my/heads --prompt-file question.txt --check
   medhead generate --model my/model --datastore my-notes --prompt "How do I reset it?"   (see medhead datastore)
   medhead generate --prompt "Hello!" --proposer recycling --recycling-state seen.safetensors --save-recycling-state
+  medhead generate --prompt "Describe a dragon as JSON." --json-schema dragon.json
   echo "Once upon a time" | medhead generate --raw --max-new-tokens 50
   medhead generate --prompt "Tell me a short story." --compare
   medhead generate --prompt "Tell me a short story." --step compiled --compare
@@ -77,6 +79,8 @@ def parser() -> Parser:
     how.add_argument("--top-k", type=int, help="keep this many most probable tokens; 0 keeps all")
     how.add_argument("--repetition-penalty", type=float, help="divide the logits of earlier tokens by this; 1 is none")
     how.add_argument("--seed", type=int, default=0, help="same seed, same text, for every proposer (default: 0)")
+    how.add_argument("--json-schema", metavar="FILE", help="the answer is JSON of the schema in this file")
+    how.add_argument("--regex", metavar="PATTERN", help="the whole answer matches this regular expression")
     show = options.add_argument_group("output")
     show.add_argument("--check", action="store_true", help="compare with plain decoding token by token")
     show.add_argument("--compare", action="store_true", help="time it against plain decoding and transformers")
@@ -90,6 +94,10 @@ def run(args: argparse.Namespace) -> None:
     """Run the command."""
     params = sampling_params(args)
     check_tree_option(args)
+    if args.compare and params.grammar is not None:
+        raise MedheadError(
+            "--compare does not go with --json-schema and --regex, which transformers has not; use --check"
+        )
     prompt = read_prompt(args)
     import torch
 
@@ -180,7 +188,10 @@ def arguments_of(decoder: Decoder, params: SamplingParams, tokenizer: Any, promp
     from medhead.generation_config import generate_arguments
 
     limit = token_limit(params.max_new_tokens, prompt_tokens, decoder.target.context)
-    return generate_arguments(decoder.model, replace(params, max_new_tokens=limit), tokenizer)
+    arguments = generate_arguments(decoder.model, replace(params, max_new_tokens=limit), tokenizer)
+    if params.grammar is not None:
+        arguments |= {"grammar": params.grammar, "tokenizer": tokenizer}
+    return arguments
 
 
 def save_state(args: argparse.Namespace, decoder: Decoder) -> None:

@@ -14,6 +14,7 @@ from transformers.generation import logits_process as lp
 from transformers.generation import stopping_criteria as sc
 
 from medhead.core.acceptance import Accepted
+from medhead.core.constraint import keep_banned
 from medhead.core.penalties import OutputPenalties
 from medhead.core.sampling import draw, is_local
 from medhead.core.sequence import Sequence
@@ -89,13 +90,16 @@ class Lockstep:
         self._unfinished = torch.ones_like(input_ids[:, 0])
         self._new_tokens = torch.zeros_like(self._unfinished)  # of every row, padding excluded
 
-    def accept(self, tree: TokenTree, logits: Tensor, noise: Tensor | None) -> tuple[Accepted, list[list[Tensor]]]:
+    def accept(
+        self, tree: TokenTree, logits: Tensor, noise: Tensor | None, masked: bool = False
+    ) -> tuple[Accepted, list[list[Tensor]]]:
         """Accept position by position; also return the processed scores `[vocab]` of every row's emitted tokens.
 
         Args:
             tree: the verified tree.
             logits: `[batch, nodes, vocab]`.
             noise: `[batch, depths, vocab]` or None.
+            masked: whether grammars have masked logits.
         """
         parents, tokens = tree.parents.tolist(), tree.tokens.tolist()
         rows = torch.arange(len(tokens), device=logits.device)
@@ -104,6 +108,8 @@ class Lockstep:
         while len(nodes) == len(tokens):
             path.append(torch.tensor(nodes, device=logits.device))
             processed = self.processors(self.input_ids, logits[rows, path[-1]].float())
+            if masked:
+                processed = keep_banned(processed, logits[rows, path[-1]])
             emitted.append(self._take(processed, None if noise is None else noise[:, len(emitted)]))
             scores.append(processed)
             if not self._unfinished.any() or self._new_tokens.max() >= self.stop_checker.limit:

@@ -14,6 +14,7 @@ from torch import Tensor
 from medhead.config import SamplingParams
 from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, verify_sampled, verify_typical
 from medhead.core.buffers import StepBuffers
+from medhead.core.constraint import BatchConstraints, keep_banned
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.lockstep import Lockstep
 from medhead.core.sampling import SamplingBatch, reads_nothing
@@ -168,14 +169,17 @@ class DecodeLoop:
 
         def accept(tree: TokenTree, logits: Tensor, noise: LazyGumbel | None) -> Accepted:
             nonlocal scores
-            accepted, scores = self._accept(tree, logits, noise)
+            accepted, scores = self._accept(tree, logits, noise, constraints)
             return accepted
 
         texts = [sequence.token_ids for sequence in self.sequences]
+        room = self._room()
+        constraints = BatchConstraints.of(self.sequences, room, self.proposer)
+        max_depth = min(self.proposer.next_depth, room)
         with torch.inference_mode():
             self._reread()
             self.output = output = decode_step(
-                self.target, self.proposer, self._buffers, self.generator, accept, self._max_depth(), texts, mark
+                self.target, self.proposer, self._buffers, self.generator, accept, max_depth, texts, mark, constraints
             )
             self.proposer.update(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
@@ -183,17 +187,21 @@ class DecodeLoop:
         mark("other")
 
     def _accept(
-        self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None
+        self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None, constraints: BatchConstraints | None
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Return the accepted paths, and the processed scores of every emitted token where they are known."""
         assert self._buffers is not None
+        if constraints is not None:
+            logits = constraints.mask(tree, logits)
         if not _share_processors(self.sequences):
             values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
                 if self.lockstep is not None:
-                    return self.lockstep.accept(tree, logits, values)
+                    return self.lockstep.accept(tree, logits, values, constraints is not None)
                 return sequential_accept(self.sequences, tree, logits, values)
         scores = self._buffers.sampling.process(logits)
+        if constraints is not None and self.sequences[0].processors:
+            scores = keep_banned(scores, logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
         else:
@@ -230,15 +238,15 @@ class DecodeLoop:
                 running.append(place)
         return running
 
-    def _max_depth(self) -> int:
-        """Return the maximum tree depth: proposer, tokens left and context limit it."""
+    def _room(self) -> int:
+        """Return the maximum tree depth that tokens left and context allow."""
         wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
         room = self.target.max_length - max(len(sequence.token_ids) for sequence in self.sequences) - 1
         length = self.target.length_rope.rereads_at
         before = [] if length is None else [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
         if length is not None and before:  # no tree may go beyond it before the text is read anew
             room = min(room, length - 1 - max(before))
-        return max(0, min(self.proposer.next_depth, wanted, room))
+        return max(0, min(wanted, room))
 
     def _reread(self) -> None:
         """Read all texts anew where `generate` does: one has become long enough for other rotary frequencies."""
@@ -297,7 +305,9 @@ class DecodeLoop:
             return False
         if not reads_nothing(self.sequences[0].processors, self.target.device):
             return False
-        if any(one.stop_checker.has_criteria or one.needs_logits for one in self.sequences):
+        if any(
+            one.stop_checker.has_criteria or one.needs_logits or one.constraint is not None for one in self.sequences
+        ):
             return False
         if self._buffers is not None and self._buffers.cache.position_offset is not None:
             return False

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import LogitsProcessorList
 
 from medhead.config import SamplingParams
+from medhead.core.constraint import Constraint
 from medhead.core.sampling import to_warpers
 from medhead.core.stopping import StopChecker
 
@@ -30,6 +31,7 @@ class Sequence:
     # called with the sequence, its new tokens and whether they are its last, after every pass
     on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
     needs_logits: bool = False  # whether `on_tokens` needs `DecodeLoop.output`, which captured steps do not give
+    constraint: Constraint | None = None  # the state of its grammar; None for any text
     output_ids: list[int] = field(default_factory=list)  # new token ids
     passes: int = 0  # verify passes so far
     scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from medhead.core.acceptance import Accepted
+from medhead.core.constraint import keep_banned
 from medhead.core.sampling import draw
 from medhead.core.sequence import Sequence
 from medhead.core.tree import TokenTree
@@ -26,7 +27,7 @@ def sequential_accept(
     Args:
         sequences: the running sequences.
         tree: the verified tree.
-        logits: `[batch, nodes, vocab]`.
+        logits: `[batch, nodes, vocab]`, masked by the grammars of sequences that have one.
         noise: `[batch, depths, vocab]` or None.
     """
     paths, tokens, scores = [], [], []
@@ -40,6 +41,8 @@ def sequential_accept(
         while node is not None:
             ids = torch.tensor([sequence.prompt_ids + sequence.output_ids + emitted], device=logits.device)
             processed = processors(ids, logits[row, node][None].to(torch.float32, copy=True))
+            if sequence.constraint is not None:
+                processed = keep_banned(processed, logits[row, node][None])
             token = int(draw(processed, None if noise is None else noise[row, len(emitted)][None]))
             emitted.append(token)
             of_tokens.append(processed[0])

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from medhead.core.acceptance import Accepted, gather_last, gather_path
 from medhead.core.buffers import StepBuffers
+from medhead.core.constraint import BatchConstraints
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
@@ -26,6 +27,7 @@ def decode_step(
     max_depth: int,
     texts: list[list[int]],
     mark: Callable[[str], None] = lambda part: None,
+    constraints: BatchConstraints | None = None,
 ) -> VerifyOutput:
     """Decode every sequence of the batch by one verify pass; what it emitted is in the result and in `buffers.output`.
 
@@ -41,9 +43,11 @@ def decode_step(
         max_depth: no tree is deeper.
         texts: prompt and output of every sequence; empty for fixed buffers.
         mark: called with the name of each part as it ends, for profiles.
+        constraints: grammars of the sequences, to which the trees are fitted; None for none.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
-    noise = buffers.sampling.noise(generator, lengths.device, max_depth + 1, fixed)
+    reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
+    noise = buffers.sampling.noise(generator, lengths.device, reach + 1, fixed)
     temperature = buffers.sampling.temperature
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
@@ -51,12 +55,15 @@ def decode_step(
     tree = proposer.propose(state, max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)
+    drafted: list[int] = []
+    if constraints is not None:
+        tree, drafted = constraints.fit(tree)
     mark("propose")
     began = time.perf_counter()
     logits, features = target.verify(cache, tree)
     mark("forward")
     accepted = accept(tree, logits, noise)
-    result = VerifyOutput(tree, logits, features, accepted)
+    result = VerifyOutput(tree, logits, features, accepted, drafted=drafted)
     counts = accepted.counts if buffers.alive is None else accepted.counts * buffers.alive
     if not fixed:
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()

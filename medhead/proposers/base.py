@@ -65,6 +65,8 @@ class VerifyOutput:
         counts: `accepted.counts` on the host; empty in a captured step.
         emitted: `accepted.emitted` on the host.
         seconds: from the tree to the accepted path, the target's pass included.
+        drafted: number of nodes of every row that the proposer filled, where a sequence has a grammar; those that follow are
+            forced by the grammar.
     """
 
     tree: TokenTree
@@ -74,6 +76,7 @@ class VerifyOutput:
     counts: list[int] = field(default_factory=list)
     emitted: list[list[int]] = field(default_factory=list)
     seconds: float = 0.0
+    drafted: list[int] = field(default_factory=list)
 
 
 class Proposer:
@@ -87,6 +90,7 @@ class Proposer:
         skippable: whether it may miss calls of `update`.
         is_expensive: whether its candidates take so long that a hybrid asks for them only where they pay.
         capturable: whether its part of a step can be captured: fixed shapes, no host reads.
+        reads_nodes: whether `update` reads nodes of its tree by their places.
         packed_bytes: memory of packed copies of its weights.
         row_states: what it keeps on the host of every sequence, one entry each; empty for nothing.
     """
@@ -98,6 +102,7 @@ class Proposer:
     capturable = False
     skippable = False
     is_expensive = False
+    reads_nodes = False
     packed_bytes = 0
     row_states: Sequence[Any] = ()
     _tree_size = 1

@@ -107,6 +107,8 @@ class LookaheadProposer(Proposer):
         MedheadError: W, N or G is out of range, or they need more nodes than the tree may have.
     """
 
+    reads_nodes = True
+
     row_states: list[LookaheadRow]
 
     def __init__(

@@ -10,6 +10,7 @@ from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
 from medhead.config import SamplingParams
+from medhead.core.constraint import new_constraint
 from medhead.core.sampling import is_local, signature
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
@@ -60,6 +61,10 @@ class SequencePreparer:
             stops_at = Detokenizer(self._tokenizer, self.stop_strings).stops_at
         criteria = [one for one in found.criteria if not (params.ignore_eos and type(one) is EosTokenCriteria)]
         sequence.stop_checker = StopChecker(limit, params.stop_token_ids, criteria, self._target.device, stops_at)
+        if params.grammar is not None:
+            ends = sequence.stop_checker.end_tokens
+            vocab_size = self._target.vocab_size
+            sequence.constraint = new_constraint(params.grammar, self._tokenizer, vocab_size, ends)
         sequence.local = is_local(found.processors)
         sequence.params, processors = sampling_params(
             found.config, found.processors, params.seed, limit, sequence.local

@@ -68,7 +68,8 @@ class TreeView:
     Attributes:
         tokens: token id of every node; node 0 is the root, the newest token before this pass.
         parents: index of every node's parent, smaller than its own; 0 for the root itself.
-        sources: name of the proposer of every node: `heads`, `ngram`, `recycling`, `lookahead`; `root` for node 0.
+        sources: name of the proposer of every node: `heads`, `ngram`, `recycling`, `lookahead`; `grammar` for tokens
+            that a grammar forces, `root` for node 0.
         accepted: the accepted nodes in order, the root first.
     """
 
@@ -88,7 +89,7 @@ class StepOutput:
             tokens of earlier outputs. The texts of all outputs joined are the text of the request.
         texts: the text of every token of `tokens` on its own, for display; a character of several tokens is shown at the
             last of them. Empty without `trace`.
-        sources: the proposer of every token: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, or
+        sources: the proposer of every token: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, `grammar`, or
             `bonus` for the target's own token. Empty without `trace`.
         tree: the tree of this pass, with `trace`.
         seconds: of this pass.

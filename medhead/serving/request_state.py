@@ -74,7 +74,11 @@ class RequestState:
         logprobs = path_logprobs(output, row, tokens, top) if output is not None and top is not None else []
         if not self.handle.request.trace or output is None:
             return StepOutput(tokens, text, seconds=seconds, logprobs=logprobs)
-        view = tree_view(output, loop.proposer.origins(output.tree, row), row)
+        origins = loop.proposer.origins(output.tree, row)
+        if output.drafted:
+            own = output.drafted[row]
+            origins[own:] = ["grammar"] * (len(origins) - own)
+        view = tree_view(output, origins, row)
         sources = [_source(view, depth) for depth in range(1, len(tokens) + 1)]
         return StepOutput(tokens, text, texts, sources, view, seconds, logprobs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import socket
 import threading
 import time
@@ -12,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import openai
 import pytest
 from app_engine import CONTEXT, FakeEngine
+from pydantic import BaseModel, Field
 
 from medhead import Decoder
 from medhead.config import SamplingParams
@@ -239,6 +241,48 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
     assert len(engine.handles[1].request.prompt) > len(engine.handles[0].request.prompt)
 
 
+# ---------------------------------------------------------------- structured output
+
+
+class Answer(BaseModel):
+    """What the model is asked for."""
+
+    color: Literal["red", "green"]
+    number: Annotated[int, Field(ge=0, le=9)]
+
+
+def test_the_official_client_gets_parsed_answers(real: tuple[str, Service]) -> None:
+    answers = [
+        client(real[0]).chat.completions.parse(
+            model="tiny", messages=MESSAGES, response_format=Answer, seed=4, extra_body={"proposer": proposer}
+        )
+        for proposer in ("none", "hybrid", "ngram")
+    ]
+    parsed = [answer.choices[0].message.parsed for answer in answers]
+    assert isinstance(parsed[0], Answer)
+    assert parsed == [parsed[0]] * 3
+    assert {answer.choices[0].finish_reason for answer in answers} == {"stop"}
+
+
+@pytest.mark.parametrize(
+    ("fields", "pattern"),
+    [
+        ({"guided_choice": ["yes", "no"]}, "yes|no"),
+        ({"guided_regex": "a{3}b?"}, "a{3}b?"),
+        ({"guided_grammar": 'root ::= "x" | "y"'}, "x|y"),
+        ({"guided_json": {"enum": [1, 2]}}, "1|2"),
+        ({"guided_json": '{"enum": [1, 2]}'}, "1|2"),
+        ({"structured_outputs": {"choice": ["yes", "no"]}}, "yes|no"),
+        ({"structured_outputs": {"json": {"const": True}}}, "true"),
+        ({"response_format": {"type": "json_object"}, "max_tokens": 1}, "[{].*"),
+    ],
+)
+def test_fields_that_constrain_an_answer(real: tuple[str, Service], fields: dict[str, Any], pattern: str) -> None:
+    answer = post(real[0], **fields).json()["choices"][0]
+    assert re.fullmatch(pattern, answer["message"]["content"])
+    assert answer["finish_reason"] == ("length" if "max_tokens" in fields else "stop")
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -265,7 +309,23 @@ def test_answers_can_be_sent_back_as_they_came(serve: Serve) -> None:
         ({"metadata": "me"}, "metadata", "invalid_type"),
         ({"store": True}, "store", "unsupported_parameter"),
         ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_parameter"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "strin"}}}},
+            "response_format.json_schema.schema",
+            "invalid_value",
+        ),
+        ({"guided_json": {"not": {}}}, "guided_json", "invalid_value"),
+        ({"guided_json": 5}, "guided_json", "invalid_value"),
+        ({"guided_regex": "[a-"}, "guided_regex", "invalid_value"),
+        ({"guided_choice": []}, "guided_choice", "invalid_value"),
+        ({"guided_choice": [1]}, "guided_choice", "invalid_value"),
+        ({"guided_grammar": "start: other"}, "guided_grammar", "invalid_value"),
+        ({"guided_regex": "a", "guided_choice": ["a"]}, "guided_choice", "invalid_value"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs", "invalid_value"),
+        ({"structured_outputs": {"json": "{"}}, "structured_outputs.json", "invalid_value"),
+        ({"structured_outputs": {"banana": 1}}, "structured_outputs.banana", "unsupported_parameter"),
         ({"temperature": 3}, "temperature", "invalid_value"),
         ({"temperature": "1"}, "temperature", "invalid_value"),
         ({"top_p": 0}, "top_p", "invalid_value"),

@@ -556,3 +556,40 @@ def test_every_command_teaches_and_refuses(
         code, out, err = run(line.format(file=__file__, new=tmp_path / "new").split())
         assert (code, out, err.count("\n")) == (2, "", 1), (line, err)
         assert err.startswith(f"{prog}: error: "), line
+
+
+def test_answers_are_constrained(folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"enum": ["red", {"is": "green"}]}')
+    for options, allowed in (
+        (["--json-schema", str(schema)], ['"red"', '{"is": "green"}']),
+        (["--regex", "a{5}b"], ["aaaaab"]),
+    ):
+        code, out, err = run(command(folders, *options, "--json", "--check"), capsys)
+        assert code == 0, err
+        result = json.loads(out)
+        assert result["text"] in allowed
+        assert (result["finish_reason"], result["identical"]) == ("stop", True)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--json-schema", "missing.json"], "--json-schema 'missing.json' cannot be read"),
+        (["--json-schema", "wrong.json"], "--json-schema 'wrong.json': the JSON schema is wrong: Invalid type: strin"),
+        (["--json-schema", "binary.json"], "is not UTF-8 text"),
+        (["--regex", "[a-"], "--regex '[a-': the regex is wrong"),
+        (["--regex", "a", "--json-schema", "wrong.json"], "give --json-schema or --regex, not both"),
+        (["--regex", "a", "--compare"], "--compare does not go with"),
+    ],
+)
+def test_wrong_grammars_are_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], said: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wrong.json").write_text('{"type": "strin"}')
+    Path("binary.json").write_bytes(b"\xff\xfe")
+    code, _, err = run(["--prompt", "Hi", *options], capsys)
+    assert code == 2
+    assert said in err
+    assert len(err.splitlines()) == 1

@@ -8,9 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
 
 from medhead.config import SamplingParams, check_tree_size
+from medhead.grammar import Grammar
 from medhead.proposers import PROPOSERS
 from medhead.serving.logprobs import MAX_TOP_LOGPROBS
 from medhead_app.api.errors import ApiError
+from medhead_app.api.grammars import Choice, GrammarText, JsonSchema, Regex, ResponseFormat, StructuredOutputs
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
@@ -34,7 +36,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "function_call": ("none",),
     "modalities": (["text"],),
     "parallel_tool_calls": (True, False),
-    "response_format": ({"type": "text"},),
     "suffix": ("",),
     "tool_choice": ("none", "auto"),
 }
@@ -155,6 +156,12 @@ class GenerationRequest(StrictModel):
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] = 1
     seed: Annotated[int | None, WrapSeed, CheckSampling] = None
     stop: Annotated[tuple[str, ...], BeforeValidator(_stop_tuple)] = ()
+    response_format: ResponseFormat | None = None
+    guided_json: JsonSchema | None = None
+    guided_regex: Regex | None = None
+    guided_choice: Choice | None = None
+    guided_grammar: GrammarText | None = None
+    structured_outputs: StructuredOutputs | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     proposer: Annotated[str | None, AfterValidator(_known_proposer)] = None
@@ -178,10 +185,24 @@ class GenerationRequest(StrictModel):
         """The number of texts to produce for every prompt."""
         return self.n
 
+    def grammar(self) -> Grammar | None:
+        """Return what the answer must look like, None for any text."""
+        form = None if self.response_format is None else self.response_format.grammar()
+        outputs = None if self.structured_outputs is None else self.structured_outputs.grammar()
+        fields = {"response_format": form, "structured_outputs": outputs}
+        fields |= {
+            name: getattr(self, name) for name in ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+        }
+        given = [name for name, grammar in fields.items() if grammar is not None]
+        if len(given) > 1:
+            raise ApiError(f"give {given[0]} or {given[1]}, not both", given[1], "invalid_value")
+        return fields[given[0]] if given else None
+
     def request_fields(self, default_temperature: float) -> dict[str, Any]:
         """Return the arguments of `Service.request`, without those that have no effect."""
         temperature = default_temperature if self.temperature is None else self.temperature
         fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
+        fields["grammar"] = self.grammar()
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
         fields["logprobs"] = self.num_logprobs()
         for name in ("repetition_penalty", "no_repeat_ngram_size", *_SAME_NAMES):
