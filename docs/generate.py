@@ -296,10 +296,12 @@ def peers_block() -> str:
             cells.append(f"{total['new_tokens'] / total['passes']:.2f}" if total["passes"] else "-")
         equal = by[0.0]["prompts"] - by[0.0]["mismatches"]
         lines.append("| " + " | ".join([*cells, f"{equal:.0f}/{by[0.0]['prompts']:.0f}"]) + " |")
+    prompts = f"{next(iter(totals.values()))[0.0]['prompts']:.0f} prompts of Spec-Bench"
+    types = f"{options['dtype']} (llama.cpp: the type in its name)"
+    place = f"{machine['threads']} threads of an {machine['cpu']}, {machine['date']}"
     caption = (
-        f"SmolLM2-135M-Instruct, {next(iter(totals.values()))[0.0]['prompts']:.0f} prompts of Spec-Bench, at most "
-        f"{options['max_new_tokens']} new tokens, {options['dtype']} (llama.cpp: the type in its name), "
-        f"{machine['threads']} threads of an {machine['cpu']}, {machine['date']} ([committed result](benchmarks/peers/smollm2/results.json)):"
+        f"SmolLM2-135M-Instruct, {prompts}, at most {options['max_new_tokens']} new tokens, {types}, {place} "
+        "([committed result](benchmarks/peers/smollm2/results.json)):"
     )
     return caption + "\n\n" + "\n".join(lines)
 
