@@ -217,7 +217,7 @@ class Decoder:
                 processors if local else options.row_processors(processors, index),
                 local,
                 on_tokens,
-                None if own is None else new_constraint(own, tokenizer, vocab_size, ends),
+                constraint=None if own is None else new_constraint(own, tokenizer, vocab_size, ends),
             )
             for index, (prompt_ids, text, own) in enumerate(zip(input_ids.tolist(), texts, grammars, strict=True))
         ]
