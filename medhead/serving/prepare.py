@@ -62,9 +62,8 @@ class SequencePreparer:
         criteria = [one for one in found.criteria if not (params.ignore_eos and type(one) is EosTokenCriteria)]
         sequence.stop_checker = StopChecker(limit, params.stop_token_ids, criteria, self._target.device, stops_at)
         if params.grammar is not None:
-            ends = sequence.stop_checker.end_tokens
-            vocab_size = self._target.vocab_size
-            sequence.constraint = new_constraint(params.grammar, self._tokenizer, vocab_size, ends)
+            ends = StopChecker(limit, criteria=criteria).end_tokens  # stop tokens are ordinary ones for a grammar
+            sequence.constraint = new_constraint(params.grammar, self._tokenizer, self._target.vocab_size, ends)
         sequence.local = is_local(found.processors)
         sequence.params, processors = sampling_params(
             found.config, found.processors, params.seed, limit, sequence.local

@@ -40,7 +40,7 @@ def _to_part(part: Any) -> Any:
 class ResponsesRequest(GenerationRequest):
     """Body of `/v1/responses`; the server keeps no state between requests."""
 
-    left_out: ClassVar[tuple[str, ...]] = ("max_tokens", "n", "stream_options")
+    left_out: ClassVar[tuple[str, ...]] = ("max_tokens", "n", "response_format", "stream_options")
     neutral: ClassVar[dict[str, tuple[Any, ...]]] = {
         **dict.fromkeys(("conversation", "max_tool_calls", "previous_response_id", "prompt", "reasoning"), ()),
         **dict.fromkeys(("background", "store"), (False,)),
