@@ -1,7 +1,8 @@
 """A target whose verify pass is compiled, for proposers that work on the host, whose steps cannot be captured.
 
 The pass is traced with dynamic sizes (nodes, columns, capacity): one compiled pass serves trees of every size and texts of
-every length; another one serves plain decoding, and two more serve batches.
+every length; another one serves plain decoding, and two more serve batches. Later processes load the pass without tracing
+it; the first result of a loaded pass is compared with that of the ordinary one.
 """
 
 from __future__ import annotations
@@ -13,12 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from medhead.compile import packages
+from medhead.compile.model_key import model_key
 from medhead.compile.trace import compile_fixed, compile_open
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
+from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
 from medhead.model.target import Target
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace with: sizes that may differ are unequal
@@ -28,13 +32,14 @@ class CompiledTarget(Target):
     """See `Target`.
 
     Attributes:
-        on_progress: told when something is compiled, which takes a while.
+        on_progress: told when something is compiled, which takes a while; not when it is loaded.
     """
 
     compiles = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._state: Hashable = None
+        self._keyed: tuple[Hashable, tuple[Any, ...] | None] = None, None  # a state and its `model_key`
         self._ready = False  # the probe's passes are not worth compiling
         kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
@@ -71,22 +76,48 @@ class CompiledTarget(Target):
         given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
         key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self._feature_layers), self._state
         if key not in self._passes:
-            self._passes[key] = self._compile(tree, bool(bitmask), given)
+            package = self._package(key[:-1])
+            loaded = None if package is None else packages.load(package)
+            if loaded is not None and self._agrees(loaded, given, cache, tree):
+                self._passes[key] = loaded
+            else:
+                self._passes[key] = self._compile(tree, bool(bitmask), given, package)
         return self._passes[key](*given)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """See `Target.compiled`."""
-        self.on_progress(f"compiling {what}")
         with _errors_in_one_line(what):
-            return compile_fixed(run, given)
+            return compile_fixed(run, given, lambda: self.on_progress(f"compiling {what} (first time, about 10 s)"))
+
+    def _package(self, form: Hashable) -> str | None:
+        """Return the name of the package of a form of the pass, or None where only a trace can tell what it does."""
+        if self.device.type != "cpu":
+            return None
+        if self._keyed[0] != self._state or self._keyed[1] is None:
+            self._keyed = self._state, model_key(self)
+        return None if self._keyed[1] is None else packages.hash_of("pass", form, *self._keyed[1])
+
+    def _agrees(self, loaded: Callable[..., Any], given: list[Tensor], cache: TreeCache, tree: TokenTree) -> bool:
+        """Return whether a loaded pass finds what the ordinary one does; both write the same keys and values."""
+        expected = super().verify(cache, tree)
+        try:
+            found = loaded(*given)
+        except RuntimeError:
+            return False
+        share = TOLERANCE.get(self.dtype, HALF_TOLERANCE)
+        return all(
+            ours.shape == theirs.shape
+            and bool((ours - theirs).abs().max() <= share * theirs.abs().max().clamp(min=1e-3))
+            for ours, theirs in zip(found, expected, strict=True)
+        )
 
     def _compile(
-        self, tree: TokenTree, with_bitmask: bool, given: list[Tensor]
+        self, tree: TokenTree, with_bitmask: bool, given: list[Tensor], package: str | None
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
-        self.on_progress(
-            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)"
-        )
+        what = f"the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows}"
+        if package is not None:
+            packages.discard(package)  # it was not loaded, or does not agree
         specs = self.layout.specs()
 
         def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, columns: Tensor, *rest: Tensor) -> Any:
@@ -100,7 +131,8 @@ class CompiledTarget(Target):
         with torch.inference_mode(False):
             examples = list(self._examples(tree, given))
         with _errors_in_one_line(f"the pass of {self.name}"):
-            return compile_open(run, examples)
+            said = f"compiling {what} (first time, about 40 s)"
+            return compile_open(run, examples, lambda: self.on_progress(said), package)
 
     def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
         """Yield tensors like those given, with sizes that tell nodes, rows, columns and capacity apart."""

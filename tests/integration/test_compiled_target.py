@@ -84,7 +84,7 @@ def test_trees_reach_the_compiled_pass_in_one_layout(monkeypatch: pytest.MonkeyP
     """A part of a larger tensor would be compiled for its own strides, which are two to three times as slow."""
     layouts = set()
 
-    def compile_open(run: Callable[..., Any], examples: list[torch.Tensor]) -> Callable[..., Any]:
+    def compile_open(run: Callable[..., Any], *_: object) -> Callable[..., Any]:
         def passes(*given: torch.Tensor) -> Any:
             layouts.update(
                 (part.stride() == torch.empty(part.shape).stride(), part.storage_offset()) for part in given[:3]
@@ -106,7 +106,7 @@ def test_trees_reach_the_compiled_pass_in_one_layout(monkeypatch: pytest.MonkeyP
 
 def test_a_pass_is_compiled_for_the_adapters_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = get_peft_model(tiny_llama(seed=5), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, examples: run)
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, *_: run)
     ids = prompts(rows=1)["input_ids"]
     decoder = Decoder(adapted, "ngram", step="compiled")
     target = decoder.compiled_target
@@ -128,7 +128,7 @@ def test_costs_do_not_count_the_compiling(compiled: CompiledTarget) -> None:
 
 def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps, or the pass; and what it is compared with, plain decoding, is the ordinary one."""
-    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, examples: run)
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, *_: run)
     model, ids = tiny_llama(), prompts(rows=1)["input_ids"]
     decoder = Decoder(model, "ngram", step="compiled")
     assert decoder.graphs is None
@@ -172,7 +172,7 @@ def test_what_nobody_uses_does_not_confuse_the_packing() -> None:
 
     given = [torch.randn(3, 16), *store.unbind()]
     with torch.no_grad():
-        compile_graph(trace(run, given, "fake"), given, dynamic=False)
+        compile_graph(trace(run, given, "fake"), given, False, lambda: None)
         torch.testing.assert_close(store[1], given[0] @ weights[0].t() @ weights[1].t())
 
 
@@ -184,4 +184,4 @@ def test_a_constant_that_changes_is_refused() -> None:
 
     given = list(store.unbind())
     with torch.no_grad(), pytest.raises(ValueError, match="shares memory with an argument"):
-        compile_graph(trace(run, given, "fake"), given, dynamic=False)
+        compile_graph(trace(run, given, "fake"), given, False, lambda: None)
