@@ -78,10 +78,10 @@ class CompiledTarget(Target):
         if key not in self._passes:
             package = self._package(key[:-1])
             loaded = None if package is None else packages.load(package)
-            if loaded is not None and self._agrees(loaded, given, cache, tree):
-                self._passes[key] = loaded
-            else:
-                self._passes[key] = self._compile(tree, bool(bitmask), given, package)
+            if package is not None and loaded is not None and not self._agrees(loaded, given, cache, tree):
+                packages.discard(package)
+                loaded = None
+            self._passes[key] = loaded or self._compile(tree, bool(bitmask), given, package)
         return self._passes[key](*given)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
@@ -116,8 +116,6 @@ class CompiledTarget(Target):
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
         what = f"the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows}"
-        if package is not None:
-            packages.discard(package)  # it was not loaded, or does not agree
         specs = self.layout.specs()
 
         def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, columns: Tensor, *rest: Tensor) -> Any:

@@ -99,6 +99,7 @@ def build(key: str, graph: GraphModule) -> Function | None:
 
     try:
         _delete_unused()
+        discard(key)  # parts of one
         build_folder(package_folder() / key, fill)
     except OSError as error:
         warnings.warn(f"compiled steps cannot be kept in {package_folder()}: {error}", stacklevel=2)
@@ -107,7 +108,7 @@ def build(key: str, graph: GraphModule) -> Function | None:
 
 
 def graph_key(graph: GraphModule, given: list[Tensor]) -> str:
-    """Return the name of the package of a traced function: a hash of its operations, constants, arguments and `setting`."""
+    """Return the name of the package of a traced function: a hash of its operations, constants and arguments, and `setting`."""
     code = [module.code for module in graph.modules() if isinstance(module, GraphModule)]
     arguments = [(part.dtype, tuple(part.shape), part.stride()) for part in given]
     digest = tensor_digest([*graph.named_parameters(), *graph.named_buffers()])
