@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from medhead.core.acceptance import TypicalAcceptance
     from medhead.core.tree import TokenTree
-    from medhead.decoder import Decoder, Statistics
+    from medhead.decoder import Decoder
     from medhead.errors import MedheadError, UnsupportedTargetError
     from medhead.model.loading import load_model, load_tokenizer
     from medhead.proposers import Proposer, register_proposer
+    from medhead.statistics import Statistics
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,9 +27,9 @@ __all__ = [
     "load_tokenizer",
     "register_proposer",
 ]
-_NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder", "Statistics"],
+_NAMES = {"core.acceptance": ["TypicalAcceptance"], "core.tree": ["TokenTree"], "decoder": ["Decoder"],
           "errors": ["MedheadError", "UnsupportedTargetError"], "model.loading": ["load_model", "load_tokenizer"],
-          "proposers": ["Proposer", "register_proposer"]}  # fmt: skip
+          "proposers": ["Proposer", "register_proposer"], "statistics": ["Statistics"]}  # fmt: skip
 _MODULES = {name: module for module, names in _NAMES.items() for name in names}
 
 

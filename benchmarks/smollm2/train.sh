@@ -8,5 +8,5 @@ shift 2
 mkdir -p "$output"
 python "$here/prompts.py" "$data" "$output/prompts.jsonl"
 medhead generate-data --model smollm2 --prompts "$output/prompts.jsonl" --output "$output/answers.jsonl" \
-    --num-answers "${NUM_ANSWERS:-4759}" --temperatures 0 0.7 0 1.0 --max-new-tokens 200 --batch-size 32
+    --num-answers "${NUM_ANSWERS:-5270}" --temperatures 0 0.7 0 1.0 --max-new-tokens 160 --batch-size 32
 medhead finetune --model smollm2 --data "$output/answers.jsonl" --output "$output/heads" --draft-vocab 8192 "$@"
