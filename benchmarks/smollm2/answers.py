@@ -1,0 +1,58 @@
+"""Keep the token ids of SmolLM2's answers in the repository, because they took hours, and make the answers' file of them again.
+
+usage: python benchmarks/smollm2/answers.py pack answers.jsonl answers.npz
+       python benchmarks/smollm2/answers.py unpack prompts.jsonl answers.npz answers.jsonl
+
+`unpack` writes the bytes that `medhead generate-data` wrote, so that command goes on with the answers that are missing.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from medhead.model.loading import load_tokenizer
+from medhead_training.data.prompts import cycle_prompts, encode_prompt
+from medhead_training.data.resumable import ResumableFile
+from medhead_training.generate_data import WRITER, Prompt, line_of
+
+
+def pack(answers: Path, packed: Path) -> None:
+    """Write the token ids of all answers, and the options that they were made with."""
+    records = sorted(map(json.loads, answers.read_text(encoding="utf-8").splitlines()), key=lambda one: one["index"])
+    meta = json.loads(ResumableFile(answers, WRITER).meta.read_text(encoding="utf-8"))
+    np.savez_compressed(
+        packed,
+        index=np.array([one["index"] for one in records], np.uint32),
+        length=np.array([len(one["answer_ids"]) for one in records], np.uint16),
+        ids=np.array([token for one in records for token in one["answer_ids"]], np.uint16),
+        options=np.array(json.dumps(meta["options"])),
+    )
+    print(f"{packed}: {len(records)} answers, {sum(len(one['answer_ids']) for one in records):,} tokens")
+
+
+def unpack(prompts: Path, packed: Path, answers: Path) -> None:
+    """Write the answers' file; prompts are those that the answers were given to."""
+    with np.load(packed, allow_pickle=False) as data:
+        options = json.loads(str(data["options"]))
+        ids = np.split(data["ids"], np.cumsum(data["length"])[:-1])
+        answered = dict(zip(data["index"].tolist(), ids, strict=True))
+    tokenizer, temperatures = load_tokenizer("smollm2"), options["--temperatures"]
+    ends = options["generation configuration"]["eos_token_id"]
+    ResumableFile(answers, WRITER).start(options)
+    with answers.open("wb") as file:
+        for index, where, chat in cycle_prompts(prompts, 0, max(answered) + 1, None):
+            if index in answered:
+                prompt = Prompt(index, chat, encode_prompt(tokenizer, chat, where, 10**6))
+                temperature = temperatures[index % len(temperatures)]
+                file.write(line_of(prompt, answered[index].tolist(), tokenizer, ends, [], temperature))
+            if index == max(answered):
+                break
+    print(f"{answers}: {len(answered)} answers")
+
+
+if __name__ == "__main__":
+    {"pack": pack, "unpack": unpack}[sys.argv[1]](*map(Path, sys.argv[2:]))
