@@ -27,7 +27,12 @@ def main(name: str, dtype: str) -> None:
     model = load_model(name, device="cpu", dtype=dtype)
     target, said = CompiledTarget(model, probe=False), list[str]()
     target.on_progress = said.append
-    found: dict[str, object] = {"model": name, "dtype": dtype, "torch": torch.__version__}
+    found: dict[str, object] = {
+        "model": name,
+        "dtype": dtype,
+        "torch": torch.__version__,
+        "seconds_until_the_model_is_loaded": round(time.process_time(), 2),
+    }
     for one in (target, Target(model, probe=False, packed=False)):
         kind = "compiled" if one is target else "ordinary"
         with torch.inference_mode(), one.active():

@@ -127,7 +127,7 @@ def _capture(
         buffers = StepBuffers.allocate(loop_buffers(target, batch, 1, proposer), batch, columns, proposer.steps)
         if forward_only:
             forward(buffers)  # tables and kernels are made outside the capture
-            run = BACKENDS[backend](forward, buffers, target.device, lambda: None)
+            run = BACKENDS[backend](forward, buffers, target.device)
         else:
             run = make(backend, target, proposer, buffers, GumbelNoise(target.vocab_size, target.device))
         buffers.lengths.device.fill_(context)

@@ -45,21 +45,21 @@ def fixed_step(target: Target, proposer: Proposer, generator: GumbelNoise) -> St
     return step
 
 
-def eager(step: Step, buffers: StepBuffers, device: torch.device, on_compile: Run) -> Run:
+def eager(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
     """Run the step as it is."""
     return lambda: step(buffers)
 
 
-def recorded(step: Step, buffers: StepBuffers, device: torch.device, on_compile: Run) -> Run:
+def recorded(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
     """Trace the step once, without running it, and play its operations back."""
     graph, tensors = trace_step(step, buffers), buffers.tensors()
     return lambda: graph(*tensors)
 
 
-def compiled(step: Step, buffers: StepBuffers, device: torch.device, on_compile: Run) -> Run:
+def compiled(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
     """Let PyTorch's compiler fuse the traced step; on CUDA the result is captured."""
     tensors = buffers.tensors()
-    function = compile_graph(trace_step(step, buffers), tensors, False, on_compile)
+    function = compile_graph(trace_step(step, buffers), tensors, dynamic=False)
 
     def run() -> None:
         function(*tensors)
@@ -67,12 +67,12 @@ def compiled(step: Step, buffers: StepBuffers, device: torch.device, on_compile:
     return _capture(run, device) if device.type == "cuda" else run
 
 
-def graph(step: Step, buffers: StepBuffers, device: torch.device, on_compile: Run) -> Run:
+def graph(step: Step, buffers: StepBuffers, device: torch.device) -> Run:
     """Capture the step as it is in a CUDA graph."""
     return _capture(lambda: step(buffers), device)
 
 
-BACKENDS: dict[str, Callable[[Step, StepBuffers, torch.device, Run], Run]] = {
+BACKENDS: dict[str, Callable[[Step, StepBuffers, torch.device], Run]] = {
     "eager": eager,
     "recorded": recorded,
     "compiled": compiled,
@@ -90,17 +90,8 @@ def check_device(backend: str, device: torch.device) -> None:
         raise MedheadError(f"step 'graph' needs a CUDA device, the model is on {device}; see 'compiled'")
 
 
-def make(
-    backend: str,
-    target: Target,
-    proposer: Proposer,
-    buffers: StepBuffers,
-    generator: GumbelNoise,
-    on_compile: Run = lambda: None,
-) -> Run:
+def make(backend: str, target: Target, proposer: Proposer, buffers: StepBuffers, generator: GumbelNoise) -> Run:
     """Return a step made ready to run; the contents of the buffers are lost.
-
-    `on_compile` is called before a step is compiled, but not where it is loaded.
 
     Raises:
         MedheadError: the step cannot be captured, with the reason.
@@ -109,7 +100,7 @@ def make(
     step = fixed_step(target, proposer, generator)
     try:
         step(buffers)  # what a first pass makes and keeps (tables, kernels) is made outside the capture
-        return BACKENDS[backend](step, buffers, target.device, on_compile)
+        return BACKENDS[backend](step, buffers, target.device)
     except Exception as error:  # whatever a model, the compiler or CUDA throws
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise MedheadError(

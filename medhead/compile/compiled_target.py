@@ -1,8 +1,8 @@
 """A target whose verify pass is compiled, for proposers that work on the host, whose steps cannot be captured.
 
 The pass is traced with dynamic sizes (nodes, columns, capacity): one compiled pass serves trees of every size and texts of
-every length; another one serves plain decoding, and two more serve batches. Later processes load the pass without tracing
-it; the first result of a loaded pass is compared with that of the ordinary one.
+every length; another one serves plain decoding, and two more serve batches. On a CPU later processes load the pass without
+tracing it (`kept_pass`); the first result of a loaded pass is compared with that of the ordinary one.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import GraphModule
 
-from medhead.compile import packages
-from medhead.compile.model_key import model_key
+from medhead.compile import kept_pass
+from medhead.compile.pass_key import pass_key
 from medhead.compile.trace import compile_fixed, compile_open
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
@@ -39,7 +40,6 @@ class CompiledTarget(Target):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._state: Hashable = None
-        self._keyed: tuple[Hashable, tuple[Any, ...] | None] = None, None  # a state and its `model_key`
         self._ready = False  # the probe's passes are not worth compiling
         kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
@@ -76,46 +76,20 @@ class CompiledTarget(Target):
         given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
         key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self._feature_layers), self._state
         if key not in self._passes:
-            package = self._package(key[:-1])
-            loaded = None if package is None else packages.load(package)
-            if package is not None and loaded is not None and not self._agrees(loaded, given, cache, tree):
-                packages.discard(package)
-                loaded = None
-            self._passes[key] = loaded or self._compile(tree, bool(bitmask), given, package)
+            run = self._pass_over(bool(bitmask))
+            name = pass_key(self, key[:-1]) if self.device.type == "cpu" else None
+            kept = None if name is None else self._kept(name, run, given)
+            self._passes[key] = kept or self._compile(tree, run, given, name)
         return self._passes[key](*given)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """See `Target.compiled`."""
+        self.on_progress(f"compiling {what}")
         with _errors_in_one_line(what):
-            return compile_fixed(run, given, lambda: self.on_progress(f"compiling {what} (first time, about 10 s)"))
+            return compile_fixed(run, given)
 
-    def _package(self, form: Hashable) -> str | None:
-        """Return the name of the package of a form of the pass, or None where only a trace can tell what it does."""
-        if self.device.type != "cpu":
-            return None
-        if self._keyed[0] != self._state or self._keyed[1] is None:
-            self._keyed = self._state, model_key(self)
-        return None if self._keyed[1] is None else packages.hash_of("pass", form, *self._keyed[1])
-
-    def _agrees(self, loaded: Callable[..., Any], given: list[Tensor], cache: TreeCache, tree: TokenTree) -> bool:
-        """Return whether a loaded pass finds what the ordinary one does; both write the same keys and values."""
-        expected = super().verify(cache, tree)
-        try:
-            found = loaded(*given)
-        except RuntimeError:
-            return False
-        share = TOLERANCE.get(self.dtype, HALF_TOLERANCE)
-        return all(
-            ours.shape == theirs.shape
-            and bool((ours - theirs).abs().max() <= share * theirs.abs().max().clamp(min=1e-3))
-            for ours, theirs in zip(found, expected, strict=True)
-        )
-
-    def _compile(
-        self, tree: TokenTree, with_bitmask: bool, given: list[Tensor], package: str | None
-    ) -> Callable[..., tuple[Tensor, Tensor]]:
-        rows = "one text" if tree.batch == 1 else "batches"
-        what = f"the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows}"
+    def _pass_over(self, with_bitmask: bool) -> Callable[..., tuple[Tensor, Tensor]]:
+        """Return the ordinary pass as a function of tensors."""
         specs = self.layout.specs()
 
         def run(tokens: Tensor, depth: Tensor, visible: Tensor, lengths: Tensor, columns: Tensor, *rest: Tensor) -> Any:
@@ -126,11 +100,38 @@ class CompiledTarget(Target):
             cache.columns = columns.shape[0]
             return self.verify_nodes(cache, tokens, depth, None if tokens.shape[1] == 1 else visible, bitmask)
 
+        return run
+
+    def _kept(self, name: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
+        """Return the pass that an earlier process compiled; None without one that finds what the ordinary pass does."""
+        kept = kept_pass.load(name, self.model, run)
+        if kept is None:
+            return None
+        share = TOLERANCE.get(self.dtype, HALF_TOLERANCE)
+        for ours, expected in zip(kept(*given), run(*given), strict=True):
+            if not (ours - expected).abs().max() <= share * expected.abs().max().clamp(min=1e-3):
+                kept_pass.discard(name)
+                return None
+        return kept
+
+    def _compile(
+        self, tree: TokenTree, run: Callable[..., Any], given: list[Tensor], name: str | None
+    ) -> Callable[..., tuple[Tensor, Tensor]]:
+        rows = "one text" if tree.batch == 1 else "batches"
+        self.on_progress(
+            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)"
+        )
+
+        def keep(graph: GraphModule) -> Callable[..., Any] | None:
+            if name is None:
+                return None
+            kept_pass.build(name, self.model, graph)
+            return self._kept(name, run, given)
+
         with torch.inference_mode(False):
             examples = list(self._examples(tree, given))
         with _errors_in_one_line(f"the pass of {self.name}"):
-            said = f"compiling {what} (first time, about 40 s)"
-            return compile_open(run, examples, lambda: self.on_progress(said), package)
+            return compile_open(run, examples, keep)
 
     def _examples(self, tree: TokenTree, given: list[Tensor]) -> Iterator[Tensor]:
         """Yield tensors like those given, with sizes that tell nodes, rows, columns and capacity apart."""

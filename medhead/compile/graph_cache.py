@@ -38,7 +38,7 @@ class GraphCache:
         lag: steps by which the host reads later than the device runs; 1 on CUDA and 0 elsewhere if None.
 
     Attributes:
-        on_progress: told when a step is compiled, which takes a while; not when it is loaded.
+        on_progress: told when something is made that takes a while.
 
     Raises:
         MedheadError: the backend is unknown, or the proposer, the attention, the rotary scaling or the devices cannot be
@@ -96,10 +96,11 @@ class GraphCache:
         rows, columns = rows_for(len(like.roots)), columns_for(room)
         key = (rows, columns, like.sampling.key(), like.features.dtype, model_state(self.target))
         if key not in self._steps:
-            said = f"compiling a step for {rows} sequences of up to {columns:,} tokens (first time, about a minute)"
+            if self.backend == "compiled":
+                self.on_progress(f"compiling a step for {rows} sequences of up to {columns:,} tokens (a minute)")
             with torch.inference_mode(False), torch.no_grad():
                 buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps)
-                run = make(self.backend, self.target, self.proposer, buffers, generator, lambda: self.on_progress(said))
+                run = make(self.backend, self.target, self.proposer, buffers, generator)
                 self._steps[key] = CapturedStep(buffers, run)
             while len(self._steps) > MAX_STEPS:
                 self._steps.popitem(last=False)

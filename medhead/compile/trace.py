@@ -1,7 +1,6 @@
 """From a function of tensors to a compiled one: its operations are traced once, and PyTorch's compiler fuses them.
 
-The trace holds the tensor operations that the function ran, whatever Python led to them, so any model can be compiled. On a
-CPU what was compiled is kept for other processes, see `packages`.
+The trace holds the tensor operations that the function ran, whatever Python led to them, so any model can be compiled.
 """
 
 from __future__ import annotations
@@ -16,66 +15,55 @@ from torch._inductor import config as inductor
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from medhead.compile import packages
+# Inductor packs the weights once, and its own GEMMs of few rows read the packed copy; BLAS repacks the weights on every
+# call, which takes longer than the products of a tree's pass (`benchmarks/compiled-cpu`).
+_FOR_CPU = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP"}
 
 
-def compile_fixed(run: Callable[..., Any], given: list[Tensor], on_compile: Callable[[], None]) -> Callable[..., Any]:
+def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
     """Compile a function of tensors of just these sizes.
 
     Args:
-        run: what to compile; it must not read tensors, and returns a tuple of tensors.
+        run: what to compile; it must not read tensors.
         given: arguments that it is called with now, so that it is compiled when this returns.
-        on_compile: called before it is compiled; not called where an earlier process has compiled it.
     """
     with torch.inference_mode(False), torch.no_grad():
         graph = trace(run, [torch.empty_like(tensor) for tensor in given], "fake")
-    return compile_graph(graph, given, False, on_compile)
+    return compile_graph(graph, given, dynamic=False)
 
 
 def compile_open(
-    run: Callable[..., Any], examples: list[Tensor], on_compile: Callable[[], None], key: str | None = None
+    run: Callable[..., Any],
+    examples: list[Tensor],
+    keep: Callable[[GraphModule], Callable[..., Any] | None] = lambda graph: None,
 ) -> Callable[..., Any]:
-    """Compile a function of tensors with dynamic sizes.
+    """Compile a function of tensors with dynamic sizes, and call it once.
 
     Args:
-        run: what to compile; it must not read tensors, and returns a tuple of tensors.
+        run: what to compile; it must not read tensors.
         examples: arguments. Their sizes above 1 stay open, and sizes that are equal here must always be.
-        on_compile: called before it is compiled; not called where an earlier process has compiled it.
-        key: name of the package; a hash of the traced function if None.
+        keep: another way to compile what was traced; it may return None.
     """
     with torch.inference_mode(False), torch.no_grad():
         graph = trace(run, examples, "symbolic")
+    if (kept := keep(_tidy(graph, examples))) is not None:
+        return kept
     given = [example.clone() for example in examples]  # tensors of the present mode, inference or not
-    return compile_graph(graph, given, True, on_compile, key)
+    return compile_graph(graph, given, dynamic=True)
 
 
-def compile_graph(
-    graph: GraphModule, given: list[Tensor], dynamic: bool, on_compile: Callable[[], None], key: str | None = None
-) -> Callable[..., Any]:
-    """Compile a traced function, or load what an earlier process has compiled; `key` is the package's name, if it has one."""
+def compile_graph(graph: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
+    """Compile a traced function and call it once."""
     graph = _tidy(graph, given)
-    if given[0].device.type != "cpu":
-        on_compile()
-        return _compile_here(graph, given, dynamic)
-    key = packages.graph_key(graph, given) if key is None else key
-    if (loaded := packages.load(key)) is not None:
-        return loaded
-    on_compile()
-    built = None if packages.is_refused(key) else packages.build(key, graph)
-    return _compile_here(graph, given, dynamic) if built is None else built
-
-
-def _compile_here(graph: GraphModule, given: list[Tensor], dynamic: bool) -> Callable[..., Any]:
-    """Compile a traced function for this process alone, and call it once."""
     function: Callable[..., Any] = torch.compile(graph, dynamic=dynamic)
     if given[0].device.type != "cpu":
         function(*given)
         return function
     try:
-        with inductor.patch(packages.CONFIG):
+        with inductor.patch(_FOR_CPU):
             function(*given)
-    except Exception as error:
-        if not packages.lacks_gemm(error):
+    except Exception as error:  # a dtype without a C++ GEMM template in Inductor
+        if "NoValidChoices" not in str(error):
             raise
         function = torch.compile(graph, dynamic=dynamic)
         function(*given)

@@ -172,7 +172,7 @@ def test_what_nobody_uses_does_not_confuse_the_packing() -> None:
 
     given = [torch.randn(3, 16), *store.unbind()]
     with torch.no_grad():
-        compile_graph(trace(run, given, "fake"), given, False, lambda: None)
+        compile_graph(trace(run, given, "fake"), given, dynamic=False)
         torch.testing.assert_close(store[1], given[0] @ weights[0].t() @ weights[1].t())
 
 
@@ -184,4 +184,4 @@ def test_a_constant_that_changes_is_refused() -> None:
 
     given = list(store.unbind())
     with torch.no_grad(), pytest.raises(ValueError, match="shares memory with an argument"):
-        compile_graph(trace(run, given, "fake"), given, False, lambda: None)
+        compile_graph(trace(run, given, "fake"), given, dynamic=False)
