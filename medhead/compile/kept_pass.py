@@ -83,7 +83,8 @@ def discard(name: str) -> None:
 def build(name: str, model: nn.Module, graph: GraphModule) -> None:
     """Compile a traced pass and keep it as an entry; of several processes that do this at once, the first one's is kept.
 
-    A pass that reads other tensors than the model's plain weights and buffers is not kept. Where an entry cannot be made, this warns.
+    A pass that reads other tensors than the model's plain weights and buffers is not kept. This warns where an entry cannot be
+    made.
 
     Args:
         name: of the entry.
