@@ -32,15 +32,22 @@ def compile_fixed(run: Callable[..., Any], given: list[Tensor]) -> Callable[...,
     return compile_graph(graph, given, dynamic=False)
 
 
-def compile_open(run: Callable[..., Any], examples: list[Tensor]) -> Callable[..., Any]:
+def compile_open(
+    run: Callable[..., Any],
+    examples: list[Tensor],
+    keep: Callable[[GraphModule], Callable[..., Any] | None] = lambda graph: None,
+) -> Callable[..., Any]:
     """Compile a function of tensors with dynamic sizes, and call it once.
 
     Args:
         run: what to compile; it must not read tensors.
         examples: arguments. Their sizes above 1 stay open, and sizes that are equal here must always be.
+        keep: another way to compile what was traced; it may return None.
     """
     with torch.inference_mode(False), torch.no_grad():
         graph = trace(run, examples, "symbolic")
+    if (kept := keep(_tidy(graph, examples))) is not None:
+        return kept
     given = [example.clone() for example in examples]  # tensors of the present mode, inference or not
     return compile_graph(graph, given, dynamic=True)
 

@@ -197,7 +197,7 @@ def test_compiled_pieces_are_announced(
     folders: dict[str, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Compiling takes half a minute in silence, so it is said; here nothing is compiled."""
-    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda function, examples: function)
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda function, *_: function)
     plain = run(command(folders), capsys)[1]
     code, out, err = run(command(folders, "--proposer", "ngram", "--step", "compiled"), capsys)
     assert (code, out) == (0, plain)

@@ -84,7 +84,7 @@ def test_trees_reach_the_compiled_pass_in_one_layout(monkeypatch: pytest.MonkeyP
     """A part of a larger tensor would be compiled for its own strides, which are two to three times as slow."""
     layouts = set()
 
-    def compile_open(run: Callable[..., Any], examples: list[torch.Tensor]) -> Callable[..., Any]:
+    def compile_open(run: Callable[..., Any], *_: object) -> Callable[..., Any]:
         def passes(*given: torch.Tensor) -> Any:
             layouts.update(
                 (part.stride() == torch.empty(part.shape).stride(), part.storage_offset()) for part in given[:3]
@@ -106,7 +106,7 @@ def test_trees_reach_the_compiled_pass_in_one_layout(monkeypatch: pytest.MonkeyP
 
 def test_a_pass_is_compiled_for_the_adapters_that_are_on(monkeypatch: pytest.MonkeyPatch) -> None:
     adapted = get_peft_model(tiny_llama(seed=5), LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
-    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, examples: run)
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, *_: run)
     ids = prompts(rows=1)["input_ids"]
     decoder = Decoder(adapted, "ngram", step="compiled")
     target = decoder.compiled_target
@@ -128,7 +128,7 @@ def test_costs_do_not_count_the_compiling(compiled: CompiledTarget) -> None:
 
 def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole steps, or the pass; and what it is compared with, plain decoding, is the ordinary one."""
-    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, examples: run)
+    monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, *_: run)
     model, ids = tiny_llama(), prompts(rows=1)["input_ids"]
     decoder = Decoder(model, "ngram", step="compiled")
     assert decoder.graphs is None
