@@ -23,8 +23,6 @@ from vision_models import VISION  # noqa: E402
 
 TYPES = ROOT / "docs" / "model_types.jsonl"
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
-PEERS = ROOT / "benchmarks" / "peers" / "smollm2" / "results.json"
-SUMS = ("prompts", "new_tokens", "passes", "seconds", "mismatches")
 FEATURES = {  # what a family's configuration in the tests has, by its fields
     "sliding window": ("sliding_window",),
     "mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -259,49 +257,6 @@ def results_block() -> str:
     caption = (
         f"Demo model (5.5M parameters), {rows[0]['prompts']} held-out prompts, greedy, float32, {machine['threads']} threads "
         f"of an {machine['cpu']}, {machine['date']} ([committed result](benchmarks/demo-cpu-float32/results.json)):"
-    )
-    return caption + "\n\n" + "\n".join(lines)
-
-
-def peers_block() -> str:
-    """Return README's table of SmolLM2: all tasks of Spec-Bench together, one sequence at a time."""
-    found = json.loads(PEERS.read_text(encoding="utf-8"))
-    machine, options = found["machine"], found["options"]
-    totals: dict[str, dict[float, dict[str, float]]] = {}
-    for row in found["results"]:
-        if row["batch_size"] == 1:
-            total = totals.setdefault(row["system"], {}).setdefault(row["temperature"], dict.fromkeys(SUMS, 0))
-            for name in SUMS:
-                total[name] += row[name]
-    temperatures = sorted(next(iter(totals.values())))
-    header = ["system"]
-    for temperature in temperatures:
-        what = f"temperature {temperature:g}" if temperature else "greedy"
-        header += [f"{what}: tokens/s", "× transformers", "× plain", "accepted length"]
-    lines = ["| " + " | ".join([*header, "texts equal to plain, greedy"]) + " |"]
-    lines.append("|---|" + "--:|" * len(header))
-
-    def speed(system: str, temperature: float) -> float:
-        total = totals[system][temperature]
-        return total["new_tokens"] / total["seconds"]
-
-    for system, by in totals.items():
-        cells = [system]
-        for temperature in temperatures:
-            own, total = speed(system, temperature), by[temperature]
-            cells += [
-                f"{own:.1f}",
-                *(f"{own / speed(other, temperature):.2f}" for other in ("transformers", "medhead plain")),
-            ]
-            cells.append(f"{total['new_tokens'] / total['passes']:.2f}" if total["passes"] else "-")
-        equal = by[0.0]["prompts"] - by[0.0]["mismatches"]
-        lines.append("| " + " | ".join([*cells, f"{equal:.0f}/{by[0.0]['prompts']:.0f}"]) + " |")
-    prompts = f"{next(iter(totals.values()))[0.0]['prompts']:.0f} prompts of Spec-Bench"
-    types = f"{options['dtype']} (llama.cpp: the type in its name)"
-    place = f"{machine['threads']} threads of an {machine['cpu']}, {machine['date']}"
-    caption = (
-        f"SmolLM2-135M-Instruct, {prompts}, at most {options['max_new_tokens']} new tokens, {types}, {place} "
-        "([committed result](benchmarks/peers/smollm2/results.json)):"
     )
     return caption + "\n\n" + "\n".join(lines)
 

@@ -119,7 +119,7 @@ class CompiledTarget(Target):
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
         self.on_progress(
-            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (half a minute)"
+            f"compiling the pass over {'trees' if tree.nodes > 1 else 'one node'} for {rows} (a minute or more)"
         )
 
         def keep(graph: GraphModule) -> Callable[..., Any] | None:
