@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 64  # unit vectors multiplied at once
@@ -45,7 +46,7 @@ def output_rows(target: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tens
 
 def is_plain(weight: Any) -> bool:
     """Whether a weight is an ordinary tensor of a type that models compute in."""
-    return type(weight) in (Tensor, nn.Parameter) and weight.dtype in _DTYPES
+    return type(weight) in (Tensor, nn.Parameter, FakeTensor) and weight.dtype in _DTYPES
 
 
 def _is_whole(weight: Any, model: Any) -> bool:
