@@ -52,7 +52,8 @@ def fake_cuda() -> Iterator[None]:
     """Make every new tensor a fake one: it has a shape, a type and a device, which may be `CUDA`; reading it is an error."""
     _allow_cuda_tensors()
     capability = patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with capability, patch.object(nn.Module, "_apply", _convert), _mode(), torch.no_grad():
+    first = patch("medhead.model.target.first_position", lambda model: 0)  # it reads a tensor when a target is made
+    with capability, first, patch.object(nn.Module, "_apply", _convert), _mode(), torch.no_grad():
         yield
 
 

@@ -31,8 +31,7 @@ SHAPE = [[0], [1], [0, 0], [0, 1], [0, 0, 0]]
 
 @pytest.fixture(autouse=True)
 def _kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The commit kernel is chosen by trying it, its launch and the first position need real tensors."""
-    monkeypatch.setattr("medhead.model.target.first_position", lambda model: 0)
+    """The commit kernel is chosen by trying it, and its launch needs real tensors."""
     monkeypatch.setattr("medhead.model.kv_cache.use_triton_commit", lambda device: True)
     monkeypatch.setattr("medhead_kernels.commit.move", lambda *given: None)
 
