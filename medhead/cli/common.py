@@ -103,8 +103,9 @@ def _name_options() -> Iterator[None]:
 
 def sampling_params(args: argparse.Namespace) -> SamplingParams:
     """Return the sampling parameters that the options ask for, or raise a MedheadError that names the option."""
+    grammar = read_grammar(args)
     with _name_options():
-        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed, "grammar": read_grammar(args)}
+        given = {"repetition_penalty": args.repetition_penalty, "seed": args.seed, "grammar": grammar}
         params = SamplingParams(args.max_new_tokens, args.temperature, args.top_p, args.top_k, **given)
     if params.greedy and (args.top_p is not None or args.top_k is not None):
         raise MedheadError("--top-p and --top-k need --temperature above 0; at 0 decoding is greedy")

@@ -575,7 +575,8 @@ def test_answers_are_constrained(folders: dict[str, Path], tmp_path: Path, capsy
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--json-schema", "missing.json"], "--json-schema 'missing.json' cannot be read"),
+        (["--json-schema", "missing.json"], "error: --json-schema 'missing.json' cannot be read"),
+        (["--regex", "("], "error: --regex '(': the regex is wrong"),
         (["--json-schema", "wrong.json"], "--json-schema 'wrong.json': the JSON schema is wrong: Invalid type: strin"),
         (["--json-schema", "binary.json"], "is not UTF-8 text"),
         (["--regex", "[a-"], "--regex '[a-': the regex is wrong"),
