@@ -1,4 +1,4 @@
-"""Mix the prompts of `../shared/data/train` that SmolLM2 answers as training data of its heads.
+"""Mix the prompts of FOLDER_OF_TRAIN_DATA that SmolLM2 answers as training data of its heads.
 
 The shares follow what Spec-Bench asks (questions, mathematics, summaries, long instructions); nothing of `eval` is read.
 Two kinds of requests are made here, because the training data has none: translations of German sentences (`german.txt`, written

@@ -58,7 +58,7 @@ class GraphCache:
                 f"step {backend!r} does not go with attention 'flash', which reads lengths on the host; use auto or triton"
             )
         target.length_rope.refuse_step(backend)
-        devices = {spec.device for pair in target.layout.layers.values() for spec in pair}
+        devices = {spec.device for spec in target.layout.all_specs()}
         if devices != {target.device}:
             raise MedheadError(f"step {backend!r} needs the whole model on one device, it is on {len(devices)}")
         self.target, self.proposer, self.backend = target, proposer, backend

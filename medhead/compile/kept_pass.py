@@ -54,6 +54,7 @@ def load(name: str, model: nn.Module, ordinary: Pass) -> Pass | None:
         tensors = _tensors(model)
         weights = {constant: tensors[weight] for constant, weight in about["weights"].items()}
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
+        # an expression of PyTorch's; who can write it here can write the machine code beside it, too
         serves = eval(f"lambda {', '.join(about['sizes'])}: {about['condition']}", {"math": math})
         places = list(about["sizes"].values())
     except (FileNotFoundError, NotADirectoryError):
@@ -64,10 +65,10 @@ def load(name: str, model: nn.Module, ordinary: Pass) -> Pass | None:
         )
         discard(name)
         return None
-    kept = weights  # the machine code has pointers to them
 
-    def run(*given: Tensor) -> tuple[Tensor, Tensor]:
-        if not (kept and serves(*[given[part].shape[dimension] for part, dimension in places])):
+    def run(*given: Tensor, weights: dict[str, Tensor] = weights) -> tuple[Tensor, Tensor]:
+        # `weights` stay alive with this function, because the machine code has pointers to them
+        if not serves(*[given[part].shape[dimension] for part, dimension in places]):
             return ordinary(*given)
         logits, features = compiled.loader.boxed_run(list(given))
         return logits, features

@@ -190,8 +190,9 @@ class BatchConstraints:
         """Return the logits `[batch, nodes, vocab]` with -inf for tokens that are not allowed."""
         vocab = logits.shape[-1]
         rows, nodes, bits = [], [], []
-        for row, one in enumerate(self._constraints):
-            found = [] if one is None else one.allowed(tree.tokens[row].tolist(), tree.parents[row].tolist())
+        trees = zip(tree.tokens.tolist(), tree.parents.tolist(), strict=True)
+        for row, (one, nodes_of_row) in enumerate(zip(self._constraints, trees, strict=True)):
+            found = [] if one is None else one.allowed(*nodes_of_row)
             for node, allowed in found:
                 rows.append(row)
                 nodes.append(node)

@@ -14,6 +14,8 @@ from medhead.config import SamplingParams
 class LogitBias(LogitsProcessor):
     """Adds a number to the logits of token ids.
 
+    transformers' `SequenceBiasLogitsProcessor` reads the text, so it would be asked at every node on its own.
+
     Args:
         bias: the number by token id.
         device: of the logits.

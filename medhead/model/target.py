@@ -342,9 +342,8 @@ class Target:
         `model` is the target's model, or what wraps it. Where `position_ids` start again at 0 a new text begins, which does
         not see the one before, unless the model has `state_layers`.
         """
-        self.taps.select = torch.zeros(
-            input_ids.shape[0], dtype=torch.long, device=input_ids.device
-        )  # logits of one token
+        # logits of one token
+        self.taps.select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
         with self._running():
             model(input_ids=input_ids, use_cache=False, **self.position_arguments(position_ids))
         self.taps.select = None
@@ -365,7 +364,7 @@ class Target:
 
     def _takes_bitmask(self, nodes: int) -> bool:
         """Whether a kernel backend serves a pass over so many nodes."""
-        return not (self.dense_masks or self.backend.needs_dense_mask) and nodes <= MAX_NODES
+        return not self.backend.needs_dense_mask and nodes <= MAX_NODES
 
     def _forward(self, cache: TreeCache, tokens: Tensor, depth: Tensor, current: TreePass) -> tuple[Tensor, Tensor]:
         start = current.max_length if current.lengths is None else current.lengths[:, None]

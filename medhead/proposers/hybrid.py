@@ -29,9 +29,8 @@ if TYPE_CHECKING:
 
 _ERROR_FACTOR = 2.0  # actual share of wrong tokens / estimated share
 _MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
-_SHARDED_TREE_SIZE = (
-    16  # tensor parallel processes measure different times, from which they would choose different sizes
-)
+# tensor parallel processes measure different times, from which they would choose different sizes
+_SHARDED_TREE_SIZE = 16
 _OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
 
 

@@ -6,6 +6,8 @@ import re
 from functools import lru_cache
 from typing import Any
 
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
 from medhead.serving.logprobs import TokenLogprobs
 
 LOWEST = -9999.0  # in the place of minus infinity, which JSON does not have
@@ -78,6 +80,4 @@ def _by_text(texts: TokenTexts, pairs: list[tuple[int, float]]) -> dict[str, flo
 @lru_cache
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte that each character of a byte-level vocabulary stands for (GPT-2's table)."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + index): byte for index, byte in enumerate(others)}
+    return {char: byte for byte, char in bytes_to_unicode().items()}
