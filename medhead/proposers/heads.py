@@ -44,7 +44,7 @@ class HeadsProposer(Proposer):
         branching: number of children of every frontier node; None for that of the heads' configuration.
         max_depth: depth of the deepest tree; None for that of the heads' configuration.
         shape: paths of ranks (Medusa's static trees) instead of a dynamic tree.
-        dtype: type that the heads compute in, which changes no output; None measures which is faster.
+        dtype: type that the heads compute in, which changes no output; by default that of the target.
         rank_by_noise: when sampling, rank candidates with the noise of their position.
         sharpness: factor of the heads' log-probabilities in greedy decoding. Heads learn the target's whole distribution,
             but greedy decoding takes the most probable token more often than its probability says. A larger factor makes
