@@ -6,7 +6,8 @@ from typing import Annotated, Any, ClassVar
 
 from pydantic import BeforeValidator, Field
 
-from medhead_app.api.schema import GenerationRequest, Message
+from medhead_app.api.messages import Message, for_template
+from medhead_app.api.schema import GenerationRequest
 
 _TEXT_PARTS = ("input_text", "output_text")
 _STATE = ("id", "status", "type")  # fields of an earlier answer that is sent back
@@ -65,5 +66,4 @@ class ResponsesRequest(GenerationRequest):
     def template_messages(self) -> list[dict[str, str]]:
         """Return the messages for the chat template: the instructions first, as the system's."""
         first = [] if self.instructions is None else [Message(role="system", content=self.instructions)]
-        messages = [message.model_dump(exclude_none=True) for message in [*first, *self.input]]
-        return [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
+        return for_template([*first, *self.input])
