@@ -10,6 +10,7 @@ from pydantic import BeforeValidator, Discriminator, Tag
 
 from medhead_app.api.strict import StrictModel
 
+_PARSED = ("parsed", "parsed_arguments")  # what `parse` of the official client adds to answers
 KIND = "@"  # begins the names of kinds of messages, which are no part of a field's path
 
 
@@ -102,9 +103,9 @@ def without_empty(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
     kept = {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
-    if isinstance(kept.get("tool_calls"), list):
-        kept["tool_calls"] = [without_empty(call) for call in kept["tool_calls"]]
-    return kept
+    for name in _PARSED:
+        kept.pop(name, None)
+    return kept | {name: without_empty(kept[name]) for name in ("tool_calls", "function") if name in kept}
 
 
 def for_template(messages: Sequence[StrictModel]) -> list[dict[str, Any]]:

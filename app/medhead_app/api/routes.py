@@ -75,11 +75,11 @@ class Api:
         """Handle `POST /v1/responses`."""
         body = parse_body(ResponsesRequest, await _read_json(http))
         self._check_model(body.model)
-        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
-        request = self._build_request(body, encoded.token_ids)
+        plan, prompt = await run_in_threadpool(self._encode, body, "input")
+        request = self._build_request(body, prompt, plan)
 
         def new_builder(handles: list[RequestHandle]) -> ResponsesBuilder:
-            return ResponsesBuilder(body, handles[0])
+            return ResponsesBuilder(body, handles[0], plan)
 
         return await self._answer(http, [request], body.stream, "responses", new_builder)
 
@@ -153,7 +153,7 @@ class Api:
         answers = await full_answers(http, handles)
         return Response(status_code=CLIENT_CLOSED) if answers is None else JSONResponse(builder.response(answers))
 
-    def _encode(self, body: ChatRequest, field: str) -> tuple[ToolPlan | None, list[int]]:
+    def _encode(self, body: ChatRequest | ResponsesRequest, field: str) -> tuple[ToolPlan | None, list[int]]:
         """Return the plan of the tools that may be called, and the token ids of the prompt."""
         messages, wanted = body.template_messages(), body.tool_request()
         planner = self.tool_planner()

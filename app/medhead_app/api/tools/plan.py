@@ -14,7 +14,7 @@ from medhead_app.api.tools.formats import ToolFormat, find_format, tool_template
 from medhead_app.api.tools.grammar import CallGrammar
 from medhead_app.api.tools.parsers import PARSERS
 from medhead_app.api.tools.reader import ToolReader
-from medhead_app.api.tools.schema import NamedChoice, Tool
+from medhead_app.api.tools.schema import AnyTool, NamedChoice
 
 _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
@@ -30,7 +30,7 @@ class ToolRequest:
         answer: what an answer without calls must look like, None for any text.
     """
 
-    tools: Sequence[Tool]
+    tools: Sequence[AnyTool]
     choice: str | NamedChoice
     parallel: bool
     answer: Grammar | None = None
@@ -60,7 +60,7 @@ class ToolPlan:
 
 
 def new_tool_request(
-    tools: Sequence[Tool], choice: str | NamedChoice | None, parallel: bool, answer: Grammar | None
+    tools: Sequence[AnyTool], choice: str | NamedChoice | None, parallel: bool, answer: Grammar | None
 ) -> ToolRequest | None:
     """Return the tools of a request with these fields, None where no tool may be called.
 
@@ -88,9 +88,10 @@ class ToolPlanner:
 
     def check_messages(self, messages: Sequence[dict[str, Any]], name: str) -> None:
         """Refuse messages about tools where the chat template knows none; `name` is the field that holds them."""
-        for index, message in enumerate(messages):
-            if self._template is None and (message["role"] == "tool" or "tool_calls" in message):
-                raise ApiError(f"{name}[{index}]: the chat template of this model knows no tools", f"{name}[{index}]")
+        about = any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if self._template is None and about:
+            message = f"{name}: the chat template of this model knows no tools; leave out their calls and results"
+            raise ApiError(message, name, "invalid_value")
 
     def plan(self, request: ToolRequest) -> ToolPlan:
         """Return how a request is served.
@@ -111,10 +112,10 @@ class ToolPlanner:
         ids = self.tokenizer.get_added_vocab()
         kept = tuple(ids[one] for one in self._format.markers if one in special and one in ids)
         names = [tool.function.name for _, tool in tools]
-        shown = [tool.for_template() for tool in request.tools]
+        shown = [tool.function.for_template() for tool in request.tools]
         return ToolPlan(self._format, shown, names, self._grammar(request, tools), kept)
 
-    def _grammar(self, request: ToolRequest, tools: list[tuple[int, Tool]]) -> Grammar | None:
+    def _grammar(self, request: ToolRequest, tools: list[tuple[int, AnyTool]]) -> Grammar | None:
         assert self._format is not None
         must, many = request.choice != "auto", request.parallel and self._format.parallel
         strict = [must or bool(tool.function.strict) for _, tool in tools]
@@ -123,7 +124,7 @@ class ToolPlanner:
         schemas = []
         for (index, tool), follows in zip(tools, strict, strict=True):
             schema = tool.function.schema_of_arguments if follows else _ANY_ARGUMENTS
-            _check_schema(schema, f"tools[{index}].function.parameters")
+            _check_schema(schema, f"tools[{index}].{tool.path}parameters")
             schemas.append((tool.function.name, schema))
         answer = None if request.answer is None else _schema_of(request.answer)
         grammar = CallGrammar(self.tokenizer, schemas, free=not must and answer is None, many=many)
@@ -134,7 +135,7 @@ class ToolPlanner:
             raise ApiError(f"tools: {error}", "tools", "invalid_value") from None
 
 
-def _chosen(request: ToolRequest) -> list[tuple[int, Tool]]:
+def _chosen(request: ToolRequest) -> list[tuple[int, AnyTool]]:
     """Return the tools that may be called, with their places in the request."""
     tools = list(enumerate(request.tools))
     if not isinstance(request.choice, NamedChoice):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field
 
@@ -38,20 +38,38 @@ class Function(StrictModel):
         """The JSON schema of the arguments; without parameters there are none."""
         return self.parameters or _NO_ARGUMENTS
 
+    def for_template(self) -> dict[str, Any]:
+        """Return the tool for the chat template."""
+        function = self.model_dump(exclude_none=True, include={"name", "description"})
+        return {"type": "function", "function": {**function, "parameters": self.schema_of_arguments}}
+
 
 class Tool(StrictModel):
-    """One member of `tools`."""
+    """One member of `tools` of a chat."""
+
+    path: ClassVar[str] = "function."  # of the function's fields
 
     type: Literal["function"]
     function: Function
 
-    def for_template(self) -> dict[str, Any]:
-        """Return the tool for the chat template."""
-        function = self.function.model_dump(exclude_none=True, exclude={"strict"})
-        return {"type": "function", "function": {**function, "parameters": self.function.schema_of_arguments}}
+
+class FlatTool(Function):
+    """One member of `tools` of `/v1/responses`."""
+
+    path: ClassVar[str] = ""
+
+    type: Literal["function"]
+
+    @property
+    def function(self) -> Function:
+        """The function itself."""
+        return self
 
 
-def _check_tools(tools: list[Tool]) -> list[Tool]:
+AnyTool = Tool | FlatTool
+
+
+def _check_tools(tools: list[AnyTool]) -> list[AnyTool]:
     names = [tool.function.name for tool in tools]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:
@@ -60,6 +78,7 @@ def _check_tools(tools: list[Tool]) -> list[Tool]:
 
 
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS), AfterValidator(_check_tools)]
+FlatTools = Annotated[list[FlatTool], Field(max_length=MAX_TOOLS), AfterValidator(_check_tools)]
 
 
 class NamedChoice(StrictModel):
