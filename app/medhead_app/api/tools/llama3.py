@@ -54,4 +54,6 @@ class Llama3Reader(ToolReader):
 
 def llama3_calls(grammar: CallGrammar) -> str:
     """Return the rule of one call; these models are trained to write one at a time."""
-    return grammar.either([quoted(f'{{"name": "{name}", "parameters": ') for name in grammar.names]) + ' "}"'
+    # in the pieces of JSON's own grammar, because an answer that is an object begins in the same way
+    heads = [("{", '"name"', ": ", f'"{name}"', ", ", '"parameters"', ": ") for name in grammar.names]
+    return grammar.either([" ".join(map(quoted, head)) for head in heads]) + ' "}"'
