@@ -58,7 +58,7 @@ TOOLS: Any = [
 def tokens(tokenizer: Any) -> Any:
     """A tokenizer in which the marks of calls are tokens, those of Hermes ordinary ones, as in Qwen's."""
     found = copy.deepcopy(tokenizer)
-    found.add_special_tokens({"additional_special_tokens": SPECIAL})
+    found.add_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIAL])  # as Mistral's, not named
     found.add_tokens([AddedToken(text, special=False, normalized=False) for text in ("<tool_call>", "</tool_call>")])
     return found
 

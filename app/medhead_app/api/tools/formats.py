@@ -48,11 +48,11 @@ def tool_template(tokenizer: Any) -> str | None:
     """Return the chat template for tools, None where there is none or it knows no tools."""
     if not getattr(tokenizer, "chat_template", None):
         return None
-    template = str(tokenizer.get_chat_template(tools=[{}]))
     try:
+        template = str(tokenizer.get_chat_template(tools=[{}]))
         words = jinja2.Environment().lex(template)
         return template if any(kind == "name" and word == "tools" for _, kind, word in words) else None
-    except jinja2.TemplateSyntaxError:
+    except (ValueError, jinja2.TemplateSyntaxError):  # several templates and none to choose, or a wrong one
         return None
 
 

@@ -26,9 +26,9 @@ class CallGrammar:
     def __init__(self, tokenizer: Any, tools: Sequence[tuple[str, dict[str, Any]]], free: bool, many: bool) -> None:
         self.names, self.free = [name for name, _ in tools], free
         self._many = many
-        self._tokens: dict[str, int] = tokenizer.get_added_vocab()
-        special = set(tokenizer.all_special_tokens)
-        self._ordinary = {token: text for text, token in self._tokens.items() if text not in special}
+        added = tokenizer.added_tokens_decoder
+        self._tokens = {one.content: token for token, one in added.items()}
+        self._ordinary = {token: one.content for token, one in added.items() if not one.special}
         self._rules = {f"arguments_{i}": _json(schema) for i, (_, schema) in enumerate(tools)}
 
     def add(self, name: str, rule: str) -> None:

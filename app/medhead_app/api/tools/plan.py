@@ -108,9 +108,8 @@ class ToolPlanner:
                 f"{message}; name one with --tool-parser ({', '.join(PARSERS)})", "tools", "unsupported_parameter"
             )
         tools = _chosen(request)
-        special = set(self.tokenizer.all_special_tokens)
-        ids = self.tokenizer.get_added_vocab()
-        kept = tuple(ids[one] for one in self._format.markers if one in special and one in ids)
+        added = self.tokenizer.added_tokens_decoder.items()
+        kept = tuple(token for token, one in added if one.special and one.content in self._format.markers)
         names = [tool.function.name for _, tool in tools]
         shown = [tool.function.for_template() for tool in request.tools]
         return ToolPlan(self._format, shown, names, self._grammar(request, tools), kept)
