@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from medhead.cli.common import Parser, add_model_options, check_range, check_tree_option, run_command
 from medhead.errors import MedheadError
+from medhead_app.api.tools.parsers import PARSERS
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHAT = "Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
@@ -50,6 +51,8 @@ def build_parser(page: bool) -> Parser:
         server.add_argument("--no-page", action="store_true", help="serve only the API, as `medhead serve` does")
     else:
         parser.set_defaults(share=False, no_page=True)
+    formats = "how the model writes tool calls (default: as its chat template does)"
+    server.add_argument("--tool-parser", choices=PARSERS, help=formats)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-rows", type=int, default=8, help="largest number of requests in a batch (default: 8)")
     limits.add_argument("--max-queue", type=int, default=64, help="largest number of waiting requests (default: 64)")

@@ -41,7 +41,7 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     with _reported(prog, "measuring the cost of a pass unless it is cached", name, device):
         engine.start()
     lengths = {"max_prompt_tokens": args.max_prompt_tokens, "max_new_tokens": args.max_new_tokens}
-    return Service(engine, tokenizer, name, **lengths)
+    return Service(engine, tokenizer, name, tool_parser=args.tool_parser, **lengths)
 
 
 def model_name(model: str) -> str:

@@ -167,10 +167,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
     return apply_template(tokenizer, messages)
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def apply_template(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """Return the token ids of a chat up to where the answer begins; a chat that the template refuses is a `MedheadError`."""
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True, **options)
     except Exception as error:  # a template can raise anything
         reason = one_line(error, 200)
         raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None

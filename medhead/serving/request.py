@@ -37,6 +37,7 @@ class Request:
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
         trace: fill `StepOutput.sources` and `StepOutput.tree`, which takes a little time.
         logprobs: fill `StepOutput.logprobs` with so many of the most probable tokens, from 0 to 20; None fills nothing.
+        special_tokens: ids of special tokens that are part of the text; the others are left out.
 
     Raises:
         MedheadError: a value is out of range.
@@ -49,6 +50,7 @@ class Request:
     time_limit: float | None = None
     trace: bool = False
     logprobs: int | None = None
+    special_tokens: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         limit = self.time_limit

@@ -34,7 +34,8 @@ class RequestState:
         request = handle.request
         self.handle, self.deadline, self._preparer = handle, deadline, preparer
         self.submitted = time.perf_counter()
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop + preparer.stop_strings)
+        stop = request.params.stop + preparer.stop_strings
+        self.detokenizer = Detokenizer(tokenizer, stop, request.special_tokens)
         params = replace(request.params, seed=handle.result.seed)
         self.sequence = preparer.new_sequence(request.prompt, params, on_tokens=self._on_tokens)
         self.sequence.needs_logits = request.logprobs is not None

@@ -308,7 +308,7 @@ def test_fields_that_constrain_an_answer(real: tuple[str, Service], fields: dict
         ({"ignore_eos": 1}, "ignore_eos", "invalid_value"),
         ({"metadata": "me"}, "metadata", "invalid_type"),
         ({"store": True}, "store", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         (
@@ -346,7 +346,8 @@ def test_fields_that_constrain_an_answer(real: tuple[str, Service], fields: dict
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "hello"}, "messages", "invalid_value"),
         ({"messages": None}, "messages", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_value"),

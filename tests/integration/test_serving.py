@@ -368,3 +368,12 @@ def test_output_holds_back_what_may_be_a_stop_text(tokenizer):
         output.add(token)
     assert output.stopped
     assert output.finish() == "one "
+
+
+def test_output_keeps_the_special_tokens_that_are_asked_for(tokenizer):
+    ids = tokenizer("one", add_special_tokens=False)["input_ids"]
+    end, kept = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|assistant|>")
+    output = Detokenizer(tokenizer, special_tokens=[kept])
+    for token in [*ids, kept, end, *ids]:
+        output.add(token)
+    assert output.finish() == "one<|assistant|>one"
