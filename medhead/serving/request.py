@@ -112,6 +112,7 @@ class Result:
     Attributes:
         reason: `stop` (end token or stop string), `length` (limit or context), `cancelled`, `timeout`, or `error`.
         prompt_tokens: of the prompt.
+        cached_tokens: of the prompt that were known from earlier requests and not read again.
         new_tokens: that were produced.
         passes: verify passes it took part in; `new_tokens` for plain decoding.
         lengths: tokens of every pass, in order.
@@ -125,6 +126,7 @@ class Result:
 
     reason: Reason = "stop"
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     passes: int = 0
     lengths: list[int] = field(default_factory=list)
