@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from functools import partial
 from typing import Any
 
@@ -29,7 +30,8 @@ class PrefixStore:
     """
 
     def __init__(self, target: Target, limit: int | None) -> None:
-        self._target, self._weights = target, None  # type: tuple[Target, Hashable]
+        self._target = target
+        self._weights: Hashable = None  # a key of those with which the rows were made
         limit = default_limit(target.device) if limit is None else limit
         self.cache = PrefixCache(limit, target.state_layers is not None)
 
