@@ -18,8 +18,10 @@ from medhead.config import SamplingParams
 from medhead.core.joining import Joining, StoredPrefix
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
+from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
+from medhead.proposers.base import DecodeState, Proposer
 from medhead.serving import Engine, Request
 
 TINY = 20_000  # bytes: 39 tokens of `tiny_llama`
@@ -253,12 +255,50 @@ def test_windows_and_other_caches(tokenizer: PreTrainedTokenizerBase, family: st
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])
 def test_texts_whose_rotary_frequencies_change_with_their_length_are_read_anew(tokenizer, kind):
-    half = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 2.0}
-    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40, **half}
+    """The rows of a text of up to 40 tokens serve prompts of up to 40 tokens alone."""
+    own = {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4} if kind == "longrope" else {"factor": 2.0}
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "original_max_position_embeddings": 40, **own}
     model = tiny_llama(context=320 if kind == "longrope" else 40, rope_parameters=rope, eos_token_id=None)
-    target, texts = Target(model, probe=False), {}
+    target, prompt = Target(model, probe=False), [3 + at % 50 for at in range(60)]
     target.context = 320
+    texts: dict[int | None, list[list[int]]] = {}
     for limit in (0, None):
         with Engine(Decoder(target, "ngram"), tokenizer, max_rows=3, prefix_cache_bytes=limit) as engine:
+            handles = []
+            for tokens in (30, 35, 38, 41, 60, 60):
+                handles.append(engine.submit(Request(prompt[:tokens], SamplingParams(4))))
+                handles[-1].wait()
             texts[limit] = talk(engine, 6)
+    assert [handle.result.cached_tokens for handle in handles] == [0, 30, 35, 0, 0, 0]
     assert texts[0] == texts[None]
+
+
+class Replay(Proposer):
+    """Proposes how a known text goes on, as a chain; for one sequence at a time."""
+
+    name, max_depth, text = "replay", 6, list[int]()
+
+    def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
+        end = len(state.texts[0])
+        known = self.text[end : end + min(max_depth, self.max_depth)] if self.text[:end] == state.texts[0] else []
+        tokens = torch.tensor([[state.texts[0][-1], *known]])
+        return TokenTree.from_parents(tokens, (torch.arange(len(known) + 1) - 1).clamp(min=0))
+
+
+@pytest.mark.skipif(not HAS_5_24, reason="needs transformers 5.24")
+def test_the_states_of_an_answer_that_ends_inside_of_a_tree_are_not_kept(tokenizer):
+    """They are those after the accepted tokens, of which a stop token cuts the last ones off."""
+    model = tiny_stateful("lfm2")
+    model.generation_config.eos_token_id = None
+    target, prompt = Target(model, probe=False), [5, 9, 13, 5, 9, 20, 21]
+    found: dict[int | None, list[list[int]]] = {}
+    for limit in (0, None):
+        proposer = Replay()
+        with Engine(Decoder(target, proposer), tokenizer, prefix_cache_bytes=limit) as engine:
+            whole = tokens_of(engine.submit(Request(prompt, SamplingParams(16))))
+            proposer.text, found[limit] = prompt + whole, []
+            for end in range(1, 12):
+                cut = engine.submit(Request(prompt, SamplingParams(16, stop_token_ids=(whole[end],))))
+                text = prompt + tokens_of(cut)
+                found[limit].append(tokens_of(engine.submit(Request([*text, 8, 7], SamplingParams(8)))))
+    assert found[0] == found[None]
