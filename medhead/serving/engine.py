@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,29 +28,9 @@ from medhead.serving.prepare import SequencePreparer
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler
+from medhead.serving.statistics import EngineStatistics
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineStatistics:
-    """Totals since the engine was started, and its present state."""
-
-    running: int = 0  # requests being decoded
-    waiting: int = 0  # requests in the queue
-    ended: dict[str, int] = field(default_factory=dict)  # requests that ended, by reason
-    prompt_tokens: int = 0  # of requests that ended
-    new_tokens: int = 0  # emitted so far
-    passes: int = 0  # verify passes, summed over requests
-    busy: float = 0.0  # seconds spent in prefill and passes
-    prefix_queries: int = 0  # prompt tokens that were looked up in the prefix cache
-    prefix_hits: int = 0  # of them those that were found, which are not read again
-    prefix_bytes: int = 0  # memory of the prefix cache
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens emitted per verify pass, bonus token included."""
-        return self.new_tokens / self.passes if self.passes else 0.0
 
 
 class Engine:
@@ -94,15 +74,14 @@ class Engine:
         prefill_chunk: int = 256,
     ) -> None:
         if max_rows < 1 or max_queue < 0 or not time_limit > 0:
-            raise MedheadError(
-                f"max_rows must be at least 1, max_queue at least 0 and time_limit above 0, "
-                f"got {max_rows}, {max_queue} and {time_limit}"
+            given, floors = (
+                f"{max_rows}, {max_queue} and {time_limit}",
+                "at least 1, max_queue at least 0 and time_limit above 0",
             )
-        if prefill_chunk < 1 or (prefix_cache_bytes is not None and prefix_cache_bytes < 0):
-            raise MedheadError(
-                f"prefill_chunk must be at least 1 and prefix_cache_bytes at least 0, got {prefill_chunk} and "
-                f"{prefix_cache_bytes}"
-            )
+            raise MedheadError(f"max_rows must be {floors}, got {given}")
+        if prefill_chunk < 1 or (prefix_cache_bytes or 0) < 0:
+            given = f"{prefill_chunk} and {prefix_cache_bytes}"
+            raise MedheadError(f"prefill_chunk must be at least 1 and prefix_cache_bytes at least 0, got {given}")
         if decoder.target.shards is not None:
             raise MedheadError(
                 f"an engine cannot serve {decoder.target.name}, which is split over processes: they would not batch the same "
@@ -111,8 +90,8 @@ class Engine:
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, decoder.heads if heads is None else heads
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
-        self.listeners: list[Callable[[Request, Result], None]] = []
         self.prefill_chunk = prefill_chunk
+        self.listeners: list[Callable[[Request, Result], None]] = []
         self._prefixes = PrefixStore(self.target, prefix_cache_bytes)
         self._preparer = SequencePreparer(decoder, tokenizer)
         self._waiting: deque[RequestState] = deque()
