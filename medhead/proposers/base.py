@@ -127,7 +127,9 @@ class Proposer:
 
         With a key, the engine may read a prompt from the middle on and load the entries before from storage, see `DraftCache`.
         """
-        return () if type(self).on_prefill is Proposer.on_prefill else None
+        kind = type(self)
+        keeps = kind.on_prefill is not Proposer.on_prefill or kind.new_draft_cache is not Proposer.new_draft_cache
+        return None if keeps else ()
 
     @property
     def next_depth(self) -> int:

@@ -115,8 +115,8 @@ class HeadsProposer(Proposer):
     @property
     def draft_key(self) -> Hashable | None:
         """The heads if they have a draft cache that can be continued from stored entries."""
-        if self.heads.has_tensor_cache and not self.heads.cache_entry_size:
-            return ()
+        if self.heads.has_tensor_cache:
+            return self.heads if self.heads.cache_entry_size else ()
         return self.heads if self.heads.is_resumable else None
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:

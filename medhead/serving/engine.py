@@ -324,12 +324,12 @@ class Engine:
         """Make passes keep the features that the batch's proposer reads."""
         reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
         if reading != self._reading:
-            was_idle = self._reading is None
+            if self._reading is None:  # others may have changed the model
+                with self.target.lock:
+                    self._prefixes.refresh()
             self._deactivate()
             self._active.enter_context(reading[0].active(reading[1]))
             self._reading = reading
-            if was_idle:  # others may have changed the model
-                self._prefixes.refresh()
 
     def _deactivate(self) -> None:
         self._active.close()

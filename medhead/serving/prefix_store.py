@@ -36,7 +36,7 @@ class PrefixStore:
         self.cache = PrefixCache(limit, target.state_layers is not None)
 
     def refresh(self) -> None:
-        """Drop everything if the weights or adapters have changed since the last call."""
+        """Drop everything if the weights or adapters have changed since the last call; the target is not active."""
         if not self.cache.limit:
             return
         weights = weights_state(self._target)

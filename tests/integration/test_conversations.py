@@ -107,6 +107,20 @@ def test_requests_with_other_proposers_use_the_same_rows(small, tokenizer):
         assert engine.statistics().prefix_queries == len(prompt) + len(text)
 
 
+def test_batches_that_read_other_layers_share_rows(small, tokenizer):
+    """Entries of a draft cache are needed by its heads alone; the engine is idle between the requests."""
+    prompt, cached = list(range(3, 40)), []
+    with Engine(make_decoder("attention", small), tokenizer) as engine:
+        for turn, proposer in enumerate(["none", None, "none", None, "ngram"]):
+            handle = engine.submit(Request(prompt + [5] * turn, SamplingParams(1), proposer=proposer))
+            handle.wait()
+            while engine.target.lock.contended or engine.statistics().running:
+                pass
+            with engine.target.lock:
+                cached.append(handle.result.cached_tokens)
+    assert cached == [0, 0, 37, 37, 39]
+
+
 @pytest.mark.parametrize(("kind", "again"), [("none", 1), ("recurrent", 1), ("attention", 2), ("block", 2)])
 def test_ten_turns_read_only_what_is_new(small, tokenizer, kind, again):
     """But for the last token of the turn before, and one more where its entry of a draft cache depends on the next one."""
