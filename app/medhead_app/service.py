@@ -95,6 +95,7 @@ class Service:
         tree_size: int | None = None,
         trace: bool = False,
         logprobs: int | None = None,
+        cache_salt: str | None = None,
         **sampling: Any,
     ) -> Request:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
@@ -106,7 +107,8 @@ class Service:
         if not 1 <= tokens <= self.max_new_tokens:
             raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
         params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
-        return Request(prompt, params, proposer=proposer, tree_size=tree_size, trace=trace, logprobs=logprobs)
+        fields: dict[str, Any] = {"proposer": proposer, "tree_size": tree_size, "trace": trace, "logprobs": logprobs}
+        return Request(prompt, params, cache_salt=cache_salt, **fields)
 
     def close(self) -> None:
         """End all requests and close the engine."""

@@ -11,6 +11,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ class PrefixCache:
 
     def __init__(self, limit: int, has_states: bool = False) -> None:
         self.limit, self.nbytes, self._has_states = limit, 0, has_states
-        self._root = _Block([])
+        self._roots = WeakValueDictionary[str | None, _Block]()  # by salt; their children keep them
         self._order: OrderedDict[_Block, None] = OrderedDict()  # the oldest first; a block comes after its children
 
     def __len__(self) -> int:
@@ -57,10 +58,13 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop everything."""
-        self._root, self.nbytes = _Block([]), 0
+        for block in self._order:
+            assert block.parent is not None
+            block.parent.children.clear()  # what refers to each other would stay until a garbage collection
         self._order.clear()
+        self.nbytes = 0
 
-    def find(self, text: list[int], draft_key: Hashable = None) -> StoredPrefix:
+    def find(self, text: list[int], draft_key: Hashable = None, salt: str | None = None) -> StoredPrefix:
         """Return what is known of the beginning of a prompt.
 
         Its last two tokens are never part of it: the last one is the root of the first tree, which needs the target's feature
@@ -69,8 +73,9 @@ class PrefixCache:
         Args:
             text: the prompt.
             draft_key: of the proposer if it has a draft cache, whose entries must be known too; else None.
+            salt: texts that were stored with another one are not looked at.
         """
-        path, inside = self._walk(text[:-1])
+        path, inside = self._walk(self._roots.get(salt), text[:-1])
         self._touch(path)
         sizes = [len(block.tokens) for block in path[:-1]] + [inside] * bool(path)
         if draft_key is not None:
@@ -93,6 +98,7 @@ class PrefixCache:
         draft_key: Hashable = None,
         copy_drafts: CopyTokens | None = None,
         states: dict[Any, Tensor] | None = None,
+        salt: str | None = None,
     ) -> None:
         """Keep what is new of a text; its end is left out where it is larger than the limit.
 
@@ -102,8 +108,10 @@ class PrefixCache:
             draft_key: see `find`.
             copy_drafts: returns the entries of the draft cache in the same way; None without one.
             states: the target's after the last token, where they are known.
+            salt: see `find`.
         """
-        path, inside = self._walk(text)
+        root = self._roots.setdefault(salt, _Block([]))
+        path, inside = self._walk(root, text)
         at = sum(len(block.tokens) for block in path[:-1]) + inside
         if path and inside < len(path[-1].tokens) and (at < len(text) or states):
             at -= inside
@@ -112,7 +120,7 @@ class PrefixCache:
         if copy_drafts is not None:
             self._add_drafts(path, at, draft_key, copy_drafts)
         while at < len(text):
-            block = _Block(text[at : at + BLOCK], path[-1] if path else self._root)
+            block = _Block(text[at : at + BLOCK], path[-1] if path else root)
             end = at + len(block.tokens)
             block.rows = copy_rows(at, end)
             if copy_drafts is not None:
@@ -140,10 +148,10 @@ class PrefixCache:
                 self._count(block)
             at = end
 
-    def _walk(self, tokens: list[int]) -> tuple[list[_Block], int]:
-        """Return the blocks that hold the beginning of a text, and how many tokens of the last block are part of it."""
-        path, inside, at, block = list[_Block](), 0, 0, self._root
-        while block.children:
+    def _walk(self, block: _Block | None, tokens: list[int]) -> tuple[list[_Block], int]:
+        """Return the blocks below a root that hold a text's beginning, and how many tokens of the last one are part of it."""
+        path, inside, at = list[_Block](), 0, 0
+        while block is not None and block.children:
             rest = tokens[at : at + BLOCK]
             shared = [(_shared(child.tokens, rest), child) for child in block.children]
             # of several the whole ones first, which may have further blocks below them

@@ -44,11 +44,11 @@ class PrefixStore:
             self.cache.clear()
         self._weights = weights
 
-    def find(self, proposer: Proposer, text: list[int]) -> StoredPrefix:
-        """Return what is known of the beginning of a prompt for a proposer."""
-        if not self._serves(len(text), proposer):
+    def find(self, proposer: Proposer, sequence: Sequence) -> StoredPrefix:
+        """Return what is known of the beginning of a sequence's prompt for a proposer."""
+        if not self._serves(len(sequence.token_ids), proposer):
             return StoredPrefix()
-        return self.cache.find(text, proposer.draft_key or None)
+        return self.cache.find(sequence.token_ids, proposer.draft_key or None, sequence.cache_salt)
 
     def store(
         self, proposer: Proposer, sequence: Sequence, cache: TreeCache, draft_cache: Any, row: int, length: int
@@ -62,8 +62,8 @@ class PrefixStore:
                 return  # the states are those after a token that is no part of the text
             states = cache.copy_states(row)
         copy_drafts = None if draft_cache is None else partial(draft_cache.copy_tokens, row)
-        text = sequence.token_ids[:length]
-        self.cache.store(text, partial(cache.copy_tokens, row), proposer.draft_key, copy_drafts, states)
+        text, copy_rows = sequence.token_ids[:length], partial(cache.copy_tokens, row)
+        self.cache.store(text, copy_rows, proposer.draft_key, copy_drafts, states, sequence.cache_salt)
 
     def _serves(self, tokens: int, proposer: Proposer) -> bool:
         """Return whether a text of so many tokens can be read from its middle on."""

@@ -42,7 +42,7 @@ class PromptQueue:
         groups: dict[int, list[tuple[Sequence, StoredPrefix]]] = {}
         lengths = []
         for one in sequences:
-            prefix = self._prefixes.find(self._loop.proposer, one.token_ids)
+            prefix = self._prefixes.find(self._loop.proposer, one)
             is_long = len(one.token_ids) - prefix.length > chunk
             groups.setdefault(id(one) if is_long else prefix.length > 0, []).append((one, prefix))
             lengths.append(prefix.length)

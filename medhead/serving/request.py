@@ -36,6 +36,7 @@ class Request:
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
         trace: fill `StepOutput.sources` and `StepOutput.tree`, which takes a little time.
+        cache_salt: requests use the prefixes of requests with the same salt alone; None is a salt too.
         logprobs: fill `StepOutput.logprobs` with so many of the most probable tokens, from 0 to 20; None fills nothing.
 
     Raises:
@@ -49,6 +50,7 @@ class Request:
     time_limit: float | None = None
     trace: bool = False
     logprobs: int | None = None
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         limit = self.time_limit

@@ -641,9 +641,11 @@ def test_the_second_message_of_a_chat_reads_only_what_is_new(real: tuple[str, Se
     assert found[0] < len(prompt) // 2
     assert found[1:] == [len(prompt), len(longer) - 2]
     totals = service.engine.statistics()
+    salted = fields | {"extra_body": {"ignore_eos": True, "cache_salt": "somebody else"}}
+    assert client(address).completions.create(prompt=longer, **salted).usage.prompt_tokens_details.cached_tokens == 0  # type: ignore[union-attr]
     assert totals.prefix_hits - before.prefix_hits == found[0] + 2 * found[1] + found[2]
     assert totals.prefix_queries - before.prefix_queries == len(prompt) + 3 * len(longer)
-    metrics = httpx.get(f"{address}/metrics").text.splitlines()
+    totals, metrics = service.engine.statistics(), httpx.get(f"{address}/metrics").text.splitlines()
     assert f"medhead_prefix_cache_hits_total {float(totals.prefix_hits)}" in metrics
     assert f"medhead_prefix_cache_queries_total {float(totals.prefix_queries)}" in metrics
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -87,6 +90,23 @@ def test_states_are_those_of_the_end_of_the_prefix(plans) -> None:
             assert torch.equal(found.rows[0], rows_of(text)[:, : found.length])
         store(cache, text, with_states=True)
         seen.append(text)
+
+
+def test_texts_of_another_salt_are_not_found_and_nothing_is_left_of_them() -> None:
+    text, rows = list(range(100)), rows_of(list(range(100)))
+    cache, parts = PrefixCache(1 << 20), list[Callable[[], Tensor | None]]()
+
+    def copy_rows(begin: int, end: int) -> list[Tensor]:
+        copied = rows[:, begin:end].clone()
+        parts.append(weakref.ref(copied))
+        return [copied]
+
+    cache.store(text, copy_rows, salt="mine")
+    found = {salt: cache.find(text, salt=salt).length for salt in (None, "mine", "other")}
+    assert found == {None: 0, "mine": 98, "other": 0}
+    cache.clear()
+    assert [part() for part in parts] == [None] * 2  # at once, without a garbage collection
+    assert cache.find(text, salt="mine").length == 0
 
 
 def test_what_was_used_last_is_kept() -> None:
