@@ -85,10 +85,12 @@ def test_conversations_with_forks_have_the_texts_without_a_cache(small, tokenize
     assert found[0] == found[limit]
 
 
-def test_captured_steps_keep_their_texts_too(small, tokenizer):
+@pytest.mark.parametrize("lag", [0, 1])
+def test_captured_steps_keep_their_texts_too(small, tokenizer, lag):
     found = []
     for limit in (0, None):
-        decoder = make_decoder("recurrent", small, step="eager")
+        decoder = make_decoder("attention", small, step="eager")
+        decoder.graphs.lag = lag
         with Engine(decoder, tokenizer, max_rows=3, prefill_chunk=16, prefix_cache_bytes=limit) as engine:
             found.append(talk(engine, 3))
             assert (engine.statistics().prefix_hits > 0) == (limit is None)
