@@ -103,6 +103,7 @@ class Service:
         trace: bool = False,
         logprobs: int | None = None,
         special_tokens: tuple[int, ...] = (),
+        cache_salt: str | None = None,
         **sampling: Any,
     ) -> Request:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
@@ -115,7 +116,7 @@ class Service:
             raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
         params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
         fields: dict[str, Any] = {"proposer": proposer, "tree_size": tree_size, "trace": trace, "logprobs": logprobs}
-        return Request(prompt, params, special_tokens=special_tokens, **fields)
+        return Request(prompt, params, special_tokens=special_tokens, cache_salt=cache_salt, **fields)
 
     def close(self) -> None:
         """End all requests and close the engine."""

@@ -41,6 +41,7 @@ from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
 from medhead.model.prompt_inputs import PromptInputs, prefill_prompts
+from medhead.model.prompt_reader import PromptReader
 from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
@@ -276,39 +277,24 @@ class Target:
         `[batch, nodes, size]` of every chunk and the position of its first token. A row is a text without its last token,
         which is the root of the first tree.
         """
-        with self.length_rope.reading([len(row) + 1 for row in rows], self.device):
-            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)
+        reader = PromptReader(self, cache, rows, on_chunk)
+        while reader.left:
+            reader.advance(chunk or PREFILL_CHUNK)
+        return reader.features
 
-    def _prefill(
-        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None, chunk: int
-    ) -> Tensor:
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        longest = max(map(len, rows))
-        found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
-        padded = torch.zeros(len(rows), longest, dtype=torch.long)
-        for index, row in enumerate(rows):
-            padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        padded = padded.to(self.device)
-        if self.state_layers is not None and not self.state_layers.in_chunks:
-            chunk = max(1, longest)
-        for start in range(0, longest, chunk):
-            tokens = padded[:, start : start + chunk]
-            nodes = tokens.shape[1]
-            if isinstance(cache, StateCache):
-                cache.begin_prompts([min(max(0, len(row) - start), nodes) for row in rows], nodes)
-            cache.lengths.set([start] * len(rows))
-            depth = torch.arange(nodes, device=self.device)[None]
-            self.taps.select = last = (lengths - 1 - start).clamp(0, nodes - 1)
-            cache.begin(nodes)
-            _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
-            self.taps.select = None
-            if on_chunk is not None:
-                on_chunk(features, start)
-            inside = (lengths > start) & (lengths <= start + nodes)
-            at_last = features[torch.arange(len(rows), device=self.device), last]
-            found = torch.where(inside[:, None], at_last.to(found.dtype), found)
-        cache.lengths.set([len(row) for row in rows])
-        return found
+    def read_chunk(self, cache: TreeCache, tokens: Tensor, last: Tensor) -> Tensor:
+        """Run a pass over the next `tokens` `[batch, nodes]` of prompts, with logits of the nodes `last` `[batch]` alone.
+
+        Returns:
+            features `[batch, nodes, size]`, see `verify`.
+        """
+        nodes = tokens.shape[1]
+        depth = torch.arange(nodes, device=self.device)[None]
+        self.taps.select = last
+        cache.begin(nodes)
+        _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+        self.taps.select = None
+        return features
 
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,13 @@ class HeadsProposer(Proposer):
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Choose again how weights are multiplied: the number of threads may have changed."""
         self.output_head.recheck()
+
+    @property
+    def draft_key(self) -> Hashable | None:
+        """The heads if they have a draft cache that can be continued from stored entries."""
+        if self.heads.has_tensor_cache:
+            return self.heads if self.heads.cache_entry_size else ()
+        return self.heads if self.heads.is_resumable else None
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:
         """Return storage for heads that look back at the text."""

@@ -627,6 +627,30 @@ def test_the_text_does_not_depend_on_the_proposer(real: tuple[str, Service]) -> 
     assert answers[0]["medhead"]["accepted_length"] == 1.0
 
 
+def test_the_second_message_of_a_chat_reads_only_what_is_new(real: tuple[str, Service]) -> None:
+    """Usage and metrics tell how many prompt tokens were known; the second prompt begins with the first and its answer."""
+    address, service = real
+    before = service.engine.statistics()
+    fields: Any = {"model": "tiny", "temperature": 0, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
+    prompt = service.encode("A prompt that no other test of this file has, about nothing at all.")
+    first = client(address).completions.create(prompt=prompt, **fields)
+    longer = [*prompt, *service.encode(" And then?")]
+    second = client(address).completions.create(prompt=longer, n=2, **fields)
+    stream = fields | {"stream": True, "stream_options": {"include_usage": True}}
+    third = list(client(address).completions.create(prompt=longer, **stream))[-1]
+    found = [answer.usage.prompt_tokens_details.cached_tokens for answer in (first, second, third)]  # type: ignore[union-attr]
+    assert found[0] < len(prompt) // 2
+    assert found[1:] == [len(prompt), len(longer) - 2]
+    totals = service.engine.statistics()
+    salted = fields | {"extra_body": {"ignore_eos": True, "cache_salt": "somebody else"}}
+    assert client(address).completions.create(prompt=longer, **salted).usage.prompt_tokens_details.cached_tokens == 0  # type: ignore[union-attr]
+    assert totals.prefix_hits - before.prefix_hits == found[0] + 2 * found[1] + found[2]
+    assert totals.prefix_queries - before.prefix_queries == len(prompt) + 3 * len(longer)
+    totals, metrics = service.engine.statistics(), httpx.get(f"{address}/metrics").text.splitlines()
+    assert f"medhead_prefix_cache_hits_total {float(totals.prefix_hits)}" in metrics
+    assert f"medhead_prefix_cache_queries_total {float(totals.prefix_queries)}" in metrics
+
+
 def test_stop_texts_and_limits(real: tuple[str, Service]) -> None:
     address, service = real
     fields: dict[str, Any] = {"messages": None, "prompt": "Once upon a", "temperature": 0, "max_tokens": 40}

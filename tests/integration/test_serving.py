@@ -276,11 +276,11 @@ def test_a_failure_ends_the_requests_of_its_batch_alone(decoder, tokenizer, engi
     assert bad.result.reason == "error"
 
 
-@pytest.mark.parametrize("where", ["prefill", "keep_rows"])
+@pytest.mark.parametrize("where", ["read_chunk", "keep_rows"])
 def test_after_a_failure_others_are_served(decoder, tokenizer, engine, monkeypatch, caplog, where):
     """While the first prompt of an idle engine is read, and while rows leave that have ended in the same step."""
     asked = requests(tokenizer)
-    owner = type(decoder.target) if where == "prefill" else TreeCache
+    owner = type(decoder.target) if where == "read_chunk" else TreeCache
     with monkeypatch.context() as broken:
         broken.setattr(owner, where, lambda *_: 1 / 0)
         bad = [engine.submit(request(asked[0].prompt, max_new_tokens=most)) for most in (40, 80, 120)]

@@ -112,10 +112,12 @@ class ResponseBuilder:
         own = {"medhead": statistics(answer.result)} if len(self.handles) // self.candidates * self.n > 1 else {}
         return choice | own
 
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(handle.result.prompt_tokens for handle in self.handles[:: self.candidates])
+    def _usage(self) -> dict[str, Any]:
+        once = [handle.result for handle in self.handles[:: self.candidates]]  # a prompt counts once
+        prompt, cached = sum(one.prompt_tokens for one in once), sum(one.cached_tokens for one in once)
         new = sum(handle.result.new_tokens for handle in self.handles)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     def _echo(self, index: int) -> str:
         """Return what the text of a candidate begins with."""

@@ -82,7 +82,7 @@ class ResponsesBuilder:
         prompt, new = result.prompt_tokens, result.new_tokens
         ended["usage"] = {
             "input_tokens": prompt,
-            "input_tokens_details": {"cached_tokens": 0},
+            "input_tokens_details": {"cached_tokens": result.cached_tokens},
             "output_tokens": new,
             "output_tokens_details": {"reasoning_tokens": 0},
             "total_tokens": prompt + new,

@@ -23,7 +23,7 @@ MAX_CHOICES = 128
 # hints that change no text, with the type of their values
 IGNORED: dict[str, type] = {
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"), str),
-    **dict.fromkeys(("cache_salt", "request_id"), str),  # vLLM's
+    "request_id": str,  # vLLM's
     "metadata": dict,
     "prediction": dict,
     "priority": int,
@@ -142,6 +142,7 @@ class GenerationRequest(StrictModel):
     stream_options: StreamOptions | None = None
     proposer: Annotated[str | None, AfterValidator(_known_proposer)] = None
     tree_size: Annotated[int | None, CheckTreeSize] = None
+    cache_salt: Annotated[str | None, Field(min_length=1)] = None
 
     def token_limit(self) -> tuple[str, int | None]:
         """Return the name and the value of the field that limits the answer."""
@@ -180,7 +181,7 @@ class GenerationRequest(StrictModel):
         fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
         fields["grammar"] = self.grammar()
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
-        fields["logprobs"] = self.num_logprobs()
+        fields |= {"logprobs": self.num_logprobs(), "cache_salt": self.cache_salt}
         for name in ("repetition_penalty", "no_repeat_ngram_size", *_SAME_NAMES):
             fields[name] = getattr(self, name)
         if temperature > 0:
