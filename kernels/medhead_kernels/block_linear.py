@@ -57,7 +57,10 @@ def linear(x: Tensor, blocks: Blocks) -> Tensor:
     """Compute `x W^T` of `[..., size]` in float32; the result `[..., out]` has the type of `x`. It has no gradient."""
     flat = x.reshape(-1, x.shape[-1]).float()
     data, scales, minimums, kind, out = blocks
-    found: Tensor = torch.ops.medhead.block_linear(flat, data, scales, minimums, _INDEX[kind], out)
+    of_groups = (
+        part if part.numel() else None for part in (scales, minimums)
+    )  # an empty constant confuses AOTInductor
+    found: Tensor = torch.ops.medhead.block_linear(flat, data, *of_groups, _INDEX[kind], out)
     return found.to(x.dtype).view(*x.shape[:-1], out)
 
 
@@ -135,5 +138,5 @@ def _divisor(scales: Tensor) -> Tensor:
     return torch.where(scales == 0, 1.0, scales)[..., None]
 
 
-def _fake(x: Tensor, data: Tensor, scales: Tensor, minimums: Tensor, kind: int, outputs: int) -> Tensor:
+def _fake(x: Tensor, data: Tensor, scales: Tensor | None, minimums: Tensor | None, kind: int, outputs: int) -> Tensor:
     return x.new_empty(x.shape[0], outputs)

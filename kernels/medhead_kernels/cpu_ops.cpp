@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <optional>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -169,14 +170,18 @@ void multiply(const float* x, int rows, const Weights& weights, float* y) {
     });
 }
 
-// x: [rows, inputs] float32. data: [panels, inputs, bytes of 32 outputs] uint8. scales, minimums: [panels, groups, 32] float32,
-// empty for kinds without them. kind: an index into KINDS of block_linear.py. Returns [rows, outputs] float32.
-at::Tensor block_linear(const at::Tensor& given, const at::Tensor& data, const at::Tensor& scales, const at::Tensor& minimums,
-                        int64_t kind, int64_t outputs) {
+const float* floats(const std::optional<at::Tensor>& given) { return given ? given->const_data_ptr<float>() : nullptr; }
+
+// x: [rows, inputs] float32. data: [panels, inputs, bytes of 32 outputs] uint8. scales, minimums: [panels, groups, 32] float32
+// for kinds that have them. kind: an index into KINDS of block_linear.py. Returns [rows, outputs] float32.
+at::Tensor block_linear(const at::Tensor& given, const at::Tensor& data, const std::optional<at::Tensor>& scales,
+                        const std::optional<at::Tensor>& minimums, int64_t kind, int64_t outputs) {
     const at::Tensor x = given.contiguous();
+    TORCH_CHECK(kind < 3 || scales, "block_linear: no scales");
+    TORCH_CHECK(kind < 4 || minimums, "block_linear: no minimums");
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 2 && data.size(1) == x.size(1), "block_linear: wrong rows");
     const int64_t inputs = x.size(1);
-    const Weights weights{data.const_data_ptr<uint8_t>(), scales.const_data_ptr<float>(), minimums.const_data_ptr<float>(),
+    const Weights weights{data.const_data_ptr<uint8_t>(), floats(scales), floats(minimums),
                           inputs, outputs, (inputs + GROUP - 1) / GROUP, data.size(0)};
     at::Tensor y = at::empty({x.size(0), outputs}, x.options());
     for (int64_t row = 0; row < x.size(0); row += MAX_ROWS) {
@@ -220,7 +225,7 @@ void write_rows(const at::Tensor& keys, const at::Tensor& values, const at::Tens
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(medhead, library) {
-    library.def("block_linear(Tensor x, Tensor data, Tensor scales, Tensor minimums, int kind, int outputs) -> Tensor");
+    library.def("block_linear(Tensor x, Tensor data, Tensor? scales, Tensor? minimums, int kind, int outputs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(medhead, CPU, library) {

@@ -72,11 +72,12 @@ def _source_files(modules: list[nn.Module]) -> list[Path] | None:
 
 
 def _is_changed(module: nn.Module) -> bool:
-    """Return whether a module has hooks of other code, a `forward` of its own, or adapters of PEFT."""
-    hooks = (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+    """Return whether a module has hooks or a `forward` of other code, or adapters of PEFT."""
+    own = [module.__dict__["forward"]] if "forward" in module.__dict__ else []
+    hooks = (*own, *module._forward_pre_hooks.values(), *module._forward_hooks.values())
     foreign = any(not getattr(hook, "func", hook).__module__.startswith("medhead.") for hook in hooks)
     adapted = any(kind.__module__.startswith("peft.") for kind in type(module).__mro__)
-    return foreign or adapted or "forward" in module.__dict__
+    return foreign or adapted
 
 
 def _structure(name: str, module: nn.Module) -> tuple[Any, ...]:

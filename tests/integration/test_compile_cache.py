@@ -254,7 +254,7 @@ def test_a_pass_with_tensors_of_others_is_not_kept(cache: Path) -> None:
     """Such a tensor may depend on the weights, or on anything else."""
     table = torch.randn(4)
     graph = trace(lambda x: (x + table, x), [torch.zeros(3, 4)], "symbolic")
-    kept_pass.build("name", nn.Linear(4, 4), graph)
+    kept_pass.build("name", dict(nn.Linear(4, 4).named_parameters()), graph)
     assert not cache.exists()
 
 
@@ -267,7 +267,9 @@ def test_two_processes_may_compile_one_pass(cache: Path, monkeypatch: pytest.Mon
         (cache / "name" / "about.json").write_text("theirs")
 
     monkeypatch.setattr(kept_pass, "_fill", fill)
-    kept_pass.build("name", nn.Linear(4, 4), trace(lambda x: (x, x), [torch.zeros(3, 4)], "symbolic"))
+    kept_pass.build(
+        "name", dict(nn.Linear(4, 4).named_parameters()), trace(lambda x: (x, x), [torch.zeros(3, 4)], "symbolic")
+    )
     assert [path.name for path in cache.iterdir()] == ["name"]
     assert (cache / "name" / "about.json").read_text() == "theirs"
 
@@ -281,14 +283,14 @@ def test_sizes_that_were_not_compiled_for_use_the_ordinary_pass(cache: Path) -> 
         return (x @ linear.weight) if x.shape[0] > 2 else x, x
 
     with torch.no_grad():
-        kept_pass.build("name", linear, trace(run, [torch.zeros(3, 4)], "symbolic"))
+        kept_pass.build("name", dict(linear.named_parameters()), trace(run, [torch.zeros(3, 4)], "symbolic"))
         ordinary = list[int]()
 
         def counted(x: Tensor) -> tuple[Tensor, Tensor]:
             ordinary.append(len(x))
             return run(x)
 
-        kept = kept_pass.load("name", linear, counted)
+        kept = kept_pass.load("name", dict(linear.named_parameters()), counted)
         assert kept is not None
         for rows in (2, 3, 5):
             torch.testing.assert_close(kept(torch.ones(rows, 4)), run(torch.ones(rows, 4)))
