@@ -56,6 +56,7 @@ class Decoder:
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
             the target's pass and the growth of candidates from heads. See `medhead.compile`.
+        exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype; on a CPU. See `Target`.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
@@ -92,10 +93,11 @@ class Decoder:
         attention: str = "auto",
         packed: bool | None = None,
         step: str = "loop",
+        exact: str | None = None,
         profile: bool = False,
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact)
         self._own_target = self.target is not model
         self.model = self.target.model
         if proposer is None:
@@ -111,6 +113,11 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
+        if exact is not None and self.target.bitwise is None:
+            raise MedheadError(f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})")
+        if self.target.bitwise is not None and (typical is not None or step != "loop"):
+            given = "typical acceptance" if typical is not None else f"step {step!r}"
+            raise MedheadError(f"exact='bitwise' does not go with {given}, which changes texts; leave one out")
         if step != "loop" and self.target.state_layers is not None:
             raise MedheadError(
                 f"step {step!r} does not go with {self.target.name}, whose layers hold states (recurrent or convolutional); "
@@ -228,6 +235,8 @@ class Decoder:
                 # an engine or an outer generation goes on later with the state of its sequences in the proposer
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
                 loop.lockstep, loop.prompt_inputs = lockstep, prompt_inputs
+                if prompt_inputs is not None and len(sequences) > 1 and self.target.bitwise is not None:
+                    raise MedheadError("exact='bitwise' reads one prompt with images at a time; call generate for each")
                 try:
                     with loop.target.active(loop.proposer.feature_layers):
                         loop.run(sequences)

@@ -50,8 +50,12 @@ class PackedLinear:
         if self.packable and type(x) is Tensor and not torch.is_grad_enabled() and x.dtype == self.weight.dtype:
             rows = x.numel() // x.shape[-1]
             if 0 < rows <= MAX_ROWS and self.uses_packed(_bucket(rows)):
-                return _multiply(x, self._copy(), self.bias)
+                return self.multiply(x)
         return linear(x, self.weight, self.bias)
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """Map `[..., size]` to `[..., out]` by the packed copy, whatever is fastest; for weights with `packable`."""
+        return _multiply(x, self._copy(), self.bias)
 
     def warmup(self) -> None:
         """Measure the methods for every bucket now, so that no decoding step waits for it."""

@@ -111,17 +111,21 @@ class DecodeLoop:
         self._leave_captured()
         texts = [sequence.token_ids for sequence in sequences]
         with torch.inference_mode():
+            first = self._buffers is None
+            proposer = self.proposer if first else self.proposer.fork()
+            proposer.begin(self.target, texts)
+            buffers, read = self._prefill(sequences, proposer)
+        if read is not None:  # the first token too
+            running = self._decode(sequences, buffers, proposer, read)
+            with torch.inference_mode():
+                sequences = self._keep(running, sequences, buffers, proposer)
+        with torch.inference_mode():
             if self._buffers is None:
-                self.proposer.begin(self.target, texts)
-                self.sequences = list(sequences)
-                self._buffers = self._prefill(sequences, self.proposer)
-            else:
-                forked = self.proposer.fork()
-                forked.begin(self.target, texts)
-                joining = self._prefill(sequences, forked)
+                self.sequences, self._buffers = list(sequences), buffers if sequences else None
+            elif sequences:
                 self.sequences = self.sequences + sequences
-                self._buffers.join(joining, self._sampling(self.sequences))
-                self.proposer.merge(forked)
+                self._buffers.join(buffers, self._sampling(self.sequences))
+                self.proposer.merge(proposer)
         self._note_memory()
         self.prefill_seconds += time.perf_counter() - began
 
@@ -140,10 +144,7 @@ class DecodeLoop:
             self.sequences, self._buffers, self._captured = [], None, None
             return
         assert self._buffers is not None
-        rows = compact_order(rows)
-        self.sequences = [self.sequences[row] for row in rows]
-        self._buffers.keep_rows(rows, self._sampling(self.sequences))
-        self.proposer.keep_rows(rows)
+        self.sequences = self._keep(rows, self.sequences, self._buffers, self.proposer)
 
     def step(self) -> None:
         """Decode all sequences by one pass; those that end leave. A captured step may be read one step later."""
@@ -163,44 +164,71 @@ class DecodeLoop:
 
     def _step_eager(self) -> None:
         assert self._buffers is not None
+        with torch.inference_mode():
+            self._reread()
+        self.keep(self._decode(self.sequences, self._buffers, self.proposer))
+
+    def _keep(
+        self, rows: list[int], sequences: list[Sequence], buffers: StepBuffers, proposer: Proposer
+    ) -> list[Sequence]:
+        """Let only these rows of buffers go on; return their sequences."""
+        if 0 < len(rows) < len(sequences):
+            rows = compact_order(rows)
+            buffers.keep_rows(rows, self._sampling([sequences[row] for row in rows]))
+            proposer.keep_rows(rows)
+        return [sequences[row] for row in rows]
+
+    def _decode(
+        self,
+        sequences: list[Sequence],
+        buffers: StepBuffers,
+        proposer: Proposer,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> list[int]:
+        """Decode sequences by one pass, or by what the prompts' pass has read; return the places of those that go on."""
         mark = _Clock(self.times, self.target.device) if self.times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
         def accept(tree: TokenTree, logits: Tensor, noise: LazyGumbel | None) -> Accepted:
             nonlocal scores
-            accepted, scores = self._accept(tree, logits, noise, constraints)
+            accepted, scores = self._accept(sequences, buffers, tree, logits, noise, constraints)
             return accepted
 
-        texts = [sequence.token_ids for sequence in self.sequences]
-        room = self._room()
-        constraints = BatchConstraints.of(self.sequences, room, self.proposer)
-        max_depth = min(self.proposer.next_depth, room)
+        texts = [sequence.token_ids for sequence in sequences]
+        room = self._room(sequences)
+        constraints = BatchConstraints.of(sequences, room, proposer)
+        max_depth = min(proposer.next_depth, room)
         with torch.inference_mode():
-            self._reread()
             self.output = output = decode_step(
-                self.target, self.proposer, self._buffers, self.generator, accept, max_depth, texts, mark, constraints
+                self.target, proposer, buffers, self.generator, accept, max_depth, texts, mark, constraints, read
             )
-            self.proposer.update(output)
+            proposer.update(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
-        self.keep(self._emit(self.sequences, output.counts, output.emitted, scores, raw))
+        running = self._emit(sequences, output.counts, output.emitted, scores, raw)
         mark("other")
+        return running
 
     def _accept(
-        self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None, constraints: BatchConstraints | None
+        self,
+        sequences: list[Sequence],
+        buffers: StepBuffers,
+        tree: TokenTree,
+        logits: Tensor,
+        noise: LazyGumbel | None,
+        constraints: BatchConstraints | None,
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Return the accepted paths, and the processed scores of every emitted token where they are known."""
-        assert self._buffers is not None
         if constraints is not None:
             logits = constraints.mask(tree, logits)
-        if not _share_processors(self.sequences):
+        if not _share_processors(sequences):
             values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
                 if self.lockstep is not None:
                     return self.lockstep.accept(tree, logits, values, constraints is not None)
-                return sequential_accept(self.sequences, tree, logits, values)
-        scores = self._buffers.sampling.process(logits)
-        if constraints is not None and self.sequences[0].processors:
+                return sequential_accept(sequences, tree, logits, values)
+        scores = buffers.sampling.process(logits)
+        if constraints is not None and sequences[0].processors:
             scores = keep_banned(scores, logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
@@ -238,12 +266,12 @@ class DecodeLoop:
                 running.append(place)
         return running
 
-    def _room(self) -> int:
+    def _room(self, sequences: list[Sequence]) -> int:
         """Return the maximum tree depth that tokens left and context allow."""
-        wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
-        room = self.target.max_length - max(len(sequence.token_ids) for sequence in self.sequences) - 1
+        wanted = max(sequence.tokens_left for sequence in sequences) - 1
+        room = self.target.max_length - max(len(sequence.token_ids) for sequence in sequences) - 1
         length = self.target.length_rope.rereads_at
-        before = [] if length is None else [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
+        before = [] if length is None else [len(one.token_ids) for one in sequences if len(one.token_ids) < length]
         if length is not None and before:  # no tree may go beyond it before the text is read anew
             room = min(room, length - 1 - max(before))
         return max(0, min(wanted, room))
@@ -256,15 +284,23 @@ class DecodeLoop:
         assert self._buffers is not None
         if self.prompt_inputs is not None:
             raise MedheadError(f"a text with images cannot go on beyond {length - 1} tokens with {self.target.name}")
-        cache, rows = self._buffers.cache, [one.token_ids[:-1] for one in self.sequences]
+        cache, rows = self._buffers.cache, [one.token_ids for one in self.sequences]
         again = self.target.new_cache(len(rows), cache.capacity)
-        self.target.prefill(again, rows)
+        if self.target.bitwise is not None:
+            self.target.prefill_whole(again, rows)
+        else:
+            self.target.prefill(again, [row[:-1] for row in rows])
         longest = cache.lengths.longest
         for spec, buffer in cache.buffers.items():
             buffer[:, :, :, :longest] = again.buffers[spec][:, :, :, :longest]
 
-    def _prefill(self, sequences: list[Sequence], proposer: Proposer) -> StepBuffers:
-        """Return buffers with all prompt tokens but the last, and the features before it."""
+    def _prefill(
+        self, sequences: list[Sequence], proposer: Proposer
+    ) -> tuple[StepBuffers, tuple[Tensor, Tensor] | None]:
+        """Return buffers with all prompt tokens but the last, and the features before it.
+
+        With `exact="bitwise"` the last token is read too: its logits and features are returned.
+        """
         texts = [sequence.token_ids for sequence in sequences]
         wanted = max(sequence.stop_checker.limit for sequence in sequences)
         capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size
@@ -274,12 +310,16 @@ class DecodeLoop:
         def on_chunk(features: Tensor, start: int) -> None:
             proposer.on_prefill(draft_cache, texts, features, start)
 
-        if self.prompt_inputs is None:
+        read = None
+        if self.target.bitwise is not None and self.prompt_inputs is None:
+            read = self.target.prefill_whole(cache, texts, on_chunk)
+            features = read[1]
+        elif self.prompt_inputs is None:
             features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
         else:
             features = self.target.prefill_inputs(cache, self.prompt_inputs, on_chunk)
         roots = torch.tensor([text[-1] for text in texts], device=self.target.device)
-        return StepBuffers(cache, draft_cache, roots, features, self._sampling(sequences))
+        return StepBuffers(cache, draft_cache, roots, features.clone(), self._sampling(sequences)), read
 
     def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
         """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""

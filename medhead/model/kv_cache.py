@@ -237,6 +237,11 @@ class TreeCache(Cache):
         self.position_offset = _join_offsets(self.position_offset, rows, other.position_offset, more)
         self._refresh_views()
 
+    def put_row(self, row: int, other: TreeCache, length: int) -> None:
+        """Copy `length` tokens of another cache's only row into a row; the caller sets `lengths`."""
+        for spec, buffer in self.buffers.items():
+            buffer[:, row, :, :length] = other.buffers[spec][:, 0, :, :length]
+
     def nbytes(self) -> int:
         """Return the memory of the storage, dropped rows included until it is made anew."""
         return sum(buffer.untyped_storage().nbytes() for buffer in self.buffers.values())

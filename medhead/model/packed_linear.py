@@ -42,9 +42,8 @@ class PackedWeights:
         """Memory of the copies made so far, in bytes."""
         return sum(packed.nbytes for packed in self._packed.values())
 
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
+    def current(self) -> dict[Any, PackedLinear]:
+        """Return the layers that can be packed now, with copies that are compared with the weights at their next use."""
         layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed)
         for layer in layers:
             packed = self._packed[layer]
@@ -52,6 +51,13 @@ class PackedWeights:
                 packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias)
                 packed.group = self._group
             packed.recheck()
+        return {layer: self._packed[layer] for layer in layers}
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
+        layers = self.current()
+        for layer, packed in layers.items():
             layer.forward = partial(_forward, layer, packed)
         try:
             yield

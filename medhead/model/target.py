@@ -15,6 +15,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
+from medhead.model.bitwise import Bitwise
 from medhead.model.eval_mode import eval_mode
 from medhead.model.feature_taps import FeatureTaps
 from medhead.model.find_states import find_layers
@@ -35,6 +36,7 @@ from medhead.model.layout import (
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
+from medhead.model.node_attention import NodeVisits
 from medhead.model.output_rows import output_form
 from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
@@ -63,8 +65,11 @@ class Target:
             model, else `sdpa`. A named backend that cannot serve some layers warns once.
         packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
             rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
+        exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
+            batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
 
     Attributes:
+        bitwise: what `exact` promises; None without it.
         context: longest sequence that the configuration allows (`max_position_embeddings`).
         first_position: position of the first token of a text.
         positions_given: whether `generate` gives the model positions; else it computes them.
@@ -73,19 +78,27 @@ class Target:
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
 
     Raises:
-        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
-            unknown or cannot serve this model.
+        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, `attention` is
+            unknown or cannot serve this model, or `exact` cannot be promised.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
             transformers' registry, or states that transformers' caches do not hold.
     """
 
+    bitwise: Bitwise | None = None
     compiles = False  # whether passes, and what `compiled` is given, are compiled
 
     def __init__(
-        self, model: nn.Module, probe: bool = True, attention: str = "auto", packed: bool | None = None
+        self,
+        model: nn.Module,
+        probe: bool = True,
+        attention: str = "auto",
+        packed: bool | None = None,
+        exact: str | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
+        if exact not in (None, "bitwise"):
+            raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
         inner = unwrap_peft(model)
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
@@ -135,6 +148,10 @@ class Target:
         if probe:
             with self.lock:
                 probe_target(self, attention)
+        if exact is not None:
+            with self.lock:
+                self.bitwise = Bitwise(self)
+                self.bitwise.prove()
 
     # ---------------------------------------------------------------- passes
 
@@ -166,6 +183,8 @@ class Target:
         """
         with self.lock:
             if not self._active:
+                if self.bitwise is not None:
+                    self.bitwise.prove()
                 with self._activated(feature_layers):
                     yield
                 return
@@ -189,7 +208,7 @@ class Target:
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
         with (
             self.listening(feature_layers),
-            self.packed_weights.active(),
+            self.packed_weights.active() if self.bitwise is None else self.bitwise.active(),
             eval_mode(self.model),
             rope,
             own_positions,
@@ -236,6 +255,8 @@ class Target:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
             reads), or the concatenated outputs of the feature layers.
         """
+        if self.bitwise is not None:
+            return self._verify_bitwise(self.bitwise, cache, tree)
         if isinstance(cache, StateCache):
             cache.begin_tree(tree)
         bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
@@ -255,6 +276,14 @@ class Target:
             current.backend, current.ancestor_bitmask = self.backend, bitmask
             current.host_lengths = tuple(cache.lengths.host or ())
         return self._forward(cache, tokens, depth, current)
+
+    def _verify_bitwise(self, bitwise: Bitwise, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        cache.begin(tree.nodes)
+        current = self._pass(cache, tree.depth, None, tree.nodes)
+        assert cache.lengths.host is not None, "captured steps are refused"
+        current.visits = NodeVisits.of(tree, cache.lengths.host)
+        with bitwise.running():
+            return self._forward(cache, tree.tokens, tree.depth, current)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """Return `run`, called `what` in messages, compiled for tensors of the sizes of `given` where passes are compiled.
@@ -277,11 +306,37 @@ class Target:
         which is the root of the first tree.
         """
         with self.length_rope.reading([len(row) + 1 for row in rows], self.device):
-            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)
+            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)[0]
+
+    def prefill_whole(
+        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Fill an empty cache with whole texts as transformers reads them: each row alone, in one pass.
+
+        The cache's lengths then leave out the last token of every row, the root of a tree whose pass this was; its keys are
+        in place. `on_chunk` is called once, with the features of all tokens but the last.
+
+        Returns:
+            logits `[batch, vocab]` and features `[batch, size]` of every last token.
+        """
+        logits, last, features = list[Tensor](), list[Tensor](), list[Tensor]()
+        for index, row in enumerate(rows):
+            alone = cache if len(rows) == 1 else self.new_cache(1, len(row))
+            with self.length_rope.reading([len(row)], self.device):
+                found = self._prefill(alone, [row], lambda chunk, _: features.append(chunk[0]), len(row))
+            last.append(found[0])
+            logits.append(found[1])
+            if alone is not cache:
+                cache.put_row(index, alone, len(row))
+        cache.lengths.set([len(row) - 1 for row in rows])
+        if on_chunk is not None and max(map(len, rows)) > 1:
+            on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)[:, :-1], 0)
+        return torch.cat(logits), torch.cat(last)
 
     def _prefill(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None, chunk: int
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
+        """Return the features of `prefill`, and the logits `[batch, vocab]` of the last chunk's last tokens."""
         lengths = torch.tensor([len(row) for row in rows], device=self.device)
         longest = max(map(len, rows))
         found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
@@ -300,7 +355,7 @@ class Target:
             depth = torch.arange(nodes, device=self.device)[None]
             self.taps.select = last = (lengths - 1 - start).clamp(0, nodes - 1)
             cache.begin(nodes)
-            _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+            logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
             self.taps.select = None
             if on_chunk is not None:
                 on_chunk(features, start)
@@ -308,7 +363,7 @@ class Target:
             at_last = features[torch.arange(len(rows), device=self.device), last]
             found = torch.where(inside[:, None], at_last.to(found.dtype), found)
         cache.lengths.set([len(row) for row in rows])
-        return found
+        return found, logits[:, 0] if longest else found
 
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None

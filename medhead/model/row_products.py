@@ -1,0 +1,162 @@
+"""Products and activations whose rows do not depend on how many rows a pass has; for `exact="bitwise"`.
+
+A library picks another kernel for another number of rows, and sums in another order there. But most numbers of rows belong to
+one class that agrees bit for bit. For every shape of weights the smallest number is found from which on all up to 32 agree, on
+rows that the model itself computed: fewer rows are padded to it, more are split. Where there is no such class, all products
+have 16 rows, or one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from medhead_kernels.skinny_gemm import PackedLinear
+
+MAX_ROWS = 32
+_SIZES = (31, 24, 17, 16, 15, 12, 8, 7, 5, 4, 3, 2, 1)  # numbers of rows that are compared with 32
+_SERIAL = 2**15 - 1  # elements up to which PyTorch runs an activation in one thread
+_VECTOR = 64  # elements; a row of a multiple of it has no tail that is computed one by one
+
+Product = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class RowClass:
+    """Numbers of rows that agree: a product has at least `least` and at most `most` rows."""
+
+    least: int
+    most: int
+    packed: bool = False  # multiply by the packed copy of the weights
+    is_plain: bool = False  # the bits of one row are those of PyTorch's product of one row
+
+    def apply(self, product: Product, rows: Tensor) -> Tensor:
+        """Compute `product` of rows `[n, size]` by products of allowed numbers of rows."""
+        if self.least <= len(rows) <= self.most:
+            return product(rows)
+        parts = [self._padded(product, part) for part in rows.split(self.most)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _padded(self, product: Product, rows: Tensor) -> Tensor:
+        missing = self.least - len(rows)
+        return product(rows) if missing <= 0 else product(F.pad(rows, (0, 0, 0, missing)))[: len(rows)]
+
+
+SIXTEEN, ONE = RowClass(16, 16), RowClass(1, 1, is_plain=True)
+
+
+class RowProducts(TorchFunctionMode):
+    """Inside `with`, computes the products with weights and the activations of this thread row-independently.
+
+    Args:
+        packed: packed copies by the `id` of their weight.
+        forced: the class of all products; None finds one for each shape at its first use.
+
+    Attributes:
+        classes: by shape, what was found.
+    """
+
+    def __init__(self, packed: Mapping[int, PackedLinear] | None = None, forced: RowClass | None = None) -> None:
+        super().__init__()
+        self.packed, self.forced = packed or {}, forced
+        self.classes: dict[Any, RowClass] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Replace what has a handler; all else runs as it is."""
+        handler = _HANDLERS.get(func)
+        if handler is None:
+            return func(*args, **(kwargs or {}))
+        return handler(self, func, *args, **(kwargs or {}))
+
+    def product(self, x: Tensor, weight: Tensor, product: Product, key: Any, packed: PackedLinear | None) -> Tensor:
+        """Compute `product` of the rows of `x` `[..., size]`; `key` tells products of other weights apart."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if not len(rows):
+            return product(x)
+        key = key, weight.shape, weight.dtype, type(weight), packed is None
+        found = self.forced or self.classes.get(key)
+        if found is None:
+            found = self.classes[key] = _find(product, packed, rows)
+        if found.packed and packed is not None:
+            product = packed.multiply
+        return found.apply(product, rows).view(*x.shape[:-1], -1)
+
+
+def _find(product: Product, packed: PackedLinear | None, rows: Tensor) -> RowClass:
+    """Return the class of a product, from rows `[n, size]` of a pass: that of transformers if there is one."""
+    repeats = torch.arange(MAX_ROWS) // len(rows)  # rows that repeat are scaled
+    sample = (rows[torch.arange(MAX_ROWS) % len(rows)] * (1 + repeats.to(rows) / 8)[:, None]).contiguous()
+    plain = product(sample[:1])
+    found = _class_of(product, sample)
+    is_plain = torch.equal(found.apply(product, sample[:1]), plain)
+    if packed is not None:
+        other = _class_of(packed.multiply, sample)
+        if other.least == 1 and (not is_plain or torch.equal(packed.multiply(sample[:1]), plain)):
+            return replace(other, packed=True, is_plain=torch.equal(packed.multiply(sample[:1]), plain))
+    return replace(found, is_plain=is_plain)
+
+
+def _class_of(product: Product, sample: Tensor) -> RowClass:
+    """Return the class of rows by comparing products of fewer rows of `sample` `[32, size]` with that of all."""
+    whole, order = product(sample), torch.randperm(MAX_ROWS, generator=torch.Generator().manual_seed(0))
+    differs = 0
+    for size in _SIZES:
+        if not torch.equal(product(sample[order[:size]]), whole[order[:size]]):
+            differs = size
+            break
+    least = next((least for least in (1, 2, 4, 8, 16) if least > differs), None)
+    if least is not None:
+        return RowClass(least, MAX_ROWS)
+    first = product(sample[:16])
+    other = order[order < 16]
+    return SIXTEEN if torch.equal(product(sample[other]), first[other]) else ONE
+
+
+# ---------------------------------------------------------------- handlers
+
+
+def _linear(mode: RowProducts, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    packed = mode.packed.get(id(weight)) if input.dtype == weight.dtype else None
+    return mode.product(input, weight, lambda rows: func(rows, weight, bias), (func, bias is None), packed)
+
+
+def _matmul(mode: RowProducts, func: Any, input: Tensor, other: Tensor) -> Tensor:
+    if other.ndim == 2 and input.ndim >= 2:
+        return mode.product(input, other, lambda rows: torch.mm(rows, other), (torch.mm, other.stride(1)), None)
+    if other.ndim == input.ndim == 3 and isinstance(other, nn.Parameter):  # a matrix for each expert
+        pairs = zip(input, other, strict=True)
+        return torch.stack([_matmul(mode, func, rows, weight) for rows, weight in pairs])
+    return func(input, other)
+
+
+def _addmm(mode: RowProducts, func: Any, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Tensor:
+    return mode.product(input, weight, lambda rows: func(bias, rows, weight, **scales), func, None)
+
+
+def _activation(mode: RowProducts, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Compute an activation of whole rows in one thread; of one row as the model does."""
+    size = input.shape[-1] if input.ndim else 0
+    if not size or input.numel() == size:
+        return func(input, *args, **kwargs)
+    together = max(1, _SERIAL // size) if size % _VECTOR == 0 else 1
+    parts = input.reshape(-1, size).split(together)
+    return torch.cat([func(part.contiguous(), *args, **kwargs) for part in parts]).view(input.shape)
+
+
+_MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
+_ACTIVATIONS = (
+    F.silu, F.gelu, F.sigmoid, F.tanh, F.softplus, F.mish, torch.sigmoid, torch.tanh, torch.exp, torch.pow, torch.erf,
+    Tensor.sigmoid, Tensor.tanh, Tensor.exp, Tensor.pow, Tensor.erf,
+)  # fmt: skip
+_HANDLERS: dict[Any, Callable[..., Tensor]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    **dict.fromkeys(_MATMULS, _matmul),
+    **dict.fromkeys(_ACTIVATIONS, _activation),
+}
