@@ -114,10 +114,12 @@ class Decoder:
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
         if exact is not None and self.target.bitwise is None:
-            raise MedheadError(f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})")
+            raise MedheadError(
+                f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
+            )
         if self.target.bitwise is not None and (typical is not None or step != "loop"):
-            given = "typical acceptance" if typical is not None else f"step {step!r}"
-            raise MedheadError(f"exact='bitwise' does not go with {given}, which changes texts; leave one out")
+            lossy = "typical acceptance" if typical is not None else f"step {step!r}"
+            raise MedheadError(f"exact='bitwise' does not go with {lossy}, which changes texts; leave one out")
         if step != "loop" and self.target.state_layers is not None:
             raise MedheadError(
                 f"step {step!r} does not go with {self.target.name}, whose layers hold states (recurrent or convolutional); "

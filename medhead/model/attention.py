@@ -260,7 +260,9 @@ def _attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if current.visits is not None:
         with torch._C.DisableTorchFunction():  # no row of it depends on another
-            return node_attention.attention(current.visits, query, key, value, attention_mask, scale, softcap, s_aux), None
+            return node_attention.attention(
+                current.visits, query, key, value, attention_mask, scale, softcap, s_aux
+            ), None
     if attention_mask is not None and attention_mask.shape[0] == 0:
         params = AttnParams(scale, attention_mask.shape[3] or None, softcap, s_aux)
         out, attention_mask = _backend_attention(current, query, key, value, params)

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
@@ -34,7 +35,6 @@ class Bitwise:
     Attributes:
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
-        failed: what was tried in vain before, for messages.
 
     Raises:
         MedheadError: the promise cannot be given; says why.
@@ -43,8 +43,10 @@ class Bitwise:
     def __init__(self, target: Target) -> None:
         self._target = target
         self._refuse()
-        configs = [getattr(module, "config", None) for module in target.model.modules()]
-        self._configs = list({id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values())
+        configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
+        self._configs = list(
+            {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
+        )
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
         self._testing = False
         self.products, self.matches_transformers = RowProducts(), False
@@ -132,11 +134,8 @@ class Bitwise:
         prompt = [int(first[0])]
         while len(prompt) < PREFIX:  # the model's own text
             prompt.append(self._draw(self._alone(cache, prompt[-1], len(prompt) - 1), generator, high))
-        tokens, alone = [prompt.pop()], list[Tensor]()
         children = [[node for node in range(1, NODES) if parents[node] == parent] for parent in range(NODES)]
-        tokens += [0] * (NODES - 1)
-        alone = [torch.empty(0)] * NODES
-        stack = [0]
+        tokens, alone, stack = [prompt.pop()] + [0] * (NODES - 1), [torch.empty(0)] * NODES, [0]
         while stack:  # depth first: the keys of a node's ancestors are in place
             node = stack.pop()
             alone[node] = self._alone(cache, tokens[node], len(prompt) + depth[node])
@@ -169,27 +168,24 @@ class Bitwise:
 
     def _matches(self, text: list[int], ours: Tensor) -> bool:
         """Whether the model itself gives the same logits with a cache of transformers."""
-        model, length, cache = self._target.model, len(text) - STEPS, None
+        model, length = self._target.model, len(text) - STEPS
         ids, found = torch.tensor([text], device=self._target.device), []
-        name = cache_argument(model)
-        last = {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        given = {cache_argument(model): DynamicCache(config=self._target.config)}
+        given |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
         with eval_mode(model):
             for start, end in [(0, length), *((at, at + 1) for at in range(length, len(text)))]:
-                given = {} if cache is None else {name: cache}
-                output = model(input_ids=ids[:, start:end], use_cache=True, **given, **last)
-                cache = output.past_key_values
+                output = model(input_ids=ids[:, start:end], use_cache=True, **given)
                 found.append(output.logits[0, -1])
         return torch.equal(torch.stack(found), ours)
 
     def describe(self) -> str:
         """Return one sentence about the promise."""
-        threads = torch.get_num_threads()
-        dtype = str(self._target.dtype).removeprefix("torch.")
-        also = "" if self.matches_transformers else "; not that of transformers generate, whose products have other kernels"
-        whose = "every proposer, tree and batch"
-        if self.matches_transformers:
-            also = "; greedy text of one prompt is that of transformers generate"
-        return f"exact bitwise: one text for {whose} in {dtype} with {threads} threads{also}"
+        where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
+        also = "the" if self.matches_transformers else "but for rounding the"
+        return (
+            f"exact bitwise: one text for every proposer, tree and batch in {where}; "
+            f"greedy text of one prompt is {also} text of transformers generate"
+        )
 
 
 def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:
@@ -197,7 +193,7 @@ def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:
     parents, depth = [0], [0]
     for node in range(1, NODES):
         parent = node - 1
-        while depth[parent] >= DEPTH or int(torch.randint(0, 3, (1,), generator=generator)) == 0 and parent:
+        while depth[parent] >= DEPTH or (parent and int(torch.randint(0, 3, (1,), generator=generator)) == 0):
             parent = parents[parent]
         parents.append(parent)
         depth.append(depth[parent] + 1)

@@ -273,6 +273,7 @@ class Engine:
             state.handle.result.busy += spent
         self._charge(batch, spent)
         self._deliver(batch, running, spent)
+        self._deliver(batch, [state.sequence for state in states], 0.0)  # with `exact="bitwise"` their first tokens
 
     def _step(self, batch: DecodeBatch) -> None:
         began, running = time.perf_counter(), list(batch.sequences)
