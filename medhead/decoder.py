@@ -33,6 +33,7 @@ from medhead.model.model_form import num_rows
 from medhead.model.shards import placement
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
+from medhead.proposers.base import VerifyOutput
 from medhead.statistics import Statistics
 
 
@@ -69,6 +70,7 @@ class Decoder:
         proposer: what proposes; `using` replaces it for all threads.
         statistics: of the call that finished last, in any thread.
         on_pass: called with a sequence and its new tokens after every pass of it, in the thread of the call; None for nothing.
+        on_output: called with the `VerifyOutput` of every pass but captured ones, in the thread of the call; None for nothing.
 
     Raises:
         UnsupportedTargetError: the model cannot verify a tree.
@@ -137,6 +139,7 @@ class Decoder:
         self.statistics, self.profile = Statistics(), profile
         self.is_serving = False  # whether an `Engine` that runs was made with this decoder
         self.on_pass: Callable[[Sequence, list[int]], None] | None = None  # called with a sequence and its new tokens
+        self.on_output: Callable[[VerifyOutput], None] | None = None
         patch_generate(self.model)
 
     # ---------------------------------------------------------------- decoding
@@ -236,7 +239,7 @@ class Decoder:
             with self.target.lock.generation() as nested:
                 # an engine or an outer generation goes on later with the state of its sequences in the proposer
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
-                loop.lockstep, loop.prompt_inputs = lockstep, prompt_inputs
+                loop.lockstep, loop.prompt_inputs, loop.on_output = lockstep, prompt_inputs, self.on_output
                 if prompt_inputs is not None and len(sequences) > 1 and self.target.bitwise is not None:
                     raise MedheadError("exact='bitwise' reads one prompt with images at a time; call generate for each")
                 try:

@@ -86,7 +86,7 @@ def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) 
     device = pick_device(args.device)
     model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code, args.weights)
     prepare_texts(args, model, ignore_eos)
-    return Target(model, exact=args.exact)
+    return Target(model, exact=getattr(args, "exact", None))
 
 
 def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:

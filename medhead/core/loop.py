@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -67,6 +67,7 @@ class DecodeLoop:
         output: the result of the last step, by row of the batch before that step; None after captured steps.
         prompt_inputs: set before `run` where the prompts hold images: those of all sequences; None for text.
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
+        on_output: called with the result of every step but captured ones; None for nothing.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
         decode_seconds: time of all steps.
@@ -93,6 +94,7 @@ class DecodeLoop:
         self.captured_steps, self.cache_bytes = 0, 0
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
+        self.on_output: Callable[[VerifyOutput], None] | None = None
         self.lockstep: Lockstep | None = None
         self.prompt_inputs: PromptInputs | None = None
         self._buffers: StepBuffers | None = None
@@ -204,6 +206,8 @@ class DecodeLoop:
                 self.target, proposer, buffers, self.generator, accept, max_depth, texts, mark, constraints, read
             )
             proposer.update(output)
+            if self.on_output is not None:
+                self.on_output(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
         running = self._emit(sequences, output.counts, output.emitted, scores, raw)
         mark("other")

@@ -272,8 +272,8 @@ class Engine:
         for state in states:
             state.handle.result.busy += spent
         self._charge(batch, spent)
-        self._deliver(batch, running, spent)
         self._deliver(batch, [state.sequence for state in states], 0.0)  # with `exact="bitwise"` their first tokens
+        self._deliver(batch, running, spent)
 
     def _step(self, batch: DecodeBatch) -> None:
         began, running = time.perf_counter(), list(batch.sequences)

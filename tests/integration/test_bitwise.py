@@ -95,7 +95,11 @@ def test_logits_for_every_type_and_number_of_threads(name: str, dtype: torch.dty
         check_logits(tiny(name, ACCEPTED[name], dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+HALF_IS_SLOW = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
+OTHERS_ARE_SLOW = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
+
+
+@pytest.mark.parametrize("dtype", HALF_IS_SLOW)
 def test_wide_layers(dtype: torch.dtype) -> None:
     """Layers that can be packed, and rows of activations that are no multiple of a vector."""
     check_logits(tiny_llama(hidden_size=192, intermediate_size=331, context=128).to(dtype))
@@ -111,22 +115,21 @@ PROMPTS = [[5, 9, 13, 5, 9, 30, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28]
 SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 3}
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", OTHERS_ARE_SLOW)
 def test_texts_are_those_of_plain_decoding_and_of_transformers(dtype: torch.dtype) -> None:
     model = tiny_llama().to(dtype)
     target = Target(model, exact="bitwise")
     plain = Decoder(target, "none")
+    expected = [(text(plain, ids), text(plain, ids, **SAMPLED)) for ids in PROMPTS[:2]]
     for proposer in ("ngram", "recycling", "heads"):
         heads = {"heads": noise_heads(target, "block")} if proposer == "heads" else {}
         decoder = Decoder(target, build_proposer(proposer, target, **heads))
-        for ids in PROMPTS:
-            assert text(decoder, ids) == text(plain, ids)
-            assert text(decoder, ids, **SAMPLED) == text(plain, ids, **SAMPLED)
+        assert [(text(decoder, ids), text(decoder, ids, **SAMPLED)) for ids in PROMPTS[:2]] == expected
     assert target.bitwise is not None
     if target.bitwise.matches_transformers:
-        for ids in PROMPTS:
+        for ids, (greedy, _) in zip(PROMPTS, expected, strict=False):
             own = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)
-            assert own[0, len(ids) :].tolist() == text(plain, ids)
+            assert own[0, len(ids) :].tolist() == greedy
 
 
 def test_a_row_of_a_batch_is_the_prompt_alone() -> None:
@@ -139,7 +142,7 @@ def test_a_row_of_a_batch_is_the_prompt_alone() -> None:
         assert row[: len(alone)] == alone
 
 
-@pytest.mark.parametrize("new", [1, 20])
+@pytest.mark.parametrize("new", [1, 12])
 def test_a_served_request_is_the_prompt_alone(tokenizer: Any, new: int) -> None:
     model = tiny_llama(vocab=len(tokenizer)).bfloat16()
     alone = Decoder(model, "none", exact="bitwise")
@@ -147,8 +150,8 @@ def test_a_served_request_is_the_prompt_alone(tokenizer: Any, new: int) -> None:
     with Engine(Decoder(model, "recycling", exact="bitwise"), tokenizer) as engine:
         requests = zip(PROMPTS, params, strict=True)
         handles = [engine.submit(Request(prompt=ids, params=one, logprobs=1)) for ids, one in requests]
-        found = [[(token, step.logprobs) for step in handle for token in step.token_ids] for handle in handles]
-        results = [handle.wait() for handle in handles]
+        found = [[(token, step.logprobs) for step in handle for token in step.tokens] for handle in handles]
+        results = [handle.result for handle in handles]
     for ids, one, tokens, result in zip(PROMPTS, params, found, results, strict=True):
         options = {} if one.greedy else {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 4}
         expected = text(alone, ids, max_new_tokens=new, **options)

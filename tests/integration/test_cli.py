@@ -480,6 +480,7 @@ def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypa
 
 WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
     "generate": ["--colour", "--model", "--seed many", "--top-k 3", "--prompt-file ./nowhere"],
+    "verify": ["", "--colour", "./nowhere", "{file}", "{file} --model"],
     "chat": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
     "serve": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
     "generate-data": [
