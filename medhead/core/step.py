@@ -55,7 +55,7 @@ def decode_step(
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
-    tree = TokenTree.root(buffers.roots) if read else proposer.propose(state, max_depth)
+    tree = proposer.propose(state, 0 if read else max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)
     drafted: list[int] = []
@@ -70,7 +70,7 @@ def decode_step(
     counts = accepted.counts if buffers.alive is None else accepted.counts * buffers.alive
     if not fixed:
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
-        result.seconds = time.perf_counter() - began
+        result.seconds = 0.0 if read else time.perf_counter() - began
     mark("accept")
     cache.commit(accepted.path, counts)
     if buffers.draft_cache is not None:

@@ -170,6 +170,12 @@ def running_states() -> Any:
     return None if current is None else current.states
 
 
+def running_visits() -> NodeVisits | None:
+    """Return the visits of the running pass of this thread; None without one, and where nodes attend together."""
+    current = _running.get()
+    return None if current is None else current.visits
+
+
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
     device = torch.device(kwargs.get("device") or current.depth.device)

@@ -8,7 +8,7 @@ number of threads, the model verifies a tree with text of its own and one node a
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,7 +73,7 @@ class Bitwise:
         try:
             for config in self._configs:  # grouped products have as many rows as chose the expert
                 config._experts_implementation = "eager"
-            with self.products:
+            with self.products if self.products.everywhere else nullcontext():
                 yield
         finally:
             for config, name in zip(self._configs, before, strict=True):
@@ -81,9 +81,11 @@ class Bitwise:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Take the packed copies of the weights as they are now, for the passes inside the context."""
-        self.products.packed = {id(layer.weight): one for layer, one in self._target.packed_weights.current().items()}
-        yield
+        """Replace what depends on the number of rows inside the context, by packed copies of the weights as they are now."""
+        target, products = self._target, self.products
+        products.packed = {id(layer.weight): one for layer, one in target.packed_weights.current().items()}
+        with nullcontext() if products.everywhere else products.replaced(target.model):
+            yield
 
     # ---------------------------------------------------------------- self-test
 
@@ -110,8 +112,8 @@ class Bitwise:
     def _test(self, threads: int) -> tuple[RowProducts, bool]:
         """Return the products that pass the self-test, and whether logits are those of transformers."""
         differing = 0
-        for forced in (None, SIXTEEN, ONE):
-            self.products = RowProducts(forced=forced)
+        for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
+            self.products = RowProducts(everywhere, forced)
             with self._target.active():
                 differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)

@@ -97,26 +97,25 @@ def attention(
         softcap: bound of the scores; None for none.
         sinks: `[heads]` scores of a key without a value; None for none.
     """
-    batch, heads, nodes, _ = query.shape
-    out = query.new_empty(batch, nodes, heads, value.shape[3])
+    nodes, grouped, plain = query.shape[2], query.shape[1] != key.shape[1], softcap is None and sinks is None
     firsts = None if first_keys is None else first_keys[:, 0, :, 0].tolist()
-    grouped, plain = heads != key.shape[1], softcap is None and sinks is None
+    rows = list[Tensor]()
     for row, (length, steps) in enumerate(zip(visits.lengths, visits.rows, strict=True)):
         keys, values = key[row : row + 1], value[row : row + 1]
         moves = any(moved for _, _, moved in steps)
         kept = [part[:, :, length : length + nodes].clone() for part in (keys, values)] if moves else []
+        queries, found = query[row : row + 1].split(1, 2), dict[int, Tensor]()
         for node, depth, moved in steps:
-            last = length + depth
             if moved:
-                keys[:, :, last], values[:, :, last] = kept[0][:, :, node], kept[1][:, :, node]
+                keys[:, :, length + depth], values[:, :, length + depth] = kept[0][:, :, node], kept[1][:, :, node]
             first = 0 if firsts is None else firsts[row][node]
-            own = query[row : row + 1, :, node : node + 1]
-            seen = keys[:, :, first : last + 1], values[:, :, first : last + 1]
+            own, seen = queries[node], length + depth + 1 - first
+            k, v = keys.narrow(2, first, seen), values.narrow(2, first, seen)
             if plain:
-                found = F.scaled_dot_product_attention(own, *seen, scale=scale, enable_gqa=grouped).transpose(1, 2)
+                found[node] = F.scaled_dot_product_attention(own, k, v, scale=scale, enable_gqa=grouped)
             else:
-                found = reference.attention(own, *seen, None, scale, softcap, sinks)
-            out[row, node] = found[0, 0]
+                found[node] = reference.attention(own, k, v, None, scale, softcap, sinks).transpose(1, 2)
+        rows.append(torch.cat([found[node] for node in range(nodes)], 2))
         for part, before in zip((keys, values), kept, strict=False):
             part[:, :, length : length + nodes] = before
-    return out
+    return torch.cat(rows).transpose(1, 2).contiguous()

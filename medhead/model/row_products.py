@@ -8,8 +8,10 @@ have 16 rows, or one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from medhead.model.attention import running_visits
 from medhead_kernels.skinny_gemm import PackedLinear
 
 MAX_ROWS = 32
@@ -52,20 +55,55 @@ SIXTEEN, ONE = RowClass(16, 16), RowClass(1, 1, is_plain=True)
 
 
 class RowProducts(TorchFunctionMode):
-    """Inside `with`, computes the products with weights and the activations of this thread row-independently.
+    """Computes products with weights and activations row-independently.
+
+    Inside `with`, all of this thread; that costs some microseconds for every operation of PyTorch. Inside `replaced`, those of
+    linear layers, activation modules, and modules with weights of their own (experts), in passes over nodes.
 
     Args:
-        packed: packed copies by the `id` of their weight.
+        everywhere: passes run inside `with`; else `replaced` is enough.
         forced: the class of all products; None finds one for each shape at its first use.
 
     Attributes:
+        packed: packed copies by the `id` of their weight.
         classes: by shape, what was found.
     """
 
-    def __init__(self, packed: Mapping[int, PackedLinear] | None = None, forced: RowClass | None = None) -> None:
+    def __init__(self, everywhere: bool = False, forced: RowClass | None = None) -> None:
         super().__init__()
-        self.packed, self.forced = packed or {}, forced
+        self.everywhere, self.forced = everywhere, forced
+        self.packed: Mapping[int, PackedLinear] = {}
         self.classes: dict[Any, RowClass] = {}
+
+    @contextmanager
+    def replaced(self, model: nn.Module) -> Iterator[None]:
+        """Replace the `forward` of modules inside the context; other code in its place stays."""
+        own = [module for module in model.modules() if "forward" not in module.__dict__]
+        found = {module: forward for module in own if (forward := self._forward(module)) is not None}
+        for module, forward in found.items():
+            module.forward = partial(_in_passes, forward, module.forward)
+        try:
+            yield
+        finally:
+            for module in found:
+                del module.forward
+
+    def _forward(self, module: nn.Module) -> Callable[..., Any] | None:
+        """Return what computes a module's output row-independently; None if nothing in it needs that."""
+        weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim > 1]
+        if type(module) is nn.Linear and weights:
+            return lambda x: _linear(self, F.linear, x, module.weight, module.bias)
+        if type(module).__module__ in _ACTIVATION_FILES:
+            return partial(_activation, self, module.forward)
+        if not weights or isinstance(module, nn.Embedding):
+            return None
+        inside = module.forward
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            with self:
+                return inside(*args, **kwargs)
+
+        return forward
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Replace what has a handler; all else runs as it is."""
@@ -118,6 +156,10 @@ def _class_of(product: Product, sample: Tensor) -> RowClass:
     return SIXTEEN if torch.equal(product(sample[other]), first[other]) else ONE
 
 
+def _in_passes(forward: Callable[..., Any], own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return (own if running_visits() is None else forward)(*args, **kwargs)
+
+
 # ---------------------------------------------------------------- handlers
 
 
@@ -149,6 +191,7 @@ def _activation(mode: RowProducts, func: Any, input: Tensor, *args: Any, **kwarg
     return torch.cat([func(part.contiguous(), *args, **kwargs) for part in parts]).view(input.shape)
 
 
+_ACTIVATION_FILES = ("transformers.activations", "torch.nn.modules.activation")
 _MATMULS = (torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm, torch.bmm, Tensor.bmm)
 _ACTIVATIONS = (
     F.silu, F.gelu, F.sigmoid, F.tanh, F.softplus, F.mish, torch.sigmoid, torch.tanh, torch.exp, torch.pow, torch.erf,

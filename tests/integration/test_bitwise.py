@@ -18,6 +18,7 @@ from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
+from medhead.scheduling.cost_model import CostModel
 from medhead.serving import Engine, Request
 from medhead.serving.request import SamplingParams
 
@@ -158,6 +159,17 @@ def test_a_served_request_is_the_prompt_alone(tokenizer: Any, new: int) -> None:
         assert [token for token, _ in tokens] == expected
         assert all(logprobs for _, logprobs in tokens)
         assert result.new_tokens == len(expected)
+
+
+def test_the_first_token_teaches_no_cost_of_a_pass() -> None:
+    """The prompt's own pass gives it, so there is no pass whose seconds could be learnt."""
+    target = Target(tiny_llama().bfloat16(), exact="bitwise")
+    costs = CostModel({1: 1e-3, 8: 2e-3, 32: 4e-3})
+    decoder = Decoder(target, build_proposer("hybrid", target, members=["recycling"], costs=costs))
+    text(decoder, PROMPTS[0], max_new_tokens=1)
+    assert (costs.load_factor, costs.tree_factor) == (1.0, 1.0)
+    text(decoder, PROMPTS[0], max_new_tokens=2)
+    assert costs.load_factor != 1.0
 
 
 def mix_rows(model: PreTrainedModel) -> None:
