@@ -52,6 +52,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--tree-size", type=int, default=8, help="nodes of all trees but the default proposer's (default: 8)"
     )
+    options.add_argument("--temperature", type=float, default=0.0, help="0 is greedy decoding (default: 0)")
     options.add_argument("--contexts", type=int, nargs="*", default=[200, 1000, 4000], help="(default: 200 1000 4000)")
     options.add_argument("--minutes", type=float, default=14, help="no prompt is begun after so many (default: 14)")
     options.add_argument("--output", type=Path, default=Path(__file__).parent, help="folder of the results")
@@ -97,20 +98,23 @@ def compare_texts(
     ends, model = time.monotonic() + 60 * args.minutes, targets[WITHOUT].model
     ways = list(decoders(args, targets))
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
+    if args.temperature:
+        options |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "seed": 0}
     for index, ids in enumerate(prompts[: args.num_prompts]):
-        if results.has(kind="texts", prompt=index):
+        if results.has(kind="texts", prompt=index, temperature=args.temperature):
             continue
         if time.monotonic() > ends:
             break
         mask, width = torch.ones_like(ids), ids.shape[1]
-        found: dict[str, list[int]] = {
-            "transformers": model.generate(ids, attention_mask=mask, **options)[0, width:].tolist()
-        }
+        found: dict[str, list[int]] = {}
+        if not args.temperature:  # transformers draws other random numbers
+            found["transformers"] = model.generate(ids, attention_mask=mask, **options)[0, width:].tolist()
         lengths = {}
         for mode, name, decoder in ways:
             found[f"{mode} {name}"] = decoder.generate(ids, attention_mask=mask, **options)[0, width:].tolist()
             lengths[f"{mode} {name}"] = round(decoder.statistics.accepted_length, 3)
-        results.add(kind="texts", prompt=index, prompt_tokens=width, accepted_lengths=lengths, texts=found)
+        row = {"kind": "texts", "prompt": index, "temperature": args.temperature, "prompt_tokens": width}
+        results.add(**row, accepted_lengths=lengths, texts=found)
 
 
 def measure_speed(
@@ -154,24 +158,12 @@ def measure_speed(
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the two tables in Markdown."""
     lines = list[str]()
-    texts = [row for row in rows if row["kind"] == "texts"]
-    if texts:
-        lines += ["| proposer | equal to plain, without | accepted length | equal to plain, bitwise | accepted length |",
-                  "|---|---|---|---|---|"]  # fmt: skip
-        names = [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITH)]
-        for name in names:
-            cells = [part for mode in (WITHOUT, WITH) for part in _cells(texts, mode, name)]
-            lines.append(f"| {name} | {' | '.join(cells)} |")
-        equal = [
-            sum(row["texts"]["transformers"] == row["texts"][f"{mode} none"] for row in texts)
-            for mode in (WITHOUT, WITH)
-        ]
-        lines.append(f"| transformers | {equal[0]} of {len(texts)} | | {equal[1]} of {len(texts)} | |")
+    for temperature in sorted({row["temperature"] for row in rows if row["kind"] == "texts"}):
+        lines += [*_texts_table([row for row in rows if row.get("temperature") == temperature], temperature), ""]
     speeds = [row for row in rows if row["kind"] == "speed"]
     if speeds:
         names = list(speeds[0]["tokens_per_second"])
         lines += [
-            "",
             f"| tokens/s after | {' | '.join(names)} | cost of plain | cost of hybrid |",
             "|---" * (len(names) + 3) + "|",
         ]
@@ -185,6 +177,22 @@ def table(rows: list[dict[str, Any]]) -> str:
         *(f"{row['model']}, {row['dtype']}, {json.dumps(row['environment'])}" for row in rows if row["kind"] == "run"),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _texts_table(texts: list[dict[str, Any]], temperature: float) -> list[str]:
+    title = f"temperature {temperature}" if temperature else "greedy"
+    columns = [f"{what}, {mode}" for mode in (WITHOUT, WITH) for what in ("equal to plain", "accepted length")]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * 5 + "|"]
+    for name in [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITH)]:
+        cells = [part for mode in (WITHOUT, WITH) for part in _cells(texts, mode, name)]
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    if not temperature:
+        same = [
+            sum(row["texts"]["transformers"] == row["texts"][f"{mode} none"] for row in texts)
+            for mode in (WITHOUT, WITH)
+        ]
+        lines.append(f"| transformers | {same[0]} of {len(texts)} | | {same[1]} of {len(texts)} | |")
+    return lines
 
 
 def _cells(texts: list[dict[str, Any]], mode: str, name: str) -> list[str]:

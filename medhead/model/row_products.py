@@ -92,7 +92,7 @@ class RowProducts(TorchFunctionMode):
         """Return what computes a module's output row-independently; None if nothing in it needs that."""
         weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim > 1]
         if type(module) is nn.Linear and weights:
-            return lambda x: _linear(self, F.linear, x, module.weight, module.bias)
+            return self._linear_forward(module.weight, module.bias)
         if type(module).__module__ in _ACTIVATION_FILES:
             return partial(_activation, self, module.forward)
         if not weights or isinstance(module, nn.Embedding):
@@ -112,18 +112,37 @@ class RowProducts(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         return handler(self, func, *args, **(kwargs or {}))
 
+    def _linear_forward(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        """Return a linear layer that looks its class up once."""
+        key, packed = (F.linear, bias is None), self.packed.get(id(weight))
+        found: RowClass | None = None
+
+        def forward(x: Tensor) -> Tensor:
+            nonlocal found
+            if found is not None and not found.packed and found.least <= x.numel() // x.shape[-1] <= found.most:
+                return F.linear(x, weight, bias)
+            out = _linear(self, F.linear, x, weight, bias)
+            found = self.forced or self.classes.get(_key(key, weight, packed))
+            return out
+
+        return forward
+
     def product(self, x: Tensor, weight: Tensor, product: Product, key: Any, packed: PackedLinear | None) -> Tensor:
         """Compute `product` of the rows of `x` `[..., size]`; `key` tells products of other weights apart."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if not len(rows):
             return product(x)
-        key = key, weight.shape, weight.dtype, type(weight), packed is None
+        key = _key(key, weight, packed)
         found = self.forced or self.classes.get(key)
         if found is None:
             found = self.classes[key] = _find(product, packed, rows)
         if found.packed and packed is not None:
             product = packed.multiply
         return found.apply(product, rows).view(*x.shape[:-1], -1)
+
+
+def _key(product: Any, weight: Tensor, packed: PackedLinear | None) -> Any:
+    return product, weight.shape, weight.dtype, type(weight), packed is None
 
 
 def _find(product: Product, packed: PackedLinear | None, rows: Tensor) -> RowClass:

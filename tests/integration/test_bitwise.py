@@ -15,7 +15,10 @@ from transformers import PreTrainedModel
 from conftest import noise_heads, tiny_llama
 from families import ACCEPTED, STATEFUL, exists, tiny, tiny_stateful
 from medhead import Decoder, MedheadError, TypicalAcceptance
+from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.core.tree import TokenTree
+from medhead.model.loading import load_model, load_tokenizer
+from medhead.model.named_models import DEMO_HEADS
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.scheduling.cost_model import CostModel
@@ -131,6 +134,25 @@ def test_texts_are_those_of_plain_decoding_and_of_transformers(dtype: torch.dtyp
         for ids, (greedy, _) in zip(PROMPTS, expected, strict=False):
             own = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)
             assert own[0, len(ids) :].tolist() == greedy
+
+
+@pytest.mark.slow
+def test_texts_of_the_demo_model() -> None:
+    model, tokenizer = load_model(None, "cpu", "bfloat16"), load_tokenizer(None)
+    target = Target(model, exact="bitwise")
+    plain, heads = Decoder(target, "none"), Decoder(target, "heads", heads=DEMO_HEADS)
+    recycling = Decoder(target, "recycling")
+    assert target.bitwise is not None
+    for chat in read_prompts(None, 6):
+        ids = encode_prompts(tokenizer, [chat], 100)[0]
+        for options in ({}, SAMPLED):
+            expected = text(plain, ids, max_new_tokens=96, **options)
+            assert text(heads, ids, max_new_tokens=96, **options) == expected
+            assert text(recycling, ids, max_new_tokens=96, **options) == expected
+            if not options and target.bitwise.matches_transformers:
+                own = model.generate(torch.tensor([ids]), max_new_tokens=96, do_sample=False)
+                assert own[0, len(ids) :].tolist() == expected
+    assert heads.statistics.accepted_length > 1.5
 
 
 def test_a_row_of_a_batch_is_the_prompt_alone() -> None:
