@@ -84,7 +84,7 @@ class Bitwise:
         """Replace what depends on the number of rows inside the context, by packed copies of the weights as they are now."""
         target, products = self._target, self.products
         products.packed = {id(layer.weight): one for layer, one in target.packed_weights.current().items()}
-        with nullcontext() if products.everywhere else products.replaced(target.model):
+        with products.replaced(target.model):
             yield
 
     # ---------------------------------------------------------------- self-test

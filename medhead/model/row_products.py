@@ -24,6 +24,7 @@ from medhead_kernels.skinny_gemm import PackedLinear
 
 MAX_ROWS = 32
 _SIZES = (31, 24, 17, 16, 15, 12, 8, 7, 5, 4, 3, 2, 1)  # numbers of rows that are compared with 32
+_FEW = 2**17
 _SERIAL = 2**15 - 1  # elements up to which PyTorch runs an activation in one thread
 _VECTOR = 64  # elements; a row of a multiple of it has no tail that is computed one by one
 
@@ -61,7 +62,7 @@ class RowProducts(TorchFunctionMode):
     linear layers, activation modules, and modules with weights of their own (experts), in passes over nodes.
 
     Args:
-        everywhere: passes run inside `with`; else `replaced` is enough.
+        everywhere: passes run inside `with` too.
         forced: the class of all products; None finds one for each shape at its first use.
 
     Attributes:
@@ -93,6 +94,11 @@ class RowProducts(TorchFunctionMode):
         weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim > 1]
         if type(module) is nn.Linear and weights:
             return self._linear_forward(module.weight, module.bias)
+        if (
+            isinstance(getattr(module, "in_features", None), int) and not module._modules
+        ):  # a linear layer of another kind
+            own, key = module.forward, (type(module), module.in_features, module.out_features, module.bias is None)
+            return lambda x: self.product(x, (key, x.dtype), own, None)
         if type(module).__module__ in _ACTIVATION_FILES:
             return partial(_activation, self, module.forward)
         if not weights or isinstance(module, nn.Embedding):
@@ -114,7 +120,8 @@ class RowProducts(TorchFunctionMode):
 
     def _linear_forward(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return a linear layer that looks its class up once."""
-        key, packed = (F.linear, bias is None), self.packed.get(id(weight))
+        packed = self.packed.get(id(weight))
+        key = _key((F.linear, bias is None), weight, packed)
         found: RowClass | None = None
 
         def forward(x: Tensor) -> Tensor:
@@ -122,17 +129,16 @@ class RowProducts(TorchFunctionMode):
             if found is not None and not found.packed and found.least <= x.numel() // x.shape[-1] <= found.most:
                 return F.linear(x, weight, bias)
             out = _linear(self, F.linear, x, weight, bias)
-            found = self.forced or self.classes.get(_key(key, weight, packed))
+            found = self.forced or self.classes.get(key)
             return out
 
         return forward
 
-    def product(self, x: Tensor, weight: Tensor, product: Product, key: Any, packed: PackedLinear | None) -> Tensor:
-        """Compute `product` of the rows of `x` `[..., size]`; `key` tells products of other weights apart."""
+    def product(self, x: Tensor, key: Any, product: Product, packed: PackedLinear | None) -> Tensor:
+        """Compute `product` of the rows of `x` `[..., size]`; `key` tells products of other shapes apart."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if not len(rows):
             return product(x)
-        key = _key(key, weight, packed)
         found = self.forced or self.classes.get(key)
         if found is None:
             found = self.classes[key] = _find(product, packed, rows)
@@ -141,7 +147,7 @@ class RowProducts(TorchFunctionMode):
         return found.apply(product, rows).view(*x.shape[:-1], -1)
 
 
-def _key(product: Any, weight: Tensor, packed: PackedLinear | None) -> Any:
+def _key(product: Any, weight: Tensor, packed: PackedLinear | None = None) -> Any:
     return product, weight.shape, weight.dtype, type(weight), packed is None
 
 
@@ -161,10 +167,14 @@ def _find(product: Product, packed: PackedLinear | None, rows: Tensor) -> RowCla
 
 def _class_of(product: Product, sample: Tensor) -> RowClass:
     """Return the class of rows by comparing products of fewer rows of `sample` `[32, size]` with that of all."""
-    whole, order = product(sample), torch.randperm(MAX_ROWS, generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(MAX_ROWS, generator=torch.Generator().manual_seed(0))
+    whole = product(sample)
+    samples = [(sample, whole)]
+    if whole.numel() < _FEW:  # few numbers may be rounded alike by chance
+        samples += [(other, product(other)) for other in (sample.flip(1), sample.roll(1, 1), -0.7 * sample)]
     differs = 0
     for size in _SIZES:
-        if not torch.equal(product(sample[order[:size]]), whole[order[:size]]):
+        if any(not torch.equal(product(given[order[:size]]), found[order[:size]]) for given, found in samples):
             differs = size
             break
     least = next((least for least in (1, 2, 4, 8, 16) if least > differs), None)
@@ -184,12 +194,14 @@ def _in_passes(forward: Callable[..., Any], own: Callable[..., Any], *args: Any,
 
 def _linear(mode: RowProducts, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     packed = mode.packed.get(id(weight)) if input.dtype == weight.dtype else None
-    return mode.product(input, weight, lambda rows: func(rows, weight, bias), (func, bias is None), packed)
+    key = _key((func, bias is None), weight, packed)
+    return mode.product(input, key, lambda rows: func(rows, weight, bias), packed)
 
 
 def _matmul(mode: RowProducts, func: Any, input: Tensor, other: Tensor) -> Tensor:
     if other.ndim == 2 and input.ndim >= 2:
-        return mode.product(input, other, lambda rows: torch.mm(rows, other), (torch.mm, other.stride(1)), None)
+        key = _key((torch.mm, other.stride(1)), other)
+        return mode.product(input, key, lambda rows: torch.mm(rows, other), None)
     if other.ndim == input.ndim == 3 and isinstance(other, nn.Parameter):  # a matrix for each expert
         pairs = zip(input, other, strict=True)
         return torch.stack([_matmul(mode, func, rows, weight) for rows, weight in pairs])
@@ -197,7 +209,7 @@ def _matmul(mode: RowProducts, func: Any, input: Tensor, other: Tensor) -> Tenso
 
 
 def _addmm(mode: RowProducts, func: Any, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Tensor:
-    return mode.product(input, weight, lambda rows: func(bias, rows, weight, **scales), func, None)
+    return mode.product(input, _key(func, weight), lambda rows: func(bias, rows, weight, **scales), None)
 
 
 def _activation(mode: RowProducts, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -17,6 +17,7 @@ from families import ACCEPTED, STATEFUL, exists, tiny, tiny_stateful
 from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.core.tree import TokenTree
+from medhead.model.int8 import quantize_int8
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import DEMO_HEADS
 from medhead.model.target import Target
@@ -107,6 +108,14 @@ OTHERS_ARE_SLOW = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow)
 def test_wide_layers(dtype: torch.dtype) -> None:
     """Layers that can be packed, and rows of activations that are no multiple of a vector."""
     check_logits(tiny_llama(hidden_size=192, intermediate_size=331, context=128).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_IS_SLOW)
+def test_layers_with_int8_weights(dtype: torch.dtype) -> None:
+    """They have a product of their own for a few rows in bfloat16."""
+    model = tiny_llama(context=128).to(dtype)
+    quantize_int8(model)
+    check_logits(model)
 
 
 def text(decoder: Decoder, ids: list[int], **options: Any) -> list[int]:
