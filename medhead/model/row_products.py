@@ -94,9 +94,8 @@ class RowProducts(TorchFunctionMode):
         weights = [weight for weight in module._parameters.values() if weight is not None and weight.ndim > 1]
         if type(module) is nn.Linear and weights:
             return self._linear_forward(module.weight, module.bias)
-        if (
-            isinstance(getattr(module, "in_features", None), int) and not module._modules
-        ):  # a linear layer of another kind
+        other = not isinstance(module, nn.Linear) and not module._modules
+        if other and isinstance(getattr(module, "in_features", None), int):  # a linear layer of another kind
             own, key = module.forward, (type(module), module.in_features, module.out_features, module.bias is None)
             return lambda x: self.product(x, (key, x.dtype), own, None)
         if type(module).__module__ in _ACTIVATION_FILES:
