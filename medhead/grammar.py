@@ -86,6 +86,11 @@ def compile_grammar(kind: str, text: str) -> str:
     return source
 
 
+def json_form(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON schema that asks llguidance for the form of `json.dumps` where it is part of a grammar."""
+    return {**schema, "x-guidance": {**_JSON_FORM, **schema.get("x-guidance", {})}}
+
+
 def _to_source(kind: str, text: str) -> str:
     from llguidance import LLMatcher, grammar_from
 

@@ -11,6 +11,7 @@ from importlib.util import find_spec
 
 from medhead.cli.common import Parser, add_model_options, check_range, check_tree_option, run_command
 from medhead.errors import MedheadError
+from medhead_app.api.tools.parsers import PARSERS
 
 LOCAL = ("127.0.0.1", "localhost", "::1")
 CHAT = "Serve a chat page that shows speculative decoding at work, and an OpenAI-compatible API beside it."
@@ -50,9 +51,23 @@ def build_parser(page: bool) -> Parser:
         server.add_argument("--no-page", action="store_true", help="serve only the API, as `medhead serve` does")
     else:
         parser.set_defaults(share=False, no_page=True)
+    formats = "how the model writes tool calls (default: as its chat template does)"
+    server.add_argument("--tool-parser", choices=PARSERS, help=formats)
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-rows", type=int, default=8, help="largest number of requests in a batch (default: 8)")
     limits.add_argument("--max-queue", type=int, default=64, help="largest number of waiting requests (default: 64)")
+    limits.add_argument(
+        "--prefix-cache-gib",
+        type=float,
+        help="memory in GiB for the key/value rows of earlier requests, which prompts that begin like them do not read again; "
+        "0 keeps none (default: a tenth of the free memory)",
+    )
+    limits.add_argument(
+        "--prefill-chunk",
+        type=int,
+        default=256,
+        help="most prompt tokens that are read between two steps of other requests (default: 256)",
+    )
     limits.add_argument("--time-limit", type=float, default=300.0, help="seconds a request may take (default: 300)")
     limits.add_argument("--max-prompt-tokens", type=int, help="longest prompt in tokens (default: the model's context)")
     limits.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer in tokens (default: 1024)")
@@ -74,6 +89,8 @@ def run(args: argparse.Namespace) -> None:
     check_tree_option(args)
     check_range(args, "max_rows", 1, 4096, "from 1 to 4096")
     check_range(args, "max_queue", 0, 10**6)
+    check_range(args, "prefix_cache_gib", 0, 2**20, "from 0 to 1048576")
+    check_range(args, "prefill_chunk", 1)
     check_range(args, "time_limit", sys.float_info.min, sys.float_info.max, "above 0")
     check_range(args, "max_prompt_tokens", 1)
     check_range(args, "max_new_tokens", 1)

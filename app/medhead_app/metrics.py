@@ -82,6 +82,10 @@ class Metrics:
         yield CounterMetricFamily("medhead_new_tokens", "Tokens emitted", totals.new_tokens)
         yield CounterMetricFamily("medhead_verify_passes", "Verify passes, summed over sequences", totals.passes)
         yield CounterMetricFamily("medhead_service_time_seconds", "Time spent in prefill and passes", totals.busy)
+        looked_up, found = "Prompt tokens looked up in the prefix cache", "Prompt tokens found there, not read again"
+        yield CounterMetricFamily("medhead_prefix_cache_queries", looked_up, totals.prefix_queries)
+        yield CounterMetricFamily("medhead_prefix_cache_hits", found, totals.prefix_hits)
+        yield GaugeMetricFamily("medhead_prefix_cache_bytes", "Memory of the prefix cache", totals.prefix_bytes)
         yield GaugeMetricFamily("medhead_num_requests_running", "Requests being decoded", totals.running)
         yield GaugeMetricFamily("medhead_num_requests_waiting", "Requests in the queue", totals.waiting)
         yield GaugeMetricFamily("medhead_accepted_length", "Tokens emitted per verify pass", totals.accepted_length)

@@ -15,7 +15,7 @@ from medhead.model.loading import apply_template
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request
 
-ChatMessage = dict[str, str]
+ChatMessage = dict[str, Any]
 
 
 class PromptTooLongError(MedheadError):
@@ -41,8 +41,9 @@ class Service:
         *,
         max_prompt_tokens: int | None = None,  # longest prompt; None allows what the context holds
         max_new_tokens: int = 1024,  # longest answer
+        tool_parser: str | None = None,  # name of the format of tool calls; None for that of the chat template
     ) -> None:
-        self.engine, self.tokenizer, self.name = engine, tokenizer, name
+        self.engine, self.tokenizer, self.name, self.tool_parser = engine, tokenizer, name, tool_parser
         self.context = int(engine.decoder.target.context)  # tokens that prompt and answer share
         self.max_prompt_tokens = min(max_prompt_tokens or self.context - 1, self.context - 1)
         self.max_new_tokens = min(max_new_tokens, self.context - 1)
@@ -60,7 +61,13 @@ class Service:
         """Return the text of token ids, without special tokens."""
         return str(self.tokenizer.decode(token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
-    def encode_chat(self, messages: Sequence[ChatMessage], answer_tokens: int, truncate: bool = True) -> EncodedChat:
+    def encode_chat(
+        self,
+        messages: Sequence[ChatMessage],
+        answer_tokens: int,
+        truncate: bool = True,
+        tools: Sequence[dict[str, Any]] = (),  # for the chat template, without truncate
+    ) -> EncodedChat:
         """Return the token ids of a conversation in the model's chat template.
 
         With `truncate` the oldest exchanges (a user message and the answers to it) are left out when they do not fit. The
@@ -69,7 +76,7 @@ class Service:
         if not messages:
             raise MedheadError("there are no messages")
         if not truncate:
-            token_ids = self._apply_template(messages)
+            token_ids = self._apply_template(messages, tools)
             self._check_length(token_ids)
             return EncodedChat(token_ids)
         limit = min(self.max_prompt_tokens, self.context - max(1, min(answer_tokens, self.context // 2)))
@@ -95,6 +102,8 @@ class Service:
         tree_size: int | None = None,
         trace: bool = False,
         logprobs: int | None = None,
+        special_tokens: tuple[int, ...] = (),
+        cache_salt: str | None = None,
         **sampling: Any,
     ) -> Request:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
@@ -106,7 +115,8 @@ class Service:
         if not 1 <= tokens <= self.max_new_tokens:
             raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
         params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
-        return Request(prompt, params, proposer=proposer, tree_size=tree_size, trace=trace, logprobs=logprobs)
+        fields: dict[str, Any] = {"proposer": proposer, "tree_size": tree_size, "trace": trace, "logprobs": logprobs}
+        return Request(prompt, params, special_tokens=special_tokens, cache_salt=cache_salt, **fields)
 
     def close(self) -> None:
         """End all requests and close the engine."""
@@ -118,11 +128,11 @@ class Service:
             limits = f"at most {self.max_prompt_tokens} fit (the context is {self.context})"
             raise PromptTooLongError(f"the prompt has {len(token_ids)} tokens, {limits}")
 
-    def _apply_template(self, messages: Sequence[ChatMessage]) -> list[int]:
+    def _apply_template(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
         if not getattr(self.tokenizer, "chat_template", None):
             return self.encode("\n\n".join(message["content"] for message in messages))
         with self._lock:
-            return apply_template(self.tokenizer, messages)
+            return apply_template(self.tokenizer, messages, tools)
 
 
 def default_temperature(engine: Engine) -> float:

@@ -18,7 +18,7 @@ from medhead.heads.adapter import adapts_target, heads_of
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
 from medhead.model.named_models import DEMO, default_heads, resolve_model
 from medhead.serving.engine import Engine
-from medhead_app.memory_check import check_memory
+from medhead_app.memory_check import GIB, check_memory
 from medhead_app.service import Service
 
 DEMO_NAME = "medhead-demo"
@@ -37,11 +37,14 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     if heads is not None and adapts_target(heads):
         heads = heads_of(decoder.model)
     limits = {"max_rows": args.max_rows, "max_queue": args.max_queue, "time_limit": args.time_limit}
+    limits |= {"prefill_chunk": args.prefill_chunk}
+    if args.prefix_cache_gib is not None:
+        limits |= {"prefix_cache_bytes": int(args.prefix_cache_gib * GIB)}
     engine = Engine(decoder, tokenizer, heads=heads, **limits)
     with _reported(prog, "measuring the cost of a pass unless it is cached", name, device):
         engine.start()
     lengths = {"max_prompt_tokens": args.max_prompt_tokens, "max_new_tokens": args.max_new_tokens}
-    return Service(engine, tokenizer, name, **lengths)
+    return Service(engine, tokenizer, name, tool_parser=args.tool_parser, **lengths)
 
 
 def model_name(model: str) -> str:

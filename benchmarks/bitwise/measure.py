@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument(
         "--prompts", default=str(PROMPTS), help="JSON lines of prompts (default: benchmarks/prompts.jsonl)"
     )
+    options.add_argument("--no-packed", action="store_true", help="no packed copies of weights: bits of transformers")
     options.add_argument("--num-prompts", type=int, default=12, help="prompts whose texts are compared (default: 12)")
     options.add_argument(
         "--max-prompt-tokens", type=int, default=120, help="longer prompts are left out (default: 120)"
@@ -207,7 +208,8 @@ def main() -> None:
     model, tokenizer = load_model(args.model, "cpu", args.dtype), load_tokenizer(args.model)
     encoded = encode_prompts(tokenizer, read_prompts(args.prompts, 10**6), 10**6)
     results = Results(args.output)
-    targets = {WITHOUT: Target(model), WITH: Target(model, exact="bitwise")}
+    packed = False if args.no_packed else None
+    targets = {WITHOUT: Target(model, packed=packed), WITH: Target(model, packed=packed, exact="bitwise")}
     assert targets[WITH].bitwise is not None
     name = Path(args.model).name if args.model else "the demo model"
     promise = targets[WITH].bitwise.describe()

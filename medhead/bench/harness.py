@@ -155,7 +155,7 @@ def heading(args: argparse.Namespace, *parts: str) -> str:
     found = machine()
     on_gpu = pick_device(args.device).type == "cuda"
     place = found["gpu"] if on_gpu else f"{found['cpu']}, {found['threads']} threads"
-    weights = f"{args.weights} weights" if getattr(args, "weights", None) else ""
+    weights = f"{args.weights} weights" if getattr(args, "weights", "full") != "full" else ""
     return ", ".join(part for part in (args.title, *parts, weights, place, found["date"]) if part)
 
 

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, SamplingParams, check_tree_size
+from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, WEIGHTS, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 from medhead.grammar import Grammar
 
@@ -149,8 +149,9 @@ def add_device_options(group: Any, dtype: str = "auto") -> None:
 
 def add_weights_option(group: Any) -> None:
     """Add --weights."""
-    group.add_argument("--weights", choices=["int8"], help="int8: on a CPU, round the weights of the linear layers to 8 bits, "
-                       "which changes the text and takes a quarter of their memory in float32 (default: --dtype)")  # fmt: skip
+    group.add_argument("--weights", choices=WEIGHTS, default="full", help="how a CPU keeps weights of linear layers. full: in "
+                       "--dtype; stored: as the checkpoint or GGUF file has them, 4 to 16 bits, with the text of float32; int8, "
+                       "int4: rounded, which changes the text (default: full)")  # fmt: skip
 
 
 def add_exact_option(group: Any) -> None:

@@ -23,13 +23,16 @@ class CapturedSteps:
         buffers: the decode loop's buffers with the sequences; copied.
         sequences: the sequences, by row of the buffers.
         generator: of the sampling noise.
+
+    Attributes:
+        rows: where the sequences that run are in the buffers.
     """
 
     def __init__(
         self, graphs: GraphCache, buffers: StepBuffers, sequences: list[Sequence], generator: GumbelNoise
     ) -> None:
         self._graphs, self._sequences = graphs, sequences
-        self._rows = list(range(len(sequences)))  # of the sequences that run
+        self.rows = list(range(len(sequences)))  # of the sequences that run
         wanted = max(sequence.tokens_left for sequence in sequences)
         room = max(len(sequence.token_ids) for sequence in sequences) + min(wanted, _ROOM) + graphs.margin
         self._step = graphs.get(buffers, room, generator)
@@ -41,7 +44,12 @@ class CapturedSteps:
     @property
     def running(self) -> list[Sequence]:
         """The sequences that run."""
-        return [self._sequences[row] for row in self._rows]
+        return [self._sequences[row] for row in self.rows]
+
+    @property
+    def buffers(self) -> StepBuffers:
+        """The fixed buffers."""
+        return self._step.buffers
 
     @property
     def cache_bytes(self) -> int:
@@ -64,16 +72,16 @@ class CapturedSteps:
         if not len(self._output):
             return None
         output = self._output.take()
-        return [output[row][0] for row in self._rows], [output[row][1:] for row in self._rows]
+        return [output[row][0] for row in self.rows], [output[row][1:] for row in self.rows]
 
     def keep(self, places: list[int]) -> None:
         """Let only the sequences at these places of `running` go on."""
-        kept = [self._rows[place] for place in places]
-        for row in set(self._rows) - set(kept):
+        kept = [self.rows[place] for place in places]
+        for row in set(self.rows) - set(kept):
             self._step.buffers.end(row)
-        self._rows = kept
+        self.rows = kept
 
     def unload(self, sampling: SamplingBatch) -> StepBuffers:
         """Return the running sequences as buffers of the decode loop; everything must be drained."""
         lengths = [len(sequence.token_ids) - 1 for sequence in self.running]
-        return self._step.buffers.unload(self._rows, lengths, self._graphs.margin, sampling)
+        return self._step.buffers.unload(self.rows, lengths, self._graphs.margin, sampling)

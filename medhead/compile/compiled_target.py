@@ -41,7 +41,6 @@ class CompiledTarget(Target):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         self._state: Hashable = None
         self._ready = False  # the probe's passes are not worth compiling
-        kwargs["packed"] = False  # compiled passes have packed weights of their own
         super().__init__(*args, **kwargs)
         self.length_rope.refuse_step("compiled")
         self.on_progress: Callable[[str], None] = lambda line: None
@@ -49,7 +48,7 @@ class CompiledTarget(Target):
         self._ready = self.backend.name != "flash"  # which asks the host
 
     def clear(self) -> None:
-        """Give the packed weights back."""
+        """Give back what compiled passes hold."""
         self._passes.clear()
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
@@ -77,9 +76,10 @@ class CompiledTarget(Target):
         key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self.taps.layers), self._state
         if key not in self._passes:
             run = self._pass_over(bool(bitmask))
-            name = pass_key(self, key[:-1]) if self.device.type == "cpu" else None
-            kept = None if name is None else self._kept(name, run, given)
-            self._passes[key] = kept or self._compile(tree, run, given, name)
+            weights = self._weights()
+            name = pass_key(self, (key[:-1], sorted(weights))) if self.device.type == "cpu" else None
+            kept = None if name is None else self._kept(name, weights, run, given)
+            self._passes[key] = kept or self._compile(tree, weights, run, given, name)
         return self._passes[key](*given)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
@@ -102,9 +102,15 @@ class CompiledTarget(Target):
 
         return run
 
-    def _kept(self, name: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any] | None:
+    def _weights(self) -> dict[str, Tensor]:
+        """Return what a pass reads: the model's tensors, and the packed copies, which are made before a pass is traced."""
+        return dict(self.model.named_parameters()) | dict(self.model.named_buffers()) | self.packed_weights.tensors()
+
+    def _kept(
+        self, name: str, weights: dict[str, Tensor], run: Callable[..., Any], given: list[Tensor]
+    ) -> Callable[..., Any] | None:
         """Return the pass that an earlier process compiled; None without one that finds what the ordinary pass does."""
-        kept = kept_pass.load(name, self.model, run)
+        kept = kept_pass.load(name, weights, run)
         if kept is None:
             return None
         share = TOLERANCE.get(self.dtype, HALF_TOLERANCE)
@@ -115,7 +121,12 @@ class CompiledTarget(Target):
         return kept
 
     def _compile(
-        self, tree: TokenTree, run: Callable[..., Any], given: list[Tensor], name: str | None
+        self,
+        tree: TokenTree,
+        weights: dict[str, Tensor],
+        run: Callable[..., Any],
+        given: list[Tensor],
+        name: str | None,
     ) -> Callable[..., tuple[Tensor, Tensor]]:
         rows = "one text" if tree.batch == 1 else "batches"
         self.on_progress(
@@ -125,8 +136,8 @@ class CompiledTarget(Target):
         def keep(graph: GraphModule) -> Callable[..., Any] | None:
             if name is None:
                 return None
-            kept_pass.build(name, self.model, graph)
-            return self._kept(name, run, given)
+            kept_pass.build(name, weights, graph)
+            return self._kept(name, weights, run, given)
 
         with torch.inference_mode(False):
             examples = list(self._examples(tree, given))

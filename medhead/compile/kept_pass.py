@@ -10,7 +10,7 @@ import json
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,12 @@ def kept_folder() -> Path:
     return cache_folder() / "compiled"
 
 
-def load(name: str, model: nn.Module, ordinary: Pass) -> Pass | None:
+def load(name: str, tensors: Mapping[str, Tensor], ordinary: Pass) -> Pass | None:
     """Return the pass of an entry, or None where there is none or it is damaged; a damaged one is deleted.
 
     Args:
         name: of the entry.
-        model: has the weights.
+        tensors: the weights by name.
         ordinary: called instead for sizes that the machine code does not serve.
     """
     folder = kept_folder() / name
@@ -51,7 +51,6 @@ def load(name: str, model: nn.Module, ordinary: Pass) -> Pass | None:
         if hashlib.sha256((folder / _CODE).read_bytes()).hexdigest() != about["sha256"]:
             raise ValueError("its checksum is wrong")
         compiled = torch._inductor.aoti_load_package(str(folder / _CODE))
-        tensors = _tensors(model)
         weights = {constant: tensors[weight] for constant, weight in about["weights"].items()}
         compiled.load_constants(weights, check_full_update=True, user_managed=True)
         # an expression of PyTorch's; who can write it here can write the machine code beside it, too
@@ -81,18 +80,18 @@ def discard(name: str) -> None:
     shutil.rmtree(kept_folder() / name, ignore_errors=True)
 
 
-def build(name: str, model: nn.Module, graph: GraphModule) -> None:
+def build(name: str, tensors: Mapping[str, Tensor], graph: GraphModule) -> None:
     """Compile a traced pass and keep it as an entry; of several processes that do this at once, the first one's is kept.
 
-    A pass that reads other tensors than the model's plain weights and buffers is not kept. This warns where an entry cannot be
+    A pass that reads other tensors than these, as plain ones, is not kept. This warns where an entry cannot be
     made.
 
     Args:
         name: of the entry.
-        model: the model that was traced.
+        tensors: weights and buffers of the model that was traced, and packed copies, by name.
         graph: its pass, traced with open sizes.
     """
-    plain = {weight: part for weight, part in _tensors(model).items() if type(part) in (Tensor, nn.Parameter)}
+    plain = {weight: part for weight, part in tensors.items() if type(part) in (Tensor, nn.Parameter)}
     names = {id(tensor): weight for weight, tensor in plain.items()}
     constants = [*graph.named_parameters(), *graph.named_buffers()]
     weights = {constant: names.get(id(tensor)) for constant, tensor in constants}
@@ -132,7 +131,3 @@ def _condition(examples: list[Any]) -> tuple[dict[str, tuple[int, int]], str]:
     for index, name in enumerate(symbols):
         found = found.replace(f"L['t{index}']", name)
     return places, found
-
-
-def _tensors(model: nn.Module) -> dict[str, Tensor]:
-    return dict(model.named_parameters()) | dict(model.named_buffers())

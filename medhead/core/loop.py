@@ -16,6 +16,7 @@ from medhead.core.acceptance import Accepted, TypicalAcceptance, verify_greedy, 
 from medhead.core.buffers import StepBuffers
 from medhead.core.constraint import BatchConstraints, keep_banned
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
+from medhead.core.joining import Joining
 from medhead.core.lockstep import Lockstep
 from medhead.core.sampling import SamplingBatch, reads_nothing
 from medhead.core.sequence import Sequence
@@ -25,14 +26,12 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.kv_cache import compact_order
 from medhead.model.prompt_inputs import PromptInputs
-from medhead.model.target import Target
+from medhead.model.target import PREFILL_CHUNK, Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
 if TYPE_CHECKING:
     from medhead.compile.captured import CapturedSteps
     from medhead.compile.graph_cache import GraphCache
-
-_ROOM = 256  # new tokens of a sequence to make room for at first
 
 
 @dataclass
@@ -66,6 +65,7 @@ class DecodeLoop:
         sequences: the sequences that still run.
         output: the result of the last step, by row of the batch before that step; None after captured steps.
         prompt_inputs: set before `run` where the prompts hold images: those of all sequences; None for text.
+        on_leave: called with a sequence that has ended or was dropped, buffers that still hold it, and its row there.
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         on_output: called with the result of every step but captured ones; None for nothing.
         times: of the parts of all steps; None without `profile`.
@@ -95,6 +95,7 @@ class DecodeLoop:
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
         self.on_output: Callable[[VerifyOutput], None] | None = None
+        self.on_leave: Callable[[Sequence, StepBuffers, int], None] | None = None
         self.lockstep: Lockstep | None = None
         self.prompt_inputs: PromptInputs | None = None
         self._buffers: StepBuffers | None = None
@@ -111,31 +112,43 @@ class DecodeLoop:
         """Read the prompts of more sequences; from the next step on they are decoded with the others."""
         began = time.perf_counter()
         self._leave_captured()
-        texts = [sequence.token_ids for sequence in sequences]
-        with torch.inference_mode():
-            first = self._buffers is None
-            proposer = self.proposer if first else self.proposer.fork()
-            proposer.begin(self.target, texts)
-            buffers, read = self._prefill(sequences, proposer)
-        if read is not None:  # the first token too
-            running = self._decode(sequences, buffers, proposer, read)
-            with torch.inference_mode():
-                sequences = self._keep(running, sequences, buffers, proposer)
-        with torch.inference_mode():
-            if self._buffers is None:
-                self.sequences, self._buffers = list(sequences), buffers if sequences else None
-            elif sequences:
-                self.sequences = self.sequences + sequences
-                self._buffers.join(buffers, self._sampling(self.sequences))
-                self.proposer.merge(proposer)
-        self._note_memory()
+        proposer = self.proposer if self._buffers is None else self.proposer.fork()
+        joining = Joining(self.target, proposer, sequences, inputs=self.prompt_inputs)
+        while joining.left:
+            joining.advance(PREFILL_CHUNK)
+        self.add(joining)
         self.prefill_seconds += time.perf_counter() - began
+
+    def add(self, joining: Joining) -> None:
+        """Decode sequences whose prompts are read from the next step on; first emit the tokens that the prompts' pass gave."""
+        self._leave_captured()
+        sequences = joining.sequences
+        with torch.inference_mode():
+            buffers = joining.buffers(self._sampling(sequences))
+        if joining.read is not None:
+            running = self._decode(sequences, buffers, joining.proposer, joining.read)
+            with torch.inference_mode():
+                sequences = self._keep(running, sequences, buffers, joining.proposer)
+        if not sequences:
+            return
+        with torch.inference_mode():
+            if joining.proposer is not self.proposer:
+                if self._buffers is None:
+                    self.proposer.begin(self.target, [])
+                self.proposer.merge(joining.proposer)
+            self.sequences = self.sequences + sequences
+            if self._buffers is None:
+                self._buffers = buffers
+            else:
+                self._buffers.join(buffers, self._sampling(self.sequences))
+            self._note_memory()
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
         """Let only the sequences at these places go on, in any order."""
         if len(rows) == len(self.sequences):
             return
+        self._notify_leaving(rows)
         if self._captured is not None:
             self._captured.keep(rows)
             self.sequences = self._captured.running
@@ -298,33 +311,6 @@ class DecodeLoop:
         for spec, buffer in cache.buffers.items():
             buffer[:, :, :, :longest] = again.buffers[spec][:, :, :, :longest]
 
-    def _prefill(
-        self, sequences: list[Sequence], proposer: Proposer
-    ) -> tuple[StepBuffers, tuple[Tensor, Tensor] | None]:
-        """Return buffers with all prompt tokens but the last, and the features before it.
-
-        With `exact="bitwise"` the last token is read too: its logits and features are returned.
-        """
-        texts = [sequence.token_ids for sequence in sequences]
-        wanted = max(sequence.stop_checker.limit for sequence in sequences)
-        capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size
-        cache = self.target.new_cache(len(texts), capacity)
-        draft_cache = proposer.new_draft_cache(cache.lengths, capacity)
-
-        def on_chunk(features: Tensor, start: int) -> None:
-            proposer.on_prefill(draft_cache, texts, features, start)
-
-        read = None
-        if self.target.bitwise is not None and self.prompt_inputs is None:
-            read = self.target.prefill_whole(cache, texts, on_chunk)
-            features = read[1]
-        elif self.prompt_inputs is None:
-            features = self.target.prefill(cache, [text[:-1] for text in texts], on_chunk)
-        else:
-            features = self.target.prefill_inputs(cache, self.prompt_inputs, on_chunk)
-        roots = torch.tensor([text[-1] for text in texts], device=self.target.device)
-        return StepBuffers(cache, draft_cache, roots, features.clone(), self._sampling(sequences)), read
-
     def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
         """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""
         local = _share_processors(sequences)
@@ -334,6 +320,17 @@ class DecodeLoop:
         ]
         processors = sequences[0].processors if local else type(sequences[0].processors)()
         return SamplingBatch.of(params, [sequence.index for sequence in sequences], processors, self.target.device)
+
+    def _notify_leaving(self, kept: list[int]) -> None:
+        """Hand every sequence that leaves to `on_leave`, while its rows are there."""
+        if self.on_leave is None:
+            return
+        buffers = self._buffers if self._captured is None else self._captured.buffers
+        running = self.sequences if self._captured is None else self._captured.running
+        assert buffers is not None
+        for place in set(range(len(running))) - set(kept):
+            row = place if self._captured is None else self._captured.rows[place]
+            self.on_leave(running[place], buffers, row)
 
     def _note_memory(self) -> None:
         if self._buffers is not None:
@@ -381,7 +378,9 @@ class DecodeLoop:
         captured = self._captured
         assert captured is not None
         if arrived is not None:
-            captured.keep(self._emit(captured.running, *arrived))
+            places = self._emit(captured.running, *arrived)
+            self._notify_leaving(places)
+            captured.keep(places)
         self.sequences = captured.running
         if not self.sequences:
             self._buffers, self._captured = None, None

@@ -31,6 +31,7 @@ class Sequence:
     # called with the sequence, its new tokens and whether they are its last, after every pass
     on_tokens: Callable[[Sequence, list[int], bool], None] | None = None
     needs_logits: bool = False  # whether `on_tokens` needs `DecodeLoop.output`, which captured steps do not give
+    cache_salt: str | None = None  # see `Request`
     constraint: Constraint | None = None  # the state of its grammar; None for any text
     output_ids: list[int] = field(default_factory=list)  # new token ids
     passes: int = 0  # verify passes so far

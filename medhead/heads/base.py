@@ -36,6 +36,7 @@ class Heads(nn.Module):
     encode_uses_depth = False  # whether `encode` depends on the depth
     cache_entry_size = 0  # numbers stored for every committed token (`encode_cache_entry`); 0 without a draft cache
     has_tensor_cache = True  # whether `new_draft_cache` returns a `TensorDraftCache` or None
+    is_resumable = False  # whether another one can be continued from stored entries too, see `DraftCache.load_tokens`
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__()

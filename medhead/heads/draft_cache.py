@@ -6,7 +6,7 @@ Attention and block heads look back at the text. `DraftCacheView` is what one pr
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -62,6 +62,12 @@ class DraftCache(Protocol):
     def view(self) -> Any:
         """Return what `Heads.init_state` reads."""
 
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """Return copies of what is kept of these tokens of a row, as tensors `[..., tokens, size]`."""
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """Take what `copy_tokens` returned, and no more, as the first tokens of a row; there is room for them."""
+
 
 class TensorDraftCache:
     """Preallocated, ragged storage of entries of `size` numbers in one tensor; it doubles when `capacity` was too small."""
@@ -110,6 +116,15 @@ class TensorDraftCache:
             return DraftCacheView(self.rows, lengths.device[:, None])
         return DraftCacheView(self.rows[:, : lengths.longest], lengths.device[:, None], full=lengths.uniform)
 
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """See `DraftCache.copy_tokens`."""
+        return [self.rows[row, begin:end].clone()]
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """See `DraftCache.load_tokens`."""
+        part = next(parts)
+        self.rows[row, : len(part)] = part
+
     def nbytes(self) -> int:
         """Return the memory of the storage."""
         return self.rows.nbytes
@@ -153,6 +168,15 @@ class LazyDraftCache:
         """See `DraftCache.view`."""
         self.flush()
         return self.cache.view()
+
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """See `DraftCache.copy_tokens`."""
+        self.flush()
+        return self.cache.copy_tokens(row, begin, end)
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """See `DraftCache.load_tokens`."""
+        self.cache.load_tokens(row, parts)
 
     def flush(self) -> None:
         """Write the entries that wait; they belong to the last tokens of every row."""

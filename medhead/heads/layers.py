@@ -9,19 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from medhead.heads.config import HeadsConfig
-from medhead_kernels import skinny_gemm
+from medhead_kernels.packed_linear import PackedLinear
 
 
 class Linear(nn.Linear):
-    """PyTorch's linear layer, fast also for the few rows of a frontier."""
+    """PyTorch's linear layer, which multiplies by a packed copy of its weights while decoding on a CPU."""
 
-    packed: skinny_gemm.PackedLinear | None = None  # used while decoding (`OutputHead.pack` sets it); None in training
+    packed: PackedLinear | None = None  # used while decoding (`OutputHead.pack` sets it); None in training
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[..., in]` to `[..., out]`."""
         if self.packed is not None and self.packed.weight.data_ptr() == self.weight.data_ptr():
             return self.packed(x)
-        return skinny_gemm.linear(x, self.weight, self.bias)  # in training, or with weights assigned since
+        return F.linear(x, self.weight, self.bias)  # in training, or with weights assigned since
 
 
 class Rotary(nn.Module):

@@ -90,6 +90,7 @@ class MtpHeads(Heads):
         layers = len(mtp.layers)
         super().__init__(fitting_config(target, MTP, depth=max(DEPTH, layers), tree_depth=max(TREE_DEPTH, layers)))
         self.layers = layers
+        self.is_resumable = layers == 1  # a second layer reads the first one's output at the token before
         mtp.layers.eval().requires_grad_(False)
         mtp.config._attn_implementation = attention_name(mtp.config._attn_implementation)
         self._mtp = (mtp,)  # a tuple: the target's embedding is in there, which `to` and `state_dict` must not reach
@@ -189,6 +190,14 @@ class MtpDraftCache:
         """See `DraftCache.join`."""
         self.cache.join(other.cache)
         self.last = [torch.cat(pair) for pair in zip(self.last, other.last, strict=True)]
+
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """See `DraftCache.copy_tokens`."""
+        return self.cache.copy_tokens(row, begin, end)
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """See `DraftCache.load_tokens`; the outputs at the last token are those of the tokens that are read next."""
+        self.cache.load_tokens(row, parts)
 
     def view(self) -> MtpDraftCache:
         """Return the cache itself: a proposal writes after the text and commits nothing."""

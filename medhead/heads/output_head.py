@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from copy import deepcopy
-from functools import cache, partial
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -15,8 +14,7 @@ from medhead.heads.base import Heads
 from medhead.heads.layers import Linear
 from medhead.model.output_rows import output_rows
 from medhead.model.target import Target
-from medhead_kernels import skinny_gemm
-from medhead_kernels.timing import time_call
+from medhead_kernels.packed_linear import PackedLinear
 
 TABLE_BYTES = 64 * 2**20  # size of the largest table of encoded tokens that is kept
 
@@ -37,8 +35,7 @@ def shared_output_head(heads: Heads, target: Target, dtype: torch.dtype | None) 
 class OutputHead:
     """Heads, the rows of the target's output matrix that they use, and the type they compute in.
 
-    The heads are moved to the target's device, and copied if they have another type than `dtype`; where that is None the
-    faster one of the target's own and bfloat16 is measured on this machine.
+    The heads are moved to the target's device, and copied if they have another type than `dtype`, by default the target's.
 
     Attributes:
         tokens: `[draft_vocab_size]` token ids of the output rows, or None for all.
@@ -51,14 +48,14 @@ class OutputHead:
     def __init__(self, heads: Heads, target: Target, dtype: torch.dtype | None) -> None:
         self.tokens = None if heads.draft_tokens is None else heads.draft_tokens.to(target.device)
         weight, bias = output_rows(target, self.tokens)
-        self.dtype = dtype or _faster_dtype(weight)
+        self.dtype = dtype or weight.dtype
         if any(parameter.dtype != self.dtype for parameter in heads.parameters()):
             heads = deepcopy(heads)  # other proposers may hold them too
         self.heads = heads.to(device=target.device, dtype=self.dtype)
         self.weight = weight.to(self.dtype)
         self.bias = None if bias is None else bias.to(self.dtype)
         self._embed, self._count = target.embed, target.num_embeddings
-        self._packed: list[skinny_gemm.PackedLinear] = []  # the output matrix and the heads' layers, once packed
+        self._packed: list[PackedLinear] = []  # the output matrix and the heads' layers, once packed
         self.table: Tensor | None = None
         if self.heads.path_dependent and not self.heads.encode_uses_depth:
             self.table = self._encode_all(target.device)
@@ -73,23 +70,20 @@ class OutputHead:
         """Map `[..., hidden]` to float32 logits `[..., draft vocabulary]`."""
         own = self.heads.own_output(depth)
         if own is not None:
-            return skinny_gemm.linear(hidden, own).float()
+            return F.linear(hidden, own).float()
         if self._packed:
             return self._packed[0](hidden).float()
-        return skinny_gemm.linear(hidden, self.weight, self.bias).float()
+        return F.linear(hidden, self.weight, self.bias).float()
 
     def pack(self) -> None:
-        """Multiply with packed copies of the output matrix and the heads' weights from now on, where that is faster."""
+        """Multiply with packed copies of the output matrix and the heads' weights from now on."""
         if self._packed:
             return
-        self._packed = [skinny_gemm.PackedLinear(self.weight, self.bias)]
+        self._packed = [PackedLinear(self.weight, self.bias)]
         for layer in self._linear_layers():
             if layer.packed is None or layer.packed.weight.data_ptr() != layer.weight.data_ptr():
-                layer.packed = skinny_gemm.PackedLinear(layer.weight.detach(), layer.bias)
+                layer.packed = PackedLinear(layer.weight.detach(), layer.bias)
             self._packed.append(layer.packed)
-        skinny_gemm.PackGroup(self._packed)
-        for packed in self._packed:
-            packed.warmup()
 
     def recheck(self) -> None:
         """Compare the packed copies with the weights at their next use: a new text begins, and weights may have changed."""
@@ -126,21 +120,3 @@ class OutputHead:
         if self._count * first.numel() * first.element_size() > TABLE_BYTES:
             return None
         return self.heads.encode(self._embedded(torch.arange(self._count, device=device), 0), 0)
-
-
-def _faster_dtype(weight: Tensor) -> torch.dtype:
-    """Return the target's type, or bfloat16 where a float32 target on a CPU multiplies faster with it."""
-    if weight.device.type != "cpu" or weight.dtype != torch.float32:
-        return weight.dtype
-    return _measured_dtype(*weight.shape, torch.get_num_threads())
-
-
-@cache
-def _measured_dtype(out: int, size: int, threads: int, repeats: int = 16) -> torch.dtype:
-    """Measure both types for a few ms, once per process, so that all proposers make the same choice."""
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        matrix, vectors = skinny_gemm.PackedLinear(torch.ones(out, size, dtype=dtype)), torch.ones(4, size, dtype=dtype)
-        with torch.inference_mode():
-            seconds[dtype] = time_call(partial(matrix, vectors), "cpu", seconds=0.0, min_runs=repeats)
-    return min(seconds, key=lambda dtype: seconds[dtype])

@@ -81,10 +81,8 @@ class Bitwise:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        """Replace what depends on the number of rows inside the context, by packed copies of the weights as they are now."""
-        target, products = self._target, self.products
-        products.packed = {id(layer.weight): one for layer, one in target.packed_weights.current().items()}
-        with products.replaced(target.model):
+        """Replace what depends on the number of rows inside the context; packed copies of weights do not, and stay."""
+        with self.products.replaced(self._target.model):
             yield
 
     # ---------------------------------------------------------------- self-test

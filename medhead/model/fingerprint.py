@@ -27,6 +27,12 @@ def model_state(target: Target) -> Hashable:
     return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, sample(on_cpu)
 
 
+def weights_state(target: Target) -> Hashable:
+    """Return a key that changes with the model's outputs: `model_state`, and the version counters of weights on any device."""
+    weights = [part for weight in target.model.parameters() for part in _parts(weight)]
+    return model_state(target), tuple(0 if weight.is_inference() else weight._version for weight in weights)
+
+
 def _module_key(module: nn.Module) -> Hashable:
     kind, forward = type(module), module.__dict__.get("forward")
     hooks = (forward, *module._forward_pre_hooks.values(), *module._forward_hooks.values())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import lru_cache
 from importlib.util import find_spec
@@ -237,10 +238,14 @@ class TreeCache(Cache):
         self.position_offset = _join_offsets(self.position_offset, rows, other.position_offset, more)
         self._refresh_views()
 
-    def put_row(self, row: int, other: TreeCache, length: int) -> None:
-        """Copy `length` tokens of another cache's only row into a row; the caller sets `lengths`."""
-        for spec, buffer in self.buffers.items():
-            buffer[:, row, :, :length] = other.buffers[spec][:, 0, :, :length]
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """Return copies `[layers, heads, end - begin, dim]` of every shape's keys and values of these tokens of a row."""
+        return [torch.stack([layer[row, :, begin:end] for layer in buffer]) for buffer in self.buffers.values()]
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """Take what `copy_tokens` returned as the first tokens of a row; the caller sets `lengths`."""
+        for buffer, part in zip(self.buffers.values(), parts, strict=False):
+            buffer[:, row, :, : part.shape[2]] = part
 
     def nbytes(self) -> int:
         """Return the memory of the storage, dropped rows included until it is made anew."""

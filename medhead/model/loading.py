@@ -20,8 +20,8 @@ from transformers import (
 from transformers.utils import logging
 
 from medhead.errors import MedheadError, one_line
+from medhead.model.block_weights import check_weights, use_blocks
 from medhead.model.gguf import is_gguf, load_gguf, load_gguf_tokenizer
-from medhead.model.int8 import check_weights, quantize_int8
 from medhead.model.named_models import DEMO_HEADS as DEMO_HEADS
 from medhead.model.named_models import DEMO_MODEL as DEMO_MODEL
 from medhead.model.named_models import NAMED_MODELS, resolve_model
@@ -70,7 +70,7 @@ def load_model(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     trust_remote_code: bool = False,
-    weights: str | None = None,
+    weights: str = "full",
 ) -> PreTrainedModel:
     """Load a causal language model, or one of images and text; a failure is a `MedheadError` of one line.
 
@@ -80,8 +80,8 @@ def load_model(
         device: where the model is put; `"auto"` is CUDA where there is one, else the CPU.
         dtype: type of the weights; `"auto"` is float32 on a CPU and bfloat16 elsewhere.
         trust_remote_code: run Python code that comes with the model.
-        weights: `"int8"` keeps the linear layers in 8 bits on a CPU, see `medhead.model.int8`; the text is then that of the
-            rounded weights. None keeps them in `dtype`.
+        weights: how a CPU keeps the weights of linear layers, see `medhead.model.block_weights`: `"full"` in `dtype`, `"stored"`
+            as the checkpoint has them, `"int8"` and `"int4"` rounded, which changes the text.
     """
     device = pick_device(device)
     check_weights(weights, device)
@@ -108,8 +108,8 @@ def load_model(
         number = f"{len(missing)} of its weights are missing ({missing[0]})"
         raise MedheadError(f"model {str(name)!r} cannot be loaded: {number}; download it again")
     model = model.to(device).eval()
-    if weights is not None:
-        quantize_int8(model)
+    if weights != "full":
+        use_blocks(model, weights, Path(name) if is_gguf(name) else None)
     return model
 
 
@@ -167,10 +167,13 @@ def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | N
     return apply_template(tokenizer, messages)
 
 
-def apply_template(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+def apply_template(
+    tokenizer: Any, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] = ()
+) -> list[int]:
     """Return the token ids of a chat up to where the answer begins; a chat that the template refuses is a `MedheadError`."""
+    options: dict[str, Any] = {"tools": list(tools)} if tools else {}
     try:
-        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True)
+        found = tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=True, **options)
     except Exception as error:  # a template can raise anything
         reason = one_line(error, 200)
         raise MedheadError(f"the model's chat template refuses these messages: {reason}") from None

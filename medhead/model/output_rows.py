@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from medhead.model.block_weights import BlockLinear
+
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _CHUNK = 64  # unit vectors multiplied at once
 
@@ -36,6 +38,8 @@ def output_rows(target: Any, tokens: Tensor | None = None) -> tuple[Tensor, Tens
     """
     weight: Any = getattr(target.output, "weight", None)
     bias = getattr(target.output, "bias", None)
+    if isinstance(target.output, BlockLinear):
+        return target.output.rows(tokens), bias if bias is None or tokens is None else bias[tokens]
     if not _is_whole(weight, target.model):
         return _measured_rows(target, tokens)
     weight, bias = weight.detach(), None if bias is None else bias.detach()

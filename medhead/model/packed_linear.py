@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from medhead.errors import MedheadError
 from medhead.model.model_lock import running_target
-from medhead_kernels.skinny_gemm import PackedLinear, PackGroup, can_pack
+from medhead_kernels import block_linear
+from medhead_kernels.packed_linear import PackedLinear, can_pack
 
 _MAX_SHARE = 0.25  # of the free memory that copies may take by default
 
@@ -29,8 +32,12 @@ class PackedWeights:
         size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
         if enabled is None and not fits(size):
             layers = []
+        if layers and (reason := block_linear.unavailable()) is not None:
+            if enabled:
+                raise MedheadError(f"packed weights need a kernel of medhead: {reason}; leave --packed out")
+            warnings.warn(f"{reason}, so a pass takes about twice as long", stacklevel=2)
+            layers = []
         self._packed = {layer: PackedLinear(layer.weight.detach(), layer.bias) for layer in layers}
-        self._group = PackGroup(list(self._packed.values()))
 
     @property
     def enabled(self) -> bool:
@@ -42,28 +49,30 @@ class PackedWeights:
         """Memory of the copies made so far, in bytes."""
         return sum(packed.nbytes for packed in self._packed.values())
 
-    def current(self) -> dict[Any, PackedLinear]:
-        """Return the layers that can be packed now, with copies that are compared with the weights at their next use."""
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
         layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed)
         for layer in layers:
             packed = self._packed[layer]
             if packed.weight.data_ptr() != layer.weight.data_ptr() or packed.bias is not layer.bias:  # new parameters
                 packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias)
-                packed.group = self._group
             packed.recheck()
-        return {layer: self._packed[layer] for layer in layers}
-
-    @contextmanager
-    def active(self) -> Iterator[None]:
-        """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
-        layers = self.current()
-        for layer, packed in layers.items():
             layer.forward = partial(_forward, layer, packed)
         try:
             yield
         finally:
             for layer in layers:
                 del layer.forward
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of all copies, made now, by name; the names of copies tell the kinds of weights."""
+        copies = {packed: packed.copy() for packed in self._packed.values()}
+        return {
+            f"packed.{index}.{blocks.kind}.{part}": getattr(blocks, part)
+            for index, blocks in enumerate(copies.values())
+            for part in ("data", "scales", "minimums")
+        }
 
     def clear(self) -> None:
         """Free the copies; they are made again when they are needed."""

@@ -8,9 +8,9 @@ have 16 rows, or one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from medhead.model.attention import running_visits
-from medhead_kernels.skinny_gemm import PackedLinear
 
 MAX_ROWS = 32
 _SIZES = (31, 24, 17, 16, 15, 12, 8, 7, 5, 4, 3, 2, 1)  # numbers of rows that are compared with 32
@@ -37,8 +36,6 @@ class RowClass:
 
     least: int
     most: int
-    packed: bool = False  # multiply by the packed copy of the weights
-    is_plain: bool = False  # the bits of one row are those of PyTorch's product of one row
 
     def apply(self, product: Product, rows: Tensor) -> Tensor:
         """Compute `product` of rows `[n, size]` by products of allowed numbers of rows."""
@@ -52,7 +49,7 @@ class RowClass:
         return product(rows) if missing <= 0 else product(F.pad(rows, (0, 0, 0, missing)))[: len(rows)]
 
 
-SIXTEEN, ONE = RowClass(16, 16), RowClass(1, 1, is_plain=True)
+SIXTEEN, ONE = RowClass(16, 16), RowClass(1, 1)
 
 
 class RowProducts(TorchFunctionMode):
@@ -66,14 +63,12 @@ class RowProducts(TorchFunctionMode):
         forced: the class of all products; None finds one for each shape at its first use.
 
     Attributes:
-        packed: packed copies by the `id` of their weight.
         classes: by shape, what was found.
     """
 
     def __init__(self, everywhere: bool = False, forced: RowClass | None = None) -> None:
         super().__init__()
         self.everywhere, self.forced = everywhere, forced
-        self.packed: Mapping[int, PackedLinear] = {}
         self.classes: dict[Any, RowClass] = {}
 
     @contextmanager
@@ -97,7 +92,7 @@ class RowProducts(TorchFunctionMode):
         other = not isinstance(module, nn.Linear) and not module._modules
         if other and isinstance(getattr(module, "in_features", None), int):  # a linear layer of another kind
             own, key = module.forward, (type(module), module.in_features, module.out_features, module.bias is None)
-            return lambda x: self.product(x, (key, x.dtype), own, None)
+            return lambda x: self.product(x, (key, x.dtype), own)
         if type(module).__module__ in _ACTIVATION_FILES:
             return partial(_activation, self, module.forward)
         if not weights or isinstance(module, nn.Embedding):
@@ -119,13 +114,12 @@ class RowProducts(TorchFunctionMode):
 
     def _linear_forward(self, weight: Tensor, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
         """Return a linear layer that looks its class up once."""
-        packed = self.packed.get(id(weight))
-        key = _key((F.linear, bias is None), weight, packed)
+        key = _key((F.linear, bias is None), weight)
         found: RowClass | None = None
 
         def forward(x: Tensor) -> Tensor:
             nonlocal found
-            if found is not None and not found.packed and found.least <= x.numel() // x.shape[-1] <= found.most:
+            if found is not None and found.least <= x.numel() // x.shape[-1] <= found.most:
                 return F.linear(x, weight, bias)
             out = _linear(self, F.linear, x, weight, bias)
             found = self.forced or self.classes.get(key)
@@ -133,35 +127,26 @@ class RowProducts(TorchFunctionMode):
 
         return forward
 
-    def product(self, x: Tensor, key: Any, product: Product, packed: PackedLinear | None) -> Tensor:
+    def product(self, x: Tensor, key: Any, product: Product) -> Tensor:
         """Compute `product` of the rows of `x` `[..., size]`; `key` tells products of other shapes apart."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if not len(rows):
             return product(x)
         found = self.forced or self.classes.get(key)
         if found is None:
-            found = self.classes[key] = _find(product, packed, rows)
-        if found.packed and packed is not None:
-            product = packed.multiply
+            found = self.classes[key] = _find(product, rows)
         return found.apply(product, rows).view(*x.shape[:-1], -1)
 
 
-def _key(product: Any, weight: Tensor, packed: PackedLinear | None = None) -> Any:
-    return product, weight.shape, weight.dtype, type(weight), packed is None
+def _key(product: Any, weight: Tensor) -> Any:
+    return product, weight.shape, weight.dtype, type(weight)
 
 
-def _find(product: Product, packed: PackedLinear | None, rows: Tensor) -> RowClass:
-    """Return the class of a product, from rows `[n, size]` of a pass: that of transformers if there is one."""
+def _find(product: Product, rows: Tensor) -> RowClass:
+    """Return the class of a product, from rows `[n, size]` of a pass."""
     repeats = torch.arange(MAX_ROWS) // len(rows)  # rows that repeat are scaled
     sample = (rows[torch.arange(MAX_ROWS) % len(rows)] * (1 + repeats.to(rows) / 8)[:, None]).contiguous()
-    plain = product(sample[:1])
-    found = _class_of(product, sample)
-    is_plain = torch.equal(found.apply(product, sample[:1]), plain)
-    if packed is not None:
-        other = _class_of(packed.multiply, sample)
-        if other.least == 1 and (not is_plain or torch.equal(packed.multiply(sample[:1]), plain)):
-            return replace(other, packed=True, is_plain=torch.equal(packed.multiply(sample[:1]), plain))
-    return replace(found, is_plain=is_plain)
+    return _class_of(product, sample)
 
 
 def _class_of(product: Product, sample: Tensor) -> RowClass:
@@ -192,15 +177,14 @@ def _in_passes(forward: Callable[..., Any], own: Callable[..., Any], *args: Any,
 
 
 def _linear(mode: RowProducts, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    packed = mode.packed.get(id(weight)) if input.dtype == weight.dtype else None
-    key = _key((func, bias is None), weight, packed)
-    return mode.product(input, key, lambda rows: func(rows, weight, bias), packed)
+    key = _key((func, bias is None), weight)
+    return mode.product(input, key, lambda rows: func(rows, weight, bias))
 
 
 def _matmul(mode: RowProducts, func: Any, input: Tensor, other: Tensor) -> Tensor:
     if other.ndim == 2 and input.ndim >= 2:
         key = _key((torch.mm, other.stride(1)), other)
-        return mode.product(input, key, lambda rows: torch.mm(rows, other), None)
+        return mode.product(input, key, lambda rows: torch.mm(rows, other))
     if other.ndim == input.ndim == 3 and isinstance(other, nn.Parameter):  # a matrix for each expert
         pairs = zip(input, other, strict=True)
         return torch.stack([_matmul(mode, func, rows, weight) for rows, weight in pairs])
@@ -208,7 +192,7 @@ def _matmul(mode: RowProducts, func: Any, input: Tensor, other: Tensor) -> Tenso
 
 
 def _addmm(mode: RowProducts, func: Any, bias: Tensor, input: Tensor, weight: Tensor, **scales: Any) -> Tensor:
-    return mode.product(input, _key(func, weight), lambda rows: func(bias, rows, weight, **scales), None)
+    return mode.product(input, _key(func, weight), lambda rows: func(bias, rows, weight, **scales))
 
 
 def _activation(mode: RowProducts, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -201,6 +201,16 @@ class StateCache(TreeCache):
             parts = [(self.states, rows), (other.states, more)]
             self.states[key] = torch.cat([s[key] if key in s else like.new_zeros(n, *like.shape[1:]) for s, n in parts])
 
+    def copy_states(self, row: int) -> dict[StateKey, Tensor]:
+        """Return copies of the states of a row."""
+        return {key: state[row].clone() for key, state in self.states.items()}
+
+    def load_states(self, row: int, states: dict[StateKey, Tensor]) -> None:
+        """Take what `copy_states` returned as the states of a row."""
+        for key, state in states.items():
+            held = self.states.setdefault(key, state.new_zeros(self.batch_size, *state.shape))
+            held[row] = state
+
     def nbytes(self) -> int:
         """See `TreeCache.nbytes`."""
         return super().nbytes() + sum(state.nbytes for state in self.states.values())

@@ -43,6 +43,7 @@ from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
 from medhead.model.prompt_inputs import PromptInputs, prefill_prompts
+from medhead.model.prompt_reader import PromptReader
 from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
@@ -78,7 +79,7 @@ class Target:
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
 
     Raises:
-        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, `attention` is
+        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
             unknown or cannot serve this model, or `exact` cannot be promised.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
             transformers' registry, or states that transformers' caches do not hold.
@@ -208,7 +209,8 @@ class Target:
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
         with (
             self.listening(feature_layers),
-            self.packed_weights.active() if self.bitwise is None else self.bitwise.active(),
+            self.packed_weights.active(),
+            nullcontext() if self.bitwise is None else self.bitwise.active(),
             eval_mode(self.model),
             rope,
             own_positions,
@@ -305,8 +307,10 @@ class Target:
         `[batch, nodes, size]` of every chunk and the position of its first token. A row is a text without its last token,
         which is the root of the first tree.
         """
-        with self.length_rope.reading([len(row) + 1 for row in rows], self.device):
-            return self._prefill(cache, rows, on_chunk, chunk or PREFILL_CHUNK)[0]
+        reader = PromptReader(self, cache, rows, on_chunk)
+        while reader.left:
+            reader.advance(chunk or PREFILL_CHUNK)
+        return reader.features
 
     def prefill_whole(
         self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
@@ -319,51 +323,35 @@ class Target:
         Returns:
             logits `[batch, vocab]` and features `[batch, size]` of every last token.
         """
-        logits, last, features = list[Tensor](), list[Tensor](), list[Tensor]()
+        logits, features = list[Tensor](), list[Tensor]()
         for index, row in enumerate(rows):
             alone = cache if len(rows) == 1 else self.new_cache(1, len(row))
+            alone.lengths.set([0])
             with self.length_rope.reading([len(row)], self.device):
-                found = self._prefill(alone, [row], lambda chunk, _: features.append(chunk[0]), len(row))
-            last.append(found[0])
-            logits.append(found[1])
+                tokens, last = torch.tensor([row], device=self.device), torch.tensor([len(row) - 1], device=self.device)
+                found = self.read_chunk(alone, tokens, last)
+            logits.append(found[0])
+            features.append(found[1][0])
             if alone is not cache:
-                cache.put_row(index, alone, len(row))
+                cache.load_tokens(index, iter(alone.copy_tokens(0, 0, len(row))))
         cache.lengths.set([len(row) - 1 for row in rows])
         if on_chunk is not None and max(map(len, rows)) > 1:
             on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)[:, :-1], 0)
-        return torch.cat(logits), torch.cat(last)
+        return torch.cat(logits), torch.stack([one[-1] for one in features])
 
-    def _prefill(
-        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None, chunk: int
-    ) -> tuple[Tensor, Tensor]:
-        """Return the features of `prefill`, and the logits `[batch, vocab]` of the last chunk's last tokens."""
-        lengths = torch.tensor([len(row) for row in rows], device=self.device)
-        longest = max(map(len, rows))
-        found = torch.zeros(len(rows), self.feature_size, dtype=self.dtype, device=self.device)
-        padded = torch.zeros(len(rows), longest, dtype=torch.long)
-        for index, row in enumerate(rows):
-            padded[index, : len(row)] = torch.tensor(row, dtype=torch.long)
-        padded = padded.to(self.device)
-        if self.state_layers is not None and not self.state_layers.in_chunks:
-            chunk = max(1, longest)
-        for start in range(0, longest, chunk):
-            tokens = padded[:, start : start + chunk]
-            nodes = tokens.shape[1]
-            if isinstance(cache, StateCache):
-                cache.begin_prompts([min(max(0, len(row) - start), nodes) for row in rows], nodes)
-            cache.lengths.set([start] * len(rows))
-            depth = torch.arange(nodes, device=self.device)[None]
-            self.taps.select = last = (lengths - 1 - start).clamp(0, nodes - 1)
-            cache.begin(nodes)
-            logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
-            self.taps.select = None
-            if on_chunk is not None:
-                on_chunk(features, start)
-            inside = (lengths > start) & (lengths <= start + nodes)
-            at_last = features[torch.arange(len(rows), device=self.device), last]
-            found = torch.where(inside[:, None], at_last.to(found.dtype), found)
-        cache.lengths.set([len(row) for row in rows])
-        return found, logits[:, 0] if longest else found
+    def read_chunk(self, cache: TreeCache, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+        """Run a pass over the next `tokens` `[batch, nodes]` of prompts, with logits of the nodes `last` `[batch]` alone.
+
+        Returns:
+            logits `[batch, vocab]` of the nodes `last`, and features `[batch, nodes, size]`, see `verify`.
+        """
+        nodes = tokens.shape[1]
+        depth = torch.arange(nodes, device=self.device)[None]
+        self.taps.select = last
+        cache.begin(nodes)
+        logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+        self.taps.select = None
+        return logits[:, 0], features
 
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None

@@ -6,7 +6,7 @@ token tree, and learns from the target's pass over it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -120,6 +120,16 @@ class Proposer:
     def steps(self) -> int:
         """The largest number of tokens that a sequence can gain by one of its trees."""
         return min(self.max_depth, self.tree_size - 1) + 1
+
+    @property
+    def draft_key(self) -> Hashable | None:
+        """What identifies the entries of its draft cache, `()` without one; None if `on_prefill` must see whole prompts.
+
+        With a key, the engine may read a prompt from the middle on and load the entries before from storage, see `DraftCache`.
+        """
+        kind = type(self)
+        keeps = kind.on_prefill is not Proposer.on_prefill or kind.new_draft_cache is not Proposer.new_draft_cache
+        return None if keeps else ()
 
     @property
     def next_depth(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,7 +44,7 @@ class HeadsProposer(Proposer):
         branching: number of children of every frontier node; None for that of the heads' configuration.
         max_depth: depth of the deepest tree; None for that of the heads' configuration.
         shape: paths of ranks (Medusa's static trees) instead of a dynamic tree.
-        dtype: type that the heads compute in, which changes no output; None measures which is faster.
+        dtype: type that the heads compute in, which changes no output; by default that of the target.
         rank_by_noise: when sampling, rank candidates with the noise of their position.
         sharpness: factor of the heads' log-probabilities in greedy decoding. Heads learn the target's whole distribution,
             but greedy decoding takes the most probable token more often than its probability says. A larger factor makes
@@ -111,6 +111,13 @@ class HeadsProposer(Proposer):
     def begin(self, target: Target, texts: list[list[int]]) -> None:
         """Choose again how weights are multiplied: the number of threads may have changed."""
         self.output_head.recheck()
+
+    @property
+    def draft_key(self) -> Hashable | None:
+        """The heads if they have a draft cache that can be continued from stored entries."""
+        if self.heads.has_tensor_cache:
+            return self.heads if self.heads.cache_entry_size else ()
+        return self.heads if self.heads.is_resumable else None
 
     def new_draft_cache(self, lengths: Lengths, capacity: int) -> LazyDraftCache | None:
         """Return storage for heads that look back at the text."""

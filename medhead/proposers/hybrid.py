@@ -8,7 +8,7 @@ heads, are asked only where the candidates of the others leave something to gain
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Iterator
 from copy import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -109,6 +109,12 @@ class HybridProposer(Proposer):
     def packed_bytes(self) -> int:  # type: ignore[override]
         """Memory of packed copies of all members' weights."""
         return sum(member.packed_bytes for member in self.members)
+
+    @property
+    def draft_key(self) -> Hashable | None:
+        """The keys of all members with a draft cache; None if a member has none."""
+        keys = [member.draft_key for member in self.members]
+        return None if None in keys else tuple(key for key in keys if key != ())
 
     @property
     def next_depth(self) -> int:
@@ -277,6 +283,16 @@ class MemberDraftCaches(list[Any]):
         for cache in self:
             if cache is not None:
                 cache.keep_rows(rows)
+
+    def copy_tokens(self, row: int, begin: int, end: int) -> list[Tensor]:
+        """See `DraftCache.copy_tokens`."""
+        return [part for cache in self if cache is not None for part in cache.copy_tokens(row, begin, end)]
+
+    def load_tokens(self, row: int, parts: Iterator[Tensor]) -> None:
+        """See `DraftCache.load_tokens`."""
+        for cache in self:
+            if cache is not None:
+                cache.load_tokens(row, parts)
 
     def join(self, other: MemberDraftCaches) -> None:
         """Append the rows of other draft caches of these members."""

@@ -118,8 +118,8 @@ def measure_costs(
 
 
 def costs_batch(rows: int) -> int:
-    """Return the number of rows that is measured for so many: the next power of two."""
-    return 1 << (rows - 1).bit_length()
+    """Return the number of rows that is measured for so many: the next power of two, 1 for none."""
+    return 1 << max(0, rows - 1).bit_length()
 
 
 def get_costs(target: Target, batch: int) -> CostModel:

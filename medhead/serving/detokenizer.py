@@ -14,20 +14,23 @@ class Detokenizer:
     Args:
         tokenizer: what decodes.
         stop: strings at which the text ends; they are not part of it.
+        special_tokens: ids of special tokens that are part of the text; the others are left out.
 
     Attributes:
         stopped: whether a stop string was found.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str] = (), special_tokens: Sequence[int] = ()) -> None:
         self._stream, self._stop = TextStream(tokenizer), [text for text in stop if text]
         self._pending_text = ""  # may be the beginning of a stop string
         self._committed_text = ""  # final, not taken yet
+        self._special = {token: str(tokenizer.decode([token])) for token in special_tokens}
         self.stopped = False
 
     def add(self, token: int) -> str:
         """Take a token; return what it adds to the text, stop strings ignored."""
-        new_text = self._stream.push([token])
+        special = self._special.get(token)
+        new_text = self._stream.push([token]) if special is None else self._stream.finish() + special
         self._append(new_text)
         return new_text
 

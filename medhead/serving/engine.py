@@ -12,7 +12,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,31 +21,16 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.generate_options import seed_or_draw
+from medhead.model.target import PREFILL_CHUNK
 from medhead.serving.handle import RequestHandle
+from medhead.serving.prefix_store import PrefixStore
 from medhead.serving.prepare import SequencePreparer
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler
+from medhead.serving.statistics import EngineStatistics
 
 LOG = logging.getLogger(__name__)
-
-
-@dataclass
-class EngineStatistics:
-    """Totals since the engine was started, and its present state."""
-
-    running: int = 0  # requests being decoded
-    waiting: int = 0  # requests in the queue
-    ended: dict[str, int] = field(default_factory=dict)  # requests that ended, by reason
-    prompt_tokens: int = 0  # of requests that ended
-    new_tokens: int = 0  # emitted so far
-    passes: int = 0  # verify passes, summed over requests
-    busy: float = 0.0  # seconds spent in prefill and passes
-
-    @property
-    def accepted_length(self) -> float:
-        """Tokens emitted per verify pass, bonus token included."""
-        return self.new_tokens / self.passes if self.passes else 0.0
 
 
 class Engine:
@@ -58,6 +43,9 @@ class Engine:
         max_rows: most requests decoded at a time, all batches together.
         max_queue: most requests that wait.
         time_limit: seconds after which a request ends, if it does not say so itself.
+        prefix_cache_bytes: most memory for the key/value rows of earlier requests, which prompts that begin like them do not
+            read again; 0 for none, a tenth of the free memory if None.
+        prefill_chunk: most prompt tokens that are read between two steps of other requests.
 
     Fields of the model's generation configuration (penalties, bans, end tokens, ...) hold where a request's sampling
     parameters are None. The tokenizer's EOS token ends a text too.
@@ -82,12 +70,18 @@ class Engine:
         max_rows: int = 8,
         max_queue: int = 64,
         time_limit: float = 300.0,
+        prefix_cache_bytes: int | None = None,
+        prefill_chunk: int = 256,
     ) -> None:
         if max_rows < 1 or max_queue < 0 or not time_limit > 0:
-            raise MedheadError(
-                f"max_rows must be at least 1, max_queue at least 0 and time_limit above 0, "
-                f"got {max_rows}, {max_queue} and {time_limit}"
+            given, floors = (
+                f"{max_rows}, {max_queue} and {time_limit}",
+                "at least 1, max_queue at least 0 and time_limit above 0",
             )
+            raise MedheadError(f"max_rows must be {floors}, got {given}")
+        if prefill_chunk < 1 or (prefix_cache_bytes or 0) < 0:
+            given = f"{prefill_chunk} and {prefix_cache_bytes}"
+            raise MedheadError(f"prefill_chunk must be at least 1 and prefix_cache_bytes at least 0, got {given}")
         if decoder.target.shards is not None:
             raise MedheadError(
                 f"an engine cannot serve {decoder.target.name}, which is split over processes: they would not batch the same "
@@ -96,11 +90,13 @@ class Engine:
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, decoder.heads if heads is None else heads
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit
+        self.prefill_chunk = prefill_chunk
         self.listeners: list[Callable[[Request, Result], None]] = []
+        self._prefixes = PrefixStore(self.target, prefix_cache_bytes)
         self._preparer = SequencePreparer(decoder, tokenizer)
         self._waiting: deque[RequestState] = deque()
         self._states: dict[int, RequestState] = {}  # by the id of their sequence
-        self._scheduler = Scheduler(decoder, self.heads)
+        self._scheduler = Scheduler(decoder, self.heads, self._prefixes)
         self._awake = threading.Condition()
         self._totals, self._ended = EngineStatistics(), Counter[str]()
         self._running = False
@@ -168,6 +164,7 @@ class Engine:
         with self._awake:
             now = replace(self._totals)
             now.running, now.waiting, now.ended = len(self._states), len(self._waiting), dict(self._ended)
+            now.prefix_bytes = self._prefixes.cache.nbytes
             return now
 
     def close(self) -> None:
@@ -202,7 +199,7 @@ class Engine:
             self._shut_down()
 
     def _turn(self) -> bool:
-        """Let requests leave and join, then run one step; return False when the engine is closed."""
+        """Let requests leave and join, then give a batch its turn; return False when the engine is closed."""
         if self.target.lock.contended:
             self._deactivate()  # threads that wait for the model go first
         with self._awake:
@@ -215,19 +212,15 @@ class Engine:
         self._join()
         batch = self._scheduler.next_batch()
         if batch is not None:
-            self._guarded(batch, lambda: self._step(batch))
+            self._guarded(batch, lambda: self._take_turn(batch))
         return True
 
     def _leave(self) -> None:
         """End requests that were cancelled or took too long, running or waiting."""
         for batch in self._scheduler:
-            kept = [row for row, one in enumerate(batch.sequences) if self._goes_on(self._states[id(one)])]
-            if len(kept) < len(batch.sequences):
-                gone = [one for row, one in enumerate(batch.sequences) if row not in set(kept)]
-                self._guarded(batch, lambda batch=batch, kept=kept: batch.loop.keep(kept))  # type: ignore[misc]
-                for one in gone:
-                    if id(one) in self._states:
-                        self._end(self._states[id(one)], _why(self._states[id(one)]))
+            gone = [one for one in batch.all_sequences if not self._goes_on(self._states[id(one)])]
+            if gone:
+                self._guarded(batch, lambda batch=batch, gone=gone: self._drop(batch, gone))  # type: ignore[misc]
         with self._awake:
             expired = [state for state in self._waiting if not self._goes_on(state)]
             for state in expired:
@@ -235,12 +228,20 @@ class Engine:
         for state in expired:
             self._end(state, _why(state))
 
+    def _drop(self, batch: DecodeBatch, gone: list[Sequence]) -> None:
+        """End sequences of a batch; a prompt that is read with others is left until all are read."""
+        running = batch.sequences
+        dropped = [one for one in running if one in gone] + batch.prompts.drop(lambda one: one not in gone)
+        batch.loop.keep([row for row, one in enumerate(running) if one not in gone])
+        for one in dropped:
+            self._end(self._states[id(one)], _why(self._states[id(one)]))
+
     @staticmethod
     def _goes_on(state: RequestState) -> bool:
         return not state.handle.cancelled and time.perf_counter() < state.deadline
 
     def _join(self) -> None:
-        """Let waiting requests take free places, in order; those of one batch are read together."""
+        """Let waiting requests take free places, in order."""
         with self._awake:
             free = self.max_rows - len(self._states)
             states = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
@@ -259,20 +260,37 @@ class Engine:
             groups.setdefault(id(batch), (batch, []))[1].append(state)
         for batch, group in groups.values():
             self._scheduler.admit(batch)
-            self._guarded(batch, lambda batch=batch, group=group: self._prefill(batch, group), group)  # type: ignore[misc]
+            self._guarded(batch, lambda batch=batch, group=group: self._begin_reading(batch, group), group)  # type: ignore[misc]
 
-    def _prefill(self, batch: DecodeBatch, states: list[RequestState]) -> None:
-        began, running = time.perf_counter(), list(batch.sequences)
-        for state in states:
-            state.handle.result.queued = began - state.submitted
-            state.handle.result.proposer = batch.loop.proposer.name
+    def _begin_reading(self, batch: DecodeBatch, states: list[RequestState]) -> None:
+        began = time.perf_counter()
         self._activate(batch)
-        batch.loop.join([state.sequence for state in states])
+        known = batch.prompts.add([state.sequence for state in states], self.prefill_chunk)
+        for state, tokens in zip(states, known, strict=True):
+            result = state.handle.result
+            result.queued, result.proposer = began - state.submitted, batch.loop.proposer.name
+            result.cached_tokens = tokens
+        with self._awake:
+            self._totals.prefix_queries += sum(state.handle.result.prompt_tokens for state in states)
+            self._totals.prefix_hits += sum(known)
+
+    def _take_turn(self, batch: DecodeBatch) -> None:
+        """Read a chunk of a prompt if there is one, then decode the sequences by one step."""
+        if batch.prompts:
+            self._read(batch)
+        if batch.sequences:
+            self._step(batch)
+
+    def _read(self, batch: DecodeBatch) -> None:
+        began, running = time.perf_counter(), list(batch.sequences)
+        self._activate(batch)
+        is_alone = not any(other.sequences for other in self._scheduler)
+        reading = batch.prompts.read(PREFILL_CHUNK if is_alone else self.prefill_chunk)
         spent = time.perf_counter() - began
-        for state in states:
-            state.handle.result.busy += spent
+        for one in reading:
+            self._states[id(one)].handle.result.busy += spent
         self._charge(batch, spent)
-        self._deliver(batch, [state.sequence for state in states], 0.0)  # with `exact="bitwise"` their first tokens
+        self._deliver(batch, reading, 0.0)  # with `exact="bitwise"` their first tokens
         self._deliver(batch, running, spent)
 
     def _step(self, batch: DecodeBatch) -> None:
@@ -307,6 +325,9 @@ class Engine:
         """Make passes keep the features that the batch's proposer reads."""
         reading = batch.loop.target, tuple(batch.loop.proposer.feature_layers)
         if reading != self._reading:
+            if self._reading is None:  # others may have changed the model
+                with self.target.lock:
+                    self._prefixes.refresh()
             self._deactivate()
             self._active.enter_context(reading[0].active(reading[1]))
             self._reading = reading
@@ -319,7 +340,7 @@ class Engine:
         self, batch: DecodeBatch, action: Callable[[], None], joining: list[RequestState] | None = None
     ) -> None:
         """Run an action; a failure ends the requests of its batch, and no others."""
-        affected = {id(one) for one in batch.sequences} | {id(state.sequence) for state in joining or []}
+        affected = {id(one) for one in [*batch.all_sequences, *(state.sequence for state in joining or [])]}
         try:
             action()
         except Exception:
@@ -346,6 +367,7 @@ class Engine:
 
     def _shut_down(self) -> None:
         self._deactivate()
+        self._prefixes.cache.clear()
         self.decoder.is_serving = False
         with self._awake:
             self._running = False

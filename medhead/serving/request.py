@@ -36,7 +36,9 @@ class Request:
         tree_size: nodes of a tree; None for what the proposer chooses.
         time_limit: seconds from submission after which it ends with what there is; None for the engine's limit.
         trace: fill `StepOutput.sources` and `StepOutput.tree`, which takes a little time.
+        cache_salt: requests use the prefixes of requests with the same salt alone; None is a salt too.
         logprobs: fill `StepOutput.logprobs` with so many of the most probable tokens, from 0 to 20; None fills nothing.
+        special_tokens: ids of special tokens that are part of the text; the others are left out.
 
     Raises:
         MedheadError: a value is out of range.
@@ -49,6 +51,8 @@ class Request:
     time_limit: float | None = None
     trace: bool = False
     logprobs: int | None = None
+    special_tokens: tuple[int, ...] = ()
+    cache_salt: str | None = None
 
     def __post_init__(self) -> None:
         limit = self.time_limit
@@ -112,6 +116,7 @@ class Result:
     Attributes:
         reason: `stop` (end token or stop string), `length` (limit or context), `cancelled`, `timeout`, or `error`.
         prompt_tokens: of the prompt.
+        cached_tokens: of the prompt that were known from earlier requests and not read again.
         new_tokens: that were produced.
         passes: verify passes it took part in; `new_tokens` for plain decoding.
         lengths: tokens of every pass, in order.
@@ -125,6 +130,7 @@ class Result:
 
     reason: Reason = "stop"
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     new_tokens: int = 0
     passes: int = 0
     lengths: list[int] = field(default_factory=list)

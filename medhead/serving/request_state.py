@@ -34,10 +34,11 @@ class RequestState:
         request = handle.request
         self.handle, self.deadline, self._preparer = handle, deadline, preparer
         self.submitted = time.perf_counter()
-        self.detokenizer = Detokenizer(tokenizer, request.params.stop + preparer.stop_strings)
+        stop = request.params.stop + preparer.stop_strings
+        self.detokenizer = Detokenizer(tokenizer, stop, request.special_tokens)
         params = replace(request.params, seed=handle.result.seed)
         self.sequence = preparer.new_sequence(request.prompt, params, on_tokens=self._on_tokens)
-        self.sequence.needs_logits = request.logprobs is not None
+        self.sequence.needs_logits, self.sequence.cache_salt = request.logprobs is not None, request.cache_salt
         self.new_token_ids: list[int] = []
         self._new_texts: list[str] = []
         self.ended = False

@@ -15,6 +15,8 @@ from medhead.core.sequence import Sequence
 from medhead.decoder import Decoder
 from medhead.heads import Heads
 from medhead.proposers.base import Proposer, build_proposer
+from medhead.serving.prefix_store import PrefixStore
+from medhead.serving.prompts import PromptQueue
 from medhead.serving.request import Request
 
 MAX_BATCHES = 8  # idle batches beyond these are dropped, with what their proposers learnt
@@ -26,12 +28,23 @@ class DecodeBatch:
     """The sequences that one proposer serves."""
 
     loop: DecodeLoop  # decodes them
+    prompts: PromptQueue  # reads their prompts
     service_time: float = 0.0  # seconds that its turns have taken
 
     @property
     def sequences(self) -> list[Sequence]:
         """The running sequences."""
         return self.loop.sequences
+
+    @property
+    def all_sequences(self) -> list[Sequence]:
+        """The running sequences, and those whose prompts are being read."""
+        return [*self.sequences, *self.prompts.sequences]
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a sequence runs or its prompt is being read."""
+        return bool(self.sequences or self.prompts)
 
 
 class Scheduler:
@@ -40,10 +53,11 @@ class Scheduler:
     Args:
         decoder: its proposer serves requests that name none.
         heads: for requests that name the proposers `heads` or `hybrid`: heads or their folder, or None.
+        prefixes: the beginnings of texts that need not be read.
     """
 
-    def __init__(self, decoder: Decoder, heads: Heads | str | None) -> None:
-        self._decoder, self._heads = decoder, heads
+    def __init__(self, decoder: Decoder, heads: Heads | str | None, prefixes: PrefixStore) -> None:
+        self._decoder, self._heads, self._prefixes = decoder, heads, prefixes
         self._batches: OrderedDict[Key, DecodeBatch] = OrderedDict()
 
     def __iter__(self) -> Iterator[DecodeBatch]:
@@ -58,22 +72,23 @@ class Scheduler:
         own = request.proposer in (None, self._decoder.proposer.name)
         key: Key = (None if own else request.proposer, request.tree_size)
         if key not in self._batches:
-            self._batches[key] = DecodeBatch(self._decoder.new_loop(proposer=self._proposer(key)))
+            loop = self._decoder.new_loop(proposer=self._proposer(key))
+            self._batches[key] = DecodeBatch(loop, PromptQueue(loop, self._prefixes))
         self._batches.move_to_end(key)
-        for other in [k for k, batch in self._batches.items() if not batch.sequences and k != key]:
+        for other in [k for k, batch in self._batches.items() if not batch.is_busy and k != key]:
             if len(self._batches) > MAX_BATCHES:
                 del self._batches[other]
         return self._batches[key]
 
     def admit(self, batch: DecodeBatch) -> None:
         """Note that a batch gets sequences; the time during which it was idle is no credit."""
-        others = [other.service_time for other in self if other.sequences and other is not batch]
-        if not batch.sequences and others:
+        others = [other.service_time for other in self if other.is_busy and other is not batch]
+        if not batch.is_busy and others:
             batch.service_time = max(batch.service_time, min(others))
 
     def next_batch(self) -> DecodeBatch | None:
-        """Return the batch whose turn it is, None if no sequence runs."""
-        return min((batch for batch in self if batch.sequences), key=lambda batch: batch.service_time, default=None)
+        """Return the batch whose turn it is, None if all are idle."""
+        return min((batch for batch in self if batch.is_busy), key=lambda batch: batch.service_time, default=None)
 
     def charge(self, batch: DecodeBatch, seconds: float) -> None:
         """Note that a turn of a batch took so many seconds."""

@@ -11,9 +11,9 @@ from typing import Any
 from transformers import GenerationConfig
 
 from medhead.errors import MedheadError
-from medhead.serving.engine import EngineStatistics
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import QueueFullError, Request, Result, StepOutput, Stopped
+from medhead.serving.statistics import EngineStatistics
 
 CONTEXT = 64
 

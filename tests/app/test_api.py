@@ -308,7 +308,7 @@ def test_fields_that_constrain_an_answer(real: tuple[str, Service], fields: dict
         ({"ignore_eos": 1}, "ignore_eos", "invalid_value"),
         ({"metadata": "me"}, "metadata", "invalid_type"),
         ({"store": True}, "store", "unsupported_parameter"),
-        ({"tools": [{"type": "function"}]}, "tools", "unsupported_parameter"),
+        ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "invalid_value"),
         ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
         (
@@ -346,7 +346,8 @@ def test_fields_that_constrain_an_answer(real: tuple[str, Service], fields: dict
         ({"messages": []}, "messages", "invalid_value"),
         ({"messages": "hello"}, "messages", "invalid_value"),
         ({"messages": None}, "messages", "missing_required_parameter"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].tool_call_id", "missing_required_parameter"),
+        ({"messages": [{"role": "judge", "content": "x"}]}, "messages[0].role", "invalid_value"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "name": 5}]}, "messages[0].name", "invalid_value"),
@@ -624,6 +625,30 @@ def test_the_text_does_not_depend_on_the_proposer(real: tuple[str, Service]) -> 
     assert len({answer["choices"][0]["text"] for answer in answers}) == 1
     assert [answer["medhead"]["proposer"] for answer in answers] == ["none", "ngram", "heads", "recycling", "hybrid"]
     assert answers[0]["medhead"]["accepted_length"] == 1.0
+
+
+def test_the_second_message_of_a_chat_reads_only_what_is_new(real: tuple[str, Service]) -> None:
+    """Usage and metrics tell how many prompt tokens were known; the second prompt begins with the first and its answer."""
+    address, service = real
+    before = service.engine.statistics()
+    fields: Any = {"model": "tiny", "temperature": 0, "max_tokens": 6, "extra_body": {"ignore_eos": True}}
+    prompt = service.encode("A prompt that no other test of this file has, about nothing at all.")
+    first = client(address).completions.create(prompt=prompt, **fields)
+    longer = [*prompt, *service.encode(" And then?")]
+    second = client(address).completions.create(prompt=longer, n=2, **fields)
+    stream = fields | {"stream": True, "stream_options": {"include_usage": True}}
+    third = list(client(address).completions.create(prompt=longer, **stream))[-1]
+    found = [answer.usage.prompt_tokens_details.cached_tokens for answer in (first, second, third)]  # type: ignore[union-attr]
+    assert found[0] < len(prompt) // 2
+    assert found[1:] == [len(prompt), len(longer) - 2]
+    totals = service.engine.statistics()
+    salted = fields | {"extra_body": {"ignore_eos": True, "cache_salt": "somebody else"}}
+    assert client(address).completions.create(prompt=longer, **salted).usage.prompt_tokens_details.cached_tokens == 0  # type: ignore[union-attr]
+    assert totals.prefix_hits - before.prefix_hits == found[0] + 2 * found[1] + found[2]
+    assert totals.prefix_queries - before.prefix_queries == len(prompt) + 3 * len(longer)
+    totals, metrics = service.engine.statistics(), httpx.get(f"{address}/metrics").text.splitlines()
+    assert f"medhead_prefix_cache_hits_total {float(totals.prefix_hits)}" in metrics
+    assert f"medhead_prefix_cache_queries_total {float(totals.prefix_queries)}" in metrics
 
 
 def test_stop_texts_and_limits(real: tuple[str, Service]) -> None:

@@ -95,6 +95,7 @@ def test_the_console_script_knows_it(capsys: pytest.CaptureFixture[str], monkeyp
         (["--heads", "/does/not/exist", "--port", "0"], "/does/not/exist"),
         (["--device", "abacus", "--port", "0"], "device 'abacus' is not available"),
         (["--dtype", "int3", "--port", "0"], "dtype must be auto"),
+        (["--tool-parser", "odd"], "argument --tool-parser: invalid choice: 'odd'"),
         (["--frobnicate"], "unrecognized arguments"),
     ],
 )

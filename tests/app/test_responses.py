@@ -69,6 +69,7 @@ def test_the_limit_and_the_real_engine(real: tuple[str, Service]) -> None:
     answer = client(address).responses.create(**fields, **more)
     plain = client(address).responses.create(**fields, extra_body={"ignore_eos": True, "proposer": "none"})
     assert answer.output_text == plain.output_text
+    assert plain.usage.input_tokens_details.cached_tokens == plain.usage.input_tokens - 2
     assert answer.status == "incomplete"
     assert answer.incomplete_details is not None
     assert answer.incomplete_details.reason == "max_output_tokens"
@@ -82,7 +83,11 @@ def test_the_limit_and_the_real_engine(real: tuple[str, Service]) -> None:
     [
         ({"store": True}, "store"),
         ({"previous_response_id": "resp_1"}, "previous_response_id"),
-        ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].name"),
+        ({"tools": [{"type": "web_search", "name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "name": "f"}]}, "tools"),  # the template knows no tools
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"input": [{"type": "function_call", "call_id": "a", "name": "f"}]}, "input"),
         ({"background": True}, "background"),
         ({"text": {"format": {"type": "json_object"}}}, "text"),
         ({"n": 2}, "n"),

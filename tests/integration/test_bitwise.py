@@ -17,7 +17,7 @@ from families import ACCEPTED, STATEFUL, exists, tiny, tiny_stateful
 from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.core.tree import TokenTree
-from medhead.model.int8 import quantize_int8
+from medhead.model.block_weights import use_blocks
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import DEMO_HEADS
 from medhead.model.target import Target
@@ -112,9 +112,9 @@ def test_wide_layers(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", HALF_IS_SLOW)
 def test_layers_with_int8_weights(dtype: torch.dtype) -> None:
-    """They have a product of their own for a few rows in bfloat16."""
+    """Linear layers of another class."""
     model = tiny_llama(context=128).to(dtype)
-    quantize_int8(model)
+    use_blocks(model, "int8")
     check_logits(model)
 
 
@@ -148,7 +148,7 @@ def test_texts_are_those_of_plain_decoding_and_of_transformers(dtype: torch.dtyp
 @pytest.mark.slow
 def test_texts_of_the_demo_model() -> None:
     model, tokenizer = load_model(None, "cpu", "bfloat16"), load_tokenizer(None)
-    target = Target(model, exact="bitwise")
+    target = Target(model, packed=False, exact="bitwise")
     plain, heads = Decoder(target, "none"), Decoder(target, "heads", heads=DEMO_HEADS)
     recycling = Decoder(target, "recycling")
     assert target.bitwise is not None

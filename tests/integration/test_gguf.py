@@ -144,3 +144,37 @@ def test_wrong_files_are_one_line(
     assert "version 1" in refusal(str(tmp_path / "old.gguf"))
     monkeypatch.setattr(gguf_module, "find_spec", lambda name: None)
     assert "pip install 'medhead[gguf]'" in refusal(str(files["F32.gguf"]))
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_stored_weights_are_those_of_the_file(
+    kind: str, files: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The 8-bit integers of the file stay, in the order of the model's rows; the text is that of the dequantised file."""
+    from medhead.model.block_weights import BlockLinear
+
+    stored = medhead.load_model(files[f"{kind}.gguf"], "cpu", "float32", weights="stored")
+    reference = medhead.load_model(files[f"{kind}.gguf"], "cpu", "float32")
+    layers = {name: layer for name, layer in stored.named_modules() if isinstance(layer, BlockLinear)}
+    assert len(layers) == 2 * 7 + 1
+    for name, layer in layers.items():
+        assert layer.kind == {"F32": "float32", "Q8_0": "int8"}[kind]
+        assert torch.equal(layer.rows(), reference.get_submodule(name).weight)
+    ids = torch.tensor([[5, 9, 3, 12, 7]])
+    expected = reference.generate(ids, max_new_tokens=30, do_sample=False)
+    with medhead.Decoder(stored, "ngram") as decoder:
+        assert torch.equal(decoder.generate(ids, max_new_tokens=30, do_sample=False), expected)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_integers_of_a_tensor(kind: str) -> None:
+    """The blocks of every type are, row by row and bit for bit, what the package gguf dequantises."""
+    import numpy as np
+    from gguf import GGMLQuantizationType, quants
+
+    from medhead.model.gguf_blocks import parse
+
+    weight = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32)
+    stored = quants.quantize(weight, GGMLQuantizationType[kind])
+    found = parse(kind, torch.from_numpy(stored), 96).weight()
+    assert torch.equal(found, torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType[kind])))

@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from test_conversations import check_continued
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, modeling_layers
 
@@ -239,3 +240,12 @@ def test_layers_of_a_hybrid_model(tmp_path: Path) -> None:
     assert torch.equal(found, torch.stack(alone))
     torch.testing.assert_close(decoder.proposer.heads._mtp[0].layers[0].eh_proj.weight, weights["mtp.fc.weight"])
     assert not hasattr(model.config, "num_mtp_layers")
+
+
+@needs_mtp
+def test_stored_entries_are_continued_where_one_layer_reads_nothing_of_another(case: Case) -> None:
+    """The engine's prefix cache holds them; with several layers a prompt is read whole."""
+    proposer = HeadsProposer(case.target, heads="mtp")
+    assert (proposer.draft_key is not None) == (len(case.mtp.layers) == 1)
+    if proposer.draft_key is not None:
+        check_continued(case.target, proposer)

@@ -276,11 +276,11 @@ def test_a_failure_ends_the_requests_of_its_batch_alone(decoder, tokenizer, engi
     assert bad.result.reason == "error"
 
 
-@pytest.mark.parametrize("where", ["prefill", "keep_rows"])
+@pytest.mark.parametrize("where", ["read_chunk", "keep_rows"])
 def test_after_a_failure_others_are_served(decoder, tokenizer, engine, monkeypatch, caplog, where):
     """While the first prompt of an idle engine is read, and while rows leave that have ended in the same step."""
     asked = requests(tokenizer)
-    owner = type(decoder.target) if where == "prefill" else TreeCache
+    owner = type(decoder.target) if where == "read_chunk" else TreeCache
     with monkeypatch.context() as broken:
         broken.setattr(owner, where, lambda *_: 1 / 0)
         bad = [engine.submit(request(asked[0].prompt, max_new_tokens=most)) for most in (40, 80, 120)]
@@ -368,3 +368,12 @@ def test_output_holds_back_what_may_be_a_stop_text(tokenizer):
         output.add(token)
     assert output.stopped
     assert output.finish() == "one "
+
+
+def test_output_keeps_the_special_tokens_that_are_asked_for(tokenizer):
+    ids = tokenizer("one", add_special_tokens=False)["input_ids"]
+    end, kept = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|assistant|>")
+    output = Detokenizer(tokenizer, special_tokens=[kept])
+    for token in [*ids, kept, end, *ids]:
+        output.add(token)
+    assert output.finish() == "one<|assistant|>one"

@@ -10,15 +10,14 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from medhead import Decoder
+from medhead import Decoder, MedheadError
 from medhead.model import packed_linear as module
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.target import Target
-from medhead_kernels import skinny_gemm
+from medhead_kernels import block_linear
+from medhead_kernels.packed_linear import can_pack
 
-pytestmark = pytest.mark.skipif(
-    not skinny_gemm.can_pack(torch.ones(256, 256)), reason="this PyTorch or CPU has no oneDNN"
-)
+pytestmark = pytest.mark.skipif(block_linear.unavailable() is not None, reason=f"{block_linear.unavailable()}")
 
 
 @pytest.fixture
@@ -36,15 +35,8 @@ def model() -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-@pytest.fixture(autouse=True)
-def packs_everything(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pack whether or not it is faster on this machine."""
-    monkeypatch.setattr(skinny_gemm, "fastest_method", lambda *args: "packed" if args[-1] else "linear")
-    monkeypatch.setattr(skinny_gemm.PackGroup, "is_packed", lambda *_: True)
-
-
 def _layers(model: nn.Module) -> list[nn.Linear]:
-    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and skinny_gemm.can_pack(layer.weight)]
+    return [layer for layer in model.modules() if isinstance(layer, nn.Linear) and can_pack(layer.weight)]
 
 
 @pytest.mark.parametrize("proposer", ["none", "ngram", "recycling"])
@@ -131,3 +123,13 @@ def test_it_is_part_of_what_costs_are_kept_for(model: LlamaForCausalLM) -> None:
 
     packed, plain = (Target(model, probe=False, packed=packed) for packed in (True, False))
     assert fingerprint(packed, 1) != fingerprint(plain, 1)
+
+
+def test_without_the_kernel(model: LlamaForCausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch multiplies, with a warning; who asks for copies is told why there are none."""
+    monkeypatch.setattr(block_linear, "unavailable", lambda: "cpu_ops.cpp cannot be compiled (no compiler)")
+    with pytest.warns(UserWarning, match="no compiler"):
+        assert not PackedWeights(model).enabled
+    assert not PackedWeights(model, False).enabled
+    with pytest.raises(MedheadError, match="no compiler"):
+        PackedWeights(model, True)

@@ -11,12 +11,14 @@ from medhead import Decoder
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
 from medhead.serving import Request
+from medhead.serving.prefix_store import PrefixStore
 from medhead.serving.scheduler import MAX_BATCHES, DecodeBatch, Scheduler
 
 
 @pytest.fixture
 def scheduler() -> Scheduler:
-    return Scheduler(Decoder(tiny_llama(), "ngram", probe=False), None)
+    decoder = Decoder(tiny_llama(), "ngram", probe=False)
+    return Scheduler(decoder, None, PrefixStore(decoder.target, 0))
 
 
 def busy(scheduler: Scheduler, proposer: str) -> DecodeBatch:

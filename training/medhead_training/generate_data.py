@@ -211,7 +211,7 @@ def run(args: argparse.Namespace) -> None:
     output = ResumableFile(args.output, WRITER)
     options = {f"--{option.replace('_', '-')}": getattr(args, option) for option in RECORDED}
     options |= {"--dtype": str(dtype).removeprefix("torch."), "--prompts": digest}
-    options |= {"--weights": args.weights} if args.weights else {}
+    options |= {"--weights": args.weights} if args.weights != "full" else {}
     options["tokenizer"] = tokenizer_fingerprint(tokenizer)
     started = output.is_started(options)  # checked before a large model is loaded
     model = load_model(args.model, device, dtype, args.trust_remote_code, args.weights)

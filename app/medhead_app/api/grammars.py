@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, Field
 
 from medhead.grammar import Grammar
 from medhead_app.api.errors import ApiError
+from medhead_app.api.strict import StrictModel
 
 
 def _check(kinds: type | tuple[type, ...], allowed: str, make: Callable[[Any], Grammar]) -> BeforeValidator:
@@ -37,11 +38,7 @@ Choice = Annotated[Grammar, _check(list, "a list of strings", _choice)]
 GrammarText = Annotated[Grammar, _TEXT]
 
 
-class _Model(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class NamedSchema(_Model):
+class NamedSchema(StrictModel):
     """The field `json_schema` of `response_format`; the answer follows it whether it is strict or not."""
 
     name: str
@@ -50,7 +47,7 @@ class NamedSchema(_Model):
     strict: bool | None = None
 
 
-class ResponseFormat(_Model):
+class ResponseFormat(StrictModel):
     """The field `response_format`."""
 
     type: Literal["text", "json_object", "json_schema"]
@@ -66,7 +63,7 @@ class ResponseFormat(_Model):
         return Grammar.json_object() if self.type == "json_object" else None
 
 
-class StructuredOutputs(_Model):
+class StructuredOutputs(StrictModel):
     """vLLM's field `structured_outputs`: one of its fields."""
 
     json_schema: JsonSchema | None = Field(None, alias="json")

@@ -13,6 +13,8 @@ from medhead.serving.request import Result, StepOutput
 from medhead_app.api.choices import Answer, best_answers
 from medhead_app.api.errors import ApiError
 from medhead_app.api.logprobs import TokenTexts, chat_logprobs, completion_logprobs
+from medhead_app.api.tools.answer import ToolAnswer
+from medhead_app.api.tools.plan import ToolPlan
 
 FINISH_REASONS = {"length": "length", "timeout": "length"}  # OpenAI has no timeout; `medhead.reason` tells it
 
@@ -46,12 +48,14 @@ class ResponseBuilder:
     include_usage: bool = False
     texts: TokenTexts | None = None  # for log probabilities; None sends none
     echoes: list[str] = field(default_factory=list)  # what the choices of every prompt begin with; empty for nothing
+    plan: ToolPlan | None = None  # of a chat whose answers may call tools
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     end_event: str = "data: [DONE]\n\n"
 
     def __post_init__(self) -> None:
         self._offsets = [0] * len(self.handles)  # where the next token of each begins; nothing is echoed with them
+        self._tools = [] if self.plan is None else [ToolAnswer(self.plan) for _ in self.handles]
 
     def response(self, answers: list[Answer]) -> dict[str, Any]:
         """Return the whole response from the answers of all candidates."""
@@ -70,12 +74,18 @@ class ResponseBuilder:
         """Return the chunks of what a pass emitted for a choice."""
         if not output.text and not output.logprobs:
             return []
-        return [self._chunk(index, {"content": output.text}, logprobs=self._logprobs(index, output.logprobs))]
+        deltas: list[dict[str, Any]] = [{"content": output.text}]
+        if self._tools:
+            tools = self._tools[index]
+            deltas = [tools.chat_delta(delta) for delta in tools.add(output.text)] or ([{}] if output.logprobs else [])
+        logprobs = [self._logprobs(index, output.logprobs), *[None] * len(deltas)]
+        return [self._chunk(index, delta, logprobs=logprobs[i]) for i, delta in enumerate(deltas)]
 
     def end_chunks(self, index: int) -> list[dict[str, Any]]:
         """Return the chunks at the end of a choice: finish reason and statistics."""
-        result = self.handles[index].result
-        return [self._chunk(index, {}, _finish_reason(result)) | {"medhead": statistics(result)}]
+        result, tools = self.handles[index].result, self._tools[index] if self._tools else None
+        rest = [] if tools is None else [self._chunk(index, tools.chat_delta(delta)) for delta in tools.finish()]
+        return [*rest, self._chunk(index, {}, _finish_reason(result, tools)) | {"medhead": statistics(result)}]
 
     def last_chunks(self) -> list[dict[str, Any]]:
         """Return the chunks after all choices: the token counts if included."""
@@ -86,19 +96,28 @@ class ResponseBuilder:
         return error.body()
 
     def _whole_choice(self, index: int, answer: Answer) -> dict[str, Any]:
+        tools = None
         if self.endpoint is CHAT:
-            content: dict[str, Any] = {"message": {"role": "assistant", "content": answer.text, "refusal": None}}
+            message: dict[str, Any] = {"role": "assistant", "content": answer.text, "refusal": None}
+            if self.plan is not None:
+                tools = ToolAnswer(self.plan)
+                tools.add(answer.text)
+                tools.finish()
+                message |= tools.message()
+            content: dict[str, Any] = {"message": message}
         else:
             content = {"text": self._echo(index * self.candidates // self.n) + answer.text}
         logprobs = self._logprobs(index, answer.logprobs)
-        choice = self._choice(index, content, _finish_reason(answer.result), logprobs)
+        choice = self._choice(index, content, _finish_reason(answer.result, tools), logprobs)
         own = {"medhead": statistics(answer.result)} if len(self.handles) // self.candidates * self.n > 1 else {}
         return choice | own
 
-    def _usage(self) -> dict[str, int]:
-        prompt = sum(handle.result.prompt_tokens for handle in self.handles[:: self.candidates])
+    def _usage(self) -> dict[str, Any]:
+        once = [handle.result for handle in self.handles[:: self.candidates]]  # a prompt counts once
+        prompt, cached = sum(one.prompt_tokens for one in once), sum(one.cached_tokens for one in once)
         new = sum(handle.result.new_tokens for handle in self.handles)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        usage = {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+        return usage | {"prompt_tokens_details": {"cached_tokens": cached}}
 
     def _echo(self, index: int) -> str:
         """Return what the text of a candidate begins with."""
@@ -116,7 +135,7 @@ class ResponseBuilder:
     def _chunk(
         self,
         index: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         finish_reason: str | None = None,
         logprobs: dict[str, Any] | None = None,
     ) -> dict[str, Any]:
@@ -135,8 +154,8 @@ class ResponseBuilder:
         return {"id": name, "object": kind, "created": self.created, "model": self.model, "choices": choices}
 
 
-def _finish_reason(result: Result) -> str:
-    return FINISH_REASONS.get(result.reason, "stop")
+def _finish_reason(result: Result, tools: ToolAnswer | None = None) -> str:
+    return FINISH_REASONS.get(result.reason, "tool_calls" if tools is not None and tools.calls else "stop")
 
 
 def statistics(result: Result) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from medhead_app.api.responses_builder import ResponsesBuilder
 from medhead_app.api.responses_schema import ResponsesRequest
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from medhead_app.api.streams import HEADERS, event_stream, full_answers
+from medhead_app.api.tools.plan import ToolPlan, ToolPlanner
 from medhead_app.metrics import Metrics
 from medhead_app.middleware import HANDLES
 from medhead_app.service import Service
@@ -36,6 +37,7 @@ class Api:
     def __init__(self, service: Service, metrics: Metrics) -> None:
         self.service, self.metrics = service, metrics
         self.token_texts = cache(lambda: TokenTexts(service.tokenizer))
+        self.tool_planner = cache(lambda: ToolPlanner(service.tokenizer, service.tool_parser))
         self.router = APIRouter()
         routes: list[tuple[str, Handler, list[str]]] = [
             ("/v1/chat/completions", self.chat_completions, ["POST"]),
@@ -56,8 +58,8 @@ class Api:
         body = parse_body(ChatRequest, await _read_json(http))
         self._check_model(body.model)
         check_count(body.candidates, "n", self.service.engine)
-        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
-        return await self._respond(http, body, [encoded.token_ids], CHAT)
+        plan, prompt = await run_in_threadpool(self._encode, body, "messages")
+        return await self._respond(http, body, [prompt], CHAT, plan=plan)
 
     async def completions(self, http: Request) -> Response:
         """Handle `POST /v1/completions`."""
@@ -73,11 +75,11 @@ class Api:
         """Handle `POST /v1/responses`."""
         body = parse_body(ResponsesRequest, await _read_json(http))
         self._check_model(body.model)
-        encoded = await run_in_threadpool(self.service.encode_chat, body.template_messages(), 1, truncate=False)
-        request = self._build_request(body, encoded.token_ids)
+        plan, prompt = await run_in_threadpool(self._encode, body, "input")
+        request = self._build_request(body, prompt, plan)
 
         def new_builder(handles: list[RequestHandle]) -> ResponsesBuilder:
-            return ResponsesBuilder(body, handles[0])
+            return ResponsesBuilder(body, handles[0], plan)
 
         return await self._answer(http, [request], body.stream, "responses", new_builder)
 
@@ -117,16 +119,19 @@ class Api:
         prompts: list[list[int]],
         endpoint: Endpoint,
         echoed: Sequence[str | list[int]] = (),
+        plan: ToolPlan | None = None,
     ) -> Response:
         candidates = body.candidates
-        requests = [one for prompt in prompts for one in with_seeds(self._build_request(body, prompt), candidates)]
+        requests = [
+            one for prompt in prompts for one in with_seeds(self._build_request(body, prompt, plan), candidates)
+        ]
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         texts = self.token_texts() if body.wants_logprobs else None
 
         def new_builder(handles: list[RequestHandle]) -> ResponseBuilder:
             echoes = [one if isinstance(one, str) else self.service.decode(one) for one in echoed]
             return ResponseBuilder(
-                endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes
+                endpoint, self.service.name, handles, candidates, body.n, include_usage, texts, echoes, plan
             )
 
         return await self._answer(http, requests, body.stream, endpoint.name, new_builder)
@@ -148,7 +153,18 @@ class Api:
         answers = await full_answers(http, handles)
         return Response(status_code=CLIENT_CLOSED) if answers is None else JSONResponse(builder.response(answers))
 
-    def _build_request(self, body: GenerationRequest, token_ids: list[int]) -> serving.Request:
+    def _encode(self, body: ChatRequest | ResponsesRequest, field: str) -> tuple[ToolPlan | None, list[int]]:
+        """Return the plan of the tools that may be called, and the token ids of the prompt."""
+        messages, wanted = body.template_messages(), body.tool_request()
+        planner = self.tool_planner()
+        planner.check_messages(messages, field)
+        plan = None if wanted is None else planner.plan(wanted)
+        tools = [] if plan is None else plan.tools
+        return plan, self.service.encode_chat(messages, 1, truncate=False, tools=tools).token_ids
+
+    def _build_request(
+        self, body: GenerationRequest, token_ids: list[int], plan: ToolPlan | None = None
+    ) -> serving.Request:
         (field, limit), service = body.token_limit(), self.service
         if limit is not None and field not in body.model_fields_set:
             limit = min(limit, service.max_new_tokens)  # OpenAI's default may be above the server's limit
@@ -158,7 +174,10 @@ class Api:
             both = f"the prompt has {len(token_ids)} tokens and {field} is {limit}"
             message = f"{both}, together more than the context of {service.context}"
             raise ApiError(message, field, "context_length_exceeded")
-        return service.request(token_ids, limit, **body.request_fields(service.temperature))
+        fields = body.request_fields(service.temperature)
+        if plan is not None:
+            fields |= {"grammar": plan.grammar, "special_tokens": plan.special_tokens}
+        return service.request(token_ids, limit, **fields)
 
     def _check_model(self, name: str) -> None:
         if name != self.service.name:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 
 from medhead.config import SamplingParams, check_tree_size
 from medhead.grammar import Grammar
@@ -13,13 +13,17 @@ from medhead.proposers import PROPOSERS
 from medhead.serving.logprobs import MAX_TOP_LOGPROBS
 from medhead_app.api.errors import ApiError
 from medhead_app.api.grammars import Choice, GrammarText, JsonSchema, Regex, ResponseFormat, StructuredOutputs
+from medhead_app.api.messages import KIND, AnyMessage, for_template, without_empty
+from medhead_app.api.strict import StrictModel
+from medhead_app.api.tools.plan import ToolRequest, new_tool_request
+from medhead_app.api.tools.schema import ToolChoice, Tools
 
 MAX_STOPS = 4
 MAX_CHOICES = 128
 # hints that change no text, with the type of their values
 IGNORED: dict[str, type] = {
     **dict.fromkeys(("user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"), str),
-    **dict.fromkeys(("cache_salt", "request_id"), str),  # vLLM's
+    "request_id": str,  # vLLM's
     "metadata": dict,
     "prediction": dict,
     "priority": int,
@@ -41,20 +45,6 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 }
 # further fields of `SamplingParams` with the names and values of the API
 _SAME_NAMES = ("presence_penalty", "frequency_penalty", "logit_bias", "stop_token_ids", "ignore_eos")
-
-
-def _join_parts(content: Any) -> Any:
-    """Join a list of text parts."""
-    if not isinstance(content, list):
-        return content
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        given = {name for name, value in part.items() if value not in (None, [])} if isinstance(part, dict) else set()
-        if kind != "text" or given != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError(f"part {index} must be {{type: text, text: ...}}; this server reads only text")
-        texts.append(part["text"])
-    return "\n".join(texts)
 
 
 def _stop_tuple(stop: Any) -> Any:
@@ -111,20 +101,6 @@ WrapSeed = AfterValidator(lambda seed: seed + 2**64 if seed is not None and -(2*
 AllTokens = AfterValidator(lambda top_k: 0 if top_k == -1 else top_k)
 
 
-class StrictModel(BaseModel):
-    """Refuse unknown fields, and strings where numbers are expected."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-
-class Message(StrictModel):
-    """One message of a conversation."""
-
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str, BeforeValidator(_join_parts)]
-    name: str | None = None
-
-
 class StreamOptions(StrictModel):
     """The field `stream_options`."""
 
@@ -166,6 +142,7 @@ class GenerationRequest(StrictModel):
     stream_options: StreamOptions | None = None
     proposer: Annotated[str | None, AfterValidator(_known_proposer)] = None
     tree_size: Annotated[int | None, CheckTreeSize] = None
+    cache_salt: Annotated[str | None, Field(min_length=1)] = None
 
     def token_limit(self) -> tuple[str, int | None]:
         """Return the name and the value of the field that limits the answer."""
@@ -204,7 +181,7 @@ class GenerationRequest(StrictModel):
         fields: dict[str, Any] = {"temperature": temperature, "seed": self.seed, "stop": self.stop}
         fields["grammar"] = self.grammar()
         fields |= {"proposer": self.proposer, "tree_size": self.tree_size, "min_new_tokens": self.min_tokens}
-        fields["logprobs"] = self.num_logprobs()
+        fields |= {"logprobs": self.num_logprobs(), "cache_salt": self.cache_salt}
         for name in ("repetition_penalty", "no_repeat_ngram_size", *_SAME_NAMES):
             fields[name] = getattr(self, name)
         if temperature > 0:
@@ -215,7 +192,10 @@ class GenerationRequest(StrictModel):
 class ChatRequest(GenerationRequest):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[AnyMessage], Field(min_length=1)]
+    tools: Tools = Field(default_factory=list)
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool = True
     max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
     logprobs: bool = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
@@ -239,10 +219,13 @@ class ChatRequest(GenerationRequest):
             raise ApiError("give max_completion_tokens or max_tokens, not both", "max_tokens", "invalid_value")
         return "max_completion_tokens", self.max_completion_tokens
 
-    def template_messages(self) -> list[dict[str, str]]:
+    def template_messages(self) -> list[dict[str, Any]]:
         """Return the messages for the chat template, the developer's as the system's."""
-        messages = [message.model_dump(exclude_none=True) for message in self.messages]
-        return [one | {"role": "system"} if one["role"] == "developer" else one for one in messages]
+        return for_template(self.messages)
+
+    def tool_request(self) -> ToolRequest | None:
+        """Return the tools that may be called, None where there are none."""
+        return new_tool_request(self.tools, self.tool_choice, self.parallel_tool_calls, self.grammar())
 
 
 class CompletionRequest(GenerationRequest):
@@ -291,7 +274,7 @@ def parse_body(kind: type[Body], content: bytes) -> Body:
         raise ApiError("the body must be a JSON object", code="invalid_json")
     fields = _remove_neutral(kind, {name: value for name, value in fields.items() if value is not None})
     if isinstance(fields.get("messages"), list):
-        fields["messages"] = [_remove_empty(message) for message in fields["messages"]]
+        fields["messages"] = without_empty(fields["messages"])
     try:
         body = kind.model_validate(fields)
     except ValidationError as error:
@@ -318,17 +301,10 @@ def _remove_neutral(kind: type[GenerationRequest], fields: dict[str, Any]) -> di
     return kept
 
 
-def _remove_empty(message: Any) -> Any:
-    """Remove the empty fields that clients send back with an answer."""
-    if not isinstance(message, dict):
-        return message
-    return {name: value for name, value in message.items() if name == "content" or value not in (None, [])}
-
-
 def _first_error(error: ValidationError) -> ApiError:
     found = error.errors(include_url=False)[0]
     param = ""
-    for part in found["loc"]:
+    for part in (one for one in found["loc"] if not str(one).startswith(KIND)):
         param += f"[{part}]" if isinstance(part, int) else f"{'.' if param else ''}{part}"[:80]
     message, code = found["msg"].removeprefix("Value error, "), "invalid_value"
     if found["type"] == "missing":

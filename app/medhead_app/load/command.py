@@ -21,6 +21,7 @@ from medhead_app.load.clients import LoadGenerator
 from medhead_app.load.server import MemoryMonitor, start_server
 
 PROG = "medhead load-test"
+PREFIX_CACHE_GIB = 1 / 32
 EXAMPLES = """\
 examples:
   medhead load-test --output results                     8 and 32 clients, two minutes each, demo model
@@ -94,7 +95,9 @@ def run_one(args: argparse.Namespace, server_options: list[str], clients: int, m
     if max_rows is None:
         return asyncio.run(measure(args, args.url.rstrip("/"), clients, None))
     queue = [] if "--max-queue" in server_options else ["--max-queue", str(max(64, 2 * clients))]
-    with start_server(["--max-rows", str(max_rows), *queue, *server_options]) as (url, pid):
+    # a prefix cache that is full before the warm-up of the memory ends
+    cache = [] if "--prefix-cache-gib" in server_options else ["--prefix-cache-gib", str(PREFIX_CACHE_GIB)]
+    with start_server(["--max-rows", str(max_rows), *queue, *cache, *server_options]) as (url, pid):
         memory = MemoryMonitor(pid)
         with memory.running():
             row = asyncio.run(measure(args, url, clients, max_rows))

@@ -1,0 +1,123 @@
+"""Grammars of tool calls: which answers they allow, with marks that are tokens and with marks that are text."""
+
+from __future__ import annotations
+
+import copy
+import json
+from typing import Any
+
+import pytest
+from llguidance import LLMatcher, hf
+from test_tool_readers import written
+from tokenizers import AddedToken
+from tool_templates import TEMPLATES
+
+from medhead.grammar import Grammar, compile_grammar
+from medhead_app.api.tools.formats import find_format
+from medhead_app.api.tools.plan import ToolPlanner, new_tool_request
+from medhead_app.api.tools.schema import NamedChoice, Tool
+
+FORMATS = ["hermes", "llama", "mistral", "named"]
+END = 1
+
+
+def schema(name: str, values: list[Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": {name: {"enum": values}}, "required": [name], "additionalProperties": False}
+
+
+def tools(strict: bool) -> list[Tool]:
+    functions = [("weather", "city", ["Oslo", "Rome"]), ("clock", "zone", [3])]
+    return [
+        Tool(type="function", function={"name": name, "parameters": schema(field, values), "strict": strict})  # type: ignore[arg-type]
+        for name, field, values in functions
+    ]
+
+
+@pytest.fixture(scope="module", params=["tokens", "text"])
+def tokenizer_of_marks(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
+    found = copy.deepcopy(tokenizer)
+    if request.param == "tokens":
+        special = ["[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
+        found.add_special_tokens({"additional_special_tokens": special})
+        found.add_tokens([AddedToken(mark, special=False) for mark in ("<tool_call>", "</tool_call>", "<think>")])
+    return found
+
+
+class Answers:
+    """Says whether a request allows an answer."""
+
+    def __init__(self, tokenizer: Any, template: str, strict: bool = False, **fields: Any) -> None:
+        self.tokenizer = copy.deepcopy(tokenizer)
+        self.tokenizer.chat_template = TEMPLATES[template]
+        fields = {"choice": "auto", "parallel": True, "answer": None} | fields
+        wanted = new_tool_request(tools(strict), **fields)
+        assert wanted is not None
+        grammar = ToolPlanner(self.tokenizer).plan(wanted).grammar
+        assert grammar is not None
+        self.form = hf.from_tokenizer(self.tokenizer, n_vocab=len(self.tokenizer), eos_token=[END])
+        self.source = compile_grammar(grammar.kind, grammar.text)
+
+    def allow(self, text: str) -> bool:
+        matcher = LLMatcher(self.form, self.source, log_level=0)
+        assert not matcher.is_error(), matcher.get_error()
+        ids = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return bool(matcher.try_consume_tokens(ids) == len(ids) and matcher.is_accepting())
+
+
+ONE: Any = [("weather", {"city": "Oslo"})]
+OTHER: Any = [("clock", {"zone": 3})]
+WRONG: Any = [("weather", {"city": "Bern"})]
+
+
+def joined(template: str, calls: Any) -> str:
+    """Return the calls in the form that the grammar asks for."""
+    if template == "mistral":
+        members = (json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls)
+        return f"[TOOL_CALLS] [{', '.join(members)}]"
+    return written(template, calls).replace("[CALL_ID]abcdefghi", "")
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_what_is_allowed(tokenizer_of_marks: Any, template: str) -> None:
+    one, other, wrong = (joined(template, calls) for calls in (ONE, OTHER, WRONG))
+    both, parallel = joined(template, ONE + OTHER), template != "llama"
+    said = "" if template == "llama" else "Let me look. "
+
+    must = Answers(tokenizer_of_marks, template, choice="required")
+    cases = {one: True, other: True, both: parallel, wrong: False, "": False, "text": False, "text" + one: False}
+    assert {text: must.allow(text) for text in cases} == cases
+
+    named = Answers(tokenizer_of_marks, template, choice=NamedChoice(name="clock"), parallel=False)
+    cases = {one: False, other: True, joined(template, OTHER * 2): False}
+    assert {text: named.allow(text) for text in cases} == cases
+
+    strict = Answers(tokenizer_of_marks, template, strict=True)
+    cases = {"": True, "Hello, <b> [x] {": True, said + one: True, said + both: parallel, said + wrong: False}
+    assert {text: strict.allow(text) for text in cases} == cases
+
+    single = Answers(tokenizer_of_marks, template, parallel=False)
+    cases = {"": True, "text\n": True, said + wrong: True, said + both: False}
+    assert {text: single.allow(text) for text in cases} == cases
+
+    answer = Answers(tokenizer_of_marks, template, answer=Grammar.json_schema(schema("kind", ["a"])))
+    cases = {'{"kind": "a"}': True, '{"kind": "b"}': False, one: True, "text": False}
+    assert {text: answer.allow(text) for text in cases} == cases
+
+    person = {"type": "object", "properties": {"name": {"type": "string"}, "old": {"type": "boolean"}}}
+    answer = Answers(tokenizer_of_marks, template, answer=Grammar.json_schema(person))
+    cases = {'{"name": "weather", "old": true}': True, '{"name": "Ann"}': True, '{"old": 1}': False, one: True}
+    assert {text: answer.allow(text) for text in cases} == cases
+
+
+def test_free_text_may_have_other_added_tokens(tokenizer_of_marks: Any) -> None:
+    answers = Answers(tokenizer_of_marks, "hermes", strict=True)
+    assert answers.allow("<think>well</think> " + joined("hermes", ONE))
+
+
+@pytest.mark.parametrize("template", FORMATS)
+def test_the_template_names_the_format(template: str) -> None:
+    names = {"hermes": "HermesReader", "llama": "Llama3Reader"}
+    found = find_format(TEMPLATES[template])
+    assert found is not None
+    assert found.reader.__name__ == names.get(template, "MistralReader")
+    assert find_format(TEMPLATES["unknown"]) is None
