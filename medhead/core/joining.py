@@ -12,7 +12,7 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
 from medhead.model.prompt_inputs import PromptInputs
-from medhead.model.prompt_reader import PromptReader
+from medhead.model.prompt_reader import PromptReader, read_whole
 from medhead.model.state_cache import StateCache
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
@@ -50,7 +50,7 @@ class Joining:
     Attributes:
         cache: the target's rows of what was read.
         draft_cache: what the proposer keeps of it, or None.
-        read: with `exact="bitwise"`, logits and features of every prompt's last token, see `Target.prefill_whole`; else None.
+        read: with `exact="bitwise"`, logits and features of every prompt's last token, see `read_whole`; else None.
     """
 
     @torch.inference_mode()
@@ -75,7 +75,7 @@ class Joining:
             self._load(row, prefix)
         self._reader: PromptReader | None = None
         if inputs is None and target.bitwise is not None:
-            self.read = target.prefill_whole(self.cache, texts, self._on_chunk)
+            self.read = read_whole(target, self.cache, texts, self._on_chunk)
             self._features = self.read[1].clone()
         elif inputs is None:
             rows = [text[:-1] for text in texts]

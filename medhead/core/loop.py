@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,31 +21,18 @@ from medhead.core.sampling import SamplingBatch, reads_nothing
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
+from medhead.core.step_times import StepClock, StepTimes
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.kv_cache import compact_order
 from medhead.model.prompt_inputs import PromptInputs
+from medhead.model.prompt_reader import read_whole
 from medhead.model.target import PREFILL_CHUNK, Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
 if TYPE_CHECKING:
     from medhead.compile.captured import CapturedSteps
     from medhead.compile.graph_cache import GraphCache
-
-
-@dataclass
-class StepTimes:
-    """Seconds spent in each part of all steps, with the device synchronised around every part; for profiles."""
-
-    propose: float = 0.0
-    forward: float = 0.0
-    accept: float = 0.0
-    commit: float = 0.0
-    other: float = 0.0
-
-    def total(self) -> float:
-        """Return the sum of all parts."""
-        return self.propose + self.forward + self.accept + self.commit + self.other
 
 
 class DecodeLoop:
@@ -201,7 +187,7 @@ class DecodeLoop:
         read: tuple[Tensor, Tensor] | None = None,
     ) -> list[int]:
         """Decode sequences by one pass, or by what the prompts' pass has read; return the places of those that go on."""
-        mark = _Clock(self.times, self.target.device) if self.times is not None else lambda part: None
+        mark = StepClock(self.times, self.target.device) if self.times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
@@ -304,7 +290,7 @@ class DecodeLoop:
         cache, rows = self._buffers.cache, [one.token_ids for one in self.sequences]
         again = self.target.new_cache(len(rows), cache.capacity)
         if self.target.bitwise is not None:
-            self.target.prefill_whole(again, rows)
+            read_whole(self.target, again, rows)
         else:
             self.target.prefill(again, [row[:-1] for row in rows])
         longest = cache.lengths.longest
@@ -394,21 +380,6 @@ class DecodeLoop:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = self._captured.unload(self._sampling(self.sequences))
         self._captured = None
-
-
-class _Clock:
-    """Adds the time since the last mark to a part of the step."""
-
-    def __init__(self, times: StepTimes, device: torch.device) -> None:
-        self._times, self._device = times, device
-        self._last = time.perf_counter()
-
-    def __call__(self, part: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        setattr(self._times, part, getattr(self._times, part) + now - self._last)
-        self._last = now
 
 
 def _share_processors(sequences: list[Sequence]) -> bool:

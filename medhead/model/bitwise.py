@@ -19,9 +19,12 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.eval_mode import eval_mode
 from medhead.model.layout import cache_argument
+from medhead.model.node_attention import NodeVisits
+from medhead.model.prompt_reader import read_whole
 from medhead.model.row_products import ONE, SIXTEEN, RowProducts
 
 if TYPE_CHECKING:
+    from medhead.model.kv_cache import TreeCache
     from medhead.model.target import Target
 
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
@@ -84,6 +87,15 @@ class Bitwise:
         """Replace what depends on the number of rows inside the context; packed copies of weights do not, and stay."""
         with self.products.replaced(self._target.model):
             yield
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """See `Target.verify`."""
+        assert cache.lengths.host is not None, "captured steps are refused"
+        with self.running():
+            cache.begin(tree.nodes)
+            current = self._target._pass(cache, tree.depth, None, tree.nodes)
+            current.visits = NodeVisits.of(tree, cache.lengths.host)
+            return self._target._forward(cache, tree.tokens, tree.depth, current)
 
     # ---------------------------------------------------------------- self-test
 
@@ -163,7 +175,7 @@ class Bitwise:
         """Return logits `[1 + STEPS, vocab]`: of a prompt's last token, and of the tokens after it one by one."""
         target, length = self._target, len(text) - STEPS
         cache = target.new_cache(1, len(text))
-        logits, _ = target.prefill_whole(cache, [text[:length]])
+        logits, _ = read_whole(target, cache, [text[:length]])
         return torch.stack([logits[0], *(self._alone(cache, text[at], at) for at in range(length, len(text)))])
 
     def _matches(self, text: list[int], ours: Tensor) -> bool:
@@ -186,6 +198,18 @@ class Bitwise:
             f"exact bitwise: one text for every proposer, tree and batch in {where}; "
             f"greedy text of one prompt is {also} text of transformers generate"
         )
+
+
+def promise(target: Target, exact: str) -> None:
+    """Give a target its `bitwise`, proved.
+
+    Raises:
+        MedheadError: `exact` is not `bitwise`, or it cannot be promised.
+    """
+    if exact != "bitwise":
+        raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
+    target.bitwise = Bitwise(target)
+    target.bitwise.prove()
 
 
 def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:

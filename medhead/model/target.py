@@ -15,7 +15,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
-from medhead.model.bitwise import Bitwise
+from medhead.model.bitwise import Bitwise, promise
 from medhead.model.eval_mode import eval_mode
 from medhead.model.feature_taps import FeatureTaps
 from medhead.model.find_states import find_layers
@@ -36,7 +36,6 @@ from medhead.model.layout import (
 from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
-from medhead.model.node_attention import NodeVisits
 from medhead.model.output_rows import output_form
 from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
@@ -98,8 +97,6 @@ class Target:
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
-        if exact not in (None, "bitwise"):
-            raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
         inner = unwrap_peft(model)
         if not isinstance(inner, PreTrainedModel):
             raise MedheadError(f"a target must be a causal language model of transformers, got {type(inner).__name__}")
@@ -151,8 +148,7 @@ class Target:
                 probe_target(self, attention)
         if exact is not None:
             with self.lock:
-                self.bitwise = Bitwise(self)
-                self.bitwise.prove()
+                promise(self, exact)
 
     # ---------------------------------------------------------------- passes
 
@@ -258,7 +254,7 @@ class Target:
             reads), or the concatenated outputs of the feature layers.
         """
         if self.bitwise is not None:
-            return self._verify_bitwise(self.bitwise, cache, tree)
+            return self.bitwise.verify(cache, tree)
         if isinstance(cache, StateCache):
             cache.begin_tree(tree)
         bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
@@ -278,14 +274,6 @@ class Target:
             current.backend, current.ancestor_bitmask = self.backend, bitmask
             current.host_lengths = tuple(cache.lengths.host or ())
         return self._forward(cache, tokens, depth, current)
-
-    def _verify_bitwise(self, bitwise: Bitwise, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
-        cache.begin(tree.nodes)
-        current = self._pass(cache, tree.depth, None, tree.nodes)
-        assert cache.lengths.host is not None, "captured steps are refused"
-        current.visits = NodeVisits.of(tree, cache.lengths.host)
-        with bitwise.running():
-            return self._forward(cache, tree.tokens, tree.depth, current)
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """Return `run`, called `what` in messages, compiled for tensors of the sizes of `given` where passes are compiled.
@@ -311,33 +299,6 @@ class Target:
         while reader.left:
             reader.advance(chunk or PREFILL_CHUNK)
         return reader.features
-
-    def prefill_whole(
-        self, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[Tensor, int], None] | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """Fill an empty cache with whole texts as transformers reads them: each row alone, in one pass.
-
-        The cache's lengths then leave out the last token of every row, the root of a tree whose pass this was; its keys are
-        in place. `on_chunk` is called once, with the features of all tokens but the last.
-
-        Returns:
-            logits `[batch, vocab]` and features `[batch, size]` of every last token.
-        """
-        logits, features = list[Tensor](), list[Tensor]()
-        for index, row in enumerate(rows):
-            alone = cache if len(rows) == 1 else self.new_cache(1, len(row))
-            alone.lengths.set([0])
-            with self.length_rope.reading([len(row)], self.device):
-                tokens, last = torch.tensor([row], device=self.device), torch.tensor([len(row) - 1], device=self.device)
-                found = self.read_chunk(alone, tokens, last)
-            logits.append(found[0])
-            features.append(found[1][0])
-            if alone is not cache:
-                cache.load_tokens(index, iter(alone.copy_tokens(0, 0, len(row))))
-        cache.lengths.set([len(row) - 1 for row in rows])
-        if on_chunk is not None and max(map(len, rows)) > 1:
-            on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)[:, :-1], 0)
-        return torch.cat(logits), torch.stack([one[-1] for one in features])
 
     def read_chunk(self, cache: TreeCache, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Run a pass over the next `tokens` `[batch, nodes]` of prompts, with logits of the nodes `last` `[batch]` alone.

@@ -20,6 +20,7 @@ from medhead.core.tree import TokenTree
 from medhead.model.block_weights import use_blocks
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import DEMO_HEADS
+from medhead.model.prompt_reader import read_whole
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.scheduling.cost_model import CostModel
@@ -74,7 +75,7 @@ def check_logits(model: PreTrainedModel) -> Target:
     ids = torch.randint(3, 60, (21 + 64,), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode(), target.active():
         cache = target.new_cache(1, 120)
-        target.prefill_whole(cache, [ids[:21].tolist()])
+        read_whole(target, cache, [ids[:21].tolist()])
         tree = TokenTree.from_parents(ids[20:84], torch.tensor(random_parents(64)))
         expected = path_logits(target, cache, 20, tree)
         for nodes in SIZES:
