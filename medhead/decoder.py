@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import generate_options as options
 from medhead.check import CheckReport, compare
-from medhead.compile import CompiledTarget, GraphCache
+from medhead.compile import CompiledTarget, GraphCache, may_use_kept_passes
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
 from medhead.core.constraint import new_constraint
@@ -53,7 +53,8 @@ class Decoder:
         attention: backend of the target, see `Target`.
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
         profile: time the parts of every step (`statistics.times`); the device is synchronised around each of them.
-        step: how a step is run. `loop`, the default, is the ordinary decode loop. With the proposers `heads` and `none`, a
+        step: how a step is run. `loop` is the ordinary decode loop. `auto`, the default, is the same with the target's passes
+            that `compiled` compiled before on this machine, if any. With the proposers `heads` and `none`, a
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
             the target's pass and the growth of candidates from heads. See `medhead.compile`.
@@ -94,7 +95,7 @@ class Decoder:
         probe: bool = True,
         attention: str = "auto",
         packed: bool | None = None,
-        step: str = "loop",
+        step: str = "auto",
         exact: str | None = None,
         profile: bool = False,
         **options: Any,
@@ -119,9 +120,18 @@ class Decoder:
             raise MedheadError(
                 f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
             )
-        if self.target.bitwise is not None and (typical is not None or step != "loop"):
+        if self.target.bitwise is not None and (typical is not None or step not in ("auto", "loop")):
             lossy = "typical acceptance" if typical is not None else f"step {step!r}"
             raise MedheadError(f"exact='bitwise' does not go with {lossy}, which changes texts; leave one out")
+        shared: dict[str, Any] = {
+            "probe": False,
+            "attention": self.target.backend.name,
+            "packed": self.target.packed_weights,
+        }
+        if step == "auto":
+            if self.target.bitwise is None and may_use_kept_passes(self.target):
+                self.compiled_target = CompiledTarget(self.model, builds=False, **shared)
+            step = "loop"
         if step != "loop" and self.target.state_layers is not None:
             raise MedheadError(
                 f"step {step!r} does not go with {self.target.name}, whose layers hold states (recurrent or convolutional); "
@@ -133,7 +143,7 @@ class Decoder:
                 "use step='loop'"
             )
         if step == "compiled" and not self.proposer.capturable:
-            self.compiled_target = CompiledTarget(self.model, probe=False, attention=self.target.backend.name)
+            self.compiled_target = CompiledTarget(self.model, **shared)
         elif step != "loop":
             self.graphs = GraphCache(self.target, self.proposer, step)
         self.statistics, self.profile = Statistics(), profile

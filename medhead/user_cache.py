@@ -48,6 +48,7 @@ def fingerprint(target: Target, batch: int) -> str:
         if on_cuda
         else f"{platform.node()} {platform.machine()} {os.cpu_count()}",
         target.backend.name + kind + (", bitwise" if target.bitwise is not None else ""),
+        target.kept_passes,
         batch,
         torch.get_num_threads(),
         torch.__version__,

@@ -1,4 +1,4 @@
-"""Time the linear layers of SmolLM2-135M by every int8 and int4 product of PyTorch, for the rows of plain steps and trees.
+"""Time the linear layers of SmolLM2-135M by the kernel of medhead and by products of PyTorch, for plain passes and trees.
 
 Random weights of the model's 211 matrices are multiplied one after the other, so that every weight comes from main memory
 as in a real pass. One thread; the smallest CPU time of the rounds, in which the methods are interleaved.
@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from medhead_kernels.skinny_gemm import pack, transposed
+from medhead_kernels import block_linear
 
 SHAPES = {"576x576": 60, "192x576": 60, "1536x576": 60, "576x1536": 30, "49152x576": 1}  # out x in: how many of them
 ROWS = (1, 2, 4, 8, 16, 32, 64)
@@ -38,12 +38,6 @@ def dequantized_linear(x: Tensor, given: tuple[Tensor, Tensor]) -> Tensor:
     """Convert the weights on every call, then multiply as in float32."""
     weight, scales = given
     return F.linear(x, weight.to(x.dtype)) * scales
-
-
-def dequantized_blocks(x: Tensor, given: tuple[Tensor, Tensor]) -> Tensor:
-    """Convert 2^20 weights at a time, which stay in the caches, as `medhead.model.int8` does."""
-    blocks = given[0].split(2**20 // given[0].shape[1])
-    return torch.cat([F.linear(x, block.to(x.dtype)) for block in blocks], -1) * given[1]
 
 
 def fbgemm_weight(weight: Tensor) -> Any:
@@ -92,15 +86,20 @@ def int4_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 METHODS: dict[str, Method] = {
     "float32 F.linear": (lambda w: w, F.linear),
-    "float32 transposed": (lambda w: w, transposed),
-    "float32 oneDNN packed": (pack, lambda x, w: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], "")),
+    "medhead float32": (block_linear.store, block_linear.linear),
+    "medhead bfloat16": (lambda w: block_linear.store(w.bfloat16()), block_linear.linear),
+    "medhead int8": (lambda w: block_linear.round_to(w, "int8"), block_linear.linear),
+    "medhead int4": (lambda w: block_linear.round_to(w, "int4"), block_linear.linear),
+    "float32 oneDNN packed": (
+        lambda w: torch.ops.mkldnn._reorder_linear_weight(w, 16),
+        lambda x, w: torch.ops.mkldnn._linear_pointwise.default(x, w, None, "none", [], ""),
+    ),
     "int8 _weight_int8pack_mm, float32": (quantized, lambda x, w: torch.ops.aten._weight_int8pack_mm(x, *w)),
     "int8 _weight_int8pack_mm, bfloat16": (
         lambda w: tuple(part if part.dtype == torch.int8 else part.bfloat16() for part in quantized(w)),
         lambda x, w: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), *w),
     ),
     "int8 to float32, F.linear": (quantized, dequantized_linear),
-    "int8 to float32 in blocks, F.linear (medhead)": (quantized, dequantized_blocks),
     "int8 quantize_dynamic (fbgemm, scale per pass)": (
         fbgemm_weight,
         lambda x, w: torch.ops.quantized.linear_dynamic(x, w, reduce_range=True),
@@ -136,6 +135,8 @@ def main() -> None:
     parser.add_argument("--limit", type=float, default=0.6, help="seconds of a pass above which a method is left out")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    if (reason := block_linear.unavailable()) is not None:
+        raise SystemExit(reason)
     names = [shape.split("x") for shape in SHAPES]
     table: list[dict[str, Any]] = []
     with torch.inference_mode():

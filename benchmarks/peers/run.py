@@ -1,7 +1,8 @@
 """Compare medhead with what a user would run instead, interleaved, task by task of Spec-Bench.
 
 The systems: transformers' `generate` (plain, prompt lookup, compiled with a static cache), llama.cpp (files given by --gguf),
-medhead's plain decoding, its hybrid without heads, its heads, and its hybrid with heads. All start from the same token ids.
+medhead's plain decoding, its hybrid without heads, and its hybrid with heads, the latter also with the weights of the files.
+medhead uses passes that `--step compiled` compiled before. All start from the same token ids.
 Results are written after every task; a run that was stopped goes on with the next task.
 """
 
@@ -22,7 +23,7 @@ from medhead.bench.measure import Method, measure, warm_up
 from medhead.bench.task_prompts import Truncation, encode_task, read_tasks
 from medhead.cli.common import run_command
 from medhead.decoder import Decoder
-from medhead.model.loading import load_tokenizer
+from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 
@@ -48,28 +49,22 @@ def parser() -> Any:
     )
     options.add_argument("--dtype", default="float32", help="data type of the model (default: float32)")
     options.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
-    options.add_argument(
-        "--compiled", action="store_true", help="add transformers compiled, and medhead's compiled steps"
-    )
+    options.add_argument("--compiled", action="store_true", help="add transformers compiled with a static cache")
     options.add_argument("--gguf", type=Path, nargs="*", default=[], help="files for llama.cpp, named MODEL.TYPE.gguf")
+    options.add_argument("--stored", type=Path, nargs="*", default=[], help="files for medhead with --weights stored")
     options.add_argument("--npm-folder", type=Path, default=Path.home() / ".cache" / "medhead" / "node-llama-cpp",
                          help="where node-llama-cpp is, or will be installed")  # fmt: skip
     return options
 
 
-def methods_of(args: argparse.Namespace, target: Target, temperature: float, rows: int) -> list[Method]:
+def methods_of(
+    args: argparse.Namespace, target: Target, of_files: dict[Path, Target], temperature: float, rows: int
+) -> list[Method]:
     """Return all systems for one temperature and batch size; medhead's plain decoding is the first."""
     arguments, seed = harness.generate_arguments(args, target.model, temperature), args.seed
 
-    def medhead(name: str, proposer: str, step: str = "loop", **options: Any) -> Method:
-        def make() -> Decoder:
-            return Decoder(target, build_proposer(proposer, target, **options), step=step)
-
-        return (
-            Method(name, arguments, seed=seed, make=make)
-            if step == "loop"
-            else Method(name, arguments, make(), seed=seed)
-        )
+    def medhead(name: str, proposer: str, of: Target = target, **options: Any) -> Method:
+        return Method(name, arguments, Decoder(of, build_proposer(proposer, of, **options)), seed=seed)
 
     def transformers(name: str, **more: Any) -> Method:
         return Method(f"transformers {name}".rstrip(), arguments | more, model=target.model, seed=seed)
@@ -77,9 +72,13 @@ def methods_of(args: argparse.Namespace, target: Target, temperature: float, row
     heads: dict[str, Any] = {"heads": args.heads} if args.heads else {}
     found = [medhead(PLAIN, "none"), medhead("medhead hybrid, no heads", "hybrid")]
     if heads:
-        found += [medhead("medhead heads", "heads", **heads), medhead("medhead hybrid", "hybrid", **heads)]
-    if args.compiled:
-        found.append(medhead("medhead hybrid, compiled", "hybrid", "compiled", **heads))
+        found.append(medhead("medhead hybrid", "hybrid", **heads))
+    for file, of in of_files.items():
+        kind = file.stem.rpartition(".")[2]
+        found += [
+            medhead(f"medhead plain {kind}", "none", of),
+            medhead(f"medhead hybrid {kind}", "hybrid", of, **heads),
+        ]
     found.append(transformers(""))
     if rows == 1:
         found.append(transformers("prompt lookup", prompt_lookup_num_tokens=10))
@@ -101,10 +100,11 @@ def rows_of(args: argparse.Namespace, target: Target, done: set[tuple[Any, ...]]
         encode_task(tokenizer, name, chats, args.prompts_per_task, longest, Truncation(args.truncate, "ends"))
         for name, chats in read_tasks(args.prompts).items()
     ]
+    of_files = {file: Target(load_model(file, "cpu", args.dtype, weights="stored")) for file in args.stored}
     for temperature in args.temperatures:
         for size in args.batch_sizes:
             left = [task for task in tasks if (task.name, temperature, size) not in done]
-            methods = methods_of(args, target, temperature, size) if left else []
+            methods = methods_of(args, target, of_files, temperature, size) if left else []
             if methods:
                 warm_up(methods, left[0].prompts[:size], size, max_new_tokens=8)
             for task in left:

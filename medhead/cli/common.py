@@ -242,8 +242,8 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     owner, options = proposer_options(args, tokenizer)
     override_generation_config(model, getattr(args, "generation_config", None))
     folder = args.heads or default_heads(args.model)
-    step, packed = getattr(args, "step", "loop"), getattr(args, "packed", None)  # only some commands have them
-    proposer = args.proposer or owner or ("heads" if folder and step != "loop" else "hybrid")
+    step, packed = getattr(args, "step", "auto"), getattr(args, "packed", None)  # only some commands have them
+    proposer = args.proposer or owner or ("heads" if folder and _is_captured(step, model) else "hybrid")
     heads: Any = folder if proposer in ("heads", "hybrid") else None
     if heads and adapts_target(heads):
         model = load_adapted(model, heads)
@@ -257,6 +257,11 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         if compiler is not None:
             compiler.on_progress = say
     return decoder
+
+
+def _is_captured(step: str, model: Any) -> bool:
+    """Return whether whole steps are captured where the proposer allows it; on a CPU it is the pass that is compiled."""
+    return step == "graph" or (step == "compiled" and model.device.type != "cpu")
 
 
 def say(line: str) -> None:

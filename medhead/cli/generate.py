@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from medhead.core.sequence import Sequence
     from medhead.decoder import Decoder
 
-STEPS = ("loop", "graph", "compiled")  # the ways to run a step that users can choose; see `medhead.compile`
+STEPS = ("auto", "loop", "graph", "compiled")  # the ways to run a step that users can choose; see `medhead.compile`
 MIN_PASSES, LOW_LENGTH = 16, 1.3  # an answer of so many passes with a lower accepted length gets a hint
 EXAMPLES = """\
 examples:
@@ -63,9 +63,10 @@ def parser() -> Parser:
                       help="window, n-gram size and verified n-grams of the proposer lookahead")  # fmt: skip
     what.add_argument("--recycling-state", metavar="FILE", help="state of the proposer recycling to start from")
     what.add_argument("--save-recycling-state", action="store_true", help="write the state back to that file")
-    what.add_argument("--step", default="loop", choices=STEPS,
-                      help="how a step runs (default: loop). graph: one CUDA graph, for the proposers heads and none. "
-                      "compiled: by PyTorch, for every proposer; it takes a minute, which pays for long work")  # fmt: skip
+    what.add_argument("--step", default="auto", choices=STEPS,
+                      help="how a step runs. auto: the ordinary loop, with passes that compiled has made before on this CPU; "
+                      "loop: without them; graph: one CUDA graph, for the proposers heads and none; "
+                      "compiled: by PyTorch, for every proposer, which takes a minute or two (default: auto)")  # fmt: skip
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")
     text.add_argument("--prompt-file", help="file with the prompt (default, and -: standard input)")
@@ -140,7 +141,7 @@ def check_receipt(args: argparse.Namespace) -> None:
     refused = {
         "--json-schema": args.json_schema is not None,
         "--regex": args.regex is not None,
-        f"--step {args.step}": args.step != "loop",
+        f"--step {args.step}": args.step not in ("auto", "loop"),
         "heads that adapt the model": folder is not None and adapts_target(folder),
     }
     for option, given in refused.items():
@@ -235,12 +236,17 @@ def save_state(args: argparse.Namespace, decoder: Decoder) -> None:
         decoder.proposer.save(args.recycling_state)
 
 
+def uses_compiled_pass(decoder: Decoder) -> bool:
+    """Return whether the target's passes were compiled ones."""
+    return decoder.compiled_target is not None and decoder.compiled_target.in_use
+
+
 def statistics_line(decoder: Decoder) -> str:
     """Return one line about the last generation."""
     s, proposer = decoder.statistics, decoder.proposer
     up_to = "up to " if getattr(proposer, "adapts", False) else ""
     way = decoder.graphs.backend if decoder.graphs is not None and s.captured_steps else ""
-    step = f", step {way}" if way else ", compiled pass" if decoder.compiled_target is not None else ""
+    step = f", step {way}" if way else ", compiled pass" if uses_compiled_pass(decoder) else ""
     return (
         f"[{proposer.name}, {up_to}{proposer.tree_size} nodes{step}] {s.new_tokens} tokens in {s.seconds:.2f} s, "
         f"{s.tokens_per_second:.1f} tokens/s, {s.passes} verify passes, accepted length {s.accepted_length:.2f}"

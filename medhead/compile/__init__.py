@@ -5,7 +5,7 @@
 """
 
 from medhead.compile.backends import BACKENDS
-from medhead.compile.compiled_target import CompiledTarget
+from medhead.compile.compiled_target import CompiledTarget, may_use_kept_passes
 from medhead.compile.graph_cache import GraphCache
 
-__all__ = ["BACKENDS", "CompiledTarget", "GraphCache"]
+__all__ = ["BACKENDS", "CompiledTarget", "GraphCache", "may_use_kept_passes"]

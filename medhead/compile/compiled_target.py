@@ -24,6 +24,7 @@ from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
 from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
+from medhead.model.shards import placement
 from medhead.model.target import Target
 
 _PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace with: sizes that may differ are unequal
@@ -32,19 +33,23 @@ _PRIMES = (5, 7, 11, 13, 17, 19, 23, 37, 67, 131, 257, 521)  # sizes to trace wi
 class CompiledTarget(Target):
     """See `Target`.
 
+    Args:
+        builds: whether a pass that no earlier process compiled is compiled now; else the ordinary one runs instead.
+
     Attributes:
+        compiles: as `builds`.
         on_progress: told when something is compiled, which takes a while; not when it is loaded.
     """
 
-    compiles = True
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, builds: bool = True, **kwargs: Any) -> None:
         self._state: Hashable = None
         self._ready = False  # the probe's passes are not worth compiling
         super().__init__(*args, **kwargs)
         self.length_rope.refuse_step("compiled")
         self.on_progress: Callable[[str], None] = lambda line: None
-        self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]]] = {}
+        self._passes: dict[Any, Callable[..., tuple[Tensor, Tensor]] | None] = {}
+        self.compiles = builds
+        self.kept_passes = "" if builds else kept_pass.names()
         self._ready = self.backend.name != "flash"  # which asks the host
 
     def clear(self) -> None:
@@ -64,8 +69,12 @@ class CompiledTarget(Target):
         """
         if not self._ready or cache.position_offset is not None:
             return super().verify(cache, tree)
+        takes_bitmask = self._takes_bitmask(tree.nodes)
+        key = tree.batch > 1, tree.nodes > 1, takes_bitmask, tuple(self.taps.layers), self._state
+        if key in self._passes and self._passes[key] is None:
+            return super().verify(cache, tree)
         cache.begin(tree.nodes, spare=1)  # spare=1: a completely used cache would trigger a recompilation
-        bitmask = [tree.ancestor_bitmask] if self._takes_bitmask(tree.nodes) else []
+        bitmask = [tree.ancestor_bitmask] if takes_bitmask else []
         columns = torch.empty(cache.used, device=self.device)  # only its size is read
         # strides and storage offsets are specialized, even those of dimensions of size 1
         of_tree = [
@@ -73,14 +82,19 @@ class CompiledTarget(Target):
             for part in (tree.tokens, tree.depth, tree.visible, *bitmask)
         ]
         given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
-        key = tree.batch > 1, tree.nodes > 1, len(bitmask), tuple(self.taps.layers), self._state
         if key not in self._passes:
             run = self._pass_over(bool(bitmask))
             weights = self._weights()
             name = pass_key(self, (key[:-1], sorted(weights))) if self.device.type == "cpu" else None
             kept = None if name is None else self._kept(name, weights, run, given)
-            self._passes[key] = kept or self._compile(tree, weights, run, given, name)
-        return self._passes[key](*given)
+            self._passes[key] = kept or (self._compile(tree, weights, run, given, name) if self.compiles else None)
+        found = self._passes[key]
+        return super().verify(cache, tree) if found is None else found(*given)
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a compiled pass was run."""
+        return any(self._passes.values())
 
     def compiled(self, what: str, run: Callable[..., Any], given: list[Tensor]) -> Callable[..., Any]:
         """See `Target.compiled`."""
@@ -157,6 +171,12 @@ class CompiledTarget(Target):
             yield tensor.new_zeros(size)
         for part in given[-layers:]:
             yield part.new_zeros(rows, part.shape[1], capacity, part.shape[3])
+
+
+def may_use_kept_passes(target: Target) -> bool:
+    """Whether passes that an earlier process compiled may run instead of the ordinary ones of this target."""
+    on_cpu = target.device.type == "cpu" and placement(target.model) is None and target.state_layers is None
+    return on_cpu and not target.length_rope.modules and bool(kept_pass.names())
 
 
 @contextmanager

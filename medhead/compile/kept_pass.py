@@ -37,6 +37,14 @@ def kept_folder() -> Path:
     return cache_folder() / "compiled"
 
 
+def names() -> str:
+    """Return the names of all entries, empty where there is none."""
+    try:
+        return " ".join(sorted(folder.name for folder in kept_folder().iterdir() if not folder.name.startswith(".")))
+    except OSError:
+        return ""
+
+
 def load(name: str, tensors: Mapping[str, Tensor], ordinary: Pass) -> Pass | None:
     """Return the pass of an entry, or None where there is none or it is damaged; a damaged one is deleted.
 

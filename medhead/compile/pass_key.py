@@ -38,7 +38,8 @@ def pass_key(target: Target, form: Hashable) -> str | None:
     files = _source_files([module for _, module in modules])
     if files is None or any(_is_changed(module) for _, module in modules):
         return None
-    own = [*Path(medhead.__path__[0]).rglob("*.py"), *Path(medhead_kernels.__path__[0]).rglob("*.py")]
+    roots = Path(medhead.__path__[0]), Path(medhead_kernels.__path__[0])
+    own = [file for root in roots for kind in ("*.py", "*.cpp") for file in root.rglob(kind)]
     parts = (
         form,
         _machine(),

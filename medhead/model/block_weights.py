@@ -89,6 +89,7 @@ def use_blocks(model: Any, weights: str, gguf: Path | None = None) -> None:
     Raises:
         MedheadError: the model has no plain linear layers, or its code does not run with others.
     """
+    check_weights(weights, model.device)
     config, name, output = model.config.get_text_config(decoder=True), type(model).__name__, output_matrix(model)
     within = {id(module) for module in decoder_layers(model, int(config.num_hidden_layers)).modules()} | {id(output)}
     found = [

@@ -63,8 +63,8 @@ class Target:
             (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
             block) or `reference` (plain PyTorch, slower, for comparison); `auto` is `triton` on CUDA where it serves the
             model, else `sdpa`. A named backend that cannot serve some layers warns once.
-        packed: whether to keep a second copy of the linear layers' weights in the layout that a CPU multiplies a tree's few
-            rows with; None keeps one where it is faster and takes at most a quarter of the free memory. See `PackedWeights`.
+        packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
+            keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
             batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
 
@@ -86,13 +86,14 @@ class Target:
 
     bitwise: Bitwise | None = None
     compiles = False  # whether passes, and what `compiled` is given, are compiled
+    kept_passes = ""  # names of the compiled passes that may run instead of the ordinary ones
 
     def __init__(
         self,
         model: nn.Module,
         probe: bool = True,
         attention: str = "auto",
-        packed: bool | None = None,
+        packed: bool | PackedWeights | None = None,
         exact: str | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
@@ -120,7 +121,8 @@ class Target:
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
-        self.packed, self.packed_weights = packed, PackedWeights(inner, packed)
+        self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed)
+        self.packed = self.packed_weights.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)

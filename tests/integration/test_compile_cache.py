@@ -23,7 +23,9 @@ from medhead.compile import CompiledTarget, kept_pass
 from medhead.compile.pass_key import pass_key
 from medhead.compile.trace import trace
 from medhead.core.tree import TokenTree
+from medhead.model.block_weights import use_blocks
 from medhead.model.target import Target
+from medhead_kernels import block_linear
 
 SIZES: dict[str, Any] = {"num_hidden_layers": 1, "context": 100}
 TEXT: dict[str, Any] = {
@@ -97,6 +99,39 @@ def test_a_damaged_entry_is_compiled_again(entries: Path, cache: Path) -> None:
     with pytest.warns(UserWarning, match=r"cannot be loaded \(its checksum is wrong\), so it is deleted"):
         assert compiled_text(model) == (expected_text(model), 1)
     assert compiled_text(model) == (expected_text(model), 0)
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_kept_passes_are_used_by_default(entries: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every proposer, where there are any; nothing is compiled, and a model without a kept pass runs the ordinary one."""
+    model = tiny_llama(**SIZES)
+    assert Decoder(model, "ngram").compiled_target is None
+    monkeypatch.setenv("MEDHEAD_CACHE", str(entries))
+    monkeypatch.setattr(CompiledTarget, "_compile", lambda *_: pytest.fail("it compiles"))
+    for proposer, used in (("ngram", True), ("none", True), ("ngram", False)):
+        model = tiny_llama(**SIZES) if used else tiny_llama(**SIZES, intermediate_size=40)
+        with Decoder(model, proposer, tree_size=5 if proposer == "ngram" else None) as decoder:
+            assert decoder.generate(**TEXT).tolist()[0] == expected_text(model)
+            assert decoder.compiled_target is not None
+            assert decoder.compiled_target.in_use == used
+        with Decoder(model, proposer, step="loop") as decoder:
+            assert decoder.compiled_target is None
+
+
+@pytest.mark.slow
+@needs_compiler
+@pytest.mark.parametrize("weights", ["full", "int4"])
+def test_passes_with_weights_of_the_kernel_are_kept(weights: str, cache: Path) -> None:
+    """Packed copies of weights, and blocks in place of weights: the machine code is given those of the next model."""
+    if (reason := block_linear.unavailable()) is not None:
+        pytest.skip(reason)
+    for seed, compiled in ((0, 2), (1, 0)):
+        model = tiny_llama(seed, **SIZES, hidden_size=128, intermediate_size=256)
+        if weights != "full":
+            use_blocks(model, weights)
+        assert compiled_text(model) == (expected_text(model), compiled)
+    assert len(list(cache.iterdir())) == 2
 
 
 def verified(target: Target, nodes: int = 2) -> tuple[Tensor, Tensor]:
