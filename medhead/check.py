@@ -55,7 +55,7 @@ class CheckReport:
         name = str(dtype).removeprefix("torch.")
         near = abs(self.logit_gap or 0.0) <= _NEAR_TIE * torch.finfo(dtype).eps
         why = f"near tie in {name}" if near else f"sums are rounded in {name}"
-        return f"{line}: {why}; use --dtype float32"
+        return f"{line}: {why}; use --exact bitwise on a CPU, or --dtype float32"
 
 
 def compare(ours: Tensor, plain: Tensor, plain_scores: Sequence[Tensor]) -> CheckReport:

@@ -33,6 +33,7 @@ from medhead.model.model_form import num_rows
 from medhead.model.shards import placement
 from medhead.model.target import Target
 from medhead.proposers import Proposer, build_proposer
+from medhead.proposers.base import VerifyOutput
 from medhead.statistics import Statistics
 
 
@@ -57,6 +58,7 @@ class Decoder:
             step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
             or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
             the target's pass and the growth of candidates from heads. See `medhead.compile`.
+        exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype; on a CPU. See `Target`.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
@@ -69,6 +71,7 @@ class Decoder:
         proposer: what proposes; `using` replaces it for all threads.
         statistics: of the call that finished last, in any thread.
         on_pass: called with a sequence and its new tokens after every pass of it, in the thread of the call; None for nothing.
+        on_output: called with the `VerifyOutput` of every pass but captured ones, in the thread of the call; None for nothing.
 
     Raises:
         UnsupportedTargetError: the model cannot verify a tree.
@@ -93,10 +96,11 @@ class Decoder:
         attention: str = "auto",
         packed: bool | None = None,
         step: str = "auto",
+        exact: str | None = None,
         profile: bool = False,
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact)
         self._own_target = self.target is not model
         self.model = self.target.model
         if proposer is None:
@@ -112,13 +116,20 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
+        if exact is not None and self.target.bitwise is None:
+            raise MedheadError(
+                f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
+            )
+        if self.target.bitwise is not None and (typical is not None or step not in ("auto", "loop")):
+            lossy = "typical acceptance" if typical is not None else f"step {step!r}"
+            raise MedheadError(f"exact='bitwise' does not go with {lossy}, which changes texts; leave one out")
         shared: dict[str, Any] = {
             "probe": False,
             "attention": self.target.backend.name,
             "packed": self.target.packed_weights,
         }
         if step == "auto":
-            if may_use_kept_passes(self.target):
+            if self.target.bitwise is None and may_use_kept_passes(self.target):
                 self.compiled_target = CompiledTarget(self.model, builds=False, **shared)
             step = "loop"
         if step != "loop" and self.target.state_layers is not None:
@@ -138,6 +149,7 @@ class Decoder:
         self.statistics, self.profile = Statistics(), profile
         self.is_serving = False  # whether an `Engine` that runs was made with this decoder
         self.on_pass: Callable[[Sequence, list[int]], None] | None = None  # called with a sequence and its new tokens
+        self.on_output: Callable[[VerifyOutput], None] | None = None
         patch_generate(self.model)
 
     # ---------------------------------------------------------------- decoding
@@ -237,7 +249,9 @@ class Decoder:
             with self.target.lock.generation() as nested:
                 # an engine or an outer generation goes on later with the state of its sequences in the proposer
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
-                loop.lockstep, loop.prompt_inputs = lockstep, prompt_inputs
+                loop.lockstep, loop.prompt_inputs, loop.on_output = lockstep, prompt_inputs, self.on_output
+                if prompt_inputs is not None and len(sequences) > 1 and self.target.bitwise is not None:
+                    raise MedheadError("exact='bitwise' reads one prompt with images at a time; call generate for each")
                 try:
                     with loop.target.active(loop.proposer.feature_layers):
                         loop.run(sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from medhead.core.loop import StepTimes
+from medhead.core.step_times import StepTimes
 
 
 @dataclass

@@ -22,7 +22,7 @@ from tqdm import tqdm
 from medhead import __version__, generation_config
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, add_generation_config_option, add_weights_option, check_range
+from medhead.cli.common import Parser, add_exact_option, add_generation_config_option, add_weights_option, check_range
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
@@ -52,6 +52,7 @@ def add_decoding_options(options: Parser, max_new_tokens: int, num_prompts: int 
     options.add_argument("--model", help="model folder, hub id, GGUF file, or smollm2 (default: the demo model)")
     options.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
     add_weights_option(options)
+    add_exact_option(options)
     add_generation_config_option(options)
     if num_prompts is None:
         options.add_argument("--prompts", required=True, help=f"{forms}, and category, the task")
@@ -85,7 +86,7 @@ def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) 
     device = pick_device(args.device)
     model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code, args.weights)
     prepare_texts(args, model, ignore_eos)
-    return Target(model)
+    return Target(model, exact=getattr(args, "exact", None))
 
 
 def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:

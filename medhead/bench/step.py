@@ -18,7 +18,7 @@ from medhead.bench import harness
 from medhead.bench.captured_steps import FORWARD_ONLY, captured_steps, eager_steps
 from medhead.bench.harness import Row
 from medhead.bench.measure import synchronize
-from medhead.cli.common import Parser, run_command
+from medhead.cli.common import Parser, add_exact_option, run_command
 from medhead.compile import BACKENDS
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
@@ -197,6 +197,7 @@ def parser() -> Parser:
     options.add_argument("--heads", nargs="*", choices=sorted(KINDS), default=["block", "recurrent"], metavar="KIND",
                          help="random heads of depth 8 in captured steps (default: block recurrent)")  # fmt: skip
     options.add_argument("--attention", choices=ATTENTIONS, default="auto", help="attention backend (default: auto)")
+    add_exact_option(options)
     options.add_argument("--dtype", default="auto", help="data type (default: bfloat16 on CUDA, float32 on a CPU)")
     return options
 
@@ -212,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     for shape in args.shapes:
         harness.say(f"{shape}: building")
         model = build(shape, device, dtype)
-        target, reading = Target(model, attention=args.attention), weight_bytes(model) / bandwidth
+        target, reading = Target(model, attention=args.attention, exact=args.exact), weight_bytes(model) / bandwidth
         for batch, context in product(args.batch_sizes, args.context):
             harness.say(f"{shape}: batch {batch}, context {context}")
             rows += [

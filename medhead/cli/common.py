@@ -154,6 +154,13 @@ def add_weights_option(group: Any) -> None:
                        "int4: rounded, which changes the text (default: full)")  # fmt: skip
 
 
+def add_exact_option(group: Any) -> None:
+    """Add --exact."""
+    group.add_argument("--exact", choices=["bitwise"], help="bitwise: on a CPU, one text for every proposer, tree and batch, "
+                       "bit for bit, in bfloat16 and float16 too; slower in long contexts (default: bit for bit but for "
+                       "rounding)")  # fmt: skip
+
+
 def add_generation_config_option(group: Any) -> None:
     """Add --generation-config."""
     group.add_argument("--generation-config", metavar="WHAT", help="none: ignore the model's generation_config.json but "
@@ -174,6 +181,7 @@ def add_model_options(group: Any) -> None:
     group.add_argument("--packed", action=argparse.BooleanOptionalAction,
                        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
                        "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip
+    add_exact_option(group)
     add_generation_config_option(group)
     add_device_options(group)
 
@@ -242,7 +250,9 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         heads = heads_of(model)
         say(f"{folder} adapts the model itself: the text is the adapted model's")
     given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
-    decoder = Decoder(model, proposer, heads=heads, **given)
+    decoder = Decoder(model, proposer, heads=heads, exact=getattr(args, "exact", None), **given)
+    if decoder.target.bitwise is not None:
+        say(decoder.target.bitwise.describe())
     for compiler in (decoder.graphs, decoder.compiled_target):
         if compiler is not None:
             compiler.on_progress = say

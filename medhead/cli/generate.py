@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from medhead.cli.common import (
@@ -87,6 +88,8 @@ def parser() -> Parser:
     show.add_argument("--compare", action="store_true", help="time it against plain decoding and transformers")
     show.add_argument("--trace", action="store_true", help="color accepted draft tokens and underline bonus tokens")
     show.add_argument("--json", action="store_true", help="print one JSON object instead of streaming the text")
+    show.add_argument("--receipt", metavar="FILE", help="write prompt, answer, seed, versions and passes as JSON, for "
+                      "medhead verify")  # fmt: skip
     show.add_argument("--quiet", action="store_true", help="print no statistics line")
     return options
 
@@ -99,6 +102,7 @@ def run(args: argparse.Namespace) -> None:
         raise MedheadError(
             "--compare does not go with --json-schema and --regex, which transformers has not; use --check"
         )
+    check_receipt(args)
     prompt = read_prompt(args)
     import torch
 
@@ -109,12 +113,40 @@ def run(args: argparse.Namespace) -> None:
     ids = encode_chat(tokenizer, prompt, args.system, args.raw)
     decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code, args.weights), tokenizer)
     decoder.warmup()  # its time does not count as time of the answer
-    result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+    if args.receipt is None:
+        result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+    else:
+        from medhead.cli.verify import TEXT_OPTIONS
+        from medhead.receipt import PassRecorder, write_receipt
+
+        decoder.on_output = recorder = PassRecorder()
+        result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+        options = {name: getattr(args, name) for name in TEXT_OPTIONS}
+        write_receipt(args.receipt, decoder.model, options, args.seed, ids, result["token_ids"], recorder.passes)
     if args.compare:
         result["compare"] = compare(args, params, decoder, tokenizer, ids)
     save_state(args, decoder)
     if args.json:
         print(json.dumps(result, ensure_ascii=False))
+
+
+def check_receipt(args: argparse.Namespace) -> None:
+    """Raise a MedheadError if --receipt was given with what a receipt does not hold."""
+    from medhead.heads.adapter import adapts_target
+    from medhead.model.named_models import default_heads
+
+    if args.receipt is None:
+        return
+    folder: Path | None = args.heads or default_heads(args.model)
+    refused = {
+        "--json-schema": args.json_schema is not None,
+        "--regex": args.regex is not None,
+        f"--step {args.step}": args.step not in ("auto", "loop"),
+        "heads that adapt the model": folder is not None and adapts_target(folder),
+    }
+    for option, given in refused.items():
+        if given:
+            raise MedheadError(f"--receipt does not go with {option}, which a receipt does not hold; leave one out")
 
 
 def answer(
@@ -137,7 +169,7 @@ def answer(
         decoder.generate(inputs, seed=args.seed, **arguments)
     finally:
         printer.finish()
-        decoder.on_pass = None
+        decoder.on_pass = decoder.on_output = None
         statistics = decoder.statistics
         if not args.json and not args.quiet and statistics.new_tokens:
             print(statistics_line(decoder) + ending(sequences[0], printer.text, params), file=sys.stderr)

@@ -12,6 +12,7 @@ Commands = dict[str, tuple[str, str]]  # name: module and function, what it does
 GROUPS: dict[str, Commands] = {
     "decode": {
         "generate": ("medhead.cli.generate:main", "answer a prompt in the terminal"),
+        "verify": ("medhead.cli.verify:main", "decode the prompt of a receipt again and compare the text"),
         "chat": ("medhead_app.command:main", "open the chat page, with an OpenAI-compatible API beside it"),
         "serve": ("medhead_app.command:serve", "serve the OpenAI-compatible API alone"),
     },

@@ -12,7 +12,7 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
 from medhead.model.prompt_inputs import PromptInputs
-from medhead.model.prompt_reader import PromptReader
+from medhead.model.prompt_reader import PromptReader, read_whole
 from medhead.model.state_cache import StateCache
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
@@ -50,6 +50,7 @@ class Joining:
     Attributes:
         cache: the target's rows of what was read.
         draft_cache: what the proposer keeps of it, or None.
+        read: with `exact="bitwise"`, logits and features of every prompt's last token, see `read_whole`; else None.
     """
 
     @torch.inference_mode()
@@ -68,11 +69,15 @@ class Joining:
         capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size
         self.cache = target.new_cache(len(texts), capacity)
         self.draft_cache = proposer.new_draft_cache(self.cache.lengths, capacity)
+        self.read: tuple[Tensor, Tensor] | None = None
         self._starts = [0] * len(texts) if prefixes is None else [prefix.length for prefix in prefixes]
         for row, prefix in enumerate(prefixes or ()):
             self._load(row, prefix)
         self._reader: PromptReader | None = None
-        if inputs is None:
+        if inputs is None and target.bitwise is not None:
+            self.read = read_whole(target, self.cache, texts, self._on_chunk)
+            self._features = self.read[1].clone()
+        elif inputs is None:
             rows = [text[:-1] for text in texts]
             self._reader = PromptReader(target, self.cache, rows, self._on_chunk, self._starts)
         else:

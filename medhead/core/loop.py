@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,31 +21,18 @@ from medhead.core.sampling import SamplingBatch, reads_nothing
 from medhead.core.sequence import Sequence
 from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
+from medhead.core.step_times import StepClock, StepTimes
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.kv_cache import compact_order
 from medhead.model.prompt_inputs import PromptInputs
+from medhead.model.prompt_reader import read_whole
 from medhead.model.target import PREFILL_CHUNK, Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
 if TYPE_CHECKING:
     from medhead.compile.captured import CapturedSteps
     from medhead.compile.graph_cache import GraphCache
-
-
-@dataclass
-class StepTimes:
-    """Seconds spent in each part of all steps, with the device synchronised around every part; for profiles."""
-
-    propose: float = 0.0
-    forward: float = 0.0
-    accept: float = 0.0
-    commit: float = 0.0
-    other: float = 0.0
-
-    def total(self) -> float:
-        """Return the sum of all parts."""
-        return self.propose + self.forward + self.accept + self.commit + self.other
 
 
 class DecodeLoop:
@@ -67,6 +53,7 @@ class DecodeLoop:
         prompt_inputs: set before `run` where the prompts hold images: those of all sequences; None for text.
         on_leave: called with a sequence that has ended or was dropped, buffers that still hold it, and its row there.
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
+        on_output: called with the result of every step but captured ones; None for nothing.
         times: of the parts of all steps; None without `profile`.
         prefill_seconds: time to read prompts.
         decode_seconds: time of all steps.
@@ -93,6 +80,7 @@ class DecodeLoop:
         self.captured_steps, self.cache_bytes = 0, 0
         self.sequences: list[Sequence] = []
         self.output: VerifyOutput | None = None
+        self.on_output: Callable[[VerifyOutput], None] | None = None
         self.on_leave: Callable[[Sequence, StepBuffers, int], None] | None = None
         self.lockstep: Lockstep | None = None
         self.prompt_inputs: PromptInputs | None = None
@@ -117,21 +105,29 @@ class DecodeLoop:
         self.add(joining)
         self.prefill_seconds += time.perf_counter() - began
 
-    @torch.inference_mode()
     def add(self, joining: Joining) -> None:
-        """Decode sequences whose prompts are read from the next step on."""
+        """Decode sequences whose prompts are read from the next step on; first emit the tokens that the prompts' pass gave."""
         self._leave_captured()
-        buffers = joining.buffers(self._sampling(joining.sequences))
-        if joining.proposer is not self.proposer:
+        sequences = joining.sequences
+        with torch.inference_mode():
+            buffers = joining.buffers(self._sampling(sequences))
+        if joining.read is not None:
+            running = self._decode(sequences, buffers, joining.proposer, joining.read)
+            with torch.inference_mode():
+                sequences = self._keep(running, sequences, buffers, joining.proposer)
+        if not sequences:
+            return
+        with torch.inference_mode():
+            if joining.proposer is not self.proposer:
+                if self._buffers is None:
+                    self.proposer.begin(self.target, [])
+                self.proposer.merge(joining.proposer)
+            self.sequences = self.sequences + sequences
             if self._buffers is None:
-                self.proposer.begin(self.target, [])
-            self.proposer.merge(joining.proposer)
-        self.sequences = self.sequences + joining.sequences
-        if self._buffers is None:
-            self._buffers = buffers
-        else:
-            self._buffers.join(buffers, self._sampling(self.sequences))
-        self._note_memory()
+                self._buffers = buffers
+            else:
+                self._buffers.join(buffers, self._sampling(self.sequences))
+            self._note_memory()
 
     @torch.inference_mode()
     def keep(self, rows: list[int]) -> None:
@@ -149,10 +145,7 @@ class DecodeLoop:
             self.sequences, self._buffers, self._captured = [], None, None
             return
         assert self._buffers is not None
-        rows = compact_order(rows)
-        self.sequences = [self.sequences[row] for row in rows]
-        self._buffers.keep_rows(rows, self._sampling(self.sequences))
-        self.proposer.keep_rows(rows)
+        self.sequences = self._keep(rows, self.sequences, self._buffers, self.proposer)
 
     def step(self) -> None:
         """Decode all sequences by one pass; those that end leave. A captured step may be read one step later."""
@@ -172,44 +165,73 @@ class DecodeLoop:
 
     def _step_eager(self) -> None:
         assert self._buffers is not None
-        mark = _Clock(self.times, self.target.device) if self.times is not None else lambda part: None
+        with torch.inference_mode():
+            self._reread()
+        self.keep(self._decode(self.sequences, self._buffers, self.proposer))
+
+    def _keep(
+        self, rows: list[int], sequences: list[Sequence], buffers: StepBuffers, proposer: Proposer
+    ) -> list[Sequence]:
+        """Let only these rows of buffers go on; return their sequences."""
+        if 0 < len(rows) < len(sequences):
+            rows = compact_order(rows)
+            buffers.keep_rows(rows, self._sampling([sequences[row] for row in rows]))
+            proposer.keep_rows(rows)
+        return [sequences[row] for row in rows]
+
+    def _decode(
+        self,
+        sequences: list[Sequence],
+        buffers: StepBuffers,
+        proposer: Proposer,
+        read: tuple[Tensor, Tensor] | None = None,
+    ) -> list[int]:
+        """Decode sequences by one pass, or by what the prompts' pass has read; return the places of those that go on."""
+        mark = StepClock(self.times, self.target.device) if self.times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
         def accept(tree: TokenTree, logits: Tensor, noise: LazyGumbel | None) -> Accepted:
             nonlocal scores
-            accepted, scores = self._accept(tree, logits, noise, constraints)
+            accepted, scores = self._accept(sequences, buffers, tree, logits, noise, constraints)
             return accepted
 
-        texts = [sequence.token_ids for sequence in self.sequences]
-        room = self._room()
-        constraints = BatchConstraints.of(self.sequences, room, self.proposer)
-        max_depth = min(self.proposer.next_depth, room)
+        texts = [sequence.token_ids for sequence in sequences]
+        room = self._room(sequences)
+        constraints = BatchConstraints.of(sequences, room, proposer)
+        max_depth = min(proposer.next_depth, room)
         with torch.inference_mode():
-            self._reread()
             self.output = output = decode_step(
-                self.target, self.proposer, self._buffers, self.generator, accept, max_depth, texts, mark, constraints
+                self.target, proposer, buffers, self.generator, accept, max_depth, texts, mark, constraints, read
             )
-            self.proposer.update(output)
+            proposer.update(output)
+            if self.on_output is not None:
+                self.on_output(output)
         raw = _path_values(output.accepted, output.logits) if self.record_logits else None
-        self.keep(self._emit(self.sequences, output.counts, output.emitted, scores, raw))
+        running = self._emit(sequences, output.counts, output.emitted, scores, raw)
         mark("other")
+        return running
 
     def _accept(
-        self, tree: TokenTree, logits: Tensor, noise: LazyGumbel | None, constraints: BatchConstraints | None
+        self,
+        sequences: list[Sequence],
+        buffers: StepBuffers,
+        tree: TokenTree,
+        logits: Tensor,
+        noise: LazyGumbel | None,
+        constraints: BatchConstraints | None,
     ) -> tuple[Accepted, list[list[Tensor]] | None]:
         """Return the accepted paths, and the processed scores of every emitted token where they are known."""
-        assert self._buffers is not None
         if constraints is not None:
             logits = constraints.mask(tree, logits)
-        if not _share_processors(self.sequences):
+        if not _share_processors(sequences):
             values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
                 if self.lockstep is not None:
                     return self.lockstep.accept(tree, logits, values, constraints is not None)
-                return sequential_accept(self.sequences, tree, logits, values)
-        scores = self._buffers.sampling.process(logits)
-        if constraints is not None and self.sequences[0].processors:
+                return sequential_accept(sequences, tree, logits, values)
+        scores = buffers.sampling.process(logits)
+        if constraints is not None and sequences[0].processors:
             scores = keep_banned(scores, logits)
         if self.typical is not None:
             accepted = verify_typical(tree, scores, noise, self.typical)
@@ -247,12 +269,12 @@ class DecodeLoop:
                 running.append(place)
         return running
 
-    def _room(self) -> int:
+    def _room(self, sequences: list[Sequence]) -> int:
         """Return the maximum tree depth that tokens left and context allow."""
-        wanted = max(sequence.tokens_left for sequence in self.sequences) - 1
-        room = self.target.max_length - max(len(sequence.token_ids) for sequence in self.sequences) - 1
+        wanted = max(sequence.tokens_left for sequence in sequences) - 1
+        room = self.target.max_length - max(len(sequence.token_ids) for sequence in sequences) - 1
         length = self.target.length_rope.rereads_at
-        before = [] if length is None else [len(one.token_ids) for one in self.sequences if len(one.token_ids) < length]
+        before = [] if length is None else [len(one.token_ids) for one in sequences if len(one.token_ids) < length]
         if length is not None and before:  # no tree may go beyond it before the text is read anew
             room = min(room, length - 1 - max(before))
         return max(0, min(wanted, room))
@@ -265,9 +287,12 @@ class DecodeLoop:
         assert self._buffers is not None
         if self.prompt_inputs is not None:
             raise MedheadError(f"a text with images cannot go on beyond {length - 1} tokens with {self.target.name}")
-        cache, rows = self._buffers.cache, [one.token_ids[:-1] for one in self.sequences]
+        cache, rows = self._buffers.cache, [one.token_ids for one in self.sequences]
         again = self.target.new_cache(len(rows), cache.capacity)
-        self.target.prefill(again, rows)
+        if self.target.bitwise is not None:
+            read_whole(self.target, again, rows)
+        else:
+            self.target.prefill(again, [row[:-1] for row in rows])
         longest = cache.lengths.longest
         for spec, buffer in cache.buffers.items():
             buffer[:, :, :, :longest] = again.buffers[spec][:, :, :, :longest]
@@ -355,21 +380,6 @@ class DecodeLoop:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = self._captured.unload(self._sampling(self.sequences))
         self._captured = None
-
-
-class _Clock:
-    """Adds the time since the last mark to a part of the step."""
-
-    def __init__(self, times: StepTimes, device: torch.device) -> None:
-        self._times, self._device = times, device
-        self._last = time.perf_counter()
-
-    def __call__(self, part: str) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        setattr(self._times, part, getattr(self._times, part) + now - self._last)
-        self._last = now
 
 
 def _share_processors(sequences: list[Sequence]) -> bool:

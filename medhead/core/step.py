@@ -28,6 +28,7 @@ def decode_step(
     texts: list[list[int]],
     mark: Callable[[str], None] = lambda part: None,
     constraints: BatchConstraints | None = None,
+    read: tuple[Tensor, Tensor] | None = None,
 ) -> VerifyOutput:
     """Decode every sequence of the batch by one verify pass; what it emitted is in the result and in `buffers.output`.
 
@@ -44,6 +45,8 @@ def decode_step(
         texts: prompt and output of every sequence; empty for fixed buffers.
         mark: called with the name of each part as it ends, for profiles.
         constraints: grammars of the sequences, to which the trees are fitted; None for none.
+        read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where the prompts' pass has read them; the
+            trees are then the roots alone and there is no pass.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
     reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
@@ -52,22 +55,22 @@ def decode_step(
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
-    tree = proposer.propose(state, max_depth)
+    tree = proposer.propose(state, 0 if read else max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)
     drafted: list[int] = []
-    if constraints is not None:
+    if constraints is not None and not read:
         tree, drafted = constraints.fit(tree)
     mark("propose")
     began = time.perf_counter()
-    logits, features = target.verify(cache, tree)
+    logits, features = (part[:, None] for part in read) if read else target.verify(cache, tree)
     mark("forward")
     accepted = accept(tree, logits, noise)
     result = VerifyOutput(tree, logits, features, accepted, drafted=drafted)
     counts = accepted.counts if buffers.alive is None else accepted.counts * buffers.alive
     if not fixed:
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
-        result.seconds = time.perf_counter() - began
+        result.seconds = 0.0 if read else time.perf_counter() - began
     mark("accept")
     cache.commit(accepted.path, counts)
     if buffers.draft_cache is not None:

@@ -34,7 +34,9 @@ from transformers.masking_utils import (
 )
 
 from medhead.errors import MedheadError, UnsupportedTargetError
+from medhead.model import node_attention
 from medhead.model.alibi import place_bias
+from medhead.model.node_attention import NodeVisits
 from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
@@ -65,6 +67,7 @@ class TreePass:
     states: Any = None  # the `StateCache` of a model whose layers hold states
     dense: bool = False  # every mask is a tensor, because the model's own code reads it
     alibi: Tensor | None = None  # `[heads]` slopes of a model that adds ALiBi by its own code; only with `dense`
+    visits: NodeVisits | None = None  # every node attends on its own, see `node_attention`; None for together
     _biases: dict[Any, Tensor] = field(default_factory=dict, init=False)
     _metadata: dict[torch.device, TreeMetadata] = field(default_factory=dict, init=False)
 
@@ -167,12 +170,20 @@ def running_states() -> Any:
     return None if current is None else current.states
 
 
+def running_visits() -> NodeVisits | None:
+    """Return the visits of the running pass of this thread; None without one, and where nodes attend together."""
+    current = _running.get()
+    return None if current is None else current.visits
+
+
 def _mask(current: TreePass, kwargs: dict[str, Any]) -> Tensor | None:
     """Return the additive mask of the running pass; transformers calls this once per mask function and pass."""
     device = torch.device(kwargs.get("device") or current.depth.device)
     if (seen := _masks_seen.get()) is not None:
         seen.add(kwargs.get("local_size"))
     mask_function, local_size = kwargs.get("mask_function", causal_mask_function), kwargs.get("local_size")
+    if current.visits is not None:
+        return current.visits.first_keys(mask_function, device)
     if current.backend is not None and (window := mask_window(mask_function)) is not None:
         hides_keys = current.num_keys > window
         return torch.empty(0, 1, current.nodes, window if hides_keys else 0, device=device)  # see the module docstring
@@ -253,6 +264,11 @@ def _attention(
         attention_mask = _selected(attention_mask, indices)
     needs_reference = softcap is not None or s_aux is not None  # SDPA supports neither
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if current.visits is not None:
+        with torch._C.DisableTorchFunction():  # no row of it depends on another
+            return node_attention.attention(
+                current.visits, query, key, value, attention_mask, scale, softcap, s_aux
+            ), None
     if attention_mask is not None and attention_mask.shape[0] == 0:
         params = AttnParams(scale, attention_mask.shape[3] or None, softcap, s_aux)
         out, attention_mask = _backend_attention(current, query, key, value, params)

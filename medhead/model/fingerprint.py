@@ -24,7 +24,7 @@ def model_state(target: Target) -> Hashable:
     weights = [part for weight in target.model.parameters() for part in _parts(weight)]
     on_cpu = [weight.detach() for weight in weights if weight.device.type == "cpu"]
     versions = tuple(0 if weight.is_inference() else weight._version for weight in on_cpu)
-    return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, _sample(on_cpu)
+    return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, sample(on_cpu)
 
 
 def weights_state(target: Target) -> Hashable:
@@ -43,8 +43,8 @@ def _module_key(module: nn.Module) -> Hashable:
     return key, *adapter
 
 
-def _sample(weights: list[Tensor]) -> bytes:
-    """Return some values of every weight."""
+def sample(weights: list[Tensor]) -> bytes:
+    """Return up to 127 values of every weight, 64 or more of a larger one, as bytes."""
     plain = [weight.reshape(-1) for weight in weights if weight.is_floating_point() and weight.numel()]
     samples = [values[:: max(1, len(values) // _SAMPLES)] for values in plain]
     return torch.cat(samples).double().numpy().tobytes() if samples else b""

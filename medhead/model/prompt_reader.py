@@ -67,10 +67,38 @@ class PromptReader:
             cache.begin_prompts([min(max(0, count - done), nodes) for count in self._counts], nodes)
         cache.lengths.set([start + done for start in self._starts])
         last = (self._on_device - 1 - done).clamp(0, nodes - 1)
-        features = target.read_chunk(cache, self._tokens[:, done : done + nodes], last)
+        _, features = target.read_chunk(cache, self._tokens[:, done : done + nodes], last)
         if self._on_chunk is not None:
             self._on_chunk(features, done)
         inside = (self._on_device > done) & (self._on_device <= done + nodes)
         at_last = features[torch.arange(len(last), device=last.device), last]
         self.features = torch.where(inside[:, None], at_last.to(self.features.dtype), self.features)
         self.done, self.left = done + nodes, self.left - nodes
+
+
+def read_whole(
+    target: Target, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[torch.Tensor, int], None] | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Fill an empty cache with whole texts as transformers reads them: each row alone, in one pass.
+
+    The cache's lengths then leave out the last token of every row, the root of a tree whose pass this was; its keys are in
+    place. `on_chunk` is called once, with the features of all tokens but the last.
+
+    Returns:
+        logits `[batch, vocab]` and features `[batch, size]` of every last token.
+    """
+    logits, features = list[torch.Tensor](), list[torch.Tensor]()
+    for index, row in enumerate(rows):
+        alone = cache if len(rows) == 1 else target.new_cache(1, len(row))
+        alone.lengths.set([0])
+        with target.length_rope.reading([len(row)], target.device):
+            tokens, last = torch.tensor([row], device=target.device), torch.tensor([len(row) - 1], device=target.device)
+            found = target.read_chunk(alone, tokens, last)
+        logits.append(found[0])
+        features.append(found[1][0])
+        if alone is not cache:
+            cache.load_tokens(index, iter(alone.copy_tokens(0, 0, len(row))))
+    cache.lengths.set([len(row) - 1 for row in rows])
+    if on_chunk is not None and max(map(len, rows)) > 1:
+        on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)[:, :-1], 0)
+    return torch.cat(logits), torch.stack([one[-1] for one in features])

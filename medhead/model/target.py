@@ -15,6 +15,7 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
+from medhead.model.bitwise import Bitwise, promise
 from medhead.model.eval_mode import eval_mode
 from medhead.model.feature_taps import FeatureTaps
 from medhead.model.find_states import find_layers
@@ -64,8 +65,11 @@ class Target:
             model, else `sdpa`. A named backend that cannot serve some layers warns once.
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
             keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
+        exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
+            batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
 
     Attributes:
+        bitwise: what `exact` promises; None without it.
         context: longest sequence that the configuration allows (`max_position_embeddings`).
         first_position: position of the first token of a text.
         positions_given: whether `generate` gives the model positions; else it computes them.
@@ -75,16 +79,22 @@ class Target:
 
     Raises:
         MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
-            unknown or cannot serve this model.
+            unknown or cannot serve this model, or `exact` cannot be promised.
         UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
             transformers' registry, or states that transformers' caches do not hold.
     """
 
+    bitwise: Bitwise | None = None
     compiles = False  # whether passes, and what `compiled` is given, are compiled
     kept_passes = ""  # names of the compiled passes that may run instead of the ordinary ones
 
     def __init__(
-        self, model: nn.Module, probe: bool = True, attention: str = "auto", packed: bool | PackedWeights | None = None
+        self,
+        model: nn.Module,
+        probe: bool = True,
+        attention: str = "auto",
+        packed: bool | PackedWeights | None = None,
+        exact: str | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -138,6 +148,9 @@ class Target:
         if probe:
             with self.lock:
                 probe_target(self, attention)
+        if exact is not None:
+            with self.lock:
+                promise(self, exact)
 
     # ---------------------------------------------------------------- passes
 
@@ -169,6 +182,8 @@ class Target:
         """
         with self.lock:
             if not self._active:
+                if self.bitwise is not None:
+                    self.bitwise.prove()
                 with self._activated(feature_layers):
                     yield
                 return
@@ -193,6 +208,7 @@ class Target:
         with (
             self.listening(feature_layers),
             self.packed_weights.active(),
+            nullcontext() if self.bitwise is None else self.bitwise.active(),
             eval_mode(self.model),
             rope,
             own_positions,
@@ -239,6 +255,8 @@ class Target:
             logits `[batch, nodes, vocab]` and features `[batch, nodes, size]`: the last hidden states (what the output matrix
             reads), or the concatenated outputs of the feature layers.
         """
+        if self.bitwise is not None:
+            return self.bitwise.verify(cache, tree)
         if isinstance(cache, StateCache):
             cache.begin_tree(tree)
         bitmask = tree.ancestor_bitmask if self._takes_bitmask(tree.nodes) else None
@@ -284,19 +302,19 @@ class Target:
             reader.advance(chunk or PREFILL_CHUNK)
         return reader.features
 
-    def read_chunk(self, cache: TreeCache, tokens: Tensor, last: Tensor) -> Tensor:
+    def read_chunk(self, cache: TreeCache, tokens: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
         """Run a pass over the next `tokens` `[batch, nodes]` of prompts, with logits of the nodes `last` `[batch]` alone.
 
         Returns:
-            features `[batch, nodes, size]`, see `verify`.
+            logits `[batch, vocab]` of the nodes `last`, and features `[batch, nodes, size]`, see `verify`.
         """
         nodes = tokens.shape[1]
         depth = torch.arange(nodes, device=self.device)[None]
         self.taps.select = last
         cache.begin(nodes)
-        _, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
+        logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
         self.taps.select = None
-        return features
+        return logits[:, 0], features
 
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None

@@ -64,7 +64,7 @@ class VerifyOutput:
         accepted: the accepted paths.
         counts: `accepted.counts` on the host; empty in a captured step.
         emitted: `accepted.emitted` on the host.
-        seconds: from the tree to the accepted path, the target's pass included.
+        seconds: from the tree to the accepted path, the target's pass included; 0 where the prompts' pass gave the tokens.
         drafted: number of nodes of every row that the proposer filled, where a sequence has a grammar; those that follow are
             forced by the grammar.
     """

@@ -227,7 +227,7 @@ class HybridProposer(Proposer):
         tokens = sum(output.counts) / len(output.counts)
         if self._asked:
             self._ask_gain = moving_mean(self._ask_gain, tokens - 1)
-        if self.controller is not None:
+        if self.controller is not None and output.seconds:  # none where the prompt's pass gave the token
             other = max(0.0, self.clock() - self._began - output.seconds)
             self.controller.update(output.tree.nodes, tokens, output.seconds, other)
 

@@ -290,6 +290,7 @@ class Engine:
         for one in reading:
             self._states[id(one)].handle.result.busy += spent
         self._charge(batch, spent)
+        self._deliver(batch, reading, 0.0)  # with `exact="bitwise"` their first tokens
         self._deliver(batch, running, spent)
 
     def _step(self, batch: DecodeBatch) -> None:

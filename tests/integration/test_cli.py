@@ -148,8 +148,12 @@ def test_a_difference_is_said_in_words() -> None:
 
     begin = "identical to plain decoding: no; after 'the': ' dog' instead of ' cat', logit gap 0.03"
     assert say(0.03, torch.float32) == begin
-    assert say(0.03, torch.bfloat16) == begin + ": near tie in bfloat16; use --dtype float32"
-    assert say(3.0, torch.bfloat16).endswith("logit gap 3: sums are rounded in bfloat16; use --dtype float32")
+    assert (
+        say(0.03, torch.bfloat16) == begin + ": near tie in bfloat16; use --exact bitwise on a CPU, or --dtype float32"
+    )
+    assert say(3.0, torch.bfloat16).endswith(
+        "logit gap 3: in bfloat16; use --exact bitwise on a CPU, or --dtype float32"
+    )
     assert "at the first token: ' dog' instead of the end" in say(0.1, torch.float32, plain_token=-1, before=())
 
 
@@ -480,6 +484,7 @@ def test_missing_packages_are_named(capsys: pytest.CaptureFixture[str], monkeypa
 
 WRONG_BY_COMMAND: dict[str, list[str]] = {  # five lines for each command
     "generate": ["--colour", "--model", "--seed many", "--top-k 3", "--prompt-file ./nowhere"],
+    "verify": ["", "--colour", "./nowhere", "{file}", "{file} --model"],
     "chat": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
     "serve": ["--colour", "--port", "--port many", "--port 70000", "--auth me"],
     "generate-data": [

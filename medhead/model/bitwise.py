@@ -1,0 +1,224 @@
+"""`exact="bitwise"`: the same text for every proposer, tree and batch, bit for bit, and the self-test that proves it.
+
+Every row of a pass is computed as if it were alone: attention by `node_attention`, products and activations by `row_products`,
+prompts row by row and whole. No list says which model, processor or library this is enough for. At load, and again for another
+number of threads, the model verifies a tree with text of its own and one node at a time; all logits must be equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from medhead.core.tree import TokenTree
+from medhead.errors import MedheadError
+from medhead.model.eval_mode import eval_mode
+from medhead.model.layout import cache_argument
+from medhead.model.node_attention import NodeVisits
+from medhead.model.prompt_reader import read_whole
+from medhead.model.row_products import ONE, SIXTEEN, RowProducts
+
+if TYPE_CHECKING:
+    from medhead.model.kv_cache import TreeCache
+    from medhead.model.target import Target
+
+NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
+SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
+STEPS = 3  # passes of one token that are compared with transformers
+
+
+class Bitwise:
+    """What a target with `exact="bitwise"` knows about itself.
+
+    Attributes:
+        products: of the number of threads that was proved last.
+        matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
+
+    Raises:
+        MedheadError: the promise cannot be given; says why.
+    """
+
+    def __init__(self, target: Target) -> None:
+        self._target = target
+        self._refuse()
+        configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
+        self._configs = list(
+            {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
+        )
+        self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
+        self._testing = False
+        self.products, self.matches_transformers = RowProducts(), False
+
+    def _refuse(self) -> None:
+        target = self._target
+        reasons = {
+            f"it is on {target.device.type}, and the promise is for a CPU": target.device.type != "cpu",
+            "its layers hold states (recurrent or convolutional)": target.state_layers is not None,
+            "its attention is its own code": target.dense_masks,
+            "it is split over processes": target.shards is not None,
+            f"its attention is {target.backend.name!r}, and it must be 'sdpa'": target.backend.name != "sdpa",
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise MedheadError(f"exact='bitwise' does not go with {target.name}: {reason}; leave the option out")
+
+    # ---------------------------------------------------------------- passes
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Compute rows independently inside the context: for one pass over nodes."""
+        before = [config._experts_implementation for config in self._configs]
+        try:
+            for config in self._configs:  # grouped products have as many rows as chose the expert
+                config._experts_implementation = "eager"
+            with self.products if self.products.everywhere else nullcontext():
+                yield
+        finally:
+            for config, name in zip(self._configs, before, strict=True):
+                config._experts_implementation = name
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Replace what depends on the number of rows inside the context; packed copies of weights do not, and stay."""
+        with self.products.replaced(self._target.model):
+            yield
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        """See `Target.verify`."""
+        assert cache.lengths.host is not None, "captured steps are refused"
+        with self.running():
+            cache.begin(tree.nodes)
+            current = self._target._pass(cache, tree.depth, None, tree.nodes)
+            current.visits = NodeVisits.of(tree, cache.lengths.host)
+            return self._target._forward(cache, tree.tokens, tree.depth, current)
+
+    # ---------------------------------------------------------------- self-test
+
+    def prove(self) -> None:
+        """Run the self-test if it was not yet run for this number of threads.
+
+        Raises:
+            MedheadError: it failed.
+        """
+        threads = torch.get_num_threads()
+        if self._testing:
+            return
+        if torch.is_autocast_enabled("cpu"):
+            raise MedheadError("exact='bitwise' does not go with autocast, which casts by operator; leave one out")
+        if threads not in self._proved:
+            self._testing = True
+            try:
+                with torch.inference_mode():
+                    self._proved[threads] = self._test(threads)
+            finally:
+                self._testing = False
+        self.products, self.matches_transformers = self._proved[threads]
+
+    def _test(self, threads: int) -> tuple[RowProducts, bool]:
+        """Return the products that pass the self-test, and whether logits are those of transformers."""
+        differing = 0
+        for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
+            self.products = RowProducts(everywhere, forced)
+            with self._target.active():
+                differing, prompt = self._differing_nodes()
+                ours = self._logits(prompt)
+            if not differing:
+                return self.products, self._matches(prompt, ours)
+        name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
+        raise MedheadError(
+            f"exact='bitwise' cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
+            f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
+        )
+
+    def _differing_nodes(self) -> tuple[int, list[int]]:
+        """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
+        target, generator = self._target, torch.Generator().manual_seed(0)
+        parents, depth = _test_parents(generator)
+        high = min(target.vocab_size, target.num_embeddings)
+        first = torch.randint(0, high, (PREFIX + NODES,), generator=generator)
+        cache = target.new_cache(1, PREFIX + NODES)
+        target.verify(cache, TokenTree.from_parents(first[:NODES], parents))  # finds the classes of rows
+        prompt = [int(first[0])]
+        while len(prompt) < PREFIX:  # the model's own text
+            prompt.append(self._draw(self._alone(cache, prompt[-1], len(prompt) - 1), generator, high))
+        children = [[node for node in range(1, NODES) if parents[node] == parent] for parent in range(NODES)]
+        tokens, alone, stack = [prompt.pop()] + [0] * (NODES - 1), [torch.empty(0)] * NODES, [0]
+        while stack:  # depth first: the keys of a node's ancestors are in place
+            node = stack.pop()
+            alone[node] = self._alone(cache, tokens[node], len(prompt) + depth[node])
+            for child in children[node]:
+                tokens[child] = self._draw(alone[node], generator, high)
+            stack += children[node]
+        differing = 0
+        for size in SIZES:
+            cache.lengths.set([len(prompt)])
+            tree = TokenTree.from_parents(torch.tensor(tokens[:size]), parents[:size])
+            logits, _ = target.verify(cache, tree)
+            differing += sum(not torch.equal(logits[0, node], alone[node]) for node in range(size))
+        return differing, [*prompt, *tokens[:STEPS]]
+
+    def _alone(self, cache: Any, token: int, length: int) -> Tensor:
+        """Return the logits `[vocab]` of one token after `length` tokens of the cache."""
+        cache.lengths.set([length])
+        return self._target.verify(cache, TokenTree.root(torch.tensor([token])))[0][0, 0]
+
+    @staticmethod
+    def _draw(logits: Tensor, generator: torch.Generator, high: int) -> int:
+        return int(torch.multinomial(logits[:high].float().softmax(-1), 1, generator=generator))
+
+    def _logits(self, text: list[int]) -> Tensor:
+        """Return logits `[1 + STEPS, vocab]`: of a prompt's last token, and of the tokens after it one by one."""
+        target, length = self._target, len(text) - STEPS
+        cache = target.new_cache(1, len(text))
+        logits, _ = read_whole(target, cache, [text[:length]])
+        return torch.stack([logits[0], *(self._alone(cache, text[at], at) for at in range(length, len(text)))])
+
+    def _matches(self, text: list[int], ours: Tensor) -> bool:
+        """Whether the model itself gives the same logits with a cache of transformers."""
+        model, length = self._target.model, len(text) - STEPS
+        ids, found = torch.tensor([text], device=self._target.device), []
+        given = {cache_argument(model): DynamicCache(config=self._target.config)}
+        given |= {"logits_to_keep": 1} if model._supports_logits_to_keep() else {}
+        with eval_mode(model):
+            for start, end in [(0, length), *((at, at + 1) for at in range(length, len(text)))]:
+                output = model(input_ids=ids[:, start:end], use_cache=True, **given)
+                found.append(output.logits[0, -1])
+        return torch.equal(torch.stack(found), ours)
+
+    def describe(self) -> str:
+        """Return one sentence about the promise."""
+        where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
+        also = "the" if self.matches_transformers else "but for rounding the"
+        return (
+            f"exact bitwise: one text for every proposer, tree and batch in {where}; "
+            f"greedy text of one prompt is {also} text of transformers generate"
+        )
+
+
+def promise(target: Target, exact: str) -> None:
+    """Give a target its `bitwise`, proved.
+
+    Raises:
+        MedheadError: `exact` is not `bitwise`, or it cannot be promised.
+    """
+    if exact != "bitwise":
+        raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
+    target.bitwise = Bitwise(target)
+    target.bitwise.prove()
+
+
+def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:
+    """Return parents `[NODES]` of a tree with long paths and many branches, and depths."""
+    parents, depth = [0], [0]
+    for node in range(1, NODES):
+        parent = node - 1
+        while depth[parent] >= DEPTH or (parent and int(torch.randint(0, 3, (1,), generator=generator)) == 0):
+            parent = parents[parent]
+        parents.append(parent)
+        depth.append(depth[parent] + 1)
+    return torch.tensor(parents), depth

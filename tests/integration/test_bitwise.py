@@ -1,0 +1,243 @@
+"""`exact="bitwise"`: logits and texts do not depend on the tree, the proposer or the batch, bit for bit, in every dtype."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from conftest import noise_heads, tiny_llama
+from families import ACCEPTED, STATEFUL, exists, tiny, tiny_stateful
+from medhead import Decoder, MedheadError, TypicalAcceptance
+from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.core.tree import TokenTree
+from medhead.model.block_weights import use_blocks
+from medhead.model.loading import load_model, load_tokenizer
+from medhead.model.named_models import DEMO_HEADS
+from medhead.model.prompt_reader import read_whole
+from medhead.model.target import Target
+from medhead.proposers import build_proposer
+from medhead.scheduling.cost_model import CostModel
+from medhead.serving import Engine, Request
+from medhead.serving.request import SamplingParams
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+FAMILIES = [
+    "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox",
+    "gpt2", "olmo2", "gpt_oss", "deepseek_v3", "starcoder2", "cohere2", "opt", "llama4_text",
+]  # fmt: skip
+ALL = list(itertools.product([name for name in FAMILIES if exists(name)], DTYPES, (1, 2, 3)))
+SIZES = (2, 9, 33, 64)
+
+
+@contextmanager
+def threads(count: int) -> Iterator[None]:
+    """Let PyTorch use so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def random_parents(nodes: int) -> list[int]:
+    """A tree with long paths and many branches."""
+    generator = torch.Generator().manual_seed(nodes)
+    return [0] + [int(torch.randint(max(0, node - 5), node, (1,), generator=generator)) for node in range(1, nodes)]
+
+
+def path_logits(target: Target, cache: Any, prefix: int, tree: TokenTree) -> Tensor:
+    """Logits `[nodes, vocab]` of every node by a pass over it alone, its ancestors before it."""
+    found: dict[int, Tensor] = {}
+    parents, tokens, depth = tree.parents[0].tolist(), tree.tokens[0], tree.depth[0].tolist()
+
+    def visit(node: int) -> None:
+        cache.lengths.set([prefix + depth[node]])
+        found[node] = target.verify(cache, TokenTree.root(tokens[node : node + 1]))[0][0, 0]
+        for child in range(node + 1, tree.nodes):
+            if parents[child] == node:
+                visit(child)
+
+    visit(0)
+    return torch.stack([found[node] for node in range(tree.nodes)])
+
+
+def check_logits(model: PreTrainedModel) -> Target:
+    """Compare trees of up to 64 nodes with passes over one node, after a prompt of 21 tokens."""
+    target = Target(model, probe=False, exact="bitwise")
+    ids = torch.randint(3, 60, (21 + 64,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode(), target.active():
+        cache = target.new_cache(1, 120)
+        read_whole(target, cache, [ids[:21].tolist()])
+        tree = TokenTree.from_parents(ids[20:84], torch.tensor(random_parents(64)))
+        expected = path_logits(target, cache, 20, tree)
+        for nodes in SIZES:
+            cache.lengths.set([20])
+            part = TokenTree.from_parents(tree.tokens[0, :nodes], tree.parents[0, :nodes])
+            logits, _ = target.verify(cache, part)
+            assert torch.equal(logits[0], expected[:nodes])
+    return target
+
+
+@pytest.mark.parametrize("place", range(len(FAMILIES)))
+def test_logits_of_trees_are_those_of_single_nodes(place: int) -> None:
+    name, dtype = FAMILIES[place], DTYPES[place % 3]
+    if not exists(name):
+        pytest.skip(f"transformers has no {name} here")
+    check_logits(tiny(name, ACCEPTED[name], dtype=dtype))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "dtype", "count"), ALL)
+def test_logits_for_every_type_and_number_of_threads(name: str, dtype: torch.dtype, count: int) -> None:
+    with threads(count):
+        check_logits(tiny(name, ACCEPTED[name], dtype=dtype))
+
+
+HALF_IS_SLOW = [torch.float32, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[:2])]
+OTHERS_ARE_SLOW = [torch.bfloat16, *(pytest.param(dtype, marks=pytest.mark.slow) for dtype in DTYPES[1:])]
+
+
+@pytest.mark.parametrize("dtype", HALF_IS_SLOW)
+def test_wide_layers(dtype: torch.dtype) -> None:
+    """Layers that can be packed, and rows of activations that are no multiple of a vector."""
+    check_logits(tiny_llama(hidden_size=192, intermediate_size=331, context=128).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", HALF_IS_SLOW)
+def test_layers_with_int8_weights(dtype: torch.dtype) -> None:
+    """Linear layers of another class."""
+    model = tiny_llama(context=128).to(dtype)
+    use_blocks(model, "int8")
+    check_logits(model)
+
+
+def text(decoder: Decoder, ids: list[int], **options: Any) -> list[int]:
+    """The new tokens of one prompt."""
+    out = decoder.generate(torch.tensor([ids]), **{"max_new_tokens": 32, "do_sample": False} | options)
+    return out[0, len(ids) :].tolist()
+
+
+PROMPTS = [[5, 9, 13, 5, 9, 30, 5, 9], [7], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
+SAMPLED = {"do_sample": True, "temperature": 0.8, "top_p": 0.9, "seed": 3}
+
+
+@pytest.mark.parametrize("dtype", OTHERS_ARE_SLOW)
+def test_texts_are_those_of_plain_decoding_and_of_transformers(dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    target = Target(model, exact="bitwise")
+    plain = Decoder(target, "none")
+    expected = [(text(plain, ids), text(plain, ids, **SAMPLED)) for ids in PROMPTS[:2]]
+    for proposer in ("ngram", "recycling", "heads"):
+        heads = {"heads": noise_heads(target, "block")} if proposer == "heads" else {}
+        decoder = Decoder(target, build_proposer(proposer, target, **heads))
+        assert [(text(decoder, ids), text(decoder, ids, **SAMPLED)) for ids in PROMPTS[:2]] == expected
+    assert target.bitwise is not None
+    if target.bitwise.matches_transformers:
+        for ids, (greedy, _) in zip(PROMPTS, expected, strict=False):
+            own = model.generate(torch.tensor([ids]), max_new_tokens=32, do_sample=False)
+            assert own[0, len(ids) :].tolist() == greedy
+
+
+@pytest.mark.slow
+def test_texts_of_the_demo_model() -> None:
+    model, tokenizer = load_model(None, "cpu", "bfloat16"), load_tokenizer(None)
+    target = Target(model, packed=False, exact="bitwise")
+    plain, heads = Decoder(target, "none"), Decoder(target, "heads", heads=DEMO_HEADS)
+    recycling = Decoder(target, "recycling")
+    assert target.bitwise is not None
+    for chat in read_prompts(None, 6):
+        ids = encode_prompts(tokenizer, [chat], 100)[0]
+        for options in ({}, SAMPLED):
+            expected = text(plain, ids, max_new_tokens=96, **options)
+            assert text(heads, ids, max_new_tokens=96, **options) == expected
+            assert text(recycling, ids, max_new_tokens=96, **options) == expected
+            if not options and target.bitwise.matches_transformers:
+                own = model.generate(torch.tensor([ids]), max_new_tokens=96, do_sample=False)
+                assert own[0, len(ids) :].tolist() == expected
+    assert heads.statistics.accepted_length > 1.5
+
+
+def test_a_row_of_a_batch_is_the_prompt_alone() -> None:
+    decoder = Decoder(tiny_llama().bfloat16(), "recycling", exact="bitwise")
+    width = max(map(len, PROMPTS))
+    ids = torch.tensor([[0] * (width - len(one)) + one for one in PROMPTS])
+    out = decoder.generate(ids, attention_mask=(ids > 0).long(), max_new_tokens=24, do_sample=False)
+    for row, one in zip(out[:, width:].tolist(), PROMPTS, strict=True):
+        alone = text(decoder, one, max_new_tokens=24)
+        assert row[: len(alone)] == alone
+
+
+@pytest.mark.parametrize("new", [1, 12])
+def test_a_served_request_is_the_prompt_alone(tokenizer: Any, new: int) -> None:
+    model = tiny_llama(vocab=len(tokenizer)).bfloat16()
+    alone = Decoder(model, "none", exact="bitwise")
+    params = [SamplingParams(new), SamplingParams(new, temperature=0.9, seed=4, top_p=0.9), SamplingParams(new)]
+    with Engine(Decoder(model, "recycling", exact="bitwise"), tokenizer) as engine:
+        requests = zip(PROMPTS, params, strict=True)
+        handles = [engine.submit(Request(prompt=ids, params=one, logprobs=1)) for ids, one in requests]
+        found = [[(token, step.logprobs) for step in handle for token in step.tokens] for handle in handles]
+        results = [handle.result for handle in handles]
+    for ids, one, tokens, result in zip(PROMPTS, params, found, results, strict=True):
+        options = {} if one.greedy else {"do_sample": True, "temperature": 0.9, "top_p": 0.9, "seed": 4}
+        expected = text(alone, ids, max_new_tokens=new, **options)
+        assert [token for token, _ in tokens] == expected
+        assert all(logprobs for _, logprobs in tokens)
+        assert result.new_tokens == len(expected)
+
+
+def test_the_first_token_teaches_no_cost_of_a_pass() -> None:
+    """The prompt's own pass gives it, so there is no pass whose seconds could be learnt."""
+    target = Target(tiny_llama().bfloat16(), exact="bitwise")
+    costs = CostModel({1: 1e-3, 8: 2e-3, 32: 4e-3})
+    decoder = Decoder(target, build_proposer("hybrid", target, members=["recycling"], costs=costs))
+    text(decoder, PROMPTS[0], max_new_tokens=1)
+    assert (costs.load_factor, costs.tree_factor) == (1.0, 1.0)
+    text(decoder, PROMPTS[0], max_new_tokens=2)
+    assert costs.load_factor != 1.0
+
+
+def mix_rows(model: PreTrainedModel) -> None:
+    """Let every token of a pass depend on all others, by a little."""
+    model.model.norm.register_forward_hook(lambda module, args, out: out + 1e-2 * out.mean(1, keepdim=True))
+
+
+def test_the_self_test_refuses_rows_that_depend_on_each_other() -> None:
+    model = tiny_llama().bfloat16()
+    mix_rows(model)
+    with pytest.raises(MedheadError, match="cannot be promised for LlamaForCausalLM in bfloat16 with 1 threads"):
+        Decoder(model, "recycling", exact="bitwise", probe=False)
+
+
+def test_the_promise_ends_with_the_number_of_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().bfloat16()
+    decoder = Decoder(model, "recycling", exact="bitwise")
+    mix_rows(model)
+    text(decoder, PROMPTS[0])  # proved before, and not again
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    with pytest.raises(MedheadError, match="with 2 threads"):
+        text(decoder, PROMPTS[0])
+
+
+def test_what_does_not_go_with_it() -> None:
+    model = tiny_llama()
+    with pytest.raises(MedheadError, match="exact must be 'bitwise' or None, got 'yes'"):
+        Decoder(model, "none", exact="yes")
+    with pytest.raises(MedheadError, match="step 'eager', which changes texts"):
+        Decoder(model, "none", exact="bitwise", step="eager")
+    with pytest.raises(MedheadError, match="typical acceptance, which changes texts"):
+        Decoder(model, "none", exact="bitwise", typical=TypicalAcceptance())
+    with pytest.raises(MedheadError, match="this Target was made without it"):
+        Decoder(Target(model, probe=False), "none", exact="bitwise")
+    with pytest.raises(MedheadError, match="its attention is 'reference'"):
+        Decoder(model, "none", exact="bitwise", attention="reference")
+    if "lfm2" in STATEFUL and exists("lfm2"):
+        with pytest.raises(MedheadError, match="its layers hold states"):
+            Decoder(tiny_stateful("lfm2"), "none", exact="bitwise", probe=False)
