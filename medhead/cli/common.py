@@ -261,7 +261,7 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
 
 def _is_captured(step: str, model: Any) -> bool:
     """Return whether whole steps are captured where the proposer allows it; on a CPU it is the pass that is compiled."""
-    return step == "graph" or (step == "compiled" and model.device.type != "cpu")
+    return step not in ("auto", "loop") and not (step == "compiled" and model.device.type == "cpu")
 
 
 def say(line: str) -> None:
