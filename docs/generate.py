@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from vision_models import VISION  # noqa: E402
 
 TYPES = ROOT / "docs" / "model_types.jsonl"
 RESULTS = ROOT / "benchmarks" / "demo-cpu-float32" / "results.json"
+PEERS = ROOT / "benchmarks" / "peers" / "smollm2" / "results.json"
 FEATURES = {  # what a family's configuration in the tests has, by its fields
     "sliding window": ("sliding_window",),
     "mixture of experts": ("num_experts", "num_local_experts", "n_routed_experts"),
@@ -142,16 +144,16 @@ padded row another text than the same prompt alone (`git`, for example), the lat
 
 {every_type}
 
-## int8 weights
+## Weights in few bits
 
-`--weights int8` (`load_model(..., weights="int8")`) rounds the linear layers of the decoder layers and the output matrix to 8
-bits when the model is loaded: symmetric, one scale for each row, on a CPU. The input embeddings are kept, also where they
-were tied to the output matrix. Activations are not rounded, so in float32 every text equals plain decoding of the rounded
-model. Heads of the unrounded model fit.
+`--weights stored` (`load_model(..., weights="stored")`) keeps the linear layers of the decoder layers and the output matrix
+in the type of the checkpoint, on a CPU: bfloat16, float16, or the integers of a GGUF file. `int8` and `int4` round them.
+The input embeddings are kept, also where they were tied to the output matrix. Activations are not rounded, so in float32
+every text equals plain decoding with the same weights. Heads of the unrounded model fit.
 
-The gain is memory: a quarter of float32. On a CPU with AVX2 a pass takes up to 11 % longer than in float32, see [decoding on a
-CPU](guides/cpu.md#int8-weights). Layers other than `torch.nn.Linear` (experts in one tensor, GPT-2's `Conv1D`) keep their
-type, Mamba and Jamba are refused, adapters cannot be put on top. To save or train a model, load it without the option.
+The gain is memory and speed, see [decoding on a CPU](guides/cpu.md#fewer-bits-weights). Layers other than `torch.nn.Linear`
+(experts in one tensor, GPT-2's `Conv1D`) keep their type, Mamba and Jamba are refused, adapters cannot be put on top. To
+save or train a model, load it without the option.
 
 ## Quantised and spread models
 
@@ -261,6 +263,36 @@ def results_block() -> str:
     return caption + "\n\n" + "\n".join(lines)
 
 
+def peers_block() -> str:
+    """Return README's table of SmolLM2 beside what a user would run instead: tokens per second over all tasks."""
+    found = json.loads(PEERS.read_text(encoding="utf-8"))
+    machine, options = found["machine"], found["options"]
+    sums: dict[str, dict[tuple[float, int], Counter[str]]] = {}
+    for row in found["results"]:
+        place = row["temperature"], row["batch_size"]
+        counts = {name: row[name] for name in ("prompts", "new_tokens", "passes", "seconds", "mismatches")}
+        sums.setdefault(row["system"], {}).setdefault(place, Counter()).update(counts)
+    places = list(dict.fromkeys(place for system in sums.values() for place in system))
+    names = [f"{f'temperature {heat:g}' if heat else 'greedy'}, batch {size}" for heat, size in places]
+    lines = [
+        f"| tokens/s | {' | '.join(names)} | accepted length | texts of plain decoding |",
+        "|---|" + "--:|" * (len(places) + 2),
+    ]
+    for system, by in sums.items():
+        speeds = [f"{by[place]['new_tokens'] / by[place]['seconds']:.1f}" if place in by else "-" for place in places]
+        first = by[places[0]]
+        accepted = f"{first['new_tokens'] / first['passes']:.2f}" if first["passes"] else "-"
+        equal = f"{first['prompts'] - first['mismatches']}/{first['prompts']}"
+        lines.append(f"| {' | '.join([system, *speeds, accepted, equal])} |")
+    caption = (
+        f"SmolLM2-135M-Instruct, {first['prompts']} prompts of Spec-Bench, at most {options['max_new_tokens']} new tokens, "
+        f"float32 (llama.cpp and the rows of medhead with a type: a file of that type), {machine['threads']} threads of an "
+        f"{machine['cpu']}, {machine['date']} ([committed result](benchmarks/peers/smollm2/results.json), "
+        "[by task](benchmarks/peers/smollm2/table.md)):"
+    )
+    return caption + "\n\n" + "\n".join(lines)
+
+
 def put(text: str, name: str, block: str) -> str:
     """Return a text with the part between the markers of a name replaced."""
     marked = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
@@ -272,7 +304,8 @@ def put(text: str, name: str, block: str) -> str:
 def outputs() -> dict[Path, str]:
     """Return every generated file with the text that it should have."""
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    readme = put(put(readme, "models", models_block()), "results", results_block())
+    for name, block in (("models", models_block()), ("results", results_block()), ("peers", peers_block())):
+        readme = put(readme, name, block)
     serving = ROOT / "docs" / "guides" / "serving.md"
     table = put(serving.read_text(encoding="utf-8"), "fields", markdown_table())
     return {ROOT / "README.md": readme, ROOT / "docs" / "models.md": models_page(), serving: table}

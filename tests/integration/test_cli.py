@@ -152,7 +152,7 @@ def test_a_difference_is_said_in_words() -> None:
         say(0.03, torch.bfloat16) == begin + ": near tie in bfloat16; use --exact bitwise on a CPU, or --dtype float32"
     )
     assert say(3.0, torch.bfloat16).endswith(
-        "logit gap 3: in bfloat16; use --exact bitwise on a CPU, or --dtype float32"
+        "logit gap 3: sums are rounded in bfloat16; use --exact bitwise on a CPU, or --dtype float32"
     )
     assert "at the first token: ' dog' instead of the end" in say(0.1, torch.float32, plain_token=-1, before=())
 
