@@ -1,4 +1,4 @@
-"""CPU seconds that a process spends on the compiled passes of a model: python measure.py MODEL DTYPE
+"""CPU seconds that a process spends on the compiled passes of a model: python measure.py MODEL DTYPE [WEIGHTS]
 
 Run it twice with a `MEDHEAD_CACHE` of its own: the first process compiles, the second one loads. One thread. A line of JSON
 is printed: seconds of the process and of its children (the C++ compiler) until the first verify of a tree and of one node
@@ -21,15 +21,16 @@ from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 
 
-def main(name: str, dtype: str) -> None:
+def main(name: str, dtype: str, weights: str = "full") -> None:
     """Print the measurements."""
     torch.set_num_threads(1)
-    model = load_model(name, device="cpu", dtype=dtype)
+    model = load_model(name, device="cpu", dtype=dtype, weights=weights)
     target, said = CompiledTarget(model, probe=False), list[str]()
     target.on_progress = said.append
     found: dict[str, object] = {
         "model": name,
         "dtype": dtype,
+        "weights": weights,
         "torch": torch.__version__,
         "seconds_until_the_model_is_loaded": round(time.process_time(), 2),
     }

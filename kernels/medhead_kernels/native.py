@@ -76,5 +76,7 @@ def _compile(source: Path, library: Path) -> None:
 def _run(command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, timeout=_SECONDS, check=False)
     if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+        lines = [line for line in done.stderr.splitlines() if "error" in line] or [
+            f"{command[0]} ended with exit code {done.returncode}"
+        ]
         raise OSError(lines[0])
