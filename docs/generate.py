@@ -151,7 +151,7 @@ in the type of the checkpoint, on a CPU: bfloat16, float16, or the integers of a
 The input embeddings are kept, also where they were tied to the output matrix. Activations are not rounded, so in float32
 every text equals plain decoding with the same weights. Heads of the unrounded model fit.
 
-The gain is memory and speed, see [decoding on a CPU](guides/cpu.md#fewer-bits-weights). Layers other than `torch.nn.Linear`
+The gain is memory and speed, see [decoding on a CPU](guides/cpu.md#fewer-bits). Layers other than `torch.nn.Linear`
 (experts in one tensor, GPT-2's `Conv1D`) keep their type, Mamba and Jamba are refused, adapters cannot be put on top. To
 save or train a model, load it without the option.
 

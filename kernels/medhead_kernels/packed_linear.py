@@ -23,8 +23,9 @@ class PackedLinear:
     `recheck` the copy is compared with them by a checksum.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
-        self.weight, self.bias, self.packable = weight, bias, can_pack(weight) and block_linear.unavailable() is None
+    def __init__(self, weight: Tensor, bias: Tensor | None = None, least: int = MIN_ELEMENTS) -> None:
+        self.weight, self.bias = weight, bias
+        self.packable = can_pack(weight, least) and block_linear.unavailable() is None
         self._blocks: Blocks | None = None
         self._checksums: Tensor | None = None
         self._checked, self._version = False, -1
@@ -69,14 +70,14 @@ class PackedLinear:
         return
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether the kernel multiplies by this weight faster than PyTorch does."""
+def can_pack(weight: Tensor, least: int = MIN_ELEMENTS) -> bool:
+    """Whether the kernel can multiply by this weight, which has at least `least` elements, and is faster in this type."""
     plain = type(weight) in (Tensor, nn.Parameter) and weight.device.type == "cpu" and weight.layout == torch.strided
     return (
         plain
         and weight.ndim == 2
         and weight.is_contiguous()
-        and weight.numel() >= MIN_ELEMENTS
+        and weight.numel() >= least
         and weight.shape[1] * weight.element_size() % 8 == 0  # required by `row_checksums`
         and _is_faster(weight.dtype)
     )

@@ -11,8 +11,8 @@ from medhead.errors import MedheadError
 
 EXAMPLES = """\
 examples:
-  medhead generate --prompt "Hello!" --exact bitwise --receipt hello.json
-  medhead verify hello.json
+  medhead verify hello.json    # which `medhead generate --prompt "Hello!" --exact bitwise --receipt hello.json` wrote
+  medhead verify hello.json --model folder/of/the/model
 
 exit codes: 0 reproduced, 1 not reproduced or failure, 2 wrong input or other weights, 130 stopped with Ctrl-C
 """

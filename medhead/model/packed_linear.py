@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from medhead.errors import MedheadError
 from medhead.model.model_lock import running_target
 from medhead_kernels import block_linear
-from medhead_kernels.packed_linear import PackedLinear, can_pack
+from medhead_kernels.packed_linear import MIN_ELEMENTS, PackedLinear, can_pack
 
 _MAX_SHARE = 0.25  # of the free memory that copies may take by default
 
@@ -24,11 +24,13 @@ _MAX_SHARE = 0.25  # of the free memory that copies may take by default
 class PackedWeights:
     """The plain `nn.Linear` layers of a model with their packed copies.
 
-    If `enabled` is None, they are packed where the copies take at most a quarter of the free memory.
+    If `enabled` is None, they are packed where the copies take at most a quarter of the free memory. Small weights are
+    left out, for which PyTorch is as fast, unless `every` is set.
     """
 
-    def __init__(self, model: nn.Module, enabled: bool | None = None) -> None:
-        layers = [] if enabled is False else _packable(model.modules())
+    def __init__(self, model: nn.Module, enabled: bool | None = None, every: bool = False) -> None:
+        self._least = least = 0 if every else MIN_ELEMENTS
+        layers = [] if enabled is False else _packable(model.modules(), least)
         size = sum({id(layer.weight): layer.weight.nbytes for layer in layers}.values())
         if enabled is None and not fits(size):
             layers = []
@@ -37,7 +39,7 @@ class PackedWeights:
                 raise MedheadError(f"packed weights need a kernel of medhead: {reason}; leave --packed out")
             warnings.warn(f"{reason}, so a pass takes about twice as long", stacklevel=2)
             layers = []
-        self._packed = {layer: PackedLinear(layer.weight.detach(), layer.bias) for layer in layers}
+        self._packed = {layer: PackedLinear(layer.weight.detach(), layer.bias, least) for layer in layers}
 
     @property
     def enabled(self) -> bool:
@@ -52,11 +54,11 @@ class PackedWeights:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Replace the layers' `forward` by `PackedLinear` inside the context, for the passes of targets."""
-        layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed)
+        layers = [] if torch.is_autocast_enabled("cpu") else _packable(self._packed, self._least)
         for layer in layers:
             packed = self._packed[layer]
             if packed.weight.data_ptr() != layer.weight.data_ptr() or packed.bias is not layer.bias:  # new parameters
-                packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias)
+                packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias, self._least)
             packed.recheck()
             layer.forward = partial(_forward, layer, packed)
         try:
@@ -84,13 +86,13 @@ def _forward(layer: nn.Linear, packed: PackedLinear, x: Tensor) -> Tensor:
     return packed(x) if running_target.get() is not None else nn.functional.linear(x, layer.weight, layer.bias)
 
 
-def _packable(modules: Iterable[nn.Module]) -> list[Any]:
+def _packable(modules: Iterable[nn.Module], least: int) -> list[Any]:
     """Return the plain linear layers whose `forward` was not replaced by other code.
 
     Where the weight is no parameter (pruning, weight normalisation), a hook computes it anew before every pass.
     """
     plain = (layer for layer in modules if type(layer) is nn.Linear and "forward" not in layer.__dict__)
-    return [layer for layer in plain if "weight" in layer._parameters and can_pack(layer.weight)]
+    return [layer for layer in plain if "weight" in layer._parameters and can_pack(layer.weight, least)]
 
 
 def fits(size: int) -> bool:
