@@ -121,9 +121,7 @@ class Target:
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
-        self.packed_weights = (
-            packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, exact is not None)
-        )
+        self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
         self._encoders = encoder_configs(inner)
