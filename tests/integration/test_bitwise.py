@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,7 +31,12 @@ FAMILIES = [
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma", "gemma2", "gemma3_text", "phi", "phi3", "gpt_neox",
     "gpt2", "olmo2", "gpt_oss", "deepseek_v3", "starcoder2", "cohere2", "opt", "llama4_text",
 ]  # fmt: skip
-ALL = list(itertools.product([name for name in FAMILIES if exists(name)], DTYPES, (1, 2, 3)))
+ALL = [  # family, type, threads: every family with every type, each with another number of threads
+    (name, dtype, 1 + (place + turn) % 3)
+    for place, name in enumerate(FAMILIES)
+    for turn, dtype in enumerate(DTYPES)
+    if exists(name)
+]
 SIZES = (2, 9, 33, 64)
 
 
