@@ -23,18 +23,8 @@ from medhead_kernels.bench_report import cpu_name
 
 FORM = 1
 _FEATURES = (
-    "avx2",
-    "fma",
-    "f16c",
-    "avx512f",
-    "avx512_bf16",
-    "avx512_vnni",
-    "amx_bf16",
-    "amx_int8",
-    "asimd",
-    "bf16",
-    "sve",
-)
+    "avx2", "fma", "f16c", "avx512f", "avx512_bf16", "avx512_vnni", "amx_bf16", "amx_int8", "asimd", "bf16", "sve",
+)  # fmt: skip
 _KEYS = {"receipt", "options", "seed", "environment", "weights_sha256", "prompt_ids", "output_ids", "passes"}
 
 

@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 import transformers
 
+from medhead.model.block_weights import BlockLinear
+
 if TYPE_CHECKING:
     from medhead.model.target import Target
 
@@ -58,8 +60,9 @@ def fingerprint(target: Target, batch: int) -> str:
 
 
 def _storage(model: torch.nn.Module) -> list[str]:
-    """Return the names of the types of modules and weights, which tell quantised models from others."""
-    return sorted({type(part).__name__ for part in (*model.modules(), *model.parameters())})
+    """Return the names of the types of modules and weights, and how blocks are stored, which tell quantised models apart."""
+    kinds = {part.kind for part in model.modules() if isinstance(part, BlockLinear)}
+    return sorted(kinds | {type(part).__name__ for part in (*model.modules(), *model.parameters())})
 
 
 def read(file: Path, parse: Callable[[Any], T], consequence: str) -> T | None:

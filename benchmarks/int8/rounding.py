@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from medhead import load_model, load_tokenizer
 from medhead.bench.harness import machine
-from medhead.model.int8 import Int8Linear, quantize_int8
+from medhead.model.block_weights import BlockLinear
 
 
 class RoundedLinear(nn.Module):
-    """`Int8Linear` whose input is rounded to a number of 7-bit digits of its row's largest value."""
+    """`BlockLinear` whose input is rounded to a number of 7-bit digits of its row's largest value."""
 
-    def __init__(self, layer: Int8Linear, digits: int) -> None:
+    def __init__(self, layer: BlockLinear, digits: int) -> None:
         super().__init__()
         self.layer, self.digits = layer, digits
 
@@ -37,10 +37,10 @@ class RoundedLinear(nn.Module):
 
 
 def round_activations(model: Any, digits: int) -> None:
-    """Put `RoundedLinear` around every `Int8Linear`."""
+    """Put `RoundedLinear` around every `BlockLinear`."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, Int8Linear):
+            if isinstance(child, BlockLinear):
                 setattr(parent, name, RoundedLinear(child, digits))
 
 
@@ -70,9 +70,10 @@ def main() -> None:
         def log_probs() -> Tensor:
             return torch.cat([model(ids).logits[0, part].log_softmax(-1) for ids, part in texts])
 
-        own = log_probs()
-        quantize_int8(model)
-        rounded = {"int8 weights": log_probs()}
+        own, rounded = log_probs(), dict[str, Tensor]()
+        for weights in ("int8", "int4"):
+            model = load_model(args.model, "cpu", "float32", weights=weights)
+            rounded[f"{weights} weights"] = log_probs()
         for digits in (1, 2):
             model = load_model(args.model, "cpu", "float32", weights="int8")
             round_activations(model, digits)

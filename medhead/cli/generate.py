@@ -106,21 +106,19 @@ def run(args: argparse.Namespace) -> None:
     prompt = read_prompt(args)
     import torch
 
+    from medhead.cli.verify import TEXT_OPTIONS
     from medhead.model.loading import encode_chat, load_model, load_tokenizer, pick_device, pick_dtype
+    from medhead.receipt import PassRecorder, write_receipt
 
     device = pick_device(args.device)
     dtype, tokenizer = pick_dtype(args.dtype, device), load_tokenizer(args.model, args.trust_remote_code)
     ids = encode_chat(tokenizer, prompt, args.system, args.raw)
     decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code, args.weights), tokenizer)
     decoder.warmup()  # its time does not count as time of the answer
-    if args.receipt is None:
-        result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
-    else:
-        from medhead.cli.verify import TEXT_OPTIONS
-        from medhead.receipt import PassRecorder, write_receipt
-
-        decoder.on_output = recorder = PassRecorder()
-        result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+    recorder = PassRecorder() if args.receipt is not None else None
+    decoder.on_output = recorder
+    result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
+    if recorder is not None:
         options = {name: getattr(args, name) for name in TEXT_OPTIONS}
         write_receipt(args.receipt, decoder.model, options, args.seed, ids, result["token_ids"], recorder.passes)
     if args.compare:
@@ -132,11 +130,11 @@ def run(args: argparse.Namespace) -> None:
 
 def check_receipt(args: argparse.Namespace) -> None:
     """Raise a MedheadError if --receipt was given with what a receipt does not hold."""
+    if args.receipt is None:
+        return
     from medhead.heads.adapter import adapts_target
     from medhead.model.named_models import default_heads
 
-    if args.receipt is None:
-        return
     folder: Path | None = args.heads or default_heads(args.model)
     refused = {
         "--json-schema": args.json_schema is not None,

@@ -19,8 +19,7 @@ exit codes: 0 reproduced, 1 not reproduced or failure, 2 wrong input or other we
 # options of `medhead generate` that change the text, and are part of a receipt
 TEXT_OPTIONS = (
     "model", "device", "dtype", "weights", "packed", "generation_config", "exact", "temperature",
-    "top_p", "top_k", "repetition_penalty",
-    "max_new_tokens",
+    "top_p", "top_k", "repetition_penalty", "max_new_tokens",
 )  # fmt: skip
 
 

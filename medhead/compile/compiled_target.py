@@ -57,8 +57,8 @@ class CompiledTarget(Target):
         self._passes.clear()
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
-        """See `Target.new_cache`; the adapters may have been switched since the last text."""
-        self._state = model_state(self)
+        """See `Target.new_cache`; the adapters may have been switched and weights packed again since the last text."""
+        self._state = model_state(self), tuple(map(id, self.packed_weights.tensors().values()))
         return super().new_cache(batch, capacity)
 
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:

@@ -30,15 +30,12 @@ class BlockLinear(nn.Module):
         bias: `[out]`, or None.
     """
 
-    data: Tensor
-    scales: Tensor
-    minimums: Tensor
-
     def __init__(self, blocks: Blocks, bias: Tensor | None = None) -> None:
         super().__init__()
         self.kind, self.out_features, self.in_features = blocks.kind, blocks.out, blocks.data.shape[1]
-        for name in ("data", "scales", "minimums"):
-            self.register_buffer(name, getattr(blocks, name))
+        self.data, self.scales, self.minimums = (
+            nn.Parameter(part, requires_grad=False) for part in (blocks.data, blocks.scales, blocks.minimums)
+        )
         self.bias = bias
 
     @property

@@ -45,9 +45,9 @@ def _module_key(module: nn.Module) -> Hashable:
 
 def sample(weights: list[Tensor]) -> bytes:
     """Return up to 127 values of every weight, 64 or more of a larger one, as bytes."""
-    plain = [weight.reshape(-1) for weight in weights if weight.is_floating_point() and weight.numel()]
-    samples = [values[:: max(1, len(values) // _SAMPLES)] for values in plain]
-    return torch.cat(samples).double().numpy().tobytes() if samples else b""
+    flat = [weight.reshape(-1) for weight in weights if weight.numel()]
+    samples = [values[:: max(1, len(values) // _SAMPLES)].double() for values in flat]
+    return torch.cat(samples).numpy().tobytes() if samples else b""
 
 
 def _parts(weight: Tensor) -> Iterator[Tensor]:

@@ -37,7 +37,7 @@ class PackedWeights:
         if layers and (reason := block_linear.unavailable()) is not None:
             if enabled:
                 raise MedheadError(f"packed weights need a kernel of medhead: {reason}; leave --packed out")
-            warnings.warn(f"{reason}, so a pass takes about twice as long", stacklevel=2)
+            warnings.warn(f"{reason}, so PyTorch multiplies, which is slower", stacklevel=2)
             layers = []
         self._packed = {layer: PackedLinear(layer.weight.detach(), layer.bias, least) for layer in layers}
 
@@ -69,10 +69,10 @@ class PackedWeights:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all copies, made now, by name; the names of copies tell the kinds of weights."""
-        copies = {packed: packed.copy() for packed in self._packed.values()}
+        copies = [packed.copy() for packed in self._packed.values()]
         return {
             f"packed.{index}.{blocks.kind}.{part}": getattr(blocks, part)
-            for index, blocks in enumerate(copies.values())
+            for index, blocks in enumerate(copies)
             for part in ("data", "scales", "minimums")
         }
 

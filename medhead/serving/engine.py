@@ -74,11 +74,8 @@ class Engine:
         prefill_chunk: int = 256,
     ) -> None:
         if max_rows < 1 or max_queue < 0 or not time_limit > 0:
-            given, floors = (
-                f"{max_rows}, {max_queue} and {time_limit}",
-                "at least 1, max_queue at least 0 and time_limit above 0",
-            )
-            raise MedheadError(f"max_rows must be {floors}, got {given}")
+            given = f"{max_rows}, {max_queue} and {time_limit}"
+            raise MedheadError(f"max_rows must be at least 1, max_queue at least 0 and time_limit above 0, got {given}")
         if prefill_chunk < 1 or (prefix_cache_bytes or 0) < 0:
             given = f"{prefill_chunk} and {prefix_cache_bytes}"
             raise MedheadError(f"prefill_chunk must be at least 1 and prefix_cache_bytes at least 0, got {given}")

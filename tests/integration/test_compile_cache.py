@@ -134,6 +134,21 @@ def test_passes_with_weights_of_the_kernel_are_kept(weights: str, cache: Path) -
     assert len(list(cache.iterdir())) == 2
 
 
+@pytest.mark.slow
+@needs_compiler
+def test_a_kept_pass_reads_new_copies_of_changed_weights(cache: Path) -> None:
+    """Also of a number that no sample of the weights holds, and whose change PyTorch does not count."""
+    if (reason := block_linear.unavailable()) is not None:
+        pytest.skip(reason)
+    model = tiny_llama(**SIZES, hidden_size=128, intermediate_size=256)
+    with Decoder(model, "ngram", tree_size=5, step="compiled") as decoder:
+        before = decoder.generate(**TEXT).tolist()[0]
+        model.model.layers[0].mlp.down_proj.weight.data[3, 1:100] += 9
+        expected = expected_text(model)
+        assert before != expected
+        assert decoder.generate(**TEXT).tolist()[0] == expected
+
+
 def verified(target: Target, nodes: int = 2) -> tuple[Tensor, Tensor]:
     """Return logits and features of a pass over a tree."""
     with torch.inference_mode(), target.active():

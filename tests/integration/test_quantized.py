@@ -226,6 +226,28 @@ def test_costs_of_quantised_and_plain_models_are_kept_apart(name: str) -> None:
     assert fingerprint(Target(tiny_llama(**SIZES)), 1) != fingerprint(Target(quantised(name)), 1)
 
 
+def test_costs_of_kinds_of_blocks_are_kept_apart() -> None:
+    found = {fingerprint(Target(quantised(name)), 1) for name in ("stored", "int8", "int4")}
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("name", ["stored", "int8", "int4"])
+def test_the_weights_of_blocks_are_weights_of_the_model(name: str) -> None:
+    """What tells models apart by their weights sees another number in a block: a receipt, the state of a target."""
+    from medhead.model.fingerprint import model_state
+    from medhead.receipt import weights_hash
+
+    models = [quantised(name), quantised(name)]
+    assert weights_hash(models[0]) == weights_hash(models[1])
+    with torch.no_grad():
+        models[1].model.layers[0].mlp.up_proj.data.flatten()[0] ^= 1
+    assert weights_hash(models[0]) != weights_hash(models[1])
+    target = Target(models[0])
+    before = model_state(target)
+    models[0].model.layers[1].mlp.up_proj.data.data.flatten()[0] ^= 1  # not counted by PyTorch
+    assert model_state(target) != before
+
+
 def test_a_captured_step_sees_that_quantised_weights_change() -> None:
     from medhead.model.fingerprint import model_state
 
