@@ -43,7 +43,7 @@ def test_exported_heads_compute_the_same(deep: PreTrainedModel, deep_target: Tar
 def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Path) -> None:
     """Tensor names, shapes and configuration of exports are those of the checkpoints above, which engines load."""
     pairs = {"eagle3": "eagle3", "dflash": "dflash", "speculator": "speculator", "speculator-tied": "speculator-tied"}
-    for export, made in pairs.items():
+    for export, made in (pairs | {"speculators": "eagle3-speculators"}).items():
         make, fields = MAKERS[made]
         make(tmp_path / made, **fields)
         checkpoint_format, config = EXPORTS[export]
@@ -58,6 +58,8 @@ def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Pa
         given = json.loads((tmp_path / export / "out" / "config.json").read_text())
         assert wanted.keys() - given.keys() <= {"rope_parameters"}, export
         assert wanted["architectures"] == given["architectures"]
+        layers = [config.get("transformer_layer_config", {}).keys() for config in (wanted, given)]
+        assert layers[0] <= layers[1]
     given = json.loads((tmp_path / "eagle3" / "out" / "config.json").read_text())
     assert given[IDS] == [2, 5, 7]
     assert given["eagle_config"][IDS] == [1, 4, 6]
@@ -102,6 +104,19 @@ def test_whole_vocabularies_and_biases_as_vllm_reads_them(deep_target: Target) -
     assert whole.config["draft_vocab_size"] == V
     medusa = export_heads(random_heads(deep_target, **EXPORTS["medusa-matrices"][1]), deep_target, "medusa")
     assert medusa.config["medusa_fc_bias"] is True
+
+
+def test_the_configuration_of_speculators(deep: PreTrainedModel, deep_target: Target) -> None:
+    """It names the model and the tokens of a pass, which vLLM reads, and says the rest as `eagle3` does."""
+    heads = random_heads(deep_target, **EXPORTS["speculators"][1])
+    flat, nested = (export_heads(heads, deep_target, name).config for name in ("eagle3", "speculators"))
+    assert nested["speculators_model_type"] == "eagle3"
+    asked = nested["speculators_config"]
+    assert asked["proposal_methods"][0]["speculative_tokens"] == 4
+    assert asked["verifier"] == {"name_or_path": deep.config.name_or_path, "architectures": ["LlamaForCausalLM"]}
+    said = nested["transformer_layer_config"] | nested
+    assert {name: said[name] for name in flat.keys() - {"architectures", "eagle_config"}}.items() <= flat.items()
+    assert "eagle_config" not in said
 
 
 def test_a_draft_vocabulary_as_vllm_reads_it(deep: PreTrainedModel, deep_target: Target, tmp_path: Path) -> None:
