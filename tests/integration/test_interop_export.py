@@ -128,7 +128,7 @@ def test_a_draft_vocabulary_as_vllm_reads_it(deep: PreTrainedModel, deep_target:
     assert torch.equal(cut.tensors["lm_heads.0.weight"], deep.lm_head.weight)
     make, made = MAKERS["vllm-truncated"]
     make(tmp_path / "truncated", **made)
-    with pytest.raises(MedheadError, match="vLLM loads no token_map, .* has the rows of 30 of 64 tokens"):
+    with pytest.raises(MedheadError, match=r"vLLM loads no token_map, .* has the rows of 30 of 64 tokens"):
         export_heads(load_heads(tmp_path / "truncated", deep_target), deep_target, checkpoint_format)
 
 

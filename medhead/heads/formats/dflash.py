@@ -31,7 +31,7 @@ class DFlash(CheckpointFormat):
     """It holds blocks with one mask token, a root slot that predicts nothing, and no correction."""
 
     name, kind = "dflash", "block"
-    needs = "no draft vocabulary, one mask token, a root slot that predicts nothing"
+    needs = "no draft vocabulary, one mask token and a root slot that predicts nothing (finetune --mask-token)"
     loaded_by = "vLLM, SGLang"
 
     def matches(self, reader: CheckpointReader) -> bool:
@@ -72,7 +72,9 @@ class DFlash(CheckpointFormat):
         own_masks = "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)"
         yield mask < 0, own_masks
         row, given = embedding_row(target, mask), heads.state_dict()["mask_row"]
-        same = row is not None and any(row.to(dtype).to(row).equal(given.to(row)) for dtype in FLOATS)  # as it was stored
+        same = row is not None and any(
+            row.to(dtype).to(row).equal(given.to(row)) for dtype in FLOATS
+        )  # as it was stored
         yield not same, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
         yield not config.feature_layers, "it reads layers of the target, these heads read its last hidden state"
 

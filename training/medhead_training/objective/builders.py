@@ -37,9 +37,8 @@ def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -
     if options.mask_token >= 0 and kind != "block":
         raise MedheadError(f"--mask-token goes with --kind block, got --kind {kind}; leave it out")
     if options.mask_token >= target.num_embeddings:
-        raise MedheadError(
-            f"--mask-token must be from -1 to {target.num_embeddings - 1}, the last token of {target.name}, got {options.mask_token}"
-        )
+        allowed = f"from -1 to {target.num_embeddings - 1}, the last token of {target.name}"
+        raise MedheadError(f"--mask-token must be {allowed}, got {options.mask_token}")
     return HeadsConfig(
         kind=kind,
         depth=options.depth,
