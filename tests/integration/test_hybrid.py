@@ -427,7 +427,7 @@ def test_a_pause_is_probed_once_at_the_next_text() -> None:
     assert rests == [16, 32, 64, 128, 256]
     controller.update(8, 1.0, 4.0, 0.1)  # the next pause has 512 passes
     for _ in range(2):
-        for plain in (100, 50):  # some three passes were lost; a look before 150 others would cost more than a fiftieth
+        for plain in (100, 60):  # some three passes were lost; a look before 155 others would cost more than a fiftieth
             controller.begin_text(costs)
             assert controller.is_paused
             for _ in range(plain):
@@ -435,7 +435,7 @@ def test_a_pause_is_probed_once_at_the_next_text() -> None:
         controller.begin_text(costs)
         assert not controller.is_paused
         controller.update(8, 1.0, 4.0, 0.1)
-    for _ in range(150):
+    for _ in range(160):
         controller.update(1, 1.0, 1.0, 0.0)
     controller.begin_text(costs)
     for _ in range(40):
