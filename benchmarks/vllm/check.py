@@ -25,9 +25,10 @@ from medhead import Decoder
 from medhead.bench import harness
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.cli.common import Parser, check_range, run_command
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, one_line
 from medhead.heads import Heads, load_heads
 from medhead.heads.formats import FORMATS, export_heads
+from medhead.heads.formats.eagle3 import SPECULATIVE_TOKENS
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import resolve_model
 from medhead.model.target import Target
@@ -76,8 +77,6 @@ def parser() -> Parser:
     add("--prompts", type=Path, help="JSON lines with messages, prompt, question, turns or text (default: built-in)")
     add("--num-prompts", type=int, default=12, help="prompts (default: %(default)s)")
     add("--max-new-tokens", type=int, default=80, help="tokens of an answer (default: %(default)s)")
-    add("--attention-tokens", type=int, default=4, help="draft tokens of attention heads (default: %(default)s); "
-        "other heads draft as many as they are deep")  # fmt: skip
     add("--timeout", type=int, default=1200, help="seconds that vLLM may take for a case (default: %(default)s)")
     add("--output", type=Path, required=True, help="folder to write results.json and table.md to")
     return options
@@ -175,7 +174,9 @@ def compare(plain: list[Row], spoken: list[Row], ours: list[Row]) -> Row:
 def measure(args: argparse.Namespace, target: Target, case: Case, prompts: list[list[int]], plain: list[Row]) -> Row:
     """Return the row of a case."""
     heads = load_heads(case.folder, target)
-    depth = args.attention_tokens if heads.config.kind == "attention" else heads.config.depth
+    depth = heads.config.depth
+    if heads.config.kind == "attention":
+        depth = min(depth, SPECULATIVE_TOKENS)
     row: Row = case.key | {"kind": heads.config.kind, "draft_tokens": depth}
     if case.vocabulary == "all" and case.format != "vllm-medusa":  # whose export takes all tokens by itself
         over_all_tokens(heads)
@@ -192,7 +193,7 @@ def measure(args: argparse.Namespace, target: Target, case: Case, prompts: list[
             method = {"method": METHODS[case.format], "model": str(out), "num_speculative_tokens": depth}
             found = run_vllm(args, prompts, resolve_model(args.model), method)
     if "error" in found:
-        return row | {"loads": False, "refused_by": "vLLM", "error": found["error"].replace(folder, "")[:300]}
+        return row | {"loads": False, "refused_by": "vLLM", "error": one_line(found["error"].replace(folder, ""), 160)}
     heads = heads if case.vocabulary == "draft" else over_all_tokens(heads)
     ours = [
         run_medhead(target, heads, prompt, answer["tokens"][0], args.max_new_tokens, depth)
@@ -234,7 +235,7 @@ def save(args: argparse.Namespace, content: Row) -> None:
 
 def load(args: argparse.Namespace) -> Row:
     """Return the results so far; refuse those of other options."""
-    names = ("model", "prompts", "num_prompts", "max_new_tokens", "attention_tokens")
+    names = ("model", "prompts", "num_prompts", "max_new_tokens")
     options = {name: str(value) if isinstance(value := getattr(args, name), Path) else value for name in names}
     path = args.output / "results.json"
     if not path.is_file():
@@ -247,7 +248,7 @@ def load(args: argparse.Namespace) -> Row:
 
 def run(args: argparse.Namespace) -> None:
     """Check all cases that are not done."""
-    for name in ("num_prompts", "max_new_tokens", "attention_tokens", "timeout"):
+    for name in ("num_prompts", "max_new_tokens", "timeout"):
         check_range(args, name, 1)
     content = load(args)
     target = Target(load_model(args.model, torch.device("cpu"), torch.float32), probe=False)

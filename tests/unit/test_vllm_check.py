@@ -61,9 +61,7 @@ def test_every_format_of_a_kind_is_a_case(check: Any, target: Target) -> None:
 
 
 def test_results_of_other_options_are_not_mixed(check: Any, tmp_path: Path) -> None:
-    args = Namespace(
-        model=None, prompts=tmp_path / "p", num_prompts=2, max_new_tokens=8, attention_tokens=4, output=tmp_path
-    )
+    args = Namespace(model=None, prompts=tmp_path / "p", num_prompts=2, max_new_tokens=8, output=tmp_path)
     content = check.load(args) | {"vllm": "1.0", "plain": []}
     refused = {"heads": "h", "format": "mlp_speculator", "vocabulary": "all", "draft_tokens": 3, "loads": False}
     content["results"] = [refused | {"refused_by": "vLLM", "error": "no such model"}]
