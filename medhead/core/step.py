@@ -45,8 +45,8 @@ def decode_step(
         texts: prompt and output of every sequence; empty for fixed buffers.
         mark: called with the name of each part as it ends, for profiles.
         constraints: grammars of the sequences, to which the trees are fitted; None for none.
-        read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where the prompts' pass has read them; the
-            trees are then the roots alone and there is no pass.
+        read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where these are the last tokens of prompts and
+            read with them: the trees are then the roots alone and there is no pass.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
     reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
@@ -72,7 +72,8 @@ def decode_step(
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
         result.seconds = 0.0 if read else time.perf_counter() - began
     mark("accept")
-    cache.commit(accepted.path, counts)
+    if not read:
+        cache.commit(accepted.path, counts)
     if buffers.draft_cache is not None:
         path_features = features if tree.nodes == 1 else gather_path(features, accepted.path)
         proposer.update_draft_cache(buffers.draft_cache, path_features, accepted.emitted, counts)
