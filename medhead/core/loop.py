@@ -54,7 +54,7 @@ class DecodeLoop:
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         on_output: called with the result of every step but captured ones; None for nothing.
         times: of the parts of all steps; None without `profile`.
-        prefill_seconds: time to read prompts.
+        prefill_seconds: time to read prompts and to emit their first tokens.
         decode_seconds: time of all steps.
         capture_seconds: time to make captured steps ready, not part of `decode_seconds`.
         captured_steps: how many steps were captured ones.
@@ -196,7 +196,7 @@ class DecodeLoop:
             return accepted
 
         texts = [sequence.token_ids for sequence in sequences]
-        room = self._room(sequences)
+        room = 0 if read else self._room(sequences)
         constraints = BatchConstraints.of(sequences, room, proposer)
         max_depth = min(proposer.next_depth, room)
         with torch.inference_mode():

@@ -46,7 +46,7 @@ def decode_step(
         mark: called with the name of each part as it ends, for profiles.
         constraints: grammars of the sequences, to which the trees are fitted; None for none.
         read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where these are the last tokens of prompts and
-            read with them: the trees are then the roots alone and there is no pass.
+            read with them: `max_depth` is then 0, and there is no pass.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
     reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
@@ -55,11 +55,11 @@ def decode_step(
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
-    tree = proposer.propose(state, 0 if read else max_depth)
+    tree = proposer.propose(state, max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)
     drafted: list[int] = []
-    if constraints is not None and not read:
+    if constraints is not None:
         tree, drafted = constraints.fit(tree)
     mark("propose")
     began = time.perf_counter()
