@@ -15,7 +15,7 @@ class Statistics:
         new_tokens: tokens emitted, all rows together.
         passes: verify passes summed over rows, that over the prompt, which gives the first token, included; a row that ended
             takes part only in lockstep, see `core.lockstep`.
-        steps: verify passes of the batch, that over the prompts included.
+        steps: verify passes of the batch, without that over the prompts.
         prompt_tokens: prompt tokens, all rows together, without padding.
         prefill_seconds: time to read the prompts and to emit their first tokens.
         decode_seconds: time of all steps.

@@ -186,7 +186,8 @@ class DecodeLoop:
         read: tuple[Tensor, Tensor] | None = None,
     ) -> list[int]:
         """Decode sequences by one pass, or by what the prompts' pass has read; return the places of those that go on."""
-        mark = StepClock(self.times, self.target.device) if self.times is not None else lambda part: None
+        times = self.times if read is None else None
+        mark = StepClock(times, self.target.device) if times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
