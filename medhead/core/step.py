@@ -77,7 +77,11 @@ def decode_step(
     if buffers.draft_cache is not None:
         path_features = features if tree.nodes == 1 else gather_path(features, accepted.path)
         proposer.update_draft_cache(buffers.draft_cache, path_features, accepted.emitted, counts)
-    buffers.roots.copy_(accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0])
+    roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
+    if fixed:
+        buffers.roots.copy_(roots)
+    else:
+        buffers.roots = roots  # the old ones may be part of the tree, which the proposer has yet to learn from
     buffers.features.copy_(gather_last(features, accepted.last))
     lengths.advance(counts, result.counts)
     if buffers.output is not None:
