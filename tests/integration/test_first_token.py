@@ -79,9 +79,10 @@ def test_the_first_tree_is_the_one_of_the_same_text_whose_prompt_was_shorter(kin
 
         decoder.on_output = see
         text = decoder.generate(PROMPTS[1:2], max_new_tokens=24, do_sample=False)
+        assert [nodes[0] for _, nodes in trees] == [int(text[0, 4 + at]) for at, _ in trees]  # the roots were verified
         before, trees, seen = [one for one in trees if one[0] == 2], [], 0  # not within an accepted path
         decoder.generate(text[:, :6], max_new_tokens=23, do_sample=False)
-    assert [nodes for _, nodes in trees[:1]] == [[int(text[0, 5])]]
+    assert trees[0] == (0, [int(text[0, 5])])
     assert len(before) == 1
     assert trees[1] == (1, before[0][1])
     assert len(before[0][1]) > 4
