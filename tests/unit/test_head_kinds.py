@@ -22,7 +22,7 @@ from scripted import OracleProposer
 
 BLOCKS = [name for name in HEADS if HEADS[name]["kind"] == "block"]
 CACHED = [name for name in HEADS if HEADS[name]["kind"] in ("attention", "block")]
-PROMPTS = [[5, 9, 13, 5, 9], [12], [20, 21, 22, 23, 24, 25, 26, 27, 28]]
+PROMPTS = [[5, 9, 13, 5, 9], [12], [20, 21, 22, 23, 24, 25, 26, 27, 30]]
 ENDS = [2, 33]
 
 
