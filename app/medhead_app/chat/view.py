@@ -7,7 +7,6 @@ from typing import Any
 
 from medhead_app.chat.conversation import Conversation, Message
 from medhead_app.chat.text import render_markdown
-from medhead_app.chat.token_colors import color_tokens
 
 
 def conversation_view(
@@ -15,7 +14,7 @@ def conversation_view(
 ) -> dict[str, Any]:
     """Return the component's value.
 
-    With `show_sources` answers are colored tokens, otherwise rendered Markdown. `busy` means that the last message is being
+    With `show_sources` the words of answers are colored. `busy` means that the last message is being
     generated, and `store` lets the browser store the conversation.
     """
     last = len(conversation["messages"]) - 1
@@ -36,12 +35,11 @@ def message_view(message: Message, show_sources: bool, generating: bool = False)
     content = message["content"]
     if message["role"] == "user":
         return {"role": "user", "html": escape(content), "text": content, "plain": True}
-    tokens = message.get("tokens") if show_sources else None
     return {
         "role": "assistant",
-        "html": color_tokens(tokens) if tokens else render_markdown(content),
+        "html": render_markdown(content, message.get("tokens", []) if show_sources else []),
         "text": content,
-        "plain": bool(tokens),
+        "plain": False,
         "notice": _dropped_notice(message.get("dropped", 0)),
         "summary": " · ".join(part for part in (message.get("summary", ""), message.get("note", "")) if part),
         "generating": generating,
