@@ -28,14 +28,15 @@ def build_page(service: Service) -> gr.Blocks:
 
 
 def _connect_chat(page: gr.Blocks, ui: Components, handlers: Handlers) -> None:
-    view = [ui.conversation, ui.chat, ui.live, ui.send, ui.stop, ui.tree, ui.lengths]
+    view = [ui.conversation, ui.chat, ui.live, ui.send, ui.stop, ui.panel]
     answered, loaded = [*view, ui.message], [*view, *ui.settings]
     state = [ui.conversation, ui.show_sources]
     inputs = [*state, *ui.settings]
     send = [ui.message.submit, ui.send.click]
     gr.on(send, handlers.send, [*state, ui.message, *ui.settings], answered, **QUIET)
     ui.chat.ask(handlers.ask, inputs, answered, **QUIET)
-    ui.chat.undo(handlers.undo, state, answered, **QUIET)
+    ui.chat.modify(handlers.modify, state, answered, **QUIET)
+    ui.chat.sync(handlers.sync, [ui.show_sources], view, **QUIET)
     ui.stop.click(handlers.stop, None, None, queue=False, **QUIET)
     ui.clear.click(handlers.clear, state, view, **QUIET)
     ui.chats.new_chat(handlers.new_chat, [ui.show_sources], view, **QUIET)
@@ -46,6 +47,6 @@ def _connect_chat(page: gr.Blocks, ui: Components, handlers: Handlers) -> None:
 
 def _connect_race(ui: Components, handlers: Handlers) -> None:
     start = [ui.race_start.click, ui.race_prompt.submit]
-    outputs = [ui.race_start, ui.race_stop, ui.race_plain, ui.race_speculative, ui.race_verdict]
+    outputs = [ui.race_start, ui.race_stop, ui.race_plain, ui.race_speculative, ui.race_verdict, ui.race_panel]
     gr.on(start, handlers.race, [ui.race_prompt, *ui.settings], outputs, **QUIET)
     ui.race_stop.click(handlers.stop_race, None, None, queue=False, **QUIET)

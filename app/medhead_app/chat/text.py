@@ -68,7 +68,7 @@ def _color_words(state: StateCore) -> None:
                 continue
             position = place + len(written)
             if special or token.type == "text":
-                found = [sources[place]] * len(token.content) if special else sources[place:position]
+                found = [sources[position - 1]] * len(token.content) if special else sources[place:position]
                 token.type, token.meta = "colored_text", {"sources": found}
 
 
