@@ -153,7 +153,7 @@ def test_a_long_conversation_is_cut_and_says_so() -> None:
     assert message["dropped"] > 0
     assert len(updates[-1].conversation["messages"]) == 42  # nothing is lost on the page
     view = pytest.importorskip("medhead_app.chat.view", reason="markdown-it-py is not installed").message_view
-    assert f"{message['dropped']} older messages were left out" in view(message, True)["notice"]
+    assert f"{message['dropped']} older messages were left out" in view(message)["notice"]
 
 
 def test_failures_are_one_line() -> None:

@@ -41,16 +41,18 @@ class Handlers:
 
     def __init__(self, service: Service, components: Components) -> None:
         self.service, self.components, self.sessions = service, components, Sessions()
+        self._unchanged: Changes = {
+            components.chat: gr.skip()
+        }  # Gradio empties all outputs of a handler that returns none
 
     async def send(
-        self, request: gr.Request, conversation: Conversation, show_sources: bool, text: str, *settings: Any
+        self, request: gr.Request, conversation: Conversation, text: str, *settings: Any
     ) -> AsyncIterator[Changes]:
         """Add the message in the box and answer it."""
         async for changes in self._answer(
             request,
             lambda before: conversations.add_message(before, text),
             conversation,
-            show_sources,
             settings,
             text,
             True,
@@ -58,7 +60,7 @@ class Handlers:
             yield changes
 
     async def ask(
-        self, request: gr.Request, event: gr.EventData, conversation: Conversation, show_sources: bool, *settings: Any
+        self, request: gr.Request, event: gr.EventData, conversation: Conversation, *settings: Any
     ) -> AsyncIterator[Changes]:
         """Answer an example, an edited message, the last message once more, or continue, as the event's `action` says."""
         actions: dict[str, Change] = {
@@ -69,10 +71,10 @@ class Handlers:
         }
         change, go_on = actions[event.action], event.action == "continue"
         text = str(event.text) if event.action in ("example", "edit") else ""
-        async for changes in self._answer(request, change, conversation, show_sources, settings, text, go_on=go_on):
+        async for changes in self._answer(request, change, conversation, settings, text, go_on=go_on):
             yield changes
 
-    def modify(self, event: gr.EventData, conversation: Conversation, show_sources: bool) -> Changes:
+    def modify(self, event: gr.EventData, conversation: Conversation) -> Changes:
         """Change a conversation without an answer, as the event's `action` says.
 
         `undo` removes the last message and its answer, and puts the message back into the box; `restore` undoes a
@@ -80,7 +82,7 @@ class Handlers:
         """
         if self.sessions.is_answered(conversation["id"]):
             _warn(ANSWERED)
-            return {}
+            return self._unchanged
         box = {}
         if event.action == "undo":
             conversation, box[self.components.message] = conversations.undo_message(conversation)
@@ -88,42 +90,36 @@ class Handlers:
             conversation = conversations.restore_messages(conversation)
         else:
             conversation = conversations.show_version(conversation, event.step)
-        return self._show(conversation, show_sources, store=True) | box
+        return self._show(conversation, store=True) | box
 
-    def sync(self, request: gr.Request, event: gr.EventData, show_sources: bool) -> Changes:
+    def sync(self, request: gr.Request, event: gr.EventData) -> Changes:
         """Show the conversation as another tab of the browser has stored it."""
         if self.sessions.is_busy(_session(request)):
-            return {}
-        return self._show(conversations.parse_conversation(event.conversation), show_sources)
+            return self._unchanged
+        return self._show(conversations.parse_conversation(event.conversation))
 
-    async def clear(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
+    async def clear(self, request: gr.Request, conversation: Conversation) -> Changes:
         """Remove all messages."""
         await self.sessions.abandon_turn(_session(request))
         if self.sessions.is_answered(conversation["id"]):
             _warn(ANSWERED)
-            return {}
-        return self._show(conversations.clear_messages(conversation), show_sources, store=True)
+            return self._unchanged
+        return self._show(conversations.clear_messages(conversation), store=True)
 
-    async def new_chat(self, request: gr.Request, show_sources: bool) -> Changes:
+    async def new_chat(self, request: gr.Request) -> Changes:
         """Show a new conversation."""
         await self.sessions.abandon_turn(_session(request))
-        return self._show(conversations.new_conversation(), show_sources)
+        return self._show(conversations.new_conversation())
 
-    async def open(self, request: gr.Request, event: gr.EventData, show_sources: bool) -> Changes:
+    async def open(self, request: gr.Request, event: gr.EventData) -> Changes:
         """Show another conversation of this browser."""
         await self.sessions.abandon_turn(_session(request))
-        return self.load(event.conversation, show_sources)
+        return self.load(event.conversation)
 
-    def load(self, raw: Any, show_sources: bool) -> Changes:
+    def load(self, raw: Any) -> Changes:
         """Show a conversation that the browser stored, or a new one."""
         conversation = conversations.parse_conversation(raw)
-        return self._show(conversation, show_sources) | self._stored_settings(conversation)
-
-    def show(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
-        """Color the words of answers, or not."""
-        if self.sessions.is_busy(_session(request)):
-            return {}
-        return {self.components.chat: conversation_view(conversation, show_sources=show_sources)}
+        return self._show(conversation) | self._stored_settings(conversation)
 
     def stop(self, request: gr.Request) -> None:
         """Stop the answer and keep its text."""
@@ -170,7 +166,6 @@ class Handlers:
         request: gr.Request,
         change: Change,
         before: Conversation,
-        show_sources: bool,
         settings: tuple[Any, ...],
         text: str = "",
         from_box: bool = False,
@@ -184,12 +179,13 @@ class Handlers:
         turn = self.sessions.begin_turn(session, before["id"])
         if turn is None:
             _warn(ANSWERED)
+            yield self._unchanged
             return
         try:
             chosen = self._settings(settings)
             conversation = change(before)
             box = {ui.message: ""} if from_box else {}
-            yield self._show(conversation, show_sources, busy=True, store=True) | box
+            yield self._show(conversation, busy=True, store=True) | box
             on_submit = self.sessions.tracker(session, "chat")
             updates = generate_answer(self.service, conversation, chosen, on_submit, go_on=go_on)
             last_panel = 0.0
@@ -203,7 +199,7 @@ class Handlers:
                     last_panel = time.perf_counter() if panel else last_panel
                     if update.error:
                         _warn(update.error)
-                    yield self._progress(update, show_sources, panel)
+                    yield self._progress(update, panel)
         except Exception as error:
             line = _error_line(error)
             if not turn.abandoned:
@@ -212,28 +208,28 @@ class Handlers:
                 if not answering:  # the request was refused: restore the conversation and the message box
                     conversation, box = before, {ui.message: text} if text else {}
                 failed = {ui.live: failed_line(line)}
-                yield self._show(conversation, show_sources, store=True) | box | failed
+                yield self._show(conversation, store=True) | box | failed
         finally:
             self.sessions.end_turn(session)
 
-    def _progress(self, update: Update, show_sources: bool, panel: bool) -> Changes:
+    def _progress(self, update: Update, panel: bool) -> Changes:
         """Return the changes of an update; with `panel` the panel is drawn and the browser stores the conversation."""
         ui, conversation = self.components, update.conversation
         name, answer = conversations.last_answer(conversation)
         line = failed_line(update.error) if update.error else live_line(answer_result(answer), name, update.status)
         live = {ui.live: line}
         if update.done:
-            return self._show(conversation, show_sources, store=True) | live
-        view = conversation_view(conversation, show_sources=show_sources, busy=True, store=panel)
+            return self._show(conversation, store=True) | live
+        view = conversation_view(conversation, busy=True, store=panel)
         changes = {ui.conversation: conversation, ui.chat: view} | live
         return changes | (self._panel(conversation) if panel else {})
 
-    def _show(self, conversation: Conversation, show_sources: bool, busy: bool = False, store: bool = False) -> Changes:
+    def _show(self, conversation: Conversation, busy: bool = False, store: bool = False) -> Changes:
         ui = self.components
         name, answer = conversations.last_answer(conversation)
         return {
             ui.conversation: conversation,
-            ui.chat: conversation_view(conversation, show_sources=show_sources, busy=busy, store=store),
+            ui.chat: conversation_view(conversation, busy=busy, store=store),
             ui.live: live_line(answer_result(answer), name, answer.get("note", "")),
             ui.send: gr.update(visible=not busy),
             ui.stop: gr.update(visible=busy),

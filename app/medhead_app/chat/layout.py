@@ -49,7 +49,7 @@ class Components:
                 shared: Any = {"value": AUTOMATIC, "min_width": 120}
                 self.proposer = gr.Dropdown(proposers, label="Proposer", elem_id="mh-proposer", **shared)
                 self.tree_size = gr.Dropdown(sizes, label="Tree size", **shared)
-            self.show_sources = gr.Checkbox(True, label="Color tokens by source")
+            gr.Checkbox(True, label="Color tokens by source", elem_id="mh-colors")
             self.panel = _html(draw_panel("", None, []), elem_id="mh-chat-panel")
             self.race_panel = _html(draw_panel("", None, []), elem_id="mh-race-panel")
         with gr.Tabs(elem_classes="mh-tabs"):
@@ -90,7 +90,7 @@ def draw_panel(name: str, tree: dict[str, Any] | None, lengths: list[int]) -> st
     return (
         f'<h4 class="mh-of">{escape(name.capitalize() or "No answer yet")}</h4>'
         f'<div class="mh-caption"><b>Last token tree</b><span>{describe_tree(tree)}</span></div>'
-        f'<div class="mh-tree-box" tabindex="0" aria-label="Last token tree">{draw_tree(tree)}</div>'
+        f'<div class="mh-tree-box" tabindex="0" role="region" aria-label="Last token tree">{draw_tree(tree)}</div>'
         f'<div class="mh-caption"><b>Accepted length</b><span>{describe_lengths(lengths)}</span></div>'
         f'<div class="mh-lengths-box">{draw_lengths(lengths)}</div>'
     )

@@ -45,11 +45,11 @@ COLORS = {  # light and dark
     "button_secondary_background_fill_hover": ("#f1eee8", "#302d29"),
 }
 # JavaScript for `page.load`: read the current conversation of this tab, or of the last one, from the browser's storage
-READ_CURRENT = """(stored, showSources) => {
+READ_CURRENT = """(stored) => {
   const current = sessionStorage.getItem('medhead:current') || localStorage.getItem('medhead:current');
   try { stored = JSON.parse(localStorage.getItem('medhead:c:' + current)); }
   catch (error) { stored = null; }
-  return [stored, showSources];
+  return [stored];
 }"""
 
 

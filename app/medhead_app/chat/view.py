@@ -9,18 +9,15 @@ from medhead_app.chat.conversation import Conversation, Message, answer_name, cu
 from medhead_app.chat.text import render_markdown
 
 
-def conversation_view(
-    conversation: Conversation, *, show_sources: bool, busy: bool = False, store: bool = False
-) -> dict[str, Any]:
+def conversation_view(conversation: Conversation, *, busy: bool = False, store: bool = False) -> dict[str, Any]:
     """Return the component's value.
 
-    With `show_sources` the words of answers are colored. `busy` means that the last message is being generated, and `store` lets
-    the browser store the conversation.
+    `busy` means that the last message is being generated, and `store` lets the browser store the conversation.
     """
     messages, views, number = conversation["messages"], [], 0
     for index, message in enumerate(messages):
         number += message["role"] == "user"  # a message and its answer have the same number
-        views.append(message_view(message, show_sources, number, generating=busy and index == len(messages) - 1))
+        views.append(message_view(message, number, generating=busy and index == len(messages) - 1))
     return {
         "id": conversation["id"],
         "title": conversation["title"],
@@ -33,17 +30,17 @@ def conversation_view(
     }
 
 
-def message_view(message: Message, show_sources: bool, number: int = 1, generating: bool = False) -> dict[str, Any]:
+def message_view(message: Message, number: int = 1, generating: bool = False) -> dict[str, Any]:
     """Return one message: the HTML to show, the text to copy, its name, the notice above, the summary below, its versions."""
     content = message["content"]
     if message["role"] == "user":
         return {"role": "user", "html": escape(content), "text": content, "name": f"message {number}"}
     earlier, later = len(message.get("earlier", [])), len(message.get("later", []))
     name = answer_name(number, message)
-    parts = (name.capitalize(), message.get("summary", ""), message.get("note", ""))
+    parts = (f"Answer {number}", message.get("summary", ""), message.get("note", ""))
     return {
         "role": "assistant",
-        "html": render_markdown(content, message.get("tokens", []) if show_sources else []),
+        "html": render_markdown(content, message.get("tokens", [])),
         "text": content,
         "name": name,
         "notice": _dropped_notice(message.get("dropped", 0)),
