@@ -35,7 +35,7 @@ def _connect_chat(page: gr.Blocks, ui: Components, handlers: Handlers) -> None:
     gr.on(send, handlers.send, [*state, ui.message, *ui.settings], answered, **QUIET)
     ui.chat.ask(handlers.ask, [*state, *ui.settings], answered, **QUIET)
     ui.chat.modify(handlers.modify, state, answered, **QUIET)
-    ui.chat.sync(handlers.sync, None, view, **QUIET)
+    ui.chat.sync(handlers.sync, None, view, trigger_mode="multiple", **QUIET)
     ui.stop.click(handlers.stop, None, None, queue=False, **QUIET)
     ui.clear.click(handlers.clear, state, view, **QUIET)
     ui.chats.new_chat(handlers.new_chat, None, view, **QUIET)

@@ -72,7 +72,7 @@ class Components:
                     named: Any = {"label": "Prompt of the race", "elem_id": "mh-race-prompt"}
                     hint = "A prompt for both"
                     self.race_prompt = gr.Textbox(EXAMPLES[0], placeholder=hint, max_lines=4, **named, **BOX)
-                    self.race_start, self.race_stop = _start_and_stop("Race", "mh-race", "mh-race-stop")
+                    self.race_start, self.race_stop = _start_and_stop("Start", "mh-race", "mh-race-stop")
                 with gr.Row(elem_classes="mh-cards"):
                     self.race_plain = _html(plain, elem_id="mh-race-plain")
                     self.race_speculative = _html(speculative, elem_id="mh-race-speculative")

@@ -108,6 +108,7 @@ function draw() {
   element.classList.toggle('mh-busy', !!value.busy);
   if (atEnd || changed || more) scroller.scrollTop = scroller.scrollHeight;
   store(value, changed);
+  follow();
 }
 
 // A screen reader reads an answer once, when it is complete.
@@ -142,12 +143,12 @@ function keepCopy(conversation) {
   localStorage.setItem(PREFIX + id, JSON.stringify({ ...conversation, id }));
 }
 
-// Another tab has changed the conversation that this one shows.
-window.addEventListener('storage', (event) => {
-  if (event.key !== PREFIX + current || element.classList.contains('mh-busy')) return;
-  const conversation = read(event.key);
-  if (conversation && conversation.updated !== known) trigger('sync', { conversation });
-});
+// Shows what another tab has made of this conversation. Answers may overtake each other, so that every drawing looks once more.
+function follow() {
+  const conversation = element.classList.contains('mh-busy') ? null : read(PREFIX + current);
+  if (conversation && conversation.updated > known) trigger('sync', { conversation });
+}
+window.addEventListener('storage', (event) => { if (event.key === PREFIX + current) follow(); });
 
 async function copy(text, button) {
   try { await navigator.clipboard.writeText(text); }
