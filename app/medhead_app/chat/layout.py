@@ -49,7 +49,7 @@ class Components:
                 shared: Any = {"value": AUTOMATIC, "min_width": 120}
                 self.proposer = gr.Dropdown(proposers, label="Proposer", elem_id="mh-proposer", **shared)
                 self.tree_size = gr.Dropdown(sizes, label="Tree size", **shared)
-            gr.Checkbox(True, label="Color tokens by source", elem_id="mh-colors")
+            gr.Checkbox(True, label="Color tokens by source", interactive=True, elem_id="mh-colors")
             self.panel = _html(draw_panel("", None, []), elem_id="mh-chat-panel")
             self.race_panel = _html(draw_panel("", None, []), elem_id="mh-race-panel")
         with gr.Tabs(elem_classes="mh-tabs"):
