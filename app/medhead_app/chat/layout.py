@@ -89,7 +89,7 @@ def draw_panel(name: str, tree: dict[str, Any] | None, lengths: list[int]) -> st
     """Return the last tree and the histogram of the tokens per pass of one text, whose name is the headline."""
     return (
         f'<h4 class="mh-of">{escape(name.capitalize() or "No answer yet")}</h4>'
-        f'<div class="mh-caption"><b>Last token tree</b><span>{describe_tree(tree)}</span></div>'
+        f'<div class="mh-caption"><b>Last tree</b><span>{describe_tree(tree)}</span></div>'
         f'<div class="mh-tree-box" tabindex="0" role="region" aria-label="Last token tree">{draw_tree(tree)}</div>'
         f'<div class="mh-caption"><b>Accepted length</b><span>{describe_lengths(lengths)}</span></div>'
         f'<div class="mh-lengths-box">{draw_lengths(lengths)}</div>'
