@@ -4,7 +4,7 @@
 // The weights of 32 outputs form a panel, [inputs][32 outputs], so that neighbouring outputs are neighbouring lanes. Every output
 // is the sum over groups of 32 inputs of
 //     scale * (sum of x[k] * q[k], k ascending) + minimum * (sum of x[k])
-// in this order, whatever the number of rows or threads is: the result for a row does not depend on other rows.
+// in one order, whatever the number of rows or threads is: the result for a row does not depend on other rows.
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
@@ -98,9 +98,32 @@ struct Weights {
     int64_t inputs, outputs, groups, panels;
 };
 
+// Rows by groups of inputs, so that what a panel reads together lies together: a long row of its own would fill few sets of the
+// inner cache.
+struct Rows {
+    std::vector<float> x;     // [groups][rows][32]; the last group is filled up with zeros
+    std::vector<float> sums;  // [groups][rows] of the 32 inputs
+
+    Rows(const float* from, int rows, int64_t inputs, int64_t groups, bool with_sums)
+        : x(groups * rows * GROUP), sums(with_sums ? groups * rows : 0) {
+        at::parallel_for(0, groups, 1 + (1 << 14) / (rows * GROUP), [&](int64_t begin, int64_t end) {
+            for (int64_t g = begin; g < end; g++)
+                for (int row = 0; row < rows; row++) {
+                    float* to = x.data() + (g * rows + row) * GROUP;
+                    const int64_t count = std::min<int64_t>(GROUP, inputs - g * GROUP);
+                    std::memcpy(to, from + row * inputs + g * GROUP, sizeof(float) * count);
+                    if (!with_sums) continue;
+                    const Floats* parts = (const Floats*)to;
+                    const Floats four = (parts[0] + parts[1]) + (parts[2] + parts[3]);
+                    sums[g * rows + row] = ((four[0] + four[1]) + (four[2] + four[3])) + ((four[4] + four[5]) + (four[6] + four[7]));
+                }
+        });
+    }
+};
+
 // Multiply one panel by all rows.
 template <class Kind>
-void multiply_panel(const float* x, const float* group_sums, int rows, const Weights& weights, int64_t panel, float* y) {
+void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t panel, float* y) {
     alignas(64) float total[MAX_ROWS * WIDTH];
     alignas(64) float expanded[GROUP * WIDTH];
     const int64_t inputs = weights.inputs, groups = weights.groups;
@@ -110,14 +133,14 @@ void multiply_panel(const float* x, const float* group_sums, int rows, const Wei
         const uint8_t* data = weights.data + (panel * inputs + g * GROUP) * Kind::STRIDE;
         const float* scales = weights.scales + (panel * groups + g) * WIDTH;
         const float* minimums = weights.minimums + (panel * groups + g) * WIDTH;
-        const float* from = x + g * GROUP;
+        const float* from = given.x.data() + g * rows * GROUP;
 
         auto finish = [&](int row, int v, Floats sum) {
             Floats& place = ((Floats*)(total + row * WIDTH))[v];
             Floats now = place;
             if constexpr (Kind::SCALE) now = fma(sum, ((const Floats*)scales)[v], now);
             else now = now + sum;
-            if constexpr (Kind::MINIMUM) now = fma(all(group_sums[row * groups + g]), ((const Floats*)minimums)[v], now);
+            if constexpr (Kind::MINIMUM) now = fma(all(given.sums[g * rows + row]), ((const Floats*)minimums)[v], now);
             place = now;
         };
         // Rows `row` to `row + R`, V vectors of outputs at a time; `weight(k, v)` is an expanded vector.
@@ -127,7 +150,7 @@ void multiply_panel(const float* x, const float* group_sums, int rows, const Wei
                 Floats sums[R][V] = {};
                 for (int k = 0; k < count; k++)
                     for (int r = 0; r < R; r++) {
-                        const Floats a = all(from[(row + r) * inputs + k]);
+                        const Floats a = all(from[(row + r) * GROUP + k]);
                         for (int v = 0; v < V; v++) sums[r][v] = fma(a, weight(k, first + v), sums[r][v]);
                     }
                 for (int r = 0; r < R; r++)
@@ -158,15 +181,10 @@ void multiply_panel(const float* x, const float* group_sums, int rows, const Wei
 
 template <class Kind>
 void multiply(const float* x, int rows, const Weights& weights, float* y) {
-    std::vector<float> group_sums;
-    if constexpr (Kind::MINIMUM) {
-        group_sums.assign(rows * weights.groups, 0);
-        for (int row = 0; row < rows; row++)
-            for (int64_t k = 0; k < weights.inputs; k++) group_sums[row * weights.groups + k / GROUP] += x[row * weights.inputs + k];
-    }
+    const Rows given(x, rows, weights.inputs, weights.groups, Kind::MINIMUM);
     const int64_t grain = 1 + (1 << 15) / (rows * weights.inputs * WIDTH);  // panels below which threads cost more than they save
     at::parallel_for(0, weights.panels, grain, [&](int64_t begin, int64_t end) {
-        for (int64_t panel = begin; panel < end; panel++) multiply_panel<Kind>(x, group_sums.data(), rows, weights, panel, y);
+        for (int64_t panel = begin; panel < end; panel++) multiply_panel<Kind>(given, rows, weights, panel, y);
     });
 }
 
