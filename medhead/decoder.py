@@ -54,10 +54,10 @@ class Decoder:
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
         profile: time the parts of every step (`statistics.times`); the device is synchronised around each of them.
         step: how a step is run. `loop` is the ordinary decode loop. `auto`, the default, is the same with the target's passes
-            that `compiled` compiled before on this machine, if any. With the proposers `heads` and `none`, a
-            step can be captured: `graph` (a CUDA graph), `compiled` (PyTorch's compiler; in a CUDA graph on CUDA), `eager`
-            or `recorded` (the same step without a GPU or a compiler, for tests). With other proposers, `compiled` compiles
-            the target's pass and the growth of candidates from heads. See `medhead.compile`.
+            that `compiled` compiled before on this machine, if any. `compiled` compiles the target's pass and the growth of
+            candidates from heads. With the proposers `heads` and `none`, a step can be captured: `graph` (a CUDA graph),
+            `compiled` on CUDA (PyTorch's compiler, inside a CUDA graph), `eager` or `recorded` (the same step without a GPU
+            or a compiler, for tests). See `medhead.compile`.
         exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype; on a CPU. See `Target`.
         options: further options of the proposer.
 
@@ -142,7 +142,7 @@ class Decoder:
                 f"step {step!r} needs all weights in the memory of one device, those of {self.target.name} are {where}; "
                 "use step='loop'"
             )
-        if step == "compiled" and not self.proposer.capturable:
+        if step == "compiled" and (not self.proposer.capturable or self.target.device.type == "cpu"):
             self.compiled_target = CompiledTarget(self.model, **shared)
         elif step != "loop":
             self.graphs = GraphCache(self.target, self.proposer, step)

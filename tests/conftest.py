@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -126,9 +128,18 @@ def packed_batch(documents: list[list[int]]) -> PackedBatch:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_cache_of_the_user(tmp_path_factory: pytest.TempPathFactory) -> None:
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Costs of passes are kept in a folder of the session's own."""
-    os.environ["MEDHEAD_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    folder = tmp_path_factory.mktemp("cache")
+    os.environ["MEDHEAD_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_passes_of_other_modules(own_cache: Path) -> Iterator[None]:
+    """The next module's tests do not find passes that those of this one compiled."""
+    yield
+    shutil.rmtree(own_cache / "compiled", ignore_errors=True)
 
 
 @pytest.fixture(scope="session")

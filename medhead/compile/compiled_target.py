@@ -42,7 +42,8 @@ class CompiledTarget(Target):
     """
 
     def __init__(self, *args: Any, builds: bool = True, **kwargs: Any) -> None:
-        self._state: Hashable = None
+        self._states: dict[Hashable, int] = {}  # numbers, because a state is long and every pass compares it
+        self._state = 0
         self._ready = False  # the probe's passes are not worth compiling
         super().__init__(*args, **kwargs)
         self.length_rope.refuse_step("compiled")
@@ -55,10 +56,12 @@ class CompiledTarget(Target):
     def clear(self) -> None:
         """Give back what compiled passes hold."""
         self._passes.clear()
+        self._states.clear()
 
     def new_cache(self, batch: int, capacity: int) -> TreeCache:
         """See `Target.new_cache`; the adapters may have been switched and weights packed again since the last text."""
-        self._state = model_state(self), tuple(map(id, self.packed_weights.tensors().values()))
+        state = model_state(self), tuple(map(id, self.packed_weights.tensors().values()))
+        self._state = self._states.setdefault(state, len(self._states))
         return super().new_cache(batch, capacity)
 
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ _PRIOR_COST, _PRIOR_TOKENS = 0.8, 10.0  # prior: time per token relative to plai
 _PROBE_COST, _PROBE_TOKENS = 0.98, 3.0  # the same after a pause: one bad pass pauses again
 _MAX_PROBE_COST = 1.5  # plain passes that a tree for several rows may take before speculation has paid once
 _CATCH_UP = 8  # last passes of a pause in which skippable proposers are updated again
-_MAX_PROBE_SHARE = 0.05  # share of the time that probes at the beginnings of texts may lose
+_MAX_PROBE_SHARE = 0.02  # share of the time that probes at the beginnings of texts may lose
 _DECAY = 0.97  # weight of the past at every pass
 _STEP_RATIO = 1.05  # initial ratio: plain step time / its pass time
 

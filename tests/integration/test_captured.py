@@ -254,7 +254,8 @@ def test_other_proposers_for_a_while_use_the_ordinary_loop(target: Target) -> No
 def test_compiled() -> None:
     target = Target(tiny_llama(num_hidden_layers=1), probe=False)
     heads = noise_heads(target, depth=2)
-    captured = Decoder(target, "heads", heads=heads, tree_size=4, step="compiled", probe=False)
+    captured = Decoder(target, "heads", heads=heads, tree_size=4, probe=False)
+    captured.graphs = GraphCache(target, captured.proposer, "compiled")  # which a decoder does on a GPU alone
     given = {**prompts(rows=2), "max_new_tokens": 20}
     text, code = run_and_get_code(captured.generate, **given)
     assert torch.equal(text, plain_text(target, **given))

@@ -126,11 +126,12 @@ def test_costs_do_not_count_the_compiling(compiled: CompiledTarget) -> None:
         assert measure_costs(compiled, 1, 8)(1) < 0.1
 
 
-def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole steps, or the pass; and what it is compared with, plain decoding, is the ordinary one."""
+@pytest.mark.parametrize("proposer", ["ngram", "none"])
+def test_on_a_cpu_the_pass_is_compiled(proposer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For every proposer; what it is compared with, plain decoding, is the ordinary one."""
     monkeypatch.setattr("medhead.compile.compiled_target.compile_open", lambda run, *_: run)
     model, ids = tiny_llama(), prompts(rows=1)["input_ids"]
-    decoder = Decoder(model, "ngram", step="compiled")
+    decoder = Decoder(model, proposer, step="compiled")
     assert decoder.graphs is None
     assert decoder.compiled_target is not None
     with decoder.using("none"):
@@ -140,9 +141,6 @@ def test_a_decoder_compiles_what_its_proposer_lets_it(monkeypatch: pytest.Monkey
     assert decoder.compiled_target._passes
     decoder.close()
     assert not decoder.compiled_target._passes
-    whole = Decoder(model, "none", step="compiled")
-    assert whole.graphs is not None
-    assert whole.compiled_target is None
 
 
 def test_a_pass_that_asks_the_host_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

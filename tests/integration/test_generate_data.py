@@ -16,6 +16,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from medhead import Decoder
+from medhead.compile import kept_pass
 from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
@@ -134,6 +135,24 @@ def test_the_proposer_does_not_change_the_data(
         assert code == 0, err
         written.add(output.read_bytes())
     assert len(written) == 1
+
+
+def test_where_compiled_passes_are_kept(
+    folders: dict[str, Path],
+    prompts: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The decoder runs another target then, which is the one that must be active."""
+    written = []
+    for names in ("", "a pass of another model"):
+        monkeypatch.setattr(kept_pass, "names", lambda names=names: names)
+        output = tmp_path / f"{len(written)}.jsonl"
+        code, err = run(options(folders, prompts, output, "--temperatures", "0", "--num-answers", "2"), capsys)
+        assert code == 0, err
+        written.append(output.read_bytes())
+    assert written[0] == written[1]
 
 
 def test_counts_temperatures_and_seeds(

@@ -416,7 +416,7 @@ def test_a_pause_is_probed_once_at_the_next_text() -> None:
     """It rests at once if that look fails too, for longer than before, and goes on if it does not."""
     costs = CostModel({1: 1.0, 8: 4.0})
     controller, rests = TreeSizeController(costs, 8), []
-    for _ in range(2):
+    for _ in range(5):
         while not controller.is_paused:
             controller.update(8, 1.0, 4.0, 0.1)
         rest = 0
@@ -424,18 +424,18 @@ def test_a_pause_is_probed_once_at_the_next_text() -> None:
             rest += 1
             controller.update(1, 1.0, 1.0, 0.0)
         rests.append(rest)
-    assert rests == [16, 32]
-    controller.update(8, 1.0, 4.0, 0.1)
+    assert rests == [16, 32, 64, 128, 256]
+    controller.update(8, 1.0, 4.0, 0.1)  # the next pause has 512 passes
     for _ in range(2):
-        assert controller.is_paused
-        controller.begin_text(costs)
-        assert controller.is_paused  # a look every few passes would cost more than a twentieth
-        for _ in range(63):  # some three passes were lost
-            controller.update(1, 1.0, 1.0, 0.0)
+        for plain in (100, 60):  # some three passes were lost; a look before 155 others would cost more than a fiftieth
+            controller.begin_text(costs)
+            assert controller.is_paused
+            for _ in range(plain):
+                controller.update(1, 1.0, 1.0, 0.0)
         controller.begin_text(costs)
         assert not controller.is_paused
         controller.update(8, 1.0, 4.0, 0.1)
-    for _ in range(63):
+    for _ in range(160):
         controller.update(1, 1.0, 1.0, 0.0)
     controller.begin_text(costs)
     for _ in range(40):

@@ -149,8 +149,9 @@ def answer_prompts(
             running[id(sequence)] = prompt
             yield sequence
 
-    with decoder.target.active(decoder.proposer.feature_layers):
-        for sequence in decode_stream(decoder.new_loop(), sequences(), args.batch_size):
+    loop = decoder.new_loop()
+    with loop.target.active(loop.proposer.feature_layers):
+        for sequence in decode_stream(loop, sequences(), args.batch_size):
             yield running.pop(id(sequence)), sequence
 
 
