@@ -11,6 +11,7 @@ from urllib.parse import quote, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from medhead.serving.handle import RequestHandle
@@ -120,7 +121,10 @@ class BodyLimit:
         message = f"the body is larger than {self.max_bytes:,} bytes"
         declared = Headers(scope=scope).get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared) > self.max_bytes:
-            await ApiError(message, code="body_too_large", status=413).response()(scope, receive, send)
+            response = ApiError(message, code="body_too_large", status=413).response()
+            if scope["path"].startswith("/gradio_api/"):
+                response = JSONResponse({"detail": message}, 413)  # the page shows this field
+            await response(scope, receive, send)
             return
         received = 0
 

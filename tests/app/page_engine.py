@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
@@ -14,6 +16,8 @@ from transformers import GenerationConfig
 from medhead.errors import MedheadError
 from medhead.serving import QueueFullError, Request, RequestHandle, Result, StepOutput, TreeView
 from medhead.serving.engine import EngineStatistics
+from medhead_app.chat.conversation import Conversation, add_message, new_conversation, set_answer
+from medhead_app.service import Service
 
 STORY = "Once upon a time there was a little dog named Max. Max was brave, and he loved the big red ball. " * 6
 
@@ -136,3 +140,50 @@ class ScriptedEngine:
             accepted=path,
         )
         handle.put(StepOutput(ids, "".join(texts), texts, names, tree if source != "none" else None, self.delay))
+
+
+def question(text: str = "Tell me a story.") -> Conversation:
+    """Return a conversation with one message."""
+    return add_message(new_conversation(), text)
+
+
+def answered(*texts: str) -> Conversation:
+    """Return a conversation of messages with an answer each."""
+    conversation = new_conversation()
+    for text in texts:
+        reply = {"role": "assistant", "content": f"re {text}", "tokens": [["re", "heads 1"]], "lengths": [2, 1]}
+        conversation = set_answer(add_message(conversation, text), reply)
+    return conversation
+
+
+def text_of(html: str) -> str:
+    """Return the text of HTML without its tags."""
+    return unescape(re.sub(r"<[^>]*>", "", html))
+
+
+def service_of(**options: Any) -> Service:
+    """Return the service of a `ScriptedEngine`."""
+    engine = ScriptedEngine(**options)
+    return Service(engine, engine.tokenizer, "scripted")  # type: ignore[arg-type]
+
+
+def run_async(work: Awaitable[Any], seconds: float = 20) -> Any:
+    """Run a coroutine, at most so many seconds."""
+
+    async def run() -> Any:
+        return await asyncio.wait_for(work, seconds)
+
+    return asyncio.run(run())
+
+
+async def all_of(stream: Any) -> list[Any]:
+    """Return what a stream yields."""
+    return [item async for item in stream]
+
+
+def wait_until_idle(service: Service, seconds: float) -> None:
+    """Wait until no request runs."""
+    end = time.perf_counter() + seconds
+    while service.engine.statistics().running:
+        assert time.perf_counter() < end, "the request is still running"
+        time.sleep(0.01)

@@ -531,6 +531,8 @@ def test_large_bodies_are_refused(serve: Serve) -> None:
     address = serve(max_body=1000)
     content = [{"role": "user", "content": "x" * 2000}]
     assert post(address, messages=content).status_code == 413
+    joined = httpx.post(f"{address}/gradio_api/queue/join", json={"data": "x" * 2000})
+    assert joined.json() == {"detail": "the body is larger than 1,000 bytes"}  # the page shows this field
     parts = iter([b"{" + b" " * 800, b" " * 800])  # without Content-Length
     headers = {"Content-Type": "application/json"}
     response = httpx.post(f"{address}/v1/chat/completions", content=parts, headers=headers)

@@ -28,24 +28,23 @@ def build_page(service: Service) -> gr.Blocks:
 
 
 def _connect_chat(page: gr.Blocks, ui: Components, handlers: Handlers) -> None:
-    view = [ui.conversation, ui.chat, ui.live, ui.send, ui.stop, ui.tree, ui.lengths]
+    view = [ui.conversation, ui.chat, ui.live, ui.send, ui.stop, ui.panel]
     answered, loaded = [*view, ui.message], [*view, *ui.settings]
-    state = [ui.conversation, ui.show_sources]
-    inputs = [*state, *ui.settings]
+    state = [ui.conversation]
     send = [ui.message.submit, ui.send.click]
     gr.on(send, handlers.send, [*state, ui.message, *ui.settings], answered, **QUIET)
-    ui.chat.ask(handlers.ask, inputs, answered, **QUIET)
-    ui.chat.undo(handlers.undo, state, answered, **QUIET)
+    ui.chat.ask(handlers.ask, [*state, *ui.settings], answered, **QUIET)
+    ui.chat.modify(handlers.modify, state, answered, **QUIET)
+    ui.chat.sync(handlers.sync, None, view, trigger_mode="multiple", **QUIET)
     ui.stop.click(handlers.stop, None, None, queue=False, **QUIET)
     ui.clear.click(handlers.clear, state, view, **QUIET)
-    ui.chats.new_chat(handlers.new_chat, [ui.show_sources], view, **QUIET)
-    ui.chats.open(handlers.open, [ui.show_sources], loaded, **QUIET)
-    ui.show_sources.change(handlers.show, state, [ui.chat], **QUIET)
-    page.load(handlers.load, [ui.stored, ui.show_sources], loaded, js=READ_CURRENT, **QUIET)
+    ui.chats.new_chat(handlers.new_chat, None, view, **QUIET)
+    ui.chats.open(handlers.open, None, loaded, **QUIET)
+    page.load(handlers.load, [ui.stored], loaded, js=READ_CURRENT, **QUIET)
 
 
 def _connect_race(ui: Components, handlers: Handlers) -> None:
     start = [ui.race_start.click, ui.race_prompt.submit]
-    outputs = [ui.race_start, ui.race_stop, ui.race_plain, ui.race_speculative, ui.race_verdict]
+    outputs = [ui.race_start, ui.race_stop, ui.race_plain, ui.race_speculative, ui.race_verdict, ui.race_panel]
     gr.on(start, handlers.race, [ui.race_prompt, *ui.settings], outputs, **QUIET)
     ui.race_stop.click(handlers.stop_race, None, None, queue=False, **QUIET)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from medhead.errors import MedheadError
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Request, Result, StepOutput
-from medhead_app.chat.conversation import Conversation, Message, prompt_messages, set_answer
+from medhead_app.chat.conversation import Conversation, Message, cut_answer, prompt_messages, set_answer
 from medhead_app.chat.stats import FINISH_NOTES, summary
 from medhead_app.chat.svg import Tree, tree_json
 from medhead_app.service import Service
@@ -101,7 +101,6 @@ class Update:
     """The state of an answer; `error` is a line for the user, empty if there was no error."""
 
     conversation: Conversation  # its last message is the answer so far
-    result: Result
     status: str
     done: bool = False
     error: str = ""
@@ -113,29 +112,46 @@ async def generate_answer(
     settings: ChatSettings,
     on_submit: OnSubmit = lambda handle: None,
     interval: float = UPDATE_INTERVAL,
+    go_on: bool = False,
 ) -> AsyncGenerator[Update, None]:
     """Answer the last message of a conversation; yield at most one update per `interval` seconds.
 
+    With `go_on` the last answer, which was cut, is continued: with the same settings the text is that of a larger limit.
+    Without a seed in the settings it is continued with its own.
+
     `on_submit` receives the handle of the request, so that others can cancel it. Closing the generator also cancels it.
     """
-    encoded = service.encode_chat(prompt_messages(conversation, settings.system), settings.max_new_tokens)
-    handle = service.engine.submit(settings.request(service, encoded.token_ids))
+    cut = cut_answer(conversation) if go_on else {}
+    if cut is None:
+        raise MedheadError("the last answer is complete or empty: it cannot be continued")
+    asked = {**conversation, "messages": conversation["messages"][:-1]} if cut else conversation
+    begun: list[int] = cut.get("token_ids", [])
+    encoded = service.encode_chat(prompt_messages(asked, settings.system), settings.max_new_tokens + len(begun))
+    seed = {"seed": cut["seed"]} if cut and settings.seed is None else {}
+    handle = service.engine.submit(settings.request(service, encoded.token_ids + begun, **seed))
     on_submit(handle)
     conversation = {**conversation, "settings": asdict(settings)}
     stream, last_update = StreamState(), 0.0
 
     def update(status: str, **fields: Any) -> Update:
+        result = join_results(cut, handle.result)
+        if settings.proposer == AUTOMATIC:
+            result.proposer = AUTOMATIC
+        token_ids = begun + stream.token_ids
         message: Message = {
             "role": "assistant",
-            "content": stream.text,
-            "tokens": list(stream.tokens),
-            "lengths": list(handle.result.lengths),
+            "content": join_texts(cut["content"], stream.text, service.decode(token_ids)) if cut else stream.text,
+            "tokens": [*cut.get("tokens", []), *stream.tokens],
+            "token_ids": token_ids,
+            "lengths": result.lengths,
+            "seconds": result.seconds,
+            "seed": result.seed,
+            "tree": stream.tree(service.tokenizer) or cut.get("tree"),
             "dropped": encoded.dropped,
-            "summary": summary(handle.result),
-            "note": FINISH_NOTES.get(handle.result.reason, "") if fields.get("done") else "",
+            "summary": summary(result),
+            "note": FINISH_NOTES.get(result.reason, "") if fields.get("done") else "",
         }
-        answered = set_answer(conversation, message, stream.tree(service.tokenizer))
-        return Update(answered, handle.result, status, **fields)
+        return Update(set_answer(conversation, message), status, **fields)
 
     try:
         yield update("waiting")
@@ -149,3 +165,21 @@ async def generate_answer(
         yield update("failed", done=True, error=str(error))
     finally:
         handle.cancel()
+
+
+def join_results(cut: Message, result: Result) -> Result:
+    """Return the statistics of an answer that was cut (an empty one for none) and of the request that continues it."""
+    lengths = [*cut.get("lengths", []), *result.lengths]
+    seconds = cut.get("seconds", 0.0) + max(result.seconds - result.queued, 0.0)
+    fields: dict[str, Any] = {"new_tokens": sum(lengths), "passes": len(lengths), "lengths": lengths}
+    return replace(result, **fields, seconds=seconds, queued=0.0)
+
+
+def join_texts(cut: str, text: str, whole: str) -> str:
+    """Return the text of an answer that was cut, continued by `text`; `whole` is the text of all of its tokens together.
+
+    The two texts alone may lack the space between them, or have halves of a character at their ends.
+    """
+    text = text.lstrip("\ufffd")
+    place = whole.rfind(text) if text else -1
+    return whole[: place + len(text)] if place >= 0 else cut + text

@@ -20,16 +20,17 @@ from medhead.errors import MedheadError
 from medhead_app.chat import conversation as conversations
 from medhead_app.chat.conversation import Conversation
 from medhead_app.chat.generation import AUTOMATIC, PROPOSERS, TREE_SIZES, ChatSettings, Update, generate_answer
-from medhead_app.chat.layout import SETTINGS, Components, lengths_panel, tree_panel
+from medhead_app.chat.layout import SETTINGS, Components, draw_panel
 from medhead_app.chat.race import RaceState, race
 from medhead_app.chat.race_view import race_cards, verdict_line
 from medhead_app.chat.sessions import Sessions
-from medhead_app.chat.stats import live_line
+from medhead_app.chat.stats import answer_result, failed_line, live_line
 from medhead_app.chat.view import conversation_view
 from medhead_app.service import Service
 
 LOG = logging.getLogger(__name__)
-CHART_INTERVAL = 0.4  # seconds between two drawings of the charts during an answer
+PANEL_INTERVAL = 0.4  # seconds between two drawings of the panel during an answer
+ANSWERED = "This conversation is being answered, here or in another tab: wait, or stop it there."
 INTERNAL_ERROR = "Internal error; see the server's log."
 Changes = dict[Any, Any]
 Change = Callable[[Conversation], Conversation]
@@ -40,58 +41,85 @@ class Handlers:
 
     def __init__(self, service: Service, components: Components) -> None:
         self.service, self.components, self.sessions = service, components, Sessions()
+        self._unchanged: Changes = {
+            components.chat: gr.skip()
+        }  # Gradio empties all outputs of a handler that returns none
 
     async def send(
-        self, request: gr.Request, conversation: Conversation, show_sources: bool, text: str, *settings: Any
+        self, request: gr.Request, conversation: Conversation, text: str, *settings: Any
     ) -> AsyncIterator[Changes]:
         """Add the message in the box and answer it."""
         async for changes in self._answer(
-            request, lambda before: conversations.add_message(before, text), conversation, show_sources, settings, text
+            request,
+            lambda before: conversations.add_message(before, text),
+            conversation,
+            settings,
+            text,
+            True,
         ):
             yield changes
 
     async def ask(
-        self, request: gr.Request, event: gr.EventData, conversation: Conversation, show_sources: bool, *settings: Any
+        self, request: gr.Request, event: gr.EventData, conversation: Conversation, *settings: Any
     ) -> AsyncIterator[Changes]:
-        """Answer an example, an edited message, or the last message once more, as the event's `action` says."""
+        """Answer an example, an edited message, the last message once more, or continue, as the event's `action` says."""
         actions: dict[str, Change] = {
             "example": lambda before: conversations.add_message(before, str(event.text)),
             "edit": lambda before: conversations.edit_message(before, int(event.index), str(event.text)),
-            "retry": conversations.remove_answer,
+            "retry": conversations.new_version,
+            "continue": lambda before: before,
         }
-        async for changes in self._answer(request, actions[event.action], conversation, show_sources, settings):
+        change, go_on = actions[event.action], event.action == "continue"
+        text = str(event.text) if event.action in ("example", "edit") else ""
+        async for changes in self._answer(request, change, conversation, settings, text, go_on=go_on):
             yield changes
 
-    def undo(self, conversation: Conversation, show_sources: bool) -> Changes:
-        """Remove the last message and its answer, and put the message back into the box."""
-        conversation, text = conversations.undo_message(conversation)
-        return {**self._show(conversation, show_sources, store=True), self.components.message: text}
+    def modify(self, event: gr.EventData, conversation: Conversation) -> Changes:
+        """Change a conversation without an answer, as the event's `action` says.
 
-    async def clear(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
+        `undo` removes the last message and its answer, and puts the message back into the box; `restore` undoes a
+        removal; `version` shows another version of the last answer.
+        """
+        if self.sessions.is_answered(conversation["id"]):
+            _warn(ANSWERED)
+            return self._unchanged
+        box = {}
+        if event.action == "undo":
+            conversation, box[self.components.message] = conversations.undo_message(conversation)
+        elif event.action == "restore":
+            conversation = conversations.restore_messages(conversation)
+        else:
+            conversation = conversations.show_version(conversation, event.step)
+        return self._show(conversation, store=True) | box
+
+    def sync(self, request: gr.Request, event: gr.EventData) -> Changes:
+        """Show the conversation as another tab of the browser has stored it."""
+        if self.sessions.is_busy(_session(request)):
+            return self._unchanged
+        return self._show(conversations.parse_conversation(event.conversation))
+
+    async def clear(self, request: gr.Request, conversation: Conversation) -> Changes:
         """Remove all messages."""
         await self.sessions.abandon_turn(_session(request))
-        return self._show(conversations.clear_messages(conversation), show_sources, store=True)
+        if self.sessions.is_answered(conversation["id"]):
+            _warn(ANSWERED)
+            return self._unchanged
+        return self._show(conversations.clear_messages(conversation), store=True)
 
-    async def new_chat(self, request: gr.Request, show_sources: bool) -> Changes:
+    async def new_chat(self, request: gr.Request) -> Changes:
         """Show a new conversation."""
         await self.sessions.abandon_turn(_session(request))
-        return self._show(conversations.new_conversation(), show_sources)
+        return self._show(conversations.new_conversation())
 
-    async def open(self, request: gr.Request, event: gr.EventData, show_sources: bool) -> Changes:
+    async def open(self, request: gr.Request, event: gr.EventData) -> Changes:
         """Show another conversation of this browser."""
         await self.sessions.abandon_turn(_session(request))
-        return self.load(event.conversation, show_sources)
+        return self.load(event.conversation)
 
-    def load(self, raw: Any, show_sources: bool) -> Changes:
+    def load(self, raw: Any) -> Changes:
         """Show a conversation that the browser stored, or a new one."""
         conversation = conversations.parse_conversation(raw)
-        return self._show(conversation, show_sources) | self._stored_settings(conversation)
-
-    def show(self, request: gr.Request, conversation: Conversation, show_sources: bool) -> Changes:
-        """Switch between colored tokens and Markdown."""
-        if self.sessions.is_busy(_session(request)):
-            return {}
-        return {self.components.chat: conversation_view(conversation, show_sources=show_sources)}
+        return self._show(conversation) | self._stored_settings(conversation)
 
     def stop(self, request: gr.Request) -> None:
         """Stop the answer and keep its text."""
@@ -110,13 +138,22 @@ class Handlers:
             plain, speculative = race_cards(state, max_new_tokens)
             return {ui.race_plain: plain, ui.race_speculative: speculative, ui.race_verdict: verdict_line(state)}
 
+        def show_panel(state: RaceState) -> Changes:
+            run = state.speculative
+            tree = run.stream.tree(self.service.tokenizer)
+            return {ui.race_panel: draw_panel("race, speculative decoding", tree, list(run.result.lengths))}
+
         try:
             chosen = self._settings(settings)
             yield {ui.race_start: gr.update(visible=False), ui.race_stop: gr.update(visible=True)} | show(None)
             on_submit = self.sessions.tracker(_session(request), "race")
+            last_panel = 0.0
             async with aclosing(race(self.service, prompt, chosen, on_submit)) as states:
                 async for state in states:
-                    yield show(state, chosen.max_new_tokens) | (ended if state.done else {})
+                    changes = show(state, chosen.max_new_tokens) | (ended if state.done else {})
+                    if state.done or time.perf_counter() - last_panel >= PANEL_INTERVAL:
+                        last_panel, changes = time.perf_counter(), changes | show_panel(state)
+                    yield changes
         except Exception as error:
             yield {**ended, ui.race_verdict: verdict_line(None, _error_line(error))}
 
@@ -129,34 +166,40 @@ class Handlers:
         request: gr.Request,
         change: Change,
         before: Conversation,
-        show_sources: bool,
         settings: tuple[Any, ...],
-        text: str | None = None,
+        text: str = "",
+        from_box: bool = False,
+        go_on: bool = False,
     ) -> AsyncIterator[Changes]:
-        """Change the conversation and answer its last message; `text` is the content of the message box."""
+        """Change the conversation and answer its last message, or go on with its last answer.
+
+        `text` comes into the message box if the request is refused; `from_box` says that it came from there.
+        """
         ui, session, conversation, answering = self.components, _session(request), before, False
-        turn = self.sessions.begin_turn(session)
+        turn = self.sessions.begin_turn(session, before["id"])
         if turn is None:
-            _warn("An answer is still being generated: stop it first.")
+            _warn(ANSWERED)
+            yield self._unchanged
             return
         try:
             chosen = self._settings(settings)
             conversation = change(before)
-            box = {} if text is None else {ui.message: ""}
-            yield self._show(conversation, show_sources, busy=True, store=True) | box
+            box = {ui.message: ""} if from_box else {}
+            yield self._show(conversation, busy=True, store=True) | box
             on_submit = self.sessions.tracker(session, "chat")
-            async with aclosing(generate_answer(self.service, conversation, chosen, on_submit)) as updates:
-                last_charts = 0.0
+            updates = generate_answer(self.service, conversation, chosen, on_submit, go_on=go_on)
+            last_panel = 0.0
+            async with aclosing(updates):
                 async for update in updates:
                     answering = True
                     if turn.abandoned:
                         return
                     conversation = update.conversation
-                    charts = update.done or time.perf_counter() - last_charts >= CHART_INTERVAL
-                    last_charts = time.perf_counter() if charts else last_charts
+                    panel = update.done or time.perf_counter() - last_panel >= PANEL_INTERVAL
+                    last_panel = time.perf_counter() if panel else last_panel
                     if update.error:
                         _warn(update.error)
-                    yield self._progress(update, show_sources, charts)
+                    yield self._progress(update, panel)
         except Exception as error:
             line = _error_line(error)
             if not turn.abandoned:
@@ -164,34 +207,38 @@ class Handlers:
                 box = {}
                 if not answering:  # the request was refused: restore the conversation and the message box
                     conversation, box = before, {ui.message: text} if text else {}
-                failed = {ui.live: live_line(None, line, failed=True)}
-                yield self._show(conversation, show_sources, store=True) | box | failed
+                failed = {ui.live: failed_line(line)}
+                yield self._show(conversation, store=True) | box | failed
         finally:
             self.sessions.end_turn(session)
 
-    def _progress(self, update: Update, show_sources: bool, charts: bool) -> Changes:
+    def _progress(self, update: Update, panel: bool) -> Changes:
+        """Return the changes of an update; with `panel` the panel is drawn and the browser stores the conversation."""
         ui, conversation = self.components, update.conversation
-        live = live_line(update.result, update.error or update.status, failed=bool(update.error))
+        name, answer = conversations.last_answer(conversation)
+        line = failed_line(update.error) if update.error else live_line(answer_result(answer), name, update.status)
+        live = {ui.live: line}
         if update.done:
-            return self._show(conversation, show_sources, store=True) | {ui.live: live}
-        view = conversation_view(conversation, show_sources=show_sources, busy=True, store=charts)
-        changes = {ui.conversation: conversation, ui.chat: view, ui.live: live}
-        return changes | (self._charts(conversation) if charts else {})
+            return self._show(conversation, store=True) | live
+        view = conversation_view(conversation, busy=True, store=panel)
+        changes = {ui.conversation: conversation, ui.chat: view} | live
+        return changes | (self._panel(conversation) if panel else {})
 
-    def _show(self, conversation: Conversation, show_sources: bool, busy: bool = False, store: bool = False) -> Changes:
+    def _show(self, conversation: Conversation, busy: bool = False, store: bool = False) -> Changes:
         ui = self.components
+        name, answer = conversations.last_answer(conversation)
         return {
             ui.conversation: conversation,
-            ui.chat: conversation_view(conversation, show_sources=show_sources, busy=busy, store=store),
-            ui.live: live_line(None),
+            ui.chat: conversation_view(conversation, busy=busy, store=store),
+            ui.live: live_line(answer_result(answer), name, answer.get("note", "")),
             ui.send: gr.update(visible=not busy),
             ui.stop: gr.update(visible=busy),
-            **self._charts(conversation),
+            **self._panel(conversation),
         }
 
-    def _charts(self, conversation: Conversation) -> Changes:
-        lengths = lengths_panel(conversations.pass_lengths(conversation))
-        return {self.components.tree: tree_panel(conversation.get("tree")), self.components.lengths: lengths}
+    def _panel(self, conversation: Conversation) -> Changes:
+        name, answer = conversations.last_answer(conversation)
+        return {self.components.panel: draw_panel(name, answer.get("tree"), answer.get("lengths", []))}
 
     def _settings(self, values: tuple[Any, ...]) -> ChatSettings:
         return ChatSettings.from_fields(dict(zip(SETTINGS, values, strict=True)), self.service.max_new_tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from medhead_app.chat.race import RaceRun, RaceState
-from medhead_app.chat.token_colors import color_tokens
+from medhead_app.chat.token_colors import color_tokens, display_name
 
 TITLES = ("Plain decoding", "Speculative decoding")
 
@@ -13,7 +13,7 @@ TITLES = ("Plain decoding", "Speculative decoding")
 def race_card(title: str, run: RaceRun | None, progress: float = 0.0) -> str:
     """Return the card of a request, None before the race; `progress` is the length of the bar, 0 to 1."""
     text = color_tokens(run.stream.tokens) if run is not None else ""
-    proposer = escape(run.result.proposer) if run is not None and run.result.passes else ""
+    proposer = escape(display_name(run.handle.request.proposer or "automatic")) if run is not None else ""
     return (
         f'<div class="mh-card"><div class="mh-caption"><b>{escape(title)}</b><span>{proposer}</span></div>'
         f'<div class="mh-bar-line"><i style="width:{100 * max(0.0, min(progress, 1.0)):.1f}%"></i></div>'

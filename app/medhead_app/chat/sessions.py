@@ -6,6 +6,7 @@ import asyncio
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Literal
 
 from medhead.serving.handle import RequestHandle
@@ -13,10 +14,12 @@ from medhead.serving.handle import RequestHandle
 Kind = Literal["chat", "race"]
 
 
+@dataclass
 class Turn:
     """An answer that a page is generating."""
 
-    abandoned = False  # the user has left the conversation: nothing more of the answer may be shown
+    conversation: str  # id
+    abandoned: bool = False  # the user has left the conversation: nothing more of the answer may be shown
 
 
 class Sessions:
@@ -46,12 +49,12 @@ class Sessions:
             handle.cancel()
         return len(handles)
 
-    def begin_turn(self, session: str) -> Turn | None:
-        """Begin a turn; return None if the session has one already."""
+    def begin_turn(self, session: str, conversation: str) -> Turn | None:
+        """Begin a turn; return None if the session has one already, or another session has one in this conversation."""
         with self._lock:
-            if session in self._turns:
+            if session in self._turns or self._is_answered(conversation):
                 return None
-            turn = self._turns[session] = Turn()
+            turn = self._turns[session] = Turn(conversation)
             return turn
 
     def end_turn(self, session: str) -> None:
@@ -63,6 +66,14 @@ class Sessions:
         """Return whether a session has a turn."""
         with self._lock:
             return session in self._turns
+
+    def is_answered(self, conversation: str) -> bool:
+        """Return whether any session has a turn in a conversation."""
+        with self._lock:
+            return self._is_answered(conversation)
+
+    def _is_answered(self, conversation: str) -> bool:
+        return any(turn.conversation == conversation for turn in self._turns.values())
 
     async def abandon_turn(self, session: str, timeout: float = 5.0) -> None:
         """Cancel a session's answer, and wait until nothing more of it can be shown, at most `timeout` seconds."""

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from medhead.serving.request import TreeView
-from medhead_app.chat.token_colors import css_classes, source_kind
+from medhead_app.chat.token_colors import css_classes, display_name, source_kind
 
 ROW, INDENT, LEFT, WIDTH = 20, 13, 12, 312  # pixels
 MAX_LABEL = 18  # characters of a token
@@ -67,7 +67,7 @@ def draw_tree(tree: Tree | None) -> str:
 def describe_tree(tree: Tree | None) -> str:
     """Return the caption of a tree."""
     if tree is None or not is_valid_tree(tree):
-        return "no pass yet"
+        return "no tree yet"
     return f"{len(tree['parents']) - 1} draft tokens · {max(len(tree['accepted']) - 1, 0)} accepted"
 
 
@@ -140,7 +140,7 @@ def _node(row: int, depth: int, text: str, source: str, accepted: bool, root: bo
         if kind == "bonus"
         else f'<circle class="mh-dot" cx="{x}" cy="{y}" r="4.5"/>'
     )
-    role = f"{kind}, {'' if accepted else 'not '}accepted"
+    role = f"{display_name(kind)}, {'' if accepted else 'not '}accepted"
     role = "root, the newest token before this pass" if root else role
     return (
         f'<g class="mh-node {css_classes(kind)} {state}">{shape}<text x="{x + 10}" y="{y + 4}">{escape(label)}</text>'

@@ -44,11 +44,12 @@ COLORS = {  # light and dark
     "button_secondary_background_fill": ("#ffffff", "#262421"),
     "button_secondary_background_fill_hover": ("#f1eee8", "#302d29"),
 }
-# JavaScript for `page.load`: read the current conversation from the browser's storage
-READ_CURRENT = """(stored, showSources) => {
-  try { stored = JSON.parse(localStorage.getItem('medhead:c:' + localStorage.getItem('medhead:current'))); }
+# JavaScript for `page.load`: read the current conversation of this tab, or of the last one, from the browser's storage
+READ_CURRENT = """(stored) => {
+  const current = sessionStorage.getItem('medhead:current') || localStorage.getItem('medhead:current');
+  try { stored = JSON.parse(localStorage.getItem('medhead:c:' + current)); }
   catch (error) { stored = null; }
-  return [stored, showSources];
+  return [stored];
 }"""
 
 
@@ -90,9 +91,12 @@ def chat_template() -> str:
     """Return the HTML that `chat.js` fills."""
     examples = "".join(f'<button type="button" class="mh-example">{escape(example)}</button>' for example in EXAMPLES)
     return (
-        '<div class="mh-scroll" tabindex="0" aria-label="Conversation">'
+        '<div class="mh-scroll" tabindex="0" role="region" aria-label="Conversation">'
         '<div class="mh-hello"><h2>Ask the model something</h2>'
         "<p>The color of a word shows which proposer drafted it before the model accepted it.</p>"
         f'<div class="mh-examples">{examples}</div></div>'
-        '<div class="mh-messages"></div></div>'
+        '<div class="mh-messages"></div>'
+        '<div class="mh-removed" hidden>Messages were removed. '
+        '<button type="button" class="mh-tool" data-tool="restore">Restore</button></div></div>'
+        '<div class="mh-announcer" role="status" aria-live="polite"></div>'
     )

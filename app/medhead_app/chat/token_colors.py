@@ -1,15 +1,15 @@
-"""Tokens as HTML, colored by source; all text is escaped."""
+"""Tokens as HTML, colored by source, and the names of sources and proposers on the page; all text is escaped."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
 
-# kind of source: label and description, in the order of the legend
+# kind of source: name and description, in the order of the legend
 SOURCES: dict[str, tuple[str, str]] = {
-    "heads": ("head", "drafted by a trained head; a darker color is a deeper head"),
+    "heads": ("heads", "drafted by a trained head; a darker color is a deeper head"),
     "ngram": ("n-gram", "drafted from an earlier occurrence of the same n-gram"),
-    "recycling": ("recycled", "a candidate of the target at an earlier occurrence of the token before it"),
+    "recycling": ("recycling", "a candidate of the target at an earlier occurrence of the token before it"),
     "lookahead": ("lookahead", "drafted in the target's lookahead window"),
     "bonus": ("bonus", "the target's own token at the end of a verify pass"),
 }
@@ -22,6 +22,11 @@ def source_kind(source: str) -> str:
     return kind if kind in SOURCES else "bonus"
 
 
+def display_name(name: str) -> str:
+    """Return the name of a proposer or a kind of source as the page shows it everywhere."""
+    return SOURCES[name][0] if name in SOURCES else name
+
+
 def css_classes(source: str) -> str:
     """Return the CSS classes for a token of this source."""
     kind, depth = source_kind(source), _head_depth(source)
@@ -29,8 +34,8 @@ def css_classes(source: str) -> str:
 
 
 def color_tokens(tokens: Iterable[Sequence[str]]) -> str:
-    """Return the HTML of pairs of text and source. The HTML of a longer list begins with that of a shorter one."""
-    return "".join(_span(text, source) for text, source in tokens if text)
+    """Return the HTML of pairs of text and source."""
+    return "".join(color_token(text, source) for text, source in tokens if text)
 
 
 def legend() -> str:
@@ -43,18 +48,18 @@ def legend() -> str:
     return f'<div class="mh-legend" aria-label="Sources of the tokens">{"".join(items)}</div>'
 
 
-def _head_depth(source: str) -> int:
-    """Return 3 for `heads 3`, and 0 for other sources."""
-    kind, _, depth = source.partition(" ")
-    return int(depth) if kind == "heads" and depth.isdecimal() else 0
-
-
-def _span(text: str, source: str) -> str:
+def color_token(text: str, source: str) -> str:
     """Return one token; the space before it has no color, because it could stand at the end of a line."""
     word = text.lstrip()
     space = escape(text[: len(text) - len(word)])
     if not word:
         return space
     depth = _head_depth(source)
-    title = f"head at depth {depth}" if depth else SOURCES[source_kind(source)][0]
+    title = display_name(source_kind(source)) + (f", depth {depth}" if depth else "")
     return f'{space}<span class="mh-token {css_classes(source)}" title="{title}">{escape(word)}</span>'
+
+
+def _head_depth(source: str) -> int:
+    """Return 3 for `heads 3`, and 0 for other sources."""
+    kind, _, depth = source.partition(" ")
+    return int(depth) if kind == "heads" and depth.isdecimal() else 0

@@ -5,45 +5,48 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from medhead_app.chat.conversation import Conversation, Message
+from medhead_app.chat.conversation import Conversation, Message, answer_name, cut_answer, stored_form
 from medhead_app.chat.text import render_markdown
-from medhead_app.chat.token_colors import color_tokens
 
 
-def conversation_view(
-    conversation: Conversation, *, show_sources: bool, busy: bool = False, store: bool = False
-) -> dict[str, Any]:
+def conversation_view(conversation: Conversation, *, busy: bool = False, store: bool = False) -> dict[str, Any]:
     """Return the component's value.
 
-    With `show_sources` answers are colored tokens, otherwise rendered Markdown. `busy` means that the last message is being
-    generated, and `store` lets the browser store the conversation.
+    `busy` means that the last message is being generated, and `store` lets the browser store the conversation.
     """
-    last = len(conversation["messages"]) - 1
+    messages, views, number = conversation["messages"], [], 0
+    for index, message in enumerate(messages):
+        number += message["role"] == "user"  # a message and its answer have the same number
+        views.append(message_view(message, number, generating=busy and index == len(messages) - 1))
     return {
         "id": conversation["id"],
         "title": conversation["title"],
+        "updated": conversation["updated"],
         "busy": busy,
-        "messages": [
-            message_view(message, show_sources, generating=busy and index == last)
-            for index, message in enumerate(conversation["messages"])
-        ],
-        "store": conversation if store else None,
+        "messages": views,
+        "cut": not busy and cut_answer(conversation) is not None,
+        "removed": bool(conversation.get("removed")),
+        "store": stored_form(conversation) if store else None,
     }
 
 
-def message_view(message: Message, show_sources: bool, generating: bool = False) -> dict[str, Any]:
-    """Return one message: the HTML to show, the text to copy, the notice above and the summary below."""
+def message_view(message: Message, number: int = 1, generating: bool = False) -> dict[str, Any]:
+    """Return one message: the HTML to show, the text to copy, its name, the notice above, the summary below, its versions."""
     content = message["content"]
     if message["role"] == "user":
-        return {"role": "user", "html": escape(content), "text": content, "plain": True}
-    tokens = message.get("tokens") if show_sources else None
+        return {"role": "user", "html": escape(content), "text": content, "name": f"message {number}"}
+    earlier, later = len(message.get("earlier", [])), len(message.get("later", []))
+    name = answer_name(number, message)
+    parts = (f"Answer {number}", message.get("summary", ""), message.get("note", ""))
     return {
         "role": "assistant",
-        "html": color_tokens(tokens) if tokens else render_markdown(content),
+        "html": render_markdown(content, message.get("tokens", [])),
         "text": content,
-        "plain": bool(tokens),
+        "name": name,
         "notice": _dropped_notice(message.get("dropped", 0)),
-        "summary": " · ".join(part for part in (message.get("summary", ""), message.get("note", "")) if part),
+        "summary": " · ".join(part for part in parts if part),
+        "version": earlier + 1,
+        "versions": earlier + 1 + later,
         "generating": generating,
     }
 

@@ -25,7 +25,7 @@ const make = (tag, cls, text) => {
 };
 
 function draw() {
-  const current = localStorage.getItem('medhead:current');
+  const current = sessionStorage.getItem('medhead:current');
   const nodes = [make('button', 'mh-new', 'New chat')];
   const rows = make('div', 'mh-rows');
   for (const conversation of stored()) {
@@ -35,7 +35,8 @@ function draw() {
     open.dataset.id = conversation.id;
     const remove = make('button', 'mh-remove', '×');
     remove.title = 'Delete this conversation';
-    remove.setAttribute('aria-label', remove.title);
+    remove.setAttribute('aria-label', `Delete the conversation ${open.textContent}`);
+    if (conversation.id === current) open.setAttribute('aria-current', 'true');
     remove.dataset.id = conversation.id;
     row.append(open, remove);
     rows.append(row);
@@ -57,10 +58,16 @@ element.addEventListener('click', (event) => {
   } else if (!button.classList.contains('mh-sure')) {  // the first click asks for confirmation
     button.classList.add('mh-sure');
     button.textContent = 'Delete?';
-    setTimeout(() => { if (button.isConnected) { button.classList.remove('mh-sure'); button.textContent = '×'; } }, 3000);
+    const label = button.getAttribute('aria-label');
+    button.setAttribute('aria-label', label + ': are you sure?');
+    setTimeout(() => {
+      button.classList.remove('mh-sure');
+      button.textContent = '×';
+      button.setAttribute('aria-label', label);
+    }, 3000);
   } else {
     localStorage.removeItem(PREFIX + id);
-    if (id === localStorage.getItem('medhead:current')) trigger('new_chat', {});
+    if (id === sessionStorage.getItem('medhead:current')) trigger('new_chat', {});
     draw();
   }
 });
@@ -72,6 +79,9 @@ draw();
 // On narrow screens the sidebars cover the conversation: they start closed, and close after a click in the list.
 const close = (which) => document.querySelectorAll(which + '.open .toggle-button').forEach((button) => button.click());
 setTimeout(() => {
+  for (const [which, name] of [['.sidebar.mh-left', 'Conversations and sampling'], ['.sidebar.mh-right', 'Speculative decoding']]) {
+    document.querySelector(which + ' .toggle-button').setAttribute('aria-label', 'Open or close: ' + name);
+  }
   if (innerWidth < 1100) close('.sidebar.mh-right');
   if (innerWidth < 900) close('.sidebar.mh-left');
   setTimeout(() => document.body.classList.add('mh-ready'), 350);
