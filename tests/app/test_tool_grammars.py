@@ -17,7 +17,7 @@ from medhead_app.api.tools.formats import find_format
 from medhead_app.api.tools.plan import ToolPlanner, new_tool_request
 from medhead_app.api.tools.schema import NamedChoice, Tool
 
-FORMATS = ["hermes", "llama", "mistral", "named"]
+FORMATS = ["hermes", "llama", "mistral", "named", "pythonic", "lfm2", "qwen3_coder"]
 END = 1
 
 
@@ -37,7 +37,7 @@ def tools(strict: bool) -> list[Tool]:
 def tokenizer_of_marks(request: pytest.FixtureRequest, tokenizer: Any) -> Any:
     found = copy.deepcopy(tokenizer)
     if request.param == "tokens":
-        special = ["[TOOL_CALLS]", "[ARGS]", "<|python_tag|>"]
+        special = ["[TOOL_CALLS]", "[ARGS]", "<|python_tag|>", "<|tool_call_start|>"]
         found.add_special_tokens({"additional_special_tokens": special})
         found.add_tokens([AddedToken(mark, special=False) for mark in ("<tool_call>", "</tool_call>", "<think>")])
     return found
@@ -74,14 +74,15 @@ def joined(template: str, calls: Any) -> str:
     if template == "mistral":
         members = (json.dumps({"name": name, "arguments": arguments}) for name, arguments in calls)
         return f"[TOOL_CALLS] [{', '.join(members)}]"
-    return written(template, calls).replace("[CALL_ID]abcdefghi", "")
+    text = written(template, calls).replace("[CALL_ID]abcdefghi", "")
+    return text.replace("'", '"') if template in ("pythonic", "lfm2") else text
 
 
 @pytest.mark.parametrize("template", FORMATS)
 def test_what_is_allowed(tokenizer_of_marks: Any, template: str) -> None:
     one, other, wrong = (joined(template, calls) for calls in (ONE, OTHER, WRONG))
     both, parallel = joined(template, ONE + OTHER), template != "llama"
-    said = "" if template == "llama" else "Let me look. "
+    said = "" if template in ("llama", "pythonic") else "Let me look. "
 
     must = Answers(tokenizer_of_marks, template, choice="required")
     cases = {one: True, other: True, both: parallel, wrong: False, "": False, "text": False, "text" + one: False}
@@ -116,7 +117,10 @@ def test_free_text_may_have_other_added_tokens(tokenizer_of_marks: Any) -> None:
 
 @pytest.mark.parametrize("template", FORMATS)
 def test_the_template_names_the_format(template: str) -> None:
-    names = {"hermes": "HermesReader", "llama": "Llama3Reader"}
+    names = {
+        "hermes": "HermesReader", "llama": "Llama3Reader", "pythonic": "PythonicReader", "lfm2": "Lfm2Reader",
+        "qwen3_coder": "Qwen3CoderReader",
+    }  # fmt: skip
     found = find_format(TEMPLATES[template])
     assert found is not None
     assert found.reader.__name__ == names.get(template, "MistralReader")
