@@ -43,7 +43,7 @@ NAMED = calls_of(
 )
 TYPES: dict[str, Any] = {
     "a": {"type": "string"}, "n": {"$ref": "#/$defs/number"}, "b": {"type": "boolean"}, "list": {"type": "array"},
-    "o": {"type": ["object", "null"]}, "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    "o": {"type": ["object", "null"]}, "s": {"type": ["string", "null"]}, "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}]},
 }  # fmt: skip
 SCHEMA = {"type": "object", "properties": TYPES, "$defs": {"number": {"type": "integer"}}}
 SCHEMAS: dict[str, dict[str, Any]] = {"f": SCHEMA, "g": SCHEMA}
@@ -217,6 +217,7 @@ def test_characters_of_a_string_come_at_once(kind: type[ToolReader], text: str) 
             ("", [("f", '{"list": ["a", null]')]),
         ),
         (Qwen3CoderReader, "<tool_call><function=h><parameter=x>1</parameter></function>", ("", [("h", '{"x": "1"}')])),
+        (Qwen3CoderReader, '<tool_call><function=f><parameter=s>"x"</parameter>', ("", [("f", '{"s": "\\"x\\""')])),
         (Qwen3CoderReader, "<tool_call><function=f>no</tool_call> b", (" b", [("f", "{")])),
         (Qwen3CoderReader, '<tool_call>{"name": "f"}</tool_call>', ('<tool_call>{"name": "f"}</tool_call>', [])),
     ],

@@ -108,8 +108,8 @@ def _read_choice(choice: Any) -> Any:
         )
     found = _without_type(choice, "allowed_tools")
     tools = found.get("tools") if isinstance(found, dict) and set(found) == {"mode", "tools"} else None
-    names = [_name_of(tool) for tool in tools] if isinstance(tools, list) else []
-    if not names or None in names or found["mode"] not in ("auto", "required"):
+    names = [name for name in map(_name_of, tools) if name is not None] if isinstance(tools, list) else []
+    if not tools or len(names) < len(tools) or found["mode"] not in ("auto", "required"):
         raise ValueError(
             'of the type allowed_tools must have a mode, "auto" or "required", and tools, a list of at least one '
             '{"type": "function", "function": {"name": ...}}'

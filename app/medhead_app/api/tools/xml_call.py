@@ -106,7 +106,8 @@ def _argument_types(schema: dict[str, Any], name: str) -> frozenset[str]:
 
 
 def converted(text: str, types: frozenset[str]) -> str:
-    """Return the JSON of a value of these types; a text that is none is a string."""
+    """Return the JSON of a value of these types; a text that is no value of another type is a string, as it is."""
+    types -= {"string"}
     try:
         if has_type(json.loads(text, parse_constant=_refuse), types):
             return text.strip()
