@@ -342,7 +342,7 @@ class Decoder:
         self.statistics = Statistics(
             new_tokens=sum(len(one.output_ids) for one in sequences),
             passes=sum(one.passes for one in sequences),
-            steps=max(one.passes for one in sequences),
+            steps=max(max(one.passes for one in sequences) - 1, 0),
             prompt_tokens=prompt_tokens,
             prefill_seconds=loop.prefill_seconds,
             decode_seconds=loop.decode_seconds,

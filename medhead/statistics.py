@@ -13,10 +13,11 @@ class Statistics:
 
     Attributes:
         new_tokens: tokens emitted, all rows together.
-        passes: verify passes summed over rows; a row that ended takes part only in lockstep, see `core.lockstep`.
-        steps: verify passes of the batch.
+        passes: verify passes summed over rows, that over the prompt, which gives the first token, included; a row that ended
+            takes part only in lockstep, see `core.lockstep`.
+        steps: verify passes of the batch, without that over the prompts.
         prompt_tokens: prompt tokens, all rows together, without padding.
-        prefill_seconds: time to read the prompts.
+        prefill_seconds: time to read the prompts and to emit their first tokens.
         decode_seconds: time of all steps.
         times: the steps' time by part; None unless the decoder profiles.
         captured_steps: how many steps were captured ones.

@@ -267,6 +267,11 @@ EXPORTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"kind": "attention", "depth": 8, "feature_layers": [0, 2, 7], "norm_before_residual": True, "rope_theta": 99.0}
         | {"rope_scaling": {"rope_type": "linear", "factor": 3.0}, "max_position_embeddings": 80},
     ),
+    "speculators": (
+        "speculators",
+        {"kind": "attention", "depth": 8, "feature_layers": [1, 4, 6], "draft_vocab_size": 25},
+    ),
+    "speculators-whole": ("speculators", {"kind": "attention", "depth": 8, "feature_layers": [0, 2, 7]}),
     "dflash": (
         "dflash",
         {

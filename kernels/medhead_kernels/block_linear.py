@@ -15,8 +15,8 @@ from torch import Tensor
 
 from medhead_kernels import native
 
-KINDS = ("float32", "bfloat16", "float16", "int8", "int4")
-WIDTH = GROUP = 32  # outputs of a panel, inputs that share a scale
+KINDS = ("float32", "bfloat16", "float16", "int8", "int4", "uint8", "int8 by 16")
+WIDTH = GROUP = 32  # outputs of a panel, inputs that share a scale but for `int8 by 16`
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
@@ -26,8 +26,8 @@ class Blocks(NamedTuple):
 
     Attributes:
         data: `[panels, size, bytes of 32 outputs]` uint8; a panel holds 32 outputs, and the last one is filled up with zeros.
-        scales: `[panels, groups of 32 inputs, 32]` float32; empty for floating-point kinds.
-        minimums: like `scales`; empty unless the kind is `int4`, whose weights are `scale * q + minimum`.
+        scales: `[panels, groups of 32 inputs, 32]` float32, of 16 inputs for `int8 by 16`; empty for floating-point kinds.
+        minimums: like `scales`; empty unless the kind is `int4` or `uint8`, whose weights are `scale * q + minimum`.
         kind: one of `KINDS`.
         out: number of outputs.
     """
@@ -90,12 +90,13 @@ def from_levels(levels: Tensor, scales: Tensor, minimums: Tensor, kind: str) -> 
     """Return blocks of integers.
 
     Args:
-        levels: `[out, size]` integers, -128 to 127 for the kind `int8` and 0 to 15 for `int4`.
-        scales: `[out, groups]` float32.
-        minimums: the same for `int4`; empty for `int8`.
-        kind: `int8` or `int4`.
+        levels: `[out, size]` integers: -128 to 127 for the kinds `int8` and `int8 by 16`, 0 to 255 for `uint8`, 0 to 15 for
+            `int4`.
+        scales: `[out, groups]` float32; an even number of groups for `int8 by 16`.
+        minimums: the same for `int4` and `uint8`; else empty.
+        kind: one of these.
     """
-    panels = _panels(levels.to(torch.int8 if kind == "int8" else torch.uint8)).transpose(1, 2)
+    panels = _panels(levels.to(torch.int8 if kind.startswith("int8") else torch.uint8)).transpose(1, 2)
     if kind == "int4":
         panels = panels[..., : WIDTH // 2] | panels[..., WIDTH // 2 :] << 4
     scales, minimums = (
@@ -110,14 +111,16 @@ def rows(blocks: Blocks, tokens: Tensor | None = None) -> Tensor:
     panel, lane = tokens // WIDTH, tokens % WIDTH
     if blocks.kind in _DTYPES:
         return blocks.data.view(_DTYPES[blocks.kind])[panel, :, lane].float()
-    if blocks.kind == "int8":
-        levels = blocks.data.view(torch.int8)[panel, :, lane].float()
+    if blocks.kind != "int4":
+        levels = blocks.data.view(torch.uint8 if blocks.kind == "uint8" else torch.int8)[panel, :, lane].float()
     else:
         pair = blocks.data[panel, :, lane % (WIDTH // 2)]
         levels = torch.where((lane < WIDTH // 2)[:, None], pair & 15, pair >> 4).float()
     size = levels.shape[1]
     scales, minimums = (
-        part[panel, :, lane].repeat_interleave(GROUP, 1)[:, :size] if part.numel() else torch.zeros(())
+        part[panel, :, lane].repeat_interleave(GROUP // 2 if blocks.kind == "int8 by 16" else GROUP, 1)[:, :size]
+        if part.numel()
+        else torch.zeros(())
         for part in (blocks.scales, blocks.minimums)
     )
     return levels * scales + minimums

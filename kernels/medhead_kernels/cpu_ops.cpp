@@ -2,7 +2,7 @@
 // 8-bit or 4-bit integers with a scale (and a minimum). The weights are expanded in registers.
 //
 // The weights of 32 outputs form a panel, [inputs][32 outputs], so that neighbouring outputs are neighbouring lanes. Every output
-// is the sum over groups of 32 inputs of
+// is the sum over groups of 32 (or 16) inputs of
 //     scale * (sum of x[k] * q[k], k ascending) + minimum * (sum of x[k])
 // in one order, whatever the number of rows or threads is: the result for a row does not depend on other rows.
 
@@ -25,7 +25,7 @@
 namespace {
 
 constexpr int WIDTH = 32;      // outputs of a panel
-constexpr int GROUP = 32;      // inputs that share a scale
+constexpr int GROUP = 32;      // inputs that are read together
 constexpr int LANES = 8;       // floats of a vector
 constexpr int VECTORS = WIDTH / LANES;
 constexpr int MAX_ROWS = 96;   // rows whose sums are kept beside the weights in the inner cache
@@ -61,29 +61,37 @@ inline Floats from_float16(const uint8_t* from) {
 }
 #endif
 
-// How a type is stored: bytes of the 32 weights of an input, whether groups have scales and minima, and their expansion.
-struct Float32 {
-    static constexpr int STRIDE = WIDTH * 4;
+// How a type is stored: bytes of the 32 weights of an input, whether groups have scales and minima, of how many inputs they are,
+// and the expansion of the weights.
+struct Plain {
     static constexpr bool SCALE = false, MINIMUM = false;
+    static constexpr int SCALED = GROUP;
+};
+struct Float32 : Plain {
+    static constexpr int STRIDE = WIDTH * 4;
     static Floats load(const uint8_t* from, int v) { return ((const Floats*)from)[v]; }
 };
-struct Bfloat16 {
+struct Bfloat16 : Plain {
     static constexpr int STRIDE = WIDTH * 2;
-    static constexpr bool SCALE = false, MINIMUM = false;
     static Floats load(const uint8_t* from, int v) { return (Floats)(widen_halves(from + v * LANES * 2) << 16); }
 };
-struct Float16 {
+struct Float16 : Plain {
     static constexpr int STRIDE = WIDTH * 2;
-    static constexpr bool SCALE = false, MINIMUM = false;
     static Floats load(const uint8_t* from, int v) { return from_float16(from + v * LANES * 2); }
 };
+template <int SIZE>
 struct Int8 {
-    static constexpr int STRIDE = WIDTH;
+    static constexpr int STRIDE = WIDTH, SCALED = SIZE;
     static constexpr bool SCALE = true, MINIMUM = false;
     static Floats load(const uint8_t* from, int v) { return __builtin_convertvector(widen_signed(from + v * LANES), Floats); }
 };
+struct Uint8 {
+    static constexpr int STRIDE = WIDTH, SCALED = GROUP;
+    static constexpr bool SCALE = true, MINIMUM = true;
+    static Floats load(const uint8_t* from, int v) { return __builtin_convertvector(widen_unsigned(from + v * LANES), Floats); }
+};
 struct Int4 {  // byte i holds output i in its lower bits and output 16 + i in its upper ones
-    static constexpr int STRIDE = WIDTH / 2;
+    static constexpr int STRIDE = WIDTH / 2, SCALED = GROUP;
     static constexpr bool SCALE = true, MINIMUM = true;
     static Floats load(const uint8_t* from, int v) {
         Ints pair = widen_unsigned(from + v % (VECTORS / 2) * LANES);
@@ -93,8 +101,8 @@ struct Int4 {  // byte i holds output i in its lower bits and output 16 + i in i
 
 struct Weights {
     const uint8_t* data;    // [panels][inputs][STRIDE]
-    const float* scales;    // [panels][groups][32]
-    const float* minimums;  // the same
+    const float* scales;    // [panels][groups, or twice as many where they are of 16 inputs][32]
+    const float* minimums;  // [panels][groups][32]
     int64_t inputs, outputs, groups, panels;
 };
 
@@ -131,14 +139,14 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
     for (int64_t g = 0; g < groups; g++) {
         const int count = (int)std::min<int64_t>(GROUP, inputs - g * GROUP);
         const uint8_t* data = weights.data + (panel * inputs + g * GROUP) * Kind::STRIDE;
-        const float* scales = weights.scales + (panel * groups + g) * WIDTH;
+        const float* scales = weights.scales + (panel * groups + g) * (GROUP / Kind::SCALED) * WIDTH;
         const float* minimums = weights.minimums + (panel * groups + g) * WIDTH;
         const float* from = given.x.data() + g * rows * GROUP;
 
-        auto finish = [&](int row, int v, Floats sum) {
+        auto finish = [&](int row, int v, int part, Floats sum) {
             Floats& place = ((Floats*)(total + row * WIDTH))[v];
             Floats now = place;
-            if constexpr (Kind::SCALE) now = fma(sum, ((const Floats*)scales)[v], now);
+            if constexpr (Kind::SCALE) now = fma(sum, ((const Floats*)(scales + part * WIDTH))[v], now);
             else now = now + sum;
             if constexpr (Kind::MINIMUM) now = fma(all(given.sums[g * rows + row]), ((const Floats*)minimums)[v], now);
             place = now;
@@ -146,16 +154,17 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
         // Rows `row` to `row + R`, V vectors of outputs at a time; `weight(k, v)` is an expanded vector.
         auto tile = [&](auto R_, auto V_, int row, auto weight) {
             constexpr int R = decltype(R_)::value, V = decltype(V_)::value;
-            for (int first = 0; first < VECTORS; first += V) {
-                Floats sums[R][V] = {};
-                for (int k = 0; k < count; k++)
-                    for (int r = 0; r < R; r++) {
-                        const Floats a = all(from[(row + r) * GROUP + k]);
-                        for (int v = 0; v < V; v++) sums[r][v] = fma(a, weight(k, first + v), sums[r][v]);
-                    }
-                for (int r = 0; r < R; r++)
-                    for (int v = 0; v < V; v++) finish(row + r, first + v, sums[r][v]);
-            }
+            for (int first = 0; first < VECTORS; first += V)
+                for (int begin = 0; begin < count; begin += Kind::SCALED) {
+                    Floats sums[R][V] = {};
+                    for (int k = begin; k < std::min(count, begin + Kind::SCALED); k++)
+                        for (int r = 0; r < R; r++) {
+                            const Floats a = all(from[(row + r) * GROUP + k]);
+                            for (int v = 0; v < V; v++) sums[r][v] = fma(a, weight(k, first + v), sums[r][v]);
+                        }
+                    for (int r = 0; r < R; r++)
+                        for (int v = 0; v < V; v++) finish(row + r, first + v, begin / Kind::SCALED, sums[r][v]);
+                }
         };
         auto stored = [&](int k, int v) { return Kind::load(data + k * Kind::STRIDE, v); };
         auto kept = [&](int k, int v) { return ((const Floats*)(expanded + k * WIDTH))[v]; };
@@ -190,13 +199,13 @@ void multiply(const float* x, int rows, const Weights& weights, float* y) {
 
 const float* floats(const std::optional<at::Tensor>& given) { return given ? given->const_data_ptr<float>() : nullptr; }
 
-// x: [rows, inputs] float32. data: [panels, inputs, bytes of 32 outputs] uint8. scales, minimums: [panels, groups, 32] float32
+// x: [rows, inputs] float32. data: [panels, inputs, bytes of 32 outputs] uint8. scales, minimums: float32, see `Weights`,
 // for kinds that have them. kind: an index into KINDS of block_linear.py. Returns [rows, outputs] float32.
 at::Tensor block_linear(const at::Tensor& given, const at::Tensor& data, const std::optional<at::Tensor>& scales,
                         const std::optional<at::Tensor>& minimums, int64_t kind, int64_t outputs) {
     const at::Tensor x = given.contiguous();
     TORCH_CHECK(kind < 3 || scales, "block_linear: no scales");
-    TORCH_CHECK(kind < 4 || minimums, "block_linear: no minimums");
+    TORCH_CHECK((kind != 4 && kind != 5) || minimums, "block_linear: no minimums");
     TORCH_CHECK(x.scalar_type() == at::kFloat && x.dim() == 2 && data.size(1) == x.size(1), "block_linear: wrong rows");
     const int64_t inputs = x.size(1);
     const Weights weights{data.const_data_ptr<uint8_t>(), floats(scales), floats(minimums),
@@ -210,8 +219,10 @@ at::Tensor block_linear(const at::Tensor& given, const at::Tensor& data, const s
             case 0: multiply<Float32>(from, rows, weights, to); break;
             case 1: multiply<Bfloat16>(from, rows, weights, to); break;
             case 2: multiply<Float16>(from, rows, weights, to); break;
-            case 3: multiply<Int8>(from, rows, weights, to); break;
+            case 3: multiply<Int8<GROUP>>(from, rows, weights, to); break;
             case 4: multiply<Int4>(from, rows, weights, to); break;
+            case 5: multiply<Uint8>(from, rows, weights, to); break;
+            case 6: multiply<Int8<GROUP / 2>>(from, rows, weights, to); break;
             default: TORCH_CHECK(false, "block_linear: unknown kind ", kind);
         }
     }

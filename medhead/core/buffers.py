@@ -121,7 +121,8 @@ class StepBuffers:
         for spec, buffer in self.cache.buffers.items():
             buffer[:, :count, :, :used].copy_(other.cache.buffers[spec][:, :, :, :used])
         if self.draft_cache is not None:
-            other.draft_cache.flush()
+            with torch.inference_mode():  # as all that the decode loop's buffers hold
+                other.draft_cache.flush()
             self.draft_cache.cache.rows[:count, :used].copy_(other.draft_cache.cache.rows[:, :used])
         self.sampling.load(other.sampling)
         self.lengths.device[:count].copy_(other.lengths.device)

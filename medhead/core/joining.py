@@ -38,7 +38,7 @@ class StoredPrefix:
 
 
 class Joining:
-    """Reads the prompts of sequences, all tokens but the last.
+    """Reads the prompts of sequences; the pass over a prompt's last token gives the sequence's first token.
 
     Args:
         target: the target, active here and in `advance`.
@@ -50,7 +50,6 @@ class Joining:
     Attributes:
         cache: the target's rows of what was read.
         draft_cache: what the proposer keeps of it, or None.
-        read: with `exact="bitwise"`, logits and features of every prompt's last token, see `read_whole`; else None.
     """
 
     @torch.inference_mode()
@@ -69,19 +68,16 @@ class Joining:
         capacity = max(map(len, texts)) + min(wanted, _ROOM) + proposer.tree_size
         self.cache = target.new_cache(len(texts), capacity)
         self.draft_cache = proposer.new_draft_cache(self.cache.lengths, capacity)
-        self.read: tuple[Tensor, Tensor] | None = None
         self._starts = [0] * len(texts) if prefixes is None else [prefix.length for prefix in prefixes]
         for row, prefix in enumerate(prefixes or ()):
             self._load(row, prefix)
         self._reader: PromptReader | None = None
-        if inputs is None and target.bitwise is not None:
-            self.read = read_whole(target, self.cache, texts, self._on_chunk)
-            self._features = self.read[1].clone()
-        elif inputs is None:
-            rows = [text[:-1] for text in texts]
-            self._reader = PromptReader(target, self.cache, rows, self._on_chunk, self._starts)
+        if inputs is not None:
+            self._at_once = target.prefill_inputs(self.cache, inputs, self._on_chunk)
+        elif target.bitwise is not None:
+            self._at_once = read_whole(target, self.cache, texts, self._on_chunk)
         else:
-            self._features = target.prefill_inputs(self.cache, inputs, self._on_chunk)
+            self._reader = PromptReader(target, self.cache, texts, self._on_chunk, self._starts)
 
     @property
     def left(self) -> int:
@@ -91,7 +87,7 @@ class Joining:
     def known(self, row: int) -> int:
         """Return how many tokens of a prompt were read, stored ones included."""
         done = 0 if self._reader is None else self._reader.done
-        return min(self._starts[row] + done, len(self._texts[row]) - 1)
+        return min(self._starts[row] + done, len(self._texts[row]))
 
     @torch.inference_mode()
     def advance(self, chunk: int) -> None:
@@ -99,11 +95,19 @@ class Joining:
         assert self._reader is not None
         self._reader.advance(chunk)
 
+    @property
+    def read(self) -> tuple[Tensor, Tensor]:
+        """The logits `[batch, vocab]` and features `[batch, size]` of every prompt's last token, once all is read."""
+        if self._reader is None:
+            return self._at_once
+        assert self._reader.logits is not None, "prompts have at least one token"
+        return self._reader.logits, self._reader.features
+
     def buffers(self, sampling: SamplingBatch) -> StepBuffers:
-        """Return the state of the sequences, of which everything is read."""
-        features = self._features if self._reader is None else self._reader.features
+        """Return the state of the sequences before their first token: the roots are the prompts' last tokens."""
+        self.cache.lengths.set([len(text) - 1 for text in self._texts])
         roots = torch.tensor([text[-1] for text in self._texts], device=self._target.device)
-        return StepBuffers(self.cache, self.draft_cache, roots, features, sampling)
+        return StepBuffers(self.cache, self.draft_cache, roots, torch.zeros_like(self.read[1]), sampling)
 
     def _load(self, row: int, prefix: StoredPrefix) -> None:
         if not prefix.length:

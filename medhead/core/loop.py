@@ -26,7 +26,6 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.kv_cache import compact_order
 from medhead.model.prompt_inputs import PromptInputs
-from medhead.model.prompt_reader import read_whole
 from medhead.model.target import PREFILL_CHUNK, Target
 from medhead.proposers.base import Proposer, VerifyOutput
 
@@ -55,7 +54,7 @@ class DecodeLoop:
         lockstep: set before `run` where callbacks look at the whole batch: those of all sequences; none may join later.
         on_output: called with the result of every step but captured ones; None for nothing.
         times: of the parts of all steps; None without `profile`.
-        prefill_seconds: time to read prompts.
+        prefill_seconds: time to read prompts and to emit their first tokens.
         decode_seconds: time of all steps.
         capture_seconds: time to make captured steps ready, not part of `decode_seconds`.
         captured_steps: how many steps were captured ones.
@@ -106,18 +105,18 @@ class DecodeLoop:
         self.prefill_seconds += time.perf_counter() - began
 
     def add(self, joining: Joining) -> None:
-        """Decode sequences whose prompts are read from the next step on; first emit the tokens that the prompts' pass gave."""
+        """Emit the first tokens of sequences whose prompts are read; from the next step on they are decoded with the others."""
         self._leave_captured()
+        self._inference_mode = torch.is_inference_mode_enabled()
         sequences = joining.sequences
         with torch.inference_mode():
             buffers = joining.buffers(self._sampling(sequences))
-        if joining.read is not None:
-            running = self._decode(sequences, buffers, joining.proposer, joining.read)
-            with torch.inference_mode():
-                sequences = self._keep(running, sequences, buffers, joining.proposer)
-        if not sequences:
-            return
+        running = self._decode(sequences, buffers, joining.proposer, joining.read)
+        self.cache_bytes = max(self.cache_bytes, buffers.cache.nbytes())
         with torch.inference_mode():
+            sequences = self._keep(running, sequences, buffers, joining.proposer)
+            if not sequences:
+                return
             if joining.proposer is not self.proposer:
                 if self._buffers is None:
                     self.proposer.begin(self.target, [])
@@ -187,7 +186,8 @@ class DecodeLoop:
         read: tuple[Tensor, Tensor] | None = None,
     ) -> list[int]:
         """Decode sequences by one pass, or by what the prompts' pass has read; return the places of those that go on."""
-        mark = StepClock(self.times, self.target.device) if self.times is not None else lambda part: None
+        times = self.times if read is None else None
+        mark = StepClock(times, self.target.device) if times is not None else lambda part: None
         mark("other")
         scores: list[list[Tensor]] | None = None
 
@@ -197,7 +197,7 @@ class DecodeLoop:
             return accepted
 
         texts = [sequence.token_ids for sequence in sequences]
-        room = self._room(sequences)
+        room = 0 if read else self._room(sequences)
         constraints = BatchConstraints.of(sequences, room, proposer)
         max_depth = min(proposer.next_depth, room)
         with torch.inference_mode():
@@ -289,10 +289,7 @@ class DecodeLoop:
             raise MedheadError(f"a text with images cannot go on beyond {length - 1} tokens with {self.target.name}")
         cache, rows = self._buffers.cache, [one.token_ids for one in self.sequences]
         again = self.target.new_cache(len(rows), cache.capacity)
-        if self.target.bitwise is not None:
-            read_whole(self.target, again, rows)
-        else:
-            self.target.prefill(again, [row[:-1] for row in rows])
+        self.target.prefill(again, rows)
         longest = cache.lengths.longest
         for spec, buffer in cache.buffers.items():
             buffer[:, :, :, :longest] = again.buffers[spec][:, :, :, :longest]

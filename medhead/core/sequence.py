@@ -34,7 +34,7 @@ class Sequence:
     cache_salt: str | None = None  # see `Request`
     constraint: Constraint | None = None  # the state of its grammar; None for any text
     output_ids: list[int] = field(default_factory=list)  # new token ids
-    passes: int = 0  # verify passes so far
+    passes: int = 0  # verify passes so far, that over the prompt included
     scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded
     logits: list[Tensor] = field(default_factory=list)  # raw logits `[vocab]` of every new token, if recorded
 

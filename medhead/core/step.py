@@ -45,8 +45,8 @@ def decode_step(
         texts: prompt and output of every sequence; empty for fixed buffers.
         mark: called with the name of each part as it ends, for profiles.
         constraints: grammars of the sequences, to which the trees are fitted; None for none.
-        read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where the prompts' pass has read them; the
-            trees are then the roots alone and there is no pass.
+        read: logits `[batch, vocab]` and features `[batch, size]` of the roots, where these are the last tokens of prompts and
+            read with them: `max_depth` is then 0, and there is no pass.
     """
     cache, lengths, fixed = buffers.cache, buffers.lengths, buffers.fixed
     reach = max_depth if constraints is None else max(max_depth, constraints.max_depth)
@@ -55,11 +55,11 @@ def decode_step(
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
-    tree = proposer.propose(state, 0 if read else max_depth)
+    tree = proposer.propose(state, max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)
     drafted: list[int] = []
-    if constraints is not None and not read:
+    if constraints is not None:
         tree, drafted = constraints.fit(tree)
     mark("propose")
     began = time.perf_counter()
@@ -72,11 +72,16 @@ def decode_step(
         result.counts, result.emitted = accepted.counts.tolist(), accepted.emitted.tolist()
         result.seconds = 0.0 if read else time.perf_counter() - began
     mark("accept")
-    cache.commit(accepted.path, counts)
+    if not read:
+        cache.commit(accepted.path, counts)
     if buffers.draft_cache is not None:
         path_features = features if tree.nodes == 1 else gather_path(features, accepted.path)
         proposer.update_draft_cache(buffers.draft_cache, path_features, accepted.emitted, counts)
-    buffers.roots.copy_(accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0])
+    roots = accepted.emitted.gather(1, accepted.counts[:, None] - 1)[:, 0]
+    if fixed:
+        buffers.roots.copy_(roots)
+    else:
+        buffers.roots = roots  # the old ones may be part of the tree, which the proposer has yet to learn from
     buffers.features.copy_(gather_last(features, accepted.last))
     lengths.advance(counts, result.counts)
     if buffers.output is not None:

@@ -6,9 +6,9 @@ found by its numbers: it is the one whose dequantised rows are the rows of the l
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from medhead_kernels.packed_linear import row_checksums
 
 
 class Levels(NamedTuple):
-    """A tensor of a file: `weight = levels * scales + minimums`, with a scale for every 32 inputs."""
+    """A tensor of a file: `weight = levels * scales + minimums`, with a scale for every 32 inputs, or 16 (`int8 by 16`)."""
 
     levels: Tensor  # [out, size] integers
     scales: Tensor  # [out, groups] float32
@@ -28,7 +28,7 @@ class Levels(NamedTuple):
 
     def weight(self) -> Tensor:
         """Return `[out, size]` float32, by the arithmetic of the package gguf."""
-        grouped = self.levels.float().unflatten(1, (-1, GROUP)) * self.scales[..., None]
+        grouped = self.levels.float().unflatten(1, (self.scales.shape[1], -1)) * self.scales[..., None]
         return (grouped + self.minimums[..., None] if self.minimums.numel() else grouped).flatten(1)
 
     def rows(self, order: Tensor) -> Levels:
@@ -38,7 +38,7 @@ class Levels(NamedTuple):
 
 
 def find_blocks(path: Path, layers: Sequence[nn.Linear]) -> dict[nn.Module, Blocks]:
-    """Return the blocks of the layers whose weights the file holds in 8 or 4 bits (Q8_0, Q4_0, Q4_1); others are left out."""
+    """Return the blocks of the layers whose weights the file holds in 4 to 8 bits (`_PARSERS`); others are left out."""
     wanted: dict[tuple[int, ...], list[nn.Linear]] = {}
     for layer in layers:
         wanted.setdefault(tuple(layer.weight.shape), []).append(layer)
@@ -73,7 +73,8 @@ def _tensors(path: Path) -> Iterator[Levels]:
 
 def parse(kind: str, raw: Tensor, size: int) -> Levels:
     """Return the integers of a tensor of `[out, bytes]` uint8 that stores `[out, size]` weights of a type of GGUF."""
-    return _PARSERS[kind](raw.unflatten(1, (size // GROUP, -1)))
+    parser = _PARSERS[kind]
+    return parser(raw.unflatten(1, (size // (_SUPERBLOCK if kind.endswith("_K") else GROUP), -1)))
 
 
 def _half(blocks: Tensor, place: int) -> Tensor:
@@ -81,10 +82,20 @@ def _half(blocks: Tensor, place: int) -> Tensor:
     return blocks[..., place : place + 2].contiguous().view(torch.float16)[..., 0].float()
 
 
-def _nibbles(blocks: Tensor, place: int) -> Tensor:
-    """Return the 32 4-bit integers of every block: the lower bits of 16 bytes, then the upper ones."""
-    stored = blocks[..., place:]
-    return torch.cat([stored & 15, stored >> 4], -1).flatten(1)
+def _nibbles(stored: Tensor) -> Tensor:
+    """Return the lower 4 bits of all bytes of the last dimension, then the upper ones."""
+    return torch.cat([stored & 15, stored >> 4], -1)
+
+
+def _bits(stored: Tensor) -> Tensor:
+    """Return the 8 bits of every byte, the lowest first, in a new last dimension."""
+    return stored[..., None] >> torch.arange(8, dtype=torch.uint8) & 1
+
+
+def _five(blocks: Tensor, place: int) -> Tensor:
+    """Return the 32 5-bit integers of every block: the upper bits are in 4 bytes, the others in the 16 bytes after them."""
+    upper = _bits(blocks[..., place : place + 4]).flatten(-2)
+    return (_nibbles(blocks[..., place + 4 :]) | upper << 4).flatten(1)
 
 
 def _q8_0(blocks: Tensor) -> Levels:
@@ -93,11 +104,57 @@ def _q8_0(blocks: Tensor) -> Levels:
 
 def _q4_0(blocks: Tensor) -> Levels:
     scales = _half(blocks, 0)
-    return Levels(_nibbles(blocks, 2), scales, -8 * scales, "int4")
+    return Levels(_nibbles(blocks[..., 2:]).flatten(1), scales, -8 * scales, "int4")
 
 
 def _q4_1(blocks: Tensor) -> Levels:
-    return Levels(_nibbles(blocks, 4), _half(blocks, 0), _half(blocks, 2), "int4")
+    return Levels(_nibbles(blocks[..., 4:]).flatten(1), _half(blocks, 0), _half(blocks, 2), "int4")
 
 
-_PARSERS: dict[str, Any] = {"Q8_0": _q8_0, "Q4_0": _q4_0, "Q4_1": _q4_1}
+def _q5_0(blocks: Tensor) -> Levels:
+    return Levels(_five(blocks, 2).to(torch.int8) - 16, _half(blocks, 0), torch.empty(0), "int8")
+
+
+def _q5_1(blocks: Tensor) -> Levels:
+    return Levels(_five(blocks, 4), _half(blocks, 0), _half(blocks, 2), "uint8")
+
+
+def _scales_and_minimums(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """Return those of the 8 groups of every superblock: 6-bit integers in 12 bytes, times two float16 numbers."""
+    first, second, third = blocks[..., 4:16].unflatten(-1, (3, 4)).unbind(-2)
+    scales = torch.cat([first & 63, third & 15 | first >> 6 << 4], -1)
+    minimums = torch.cat([second & 63, third >> 4 | second >> 6 << 4], -1)
+    scales, minimums = _half(blocks, 0)[..., None] * scales, _half(blocks, 2)[..., None] * minimums
+    return scales.flatten(1), -minimums.flatten(1)
+
+
+def _q4_k(blocks: Tensor) -> Levels:
+    levels = _nibbles(blocks[..., 16:].unflatten(-1, (4, 32)))
+    return Levels(levels.flatten(1), *_scales_and_minimums(blocks), "int4")
+
+
+def _q5_k(blocks: Tensor) -> Levels:
+    upper = _bits(blocks[..., 16:48]).transpose(-1, -2)  # a bit of every byte for each group
+    levels = _nibbles(blocks[..., 48:].unflatten(-1, (4, 32))).unflatten(-1, (2, 32)).flatten(-3, -2) | upper << 4
+    return Levels(levels.flatten(1), *_scales_and_minimums(blocks), "uint8")
+
+
+def _q6_k(blocks: Tensor) -> Levels:
+    lower = _nibbles(blocks[..., :128].unflatten(-1, (2, 64)))
+    pairs = blocks[..., 128:192].unflatten(-1, (2, 32))
+    upper = torch.cat([pairs >> shift & 3 for shift in (0, 2, 4, 6)], -1)
+    scales = _half(blocks, 208)[..., None] * blocks[..., 192:208].contiguous().view(torch.int8)
+    return Levels((lower | upper << 4).to(torch.int8).flatten(1) - 32, scales.flatten(1), torch.empty(0), "int8 by 16")
+
+
+_SUPERBLOCK = 256  # weights
+_PARSERS: dict[str, Callable[[Tensor], Levels]] = {
+    "Q8_0": _q8_0,
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q4_K": _q4_k,
+    "Q5_K": _q5_k,
+    "Q6_K": _q6_k,
+}

@@ -126,19 +126,20 @@ def check_later_passes(target: Target, inputs: PromptInputs) -> None:
 
 def prefill_prompts(
     target: Target, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Fill an empty cache with whole prompts of several rows, images included, in one pass.
 
-    The first time the logits after the prompts are compared with those of the model's own pass.
+    The first time the prompts are read twice more: their last tokens as those of a tree, and all by the model's own pass. The
+    logits are compared.
 
     Args:
         target: the target, active.
         cache: an empty cache.
         inputs: of the prompts.
-        on_chunk: called with the features `[batch, tokens, size]` of all tokens but the last, and 0.
+        on_chunk: called with the features `[batch, tokens, size]` of all tokens, and 0.
 
     Returns:
-        features `[batch, size]` of the token before the last of every row.
+        logits `[batch, vocab]` and features `[batch, size]` of the last token of every row.
 
     Raises:
         UnsupportedTargetError: the model cannot decode after such prompts.
@@ -146,23 +147,27 @@ def prefill_prompts(
     if target.state_layers is not None:
         raise UnsupportedTargetError(f"{target.name} reads images and its layers hold states; give it text alone")
     check_later_passes(target, inputs)
-    features, expected = _read_prompts(target, cache, inputs, on_chunk)
     if not target.checked_inputs:
+        expected, _ = _read_prompts(target, cache, inputs)
+        cache.lengths.set([length - 1 for length in inputs.lengths()])
         logits, _ = target.verify(cache, TokenTree.root(inputs.last_tokens()))
         check_prompt_logits(target, inputs, expected, logits[:, 0])
         with target.own_attention():
             own = own_logits(target, inputs)
         check_prompt_logits(target, inputs, own, logits[:, 0])
         target.checked_inputs = True
-    return features
+    logits, features = _read_prompts(target, cache, inputs)
+    if on_chunk is not None:
+        on_chunk(features, 0)
+    lengths = torch.tensor(inputs.lengths(), device=features.device)
+    cache.lengths.set(inputs.lengths())
+    return logits, features[torch.arange(len(lengths), device=features.device), lengths - 1]
 
 
-def _read_prompts(
-    target: Target, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None
-) -> tuple[Tensor, Tensor]:
-    """Read prompts; return features `[batch, size]` of the token before the last of every row, and logits of the last.
+def _read_prompts(target: Target, cache: TreeCache, inputs: PromptInputs) -> tuple[Tensor, Tensor]:
+    """Read prompts; return logits `[batch, vocab]` of the last token of every row, and features `[batch, tokens, size]`.
 
-    The last token of every row is read too, but not kept: it is the root of the first tree.
+    The caller sets the cache's lengths, which are 0.
     """
     packed = inputs.without_padding()
     lengths = torch.tensor(inputs.lengths(), device=packed.input_ids.device)
@@ -179,14 +184,11 @@ def _read_prompts(
             f"{target.name} cannot read a prompt with {', '.join(sorted(inputs.arguments))}: {reason}"
         ) from error
     rows = torch.arange(len(lengths), device=lengths.device)
-    cache.lengths.set((lengths - 1).tolist())
     if (positions := arguments.get("position_ids")) is not None:
         last = positions[..., rows.to(positions.device), (lengths - 1).to(positions.device)]
         offset = last - (lengths - 1).to(positions.device) - target.first_position  # `[..., batch]`
         cache.position_offset = offset if bool(offset.any()) or offset.ndim > 1 else None
-    if on_chunk is not None:
-        on_chunk(features[:, :-1], 0)
-    return features[rows, (lengths - 2).clamp(min=0)], logits[:, -1]
+    return logits[:, -1], features
 
 
 @torch.no_grad()

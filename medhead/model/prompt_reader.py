@@ -20,12 +20,13 @@ class PromptReader:
     Args:
         target: reads them; it must be active during `advance`.
         cache: holds the first `starts` tokens of the rows; it is not touched by others until all is read.
-        rows: texts without their last token, which is the root of the first tree.
+        rows: token ids of the texts.
         on_chunk: called with the features `[batch, nodes, size]` of every chunk, and the number of tokens of every row that
             were read before it.
         starts: how many tokens of every row the cache holds; 0 if None.
 
     Attributes:
+        logits: `[batch, vocab]` of every row's last token, once all is read; None before the first chunk.
         features: `[batch, size]` of every row's last token; zeros for a row of which nothing was read.
         left: tokens of the longest row that are still to be read.
         done: tokens of the longest row that were read.
@@ -48,6 +49,7 @@ class PromptReader:
         for index, tail in enumerate(tails):
             padded[index, : len(tail)] = torch.tensor(tail, dtype=torch.long)
         self._tokens, self._on_device = padded.to(target.device), torch.tensor(self._counts, device=target.device)
+        self.logits: torch.Tensor | None = None
         self.features = torch.zeros(len(rows), target.feature_size, dtype=target.dtype, device=target.device)
         cache.lengths.set(self._starts if self.left else self._lengths)
 
@@ -56,7 +58,7 @@ class PromptReader:
         layers = self._target.state_layers
         if layers is not None and not layers.in_chunks:
             chunk = self.left
-        with self._target.length_rope.reading([length + 1 for length in self._lengths], self._target.device):
+        with self._target.length_rope.reading(self._lengths, self._target.device):
             self._read(min(chunk, self.left))
         if not self.left:
             self._cache.lengths.set(self._lengths)
@@ -67,12 +69,13 @@ class PromptReader:
             cache.begin_prompts([min(max(0, count - done), nodes) for count in self._counts], nodes)
         cache.lengths.set([start + done for start in self._starts])
         last = (self._on_device - 1 - done).clamp(0, nodes - 1)
-        _, features = target.read_chunk(cache, self._tokens[:, done : done + nodes], last)
+        logits, features = target.read_chunk(cache, self._tokens[:, done : done + nodes], last)
         if self._on_chunk is not None:
             self._on_chunk(features, done)
-        inside = (self._on_device > done) & (self._on_device <= done + nodes)
+        inside = ((self._on_device > done) & (self._on_device <= done + nodes))[:, None]
         at_last = features[torch.arange(len(last), device=last.device), last]
-        self.features = torch.where(inside[:, None], at_last.to(self.features.dtype), self.features)
+        self.logits = logits if self.logits is None else torch.where(inside, logits, self.logits)
+        self.features = torch.where(inside, at_last.to(self.features.dtype), self.features)
         self.done, self.left = done + nodes, self.left - nodes
 
 
@@ -81,8 +84,7 @@ def read_whole(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Fill an empty cache with whole texts as transformers reads them: each row alone, in one pass.
 
-    The cache's lengths then leave out the last token of every row, the root of a tree whose pass this was; its keys are in
-    place. `on_chunk` is called once, with the features of all tokens but the last.
+    `on_chunk` is called once, with the features of all tokens.
 
     Returns:
         logits `[batch, vocab]` and features `[batch, size]` of every last token.
@@ -98,7 +100,7 @@ def read_whole(
         features.append(found[1][0])
         if alone is not cache:
             cache.load_tokens(index, iter(alone.copy_tokens(0, 0, len(row))))
-    cache.lengths.set([len(row) - 1 for row in rows])
-    if on_chunk is not None and max(map(len, rows)) > 1:
-        on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True)[:, :-1], 0)
+    cache.lengths.set([len(row) for row in rows])
+    if on_chunk is not None:
+        on_chunk(torch.nn.utils.rnn.pad_sequence(features, batch_first=True), 0)
     return torch.cat(logits), torch.stack([one[-1] for one in features])

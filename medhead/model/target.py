@@ -42,7 +42,7 @@ from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
 from medhead.model.probe import probe_target
 from medhead.model.prompt_inputs import PromptInputs, prefill_prompts
-from medhead.model.prompt_reader import PromptReader
+from medhead.model.prompt_reader import PromptReader, read_whole
 from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
@@ -294,9 +294,10 @@ class Target:
         """Fill an empty cache with the tokens of each row in chunks; return `[batch, size]` features of every last token.
 
         Rows may have different lengths; an empty one has zeros as features. `on_chunk` is called with the features
-        `[batch, nodes, size]` of every chunk and the position of its first token. A row is a text without its last token,
-        which is the root of the first tree.
+        `[batch, nodes, size]` of every chunk and the position of its first token.
         """
+        if self.bitwise is not None:
+            return read_whole(self, cache, rows, on_chunk)[1]
         reader = PromptReader(self, cache, rows, on_chunk)
         while reader.left:
             reader.advance(chunk or PREFILL_CHUNK)
@@ -318,7 +319,7 @@ class Target:
 
     def prefill_inputs(
         self, cache: TreeCache, inputs: PromptInputs, on_chunk: Callable[[Tensor, int], None] | None = None
-    ) -> Tensor:
+    ) -> tuple[Tensor, Tensor]:
         """Fill an empty cache with whole prompts that hold images; see `prefill_prompts`."""
         with self.length_rope.reading(inputs.lengths(), self.device):
             return prefill_prompts(self, cache, inputs, on_chunk)

@@ -34,7 +34,7 @@ class DecodeState:
         texts: prompt and emitted tokens of every sequence, the root last; empty in a captured step.
         roots: `[batch]` root tokens on the target's device.
         features: `[batch, size]` of the target at the token before the root: its last hidden state, or the outputs of the
-            proposer's `feature_layers`.
+            proposer's `feature_layers`; zeros before the first token, which the pass over the prompt gives.
         noise: Gumbel noise of the coming positions, or None when decoding is greedy.
         temperature: what logits are divided by before the noise is added, a number or `[batch, 1, 1]`.
         draft_cache: what `Proposer.new_draft_cache` returned, brought up to date.

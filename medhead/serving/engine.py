@@ -287,7 +287,8 @@ class Engine:
         for one in reading:
             self._states[id(one)].handle.result.busy += spent
         self._charge(batch, spent)
-        self._deliver(batch, reading, 0.0)  # with `exact="bitwise"` their first tokens
+        self._deliver(batch, reading, 0.0)  # their first tokens
+        batch.loop.output = None  # captured steps give none for the others
         self._deliver(batch, running, spent)
 
     def _step(self, batch: DecodeBatch) -> None:

@@ -67,8 +67,7 @@ class PrefixCache:
     def find(self, text: list[int], draft_key: Hashable = None, salt: str | None = None) -> StoredPrefix:
         """Return what is known of the beginning of a prompt.
 
-        Its last two tokens are never part of it: the last one is the root of the first tree, which needs the target's feature
-        of the one before.
+        Its last token is never part of it: the pass over it gives the first token of the text.
 
         Args:
             text: the prompt.
@@ -81,7 +80,7 @@ class PrefixCache:
         if draft_key is not None:
             known = next((at for at, block in enumerate(path) if draft_key not in block.drafts), len(path))
             path, sizes = path[:known], sizes[:known]
-        length = min(sum(sizes) - (draft_key is not None), len(text) - 2)
+        length = sum(sizes) - (draft_key is not None)
         if self._has_states:
             while path and not (path[-1].states and sizes[-1] == len(path[-1].tokens) and sum(sizes) <= length):
                 path, sizes = path[:-1], sizes[:-1]

@@ -96,7 +96,7 @@ class StepOutput:
         sources: the proposer of every token: `heads 1`, `heads 2`, ... by depth, `ngram`, `recycling`, `lookahead`, `grammar`, or
             `bonus` for the target's own token. Empty without `trace`.
         tree: the tree of this pass, with `trace`.
-        seconds: of this pass.
+        seconds: of this pass; 0 for that over the prompt.
         logprobs: of every token of `tokens`, if the request asks for them.
     """
 
@@ -118,7 +118,7 @@ class Result:
         prompt_tokens: of the prompt.
         cached_tokens: of the prompt that were known from earlier requests and not read again.
         new_tokens: that were produced.
-        passes: verify passes it took part in; `new_tokens` for plain decoding.
+        passes: verify passes it took part in, and that over the prompt; `new_tokens` for plain decoding.
         lengths: tokens of every pass, in order.
         seed: of its noise (0 for greedy decoding).
         proposer: name of the proposer that served it.

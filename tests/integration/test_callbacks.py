@@ -153,7 +153,7 @@ def test_callbacks_see_the_batch_as_in_transformers(
         ours, decoder = CALLBACKS[name](), Decoder(model, proposer)
         assert torch.equal(run(decoder.generate, ours, inputs, **options), expected), proposer.name
         assert calls(ours) == calls(theirs), proposer.name
-    assert decoder.statistics.accepted_length > 1.1
+    assert max(decoder.statistics.lengths) > 1  # the prompts' pass and passes of ended rows have one token each
 
 
 def test_padding_is_not_counted(model: PreTrainedModel) -> None:

@@ -18,6 +18,7 @@ from gguf_files import dequantised, write_gguf
 from medhead.cli.main import main
 from medhead.model import gguf as gguf_module
 from medhead.model.gguf import is_gguf, read_header
+from medhead_kernels import block_linear
 
 TEXT = "Once upon a time the dragon said: Grüße! 12 日本語 <|end|>"
 
@@ -166,15 +167,19 @@ def test_stored_weights_are_those_of_the_file(
         assert torch.equal(decoder.generate(ids, max_new_tokens=30, do_sample=False), expected)
 
 
-@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"])
 def test_integers_of_a_tensor(kind: str) -> None:
-    """The blocks of every type are, row by row and bit for bit, what the package gguf dequantises."""
+    """The blocks of every type are, row by row and bit for bit, what the package gguf dequantises from any bytes."""
     import numpy as np
-    from gguf import GGMLQuantizationType, quants
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
     from medhead.model.gguf_blocks import parse
 
-    weight = np.random.default_rng(0).standard_normal((40, 96)).astype(np.float32)
-    stored = quants.quantize(weight, GGMLQuantizationType[kind])
-    found = parse(kind, torch.from_numpy(stored), 96).weight()
-    assert torch.equal(found, torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType[kind])))
+    size, num_bytes = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    stored = np.random.default_rng(0).integers(0, 256, (40, 3 * num_bytes), np.uint8)
+    for place in {"Q6_K": [208], "Q8_0": [0], "Q4_0": [0], "Q5_0": [0]}.get(kind, [0, 2]):  # finite scales and minimums
+        stored[:, place + 1 :: num_bytes] &= 0xBF
+    found = parse(kind, torch.from_numpy(stored), 3 * size)
+    expected = torch.from_numpy(quants.dequantize(stored, GGMLQuantizationType[kind]))
+    assert torch.equal(found.weight(), expected)
+    assert torch.equal(block_linear.rows(block_linear.from_levels(*found)), expected)

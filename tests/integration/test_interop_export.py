@@ -20,6 +20,8 @@ from medhead.heads.formats import FORMATS, export_heads
 from medhead.model.target import Target
 from medhead_training.export import main as export_main
 from medhead_training.export import write as write_checkpoint
+from medhead_training.objective.builders import make_heads
+from medhead_training.trainer.options import TrainOptions
 
 
 @pytest.mark.parametrize("name", EXPORTS)
@@ -29,6 +31,9 @@ def test_exported_heads_compute_the_same(deep: PreTrainedModel, deep_target: Tar
     write_checkpoint(export_heads(heads, deep_target, checkpoint_format), tmp_path / "out", torch.float32)
     again = load_heads(tmp_path / "out", deep_target)
     assert (again.config.kind, again.config.depth) == (heads.config.kind, heads.config.depth)
+    if checkpoint_format == "vllm-medusa":  # vLLM drafts from all tokens
+        heads.draft_tokens, heads.config.draft_vocab_size = None, 0
+    assert again.config.draft_vocab_size == heads.config.draft_vocab_size
     before, after = logits_in_training(heads, deep_target, TEXT), logits_in_training(again, deep_target, TEXT)
     for (anchor, depth, logits), (anchor_after, depth_after, logits_after) in zip(before, after, strict=True):
         assert (anchor, depth) == (anchor_after, depth_after)
@@ -38,7 +43,7 @@ def test_exported_heads_compute_the_same(deep: PreTrainedModel, deep_target: Tar
 def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Path) -> None:
     """Tensor names, shapes and configuration of exports are those of the checkpoints above, which engines load."""
     pairs = {"eagle3": "eagle3", "dflash": "dflash", "speculator": "speculator", "speculator-tied": "speculator-tied"}
-    for export, made in pairs.items():
+    for export, made in (pairs | {"speculators": "eagle3-speculators"}).items():
         make, fields = MAKERS[made]
         make(tmp_path / made, **fields)
         checkpoint_format, config = EXPORTS[export]
@@ -53,6 +58,8 @@ def test_exported_names_are_the_published_ones(deep_target: Target, tmp_path: Pa
         given = json.loads((tmp_path / export / "out" / "config.json").read_text())
         assert wanted.keys() - given.keys() <= {"rope_parameters"}, export
         assert wanted["architectures"] == given["architectures"]
+        layers = [config.get("transformer_layer_config", {}).keys() for config in (wanted, given)]
+        assert layers[0] <= layers[1]
     given = json.loads((tmp_path / "eagle3" / "out" / "config.json").read_text())
     assert given[IDS] == [2, 5, 7]
     assert given["eagle_config"][IDS] == [1, 4, 6]
@@ -97,6 +104,51 @@ def test_whole_vocabularies_and_biases_as_vllm_reads_them(deep_target: Target) -
     assert whole.config["draft_vocab_size"] == V
     medusa = export_heads(random_heads(deep_target, **EXPORTS["medusa-matrices"][1]), deep_target, "medusa")
     assert medusa.config["medusa_fc_bias"] is True
+
+
+def test_the_configuration_of_speculators(deep: PreTrainedModel, deep_target: Target) -> None:
+    """It names the model and the tokens of a pass, which vLLM reads, and says the rest as `eagle3` does."""
+    heads = random_heads(deep_target, **EXPORTS["speculators"][1])
+    flat, nested = (export_heads(heads, deep_target, name).config for name in ("eagle3", "speculators"))
+    assert nested["speculators_model_type"] == "eagle3"
+    asked = nested["speculators_config"]
+    assert asked["proposal_methods"][0]["speculative_tokens"] == 4
+    assert asked["verifier"] == {"name_or_path": deep.config.name_or_path, "architectures": ["LlamaForCausalLM"]}
+    said = nested["transformer_layer_config"] | nested
+    assert {name: said[name] for name in flat.keys() - {"architectures", "eagle_config"}}.items() <= flat.items()
+    assert "eagle_config" not in said
+
+
+def test_a_draft_vocabulary_as_vllm_reads_it(deep: PreTrainedModel, deep_target: Target, tmp_path: Path) -> None:
+    """vLLM 0.32 refuses the `token_map` of its own Medusa format: the whole output matrix is written, or nothing."""
+    checkpoint_format, fields = EXPORTS["vllm-medusa-cut"]
+    cut = export_heads(random_heads(deep_target, **fields), deep_target, checkpoint_format)
+    assert "token_map" not in cut.tensors
+    assert cut.config["truncated_vocab_size"] is None
+    assert torch.equal(cut.tensors["lm_heads.0.weight"], deep.lm_head.weight)
+    make, made = MAKERS["vllm-truncated"]
+    make(tmp_path / "truncated", **made)
+    with pytest.raises(MedheadError, match=r"vLLM loads no token_map, .* has the rows of 30 of 64 tokens"):
+        export_heads(load_heads(tmp_path / "truncated", deep_target), deep_target, checkpoint_format)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_blocks_that_finetune_masks_with_a_token_become_dflash(
+    deep: PreTrainedModel, deep_target: Target, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """`finetune --mask-token` makes what the format needs, whatever type the heads are stored in."""
+    given: dict[str, Any] = {"kind": "block", "depth": 3, "draft_vocab": 0, "correction": "none", "mask_token": 9}
+    options = TrainOptions(model="m", data=["d"], output="o", **given)
+    save_heads(make_heads(options, deep_target, None), deep, tmp_path / "heads", dtype)  # type: ignore[arg-type]
+    exported = export_heads(load_heads(tmp_path / "heads", deep_target), deep_target, "dflash")
+    assert (exported.config["block_size"], exported.config["dflash_config"]["mask_token_id"]) == (4, 9)
+    for changes, message in (
+        ({"mask_token": V}, f"--mask-token must be from -1 to {V - 1}, .* got {V}"),
+        ({"kind": "recurrent"}, "--mask-token goes with --kind block, got --kind recurrent"),
+    ):
+        wrong = TrainOptions(model="m", data=["d"], output="o", **(given | changes))
+        with pytest.raises(MedheadError, match=message):
+            make_heads(wrong, deep_target, None)  # type: ignore[arg-type]
 
 
 def test_the_table_of_formats(deep_target: Target, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,5 +117,5 @@ def test_folders_that_cannot_be_read(deep: PreTrainedModel, deep_target: Target,
     with pytest.raises(MedheadError, match="must hold names and values"):
         load_heads(tmp_path / "heads", deep_target)
     deep.save_pretrained(tmp_path / "model")
-    with pytest.raises(MedheadError, match="none of the formats vllm-medusa, medusa, mlp_speculator, dflash, eagle3"):
+    with pytest.raises(MedheadError, match=r"none of the formats vllm-medusa, .*, speculators, eagle3"):
         load_heads(tmp_path / "model", deep_target)

@@ -25,6 +25,11 @@ def made(out: int, size: int, kind: str, seed: int = 0) -> Blocks:
     weight = torch.randn(out, size, generator=torch.Generator().manual_seed(seed))
     if kind in ("int8", "int4"):
         return block_linear.round_to(weight, kind)
+    if kind in ("uint8", "int8 by 16"):
+        groups = -(-size // 32) * (1 if kind == "uint8" else 2)
+        levels = (weight * 40).round() if kind != "uint8" else (weight * 40 + 128).round().clamp(0, 255)
+        scales = torch.rand(out, groups) / 40
+        return block_linear.from_levels(levels, scales, -128 * scales if kind == "uint8" else torch.empty(0), kind)
     return block_linear.store(weight.to(getattr(torch, kind)))
 
 

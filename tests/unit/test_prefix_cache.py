@@ -52,7 +52,7 @@ def test_the_longest_known_beginning_is_found_and_right(plans, with_drafts) -> N
     for text in texts_of(plans):
         found = cache.find(text, KEY if with_drafts else None)
         longest = max((min(common(text, one), len(one) - 1, len(text) - 1) for one in seen), default=0)
-        assert found.length == max(0, min(longest - with_drafts, len(text) - 2))
+        assert found.length == max(0, longest - with_drafts)
         if found.length:
             assert torch.equal(found.rows[0], rows_of(text)[:, : found.length])
         if found.length and with_drafts:
@@ -82,7 +82,7 @@ def test_states_are_those_of_the_end_of_the_prefix(plans) -> None:
     cache, seen = PrefixCache(1 << 30, has_states=True), list[list[int]]()
     for text in texts_of(plans):
         found = cache.find(text)
-        known = [len(one) - 1 for one in seen if len(one) < len(text) and common(text, one) >= len(one) - 1]
+        known = [len(one) - 1 for one in seen if len(one) <= len(text) and common(text, one) >= len(one) - 1]
         assert found.length <= max(known, default=0)
         if found.length:
             assert found.length in known
@@ -103,7 +103,7 @@ def test_texts_of_another_salt_are_not_found_and_nothing_is_left_of_them() -> No
 
     cache.store(text, copy_rows, salt="mine")
     found = {salt: cache.find(text, salt=salt).length for salt in (None, "mine", "other")}
-    assert found == {None: 0, "mine": 98, "other": 0}
+    assert found == {None: 0, "mine": 99, "other": 0}
     cache.clear()
     assert [part() for part in parts] == [None] * 2  # at once, without a garbage collection
     assert cache.find(text, salt="mine").length == 0
@@ -116,7 +116,7 @@ def test_what_was_used_last_is_kept() -> None:
         store(cache, text, with_drafts=False)
     cache.find(texts[0])
     store(cache, texts[3], with_drafts=False)
-    assert [cache.find(text).length for text in texts] == [63, 0, 63, 63]
+    assert [cache.find(text).length for text in texts] == [64, 0, 64, 64]
 
 
 def test_of_a_text_that_is_too_large_the_beginning_is_kept() -> None:

@@ -1,18 +1,21 @@
 """Write heads for serving engines: `python -m medhead_training.export`.
 
-The formats are those of `medhead.heads.formats`; an exported checkpoint computes exactly what the heads compute, and heads
-that a format cannot express are refused. Heads for an engine are trained accordingly: `--correction none` for all formats,
-`--draft-vocab 0` for `medusa`, `mlp_speculator` and `dflash`, a mask token and a root slot that predicts nothing for `dflash`.
+The formats are those of `medhead.heads.formats`; an exported checkpoint computes exactly what the heads compute, but that
+`vllm-medusa` keeps no draft vocabulary, and heads that a format cannot express are refused. Heads for an engine are trained
+accordingly: `--correction none` for all formats, `--draft-vocab 0` for `medusa`, `mlp_speculator` and `dflash`, and
+`--mask-token ID` for `dflash`.
 
-Serving with vLLM: `vllm serve MODEL --speculative-config`, K being the depth of the heads, followed by
+Serving with vLLM: `vllm serve DIR` for a folder of `speculators`, which names the model. For the other formats
+`vllm serve MODEL --speculative-config`, K being the depth of the heads, followed by
 
     vllm-medusa      '{"method": "medusa", "model": "DIR", "num_speculative_tokens": K}'
     eagle3           '{"method": "eagle3", "model": "DIR", "num_speculative_tokens": 4}'
     dflash           '{"method": "dflash", "model": "DIR", "num_speculative_tokens": K}'
 
-SGLang takes `--speculative-algorithm EAGLE3` or `DFLASH` with `--speculative-draft-model-path DIR`. TGI takes a folder of
-`medusa` or `mlp_speculator` in place of the model, whose name it reads there (`base_model_name_or_path` in config.json).
-FasterDecoding/Medusa itself needs an output matrix for each head, which is written for heads of two blocks or more.
+vLLM 0.32 loads no `mlp_speculator`. SGLang takes `--speculative-algorithm EAGLE3` or `DFLASH` with
+`--speculative-draft-model-path DIR`. TGI takes a folder of `medusa` or `mlp_speculator` in place of the model, whose name it
+reads there (`base_model_name_or_path` in config.json). FasterDecoding/Medusa itself needs an output matrix for each
+head, which is written for heads of two blocks or more.
 """
 
 from __future__ import annotations

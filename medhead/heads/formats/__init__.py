@@ -5,7 +5,8 @@
 | `medusa` | FasterDecoding/Medusa, TGI (with and without output matrices of its own) | `medusa` |
 | `vllm-medusa` | vLLM | `medusa` |
 | `mlp_speculator` | TGI, IBM's accelerators, vLLM before it removed them | `sequential` |
-| `eagle3` | EAGLE-3: vLLM, SGLang, TensorRT-LLM, speculators | `attention` |
+| `eagle3` | EAGLE-3: vLLM, SGLang, TensorRT-LLM | `attention` |
+| `speculators` | EAGLE-3 under the configuration of speculators: vLLM | `attention` |
 | `dflash` | DFlash, JetSpec: vLLM, SGLang | `block` |
 
 Each format is a `CheckpointFormat`. Tensors are taken by name and shape; one that is missing, left over or
@@ -21,7 +22,7 @@ from medhead.heads import config
 from medhead.heads.base import Heads
 from medhead.heads.formats.base import CheckpointFormat, ExportedCheckpoint
 from medhead.heads.formats.dflash import DFlash
-from medhead.heads.formats.eagle3 import Eagle3
+from medhead.heads.formats.eagle3 import Eagle3, Speculators
 from medhead.heads.formats.medusa import Medusa, VllmMedusa
 from medhead.heads.formats.mlp_speculator import MlpSpeculator
 from medhead.heads.formats.reader import CONFIG_FILE, CheckpointReader
@@ -37,7 +38,7 @@ __all__ = [
     "is_third_party",
 ]
 
-_ALL: list[CheckpointFormat] = [VllmMedusa(), Medusa(), MlpSpeculator(), DFlash(), Eagle3()]
+_ALL: list[CheckpointFormat] = [VllmMedusa(), Medusa(), MlpSpeculator(), DFlash(), Speculators(), Eagle3()]
 FORMATS = {checkpoint_format.name: checkpoint_format for checkpoint_format in _ALL}
 
 

@@ -77,14 +77,17 @@ class CheckpointFormat(ABC):
         return ExportedCheckpoint(self.config_json(heads, target), self.tensors(heads, target), self.weights_file)
 
 
-def output_matrix(heads: Heads, target: Target, depth: int = 0) -> Tensor:
-    """Return `[draft vocabulary or vocabulary, hidden]`: the heads' own output matrix, or the target's rows that they use."""
+def output_matrix(heads: Heads, target: Target, depth: int = 0, whole: bool = False) -> Tensor:
+    """Return `[draft vocabulary or vocabulary, hidden]`: the heads' own output matrix, or the target's rows that they use.
+
+    With `whole` the target's rows are those of all tokens.
+    """
     own = heads.own_output(depth)
     if own is not None:
         return own
     if getattr(target.output, "bias", None) is not None:
         raise MedheadError(f"the output matrix of {target.name} has a bias, which no checkpoint format holds")
-    tokens = heads.draft_tokens
+    tokens = None if whole else heads.draft_tokens
     return output_rows(target, None if tokens is None else tokens.to(target.device))[0]
 
 

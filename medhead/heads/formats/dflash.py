@@ -15,7 +15,7 @@ from torch import Tensor
 from medhead.heads.base import Heads
 from medhead.heads.config import HeadsConfig, fitting_config
 from medhead.heads.formats.base import CheckpointFormat, decoder_config_json, embedding_row, output_matrix
-from medhead.heads.formats.reader import CheckpointReader
+from medhead.heads.formats.reader import FLOATS, CheckpointReader
 from medhead.model.target import Target
 
 _EXTENSIONS = {
@@ -31,7 +31,7 @@ class DFlash(CheckpointFormat):
     """It holds blocks with one mask token, a root slot that predicts nothing, and no correction."""
 
     name, kind = "dflash", "block"
-    needs = "no draft vocabulary, one mask token, a root slot that predicts nothing"
+    needs = "no draft vocabulary, one mask token and a root slot that predicts nothing (finetune --mask-token)"
     loaded_by = "vLLM, SGLang"
 
     def matches(self, reader: CheckpointReader) -> bool:
@@ -71,9 +71,11 @@ class DFlash(CheckpointFormat):
         yield config.root_slot_predicts, "its root slot predicts nothing, that of these heads does (root_slot_predicts)"
         own_masks = "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)"
         yield mask < 0, own_masks
-        row = embedding_row(target, mask)
-        other = row is None or not row.equal(heads.state_dict()["mask_row"].to(row))
-        yield other, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
+        row, given = embedding_row(target, mask), heads.state_dict()["mask_row"]
+        same = row is not None and any(
+            row.to(dtype).to(row).equal(given.to(row)) for dtype in FLOATS
+        )  # as it was stored
+        yield not same, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
         yield not config.feature_layers, "it reads layers of the target, these heads read its last hidden state"
 
     def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:

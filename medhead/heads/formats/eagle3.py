@@ -1,4 +1,4 @@
-"""The format of EAGLE-3 heads (Li et al. 2025): vLLM, SGLang, TensorRT-LLM, and speculators' form of it.
+"""The formats of EAGLE-3 heads (Li et al. 2025): that of vLLM, SGLang and TensorRT-LLM, and that of speculators.
 
 Two conventions for explicit layer ids are in use. At the top level of `config.json` (vLLM, speculators) an id counts hidden
 states, so that id i is the input of layer i. Inside `eagle_config` (SGLang, SpecForge) it means the output of layer i.
@@ -20,6 +20,7 @@ from medhead.heads.formats.reader import CheckpointReader
 from medhead.model.target import Target
 
 DEPTH = 8  # such checkpoints name no depth; the heads propose this many tokens
+SPECULATIVE_TOKENS = 4  # that speculators' configuration asks of vLLM in every pass, at most
 IDS = "eagle_aux_hidden_state_layer_ids"
 
 
@@ -31,9 +32,9 @@ class Eagle3(CheckpointFormat):
     loaded_by = "vLLM, SGLang, TensorRT-LLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
-        """Look for a draft vocabulary or the norm of the feature; speculators name the algorithm."""
+        """Look for a draft vocabulary or the norm of the feature."""
         declared = any("eagle3" in name.lower() for name in reader.architectures)
-        declared |= reader.config.get("speculators_model_type") == self.name or "draft_vocab_size" in reader.config
+        declared |= "draft_vocab_size" in reader.config
         named = {"midlayer.hidden_norm.weight", "layers.0.hidden_norm.weight", "d2t"} & reader.names
         return "fc.weight" in reader.names and (declared or bool(named))
 
@@ -95,6 +96,44 @@ class Eagle3(CheckpointFormat):
             "norm_before_residual": config.norm_before_residual,
             IDS: [layer + 1 for layer in config.feature_layers],
             "eagle_config": {"use_aux_hidden_state": True, IDS: list(config.feature_layers)},
+        }
+
+
+class Speculators(Eagle3):
+    """The tensors of `eagle3` under the configuration of the project speculators, which names the model: `vllm serve DIR`."""
+
+    name = "speculators"
+    loaded_by = "vLLM, which serves the folder in place of the model"
+
+    def matches(self, reader: CheckpointReader) -> bool:
+        """Look for the algorithm that the configuration names."""
+        return reader.config.get("speculators_model_type") == "eagle3"
+
+    def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
+        """Call the layer as speculators does."""
+        return {name.replace("midlayer.", "layers.0."): part for name, part in super().tensors(heads, target).items()}
+
+    def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
+        """Describe the layer in a section of its own, and add how many tokens are drafted, and for which model."""
+        layer = super().config_json(heads, target)
+        del layer["eagle_config"]
+        names = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", IDS)
+        fields = {name: layer.pop(name) for name in names}
+        tokens = min(heads.config.depth, SPECULATIVE_TOKENS)
+        return {
+            "architectures": ["Eagle3Speculator"],
+            "speculators_model_type": "eagle3",
+            **fields,
+            "transformer_layer_config": layer | {"architectures": ["LlamaForCausalLM"]},
+            "speculators_config": {
+                "algorithm": "eagle3",
+                "default_proposal_method": "greedy",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": tokens}],
+                "verifier": {
+                    "name_or_path": str(target.model.config.name_or_path),
+                    "architectures": [type(target.model).__name__],
+                },
+            },
         }
 
 

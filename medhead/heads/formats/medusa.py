@@ -3,12 +3,14 @@
 FasterDecoding and TGI store `medusa_lm_head.safetensors`: `{k}.{l}.linear.weight/bias` is block l of head k,
 x + SiLU(Wx + b). `{k}.{L}.weight` is the head's own output matrix (FasterDecoding, TGI "v1"); without it the target's is
 shared (TGI "v2"). Published configurations state a wrong number of heads, so the tensors are counted. vLLM stores
-`blocks.*`, `lm_heads.*`, and a truncated vocabulary with `token_map`.
+`blocks.*`, `lm_heads.*`, and a truncated vocabulary with `token_map`. vLLM 0.32 refuses the `token_map` of its own format
+(its loader reports it as not loaded), so exports hold the whole output matrix instead.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,7 +31,7 @@ class Medusa(CheckpointFormat):
 
     name, kind, weights_file = "medusa", "medusa", MEDUSA_FILE
     needs = "no draft vocabulary"
-    loaded_by = "TGI; with output matrices (two blocks a head or more) also FasterDecoding/Medusa and vLLM"
+    loaded_by = "TGI, not vLLM; with output matrices (two blocks a head or more) also FasterDecoding/Medusa and vLLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the name of the file or for blocks."""
@@ -72,10 +74,13 @@ class Medusa(CheckpointFormat):
 
 
 class VllmMedusa(CheckpointFormat):
-    """It writes one output matrix for all heads unless they bring their own; a draft vocabulary becomes the truncated one."""
+    """It writes one output matrix for all heads unless they bring their own.
+
+    Heads with a draft vocabulary are written with the target's whole output matrix: in vLLM they propose from all tokens.
+    """
 
     name, kind, has_draft_vocab = "vllm-medusa", "medusa", True
-    loaded_by = "vLLM"
+    loaded_by = "vLLM, which drafts from all tokens: a draft vocabulary is not kept"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for blocks, or for output matrices of a model that calls itself Medusa."""
@@ -113,13 +118,21 @@ class VllmMedusa(CheckpointFormat):
     def stored_name(self, name: str, config: HeadsConfig) -> str | None:
         """Call heads `blocks`, their blocks `layers`, and the output matrices `lm_heads`."""
         if name == "draft_tokens":
-            return "token_map"
+            return None
         name = re.sub(r"^output_matrices\.(\d+)$", r"lm_heads.\1.weight", name)
         return re.sub(r"^heads\.(\d+)\.(\d+)\.linear\.", r"blocks.\1.layers.\2.", name)
 
+    def refusals(self, heads: Heads, target: Target) -> Iterator[tuple[bool, str]]:
+        """Refuse also output matrices that hold the rows of a draft vocabulary only."""
+        yield from super().refusals(heads, target)
+        config = heads.config
+        rows = f"{config.draft_vocab_size} of {config.vocab_size} tokens"
+        cut = config.own_output and config.draft_vocab_size > 0
+        yield cut, f"vLLM loads no token_map, and the output matrix of these heads has the rows of {rows}"
+
     def tensors(self, heads: Heads, target: Target) -> dict[str, Tensor]:
-        """Add the target's output matrix, where the heads use it."""
-        return super().tensors(heads, target) | {"lm_heads.0.weight": output_matrix(heads, target)}
+        """Add the target's whole output matrix, where the heads use it."""
+        return super().tensors(heads, target) | {"lm_heads.0.weight": output_matrix(heads, target, whole=True)}
 
     def config_json(self, heads: Heads, target: Target) -> dict[str, Any]:
         """Name sizes and switches."""
@@ -131,7 +144,7 @@ class VllmMedusa(CheckpointFormat):
             "vocab_size": config.vocab_size,
             "num_heads": config.depth,
             "num_hidden_layers": config.num_layers,
-            "truncated_vocab_size": config.draft_vocab_size or None,
+            "truncated_vocab_size": None,
             "medusa_fc_bias": True,
             "original_lm_head": config.tie_weights or not config.own_output,
         }

@@ -27,7 +27,7 @@ class MlpSpeculator(CheckpointFormat):
 
     name, kind = "mlp_speculator", "sequential"
     needs = "no draft vocabulary"
-    loaded_by = "TGI"
+    loaded_by = "TGI, not vLLM"
 
     def matches(self, reader: CheckpointReader) -> bool:
         """Look for the model type or the architecture."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 from medhead.errors import MedheadError
 from medhead.heads import Heads, HeadsConfig, build_heads, load_heads
 from medhead.heads.adapter import wrap
+from medhead.heads.block import BlockHeads
 from medhead.model.gguf import is_gguf
 from medhead.model.loading import load_model, pick_dtype
 from medhead.model.named_models import resolve_model
@@ -33,6 +34,11 @@ def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -
     heads = int(getattr(config, "num_attention_heads", 0) or 4)
     dim = int(getattr(config, "head_dim", None) or size // heads)
     correction = options.correction or {"medusa": "parent", "block": "recurrent"}.get(kind, "none")
+    if options.mask_token >= 0 and kind != "block":
+        raise MedheadError(f"--mask-token goes with --kind block, got --kind {kind}; leave it out")
+    if options.mask_token >= target.num_embeddings:
+        allowed = f"from -1 to {target.num_embeddings - 1}, the last token of {target.name}"
+        raise MedheadError(f"--mask-token must be {allowed}, got {options.mask_token}")
     return HeadsConfig(
         kind=kind,
         depth=options.depth,
@@ -49,6 +55,8 @@ def make_heads_config(options: TrainOptions, target: Target, draft_vocab: int) -
         num_kv_heads=int(getattr(config, "num_key_value_heads", None) or heads),
         head_dim=dim + dim % 2,
         causal=options.causal,
+        mask_token_id=options.mask_token,
+        root_slot_predicts=options.mask_token < 0,
         draft_vocab_size=draft_vocab,
     )
 
@@ -93,6 +101,8 @@ def make_heads(options: TrainOptions, target: Target, store: TokenStore) -> Head
     if tokens is not None:
         assert heads.draft_tokens is not None
         heads.draft_tokens.copy_(tokens)
+    if options.mask_token >= 0:
+        cast(BlockHeads, heads).set_mask(target.embed(torch.tensor(options.mask_token, device=target.device)).detach())
     return heads.to(target.device)
 
 

@@ -21,6 +21,7 @@ POSITIVE: Rule = ("above 0", lambda value: 0 < value < math.inf)
 FRACTION: Rule = ("from 0 to below 1", lambda value: 0 <= value < 1)
 POSITIVE_FRACTION: Rule = ("above 0 and at most 1", lambda value: 0 < value <= 1)
 SEED: Rule = ("from 0 to below 2**31", lambda value: 0 <= value < 2**31)
+MASK_TOKEN: Rule = ("-1 or a token id", lambda value: value >= -1)
 DRAFT_VOCAB: Rule = ("-1, 0 or a number of tokens", lambda value: value >= -1)
 
 
@@ -58,6 +59,7 @@ class TrainOptions:
     correction_size: int | None = option(None, HEADS, "width of the correction (1.5 times the hidden size)", COUNT, type=int)
     feature_layers: list[int] | None = option(None, HEADS, "layers of the target that attention and block heads read (3, or 5, evenly spaced)", type=int, nargs="+")
     causal: bool = option(True, HEADS, "each slot of block heads attends to earlier slots only")
+    mask_token: int = option(-1, HEADS, "id of the token whose embedding masks the slots of block heads after the root, which itself predicts nothing, as dflash checkpoints need it; -1: learnt masks", MASK_TOKEN)
     draft_vocab: int = option(-1, HEADS, "size of the draft vocabulary; 0: all tokens, -1: as many as cover 99.8 %% of the answers, from 8192 to 32768", DRAFT_VOCAB)
     init_from: str = option("", HEADS, "heads checkpoint to start from (same kind; its sizes are kept)")
     eval_data: list[str] = option([], DATA, "held-out text (a part of the data if not given)", nargs="+")
