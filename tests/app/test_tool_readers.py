@@ -43,7 +43,8 @@ NAMED = calls_of(
 )
 TYPES: dict[str, Any] = {
     "a": {"type": "string"}, "n": {"$ref": "#/$defs/number"}, "b": {"type": "boolean"}, "list": {"type": "array"},
-    "o": {"type": ["object", "null"]}, "s": {"type": ["string", "null"]}, "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}]},
+    "o": {"type": ["object", "null"]}, "s": {"type": ["string", "null"]},
+    "maybe": {"anyOf": [{"type": "number"}, {"type": "null"}]},
 }  # fmt: skip
 SCHEMA = {"type": "object", "properties": TYPES, "$defs": {"number": {"type": "integer"}}}
 SCHEMAS: dict[str, dict[str, Any]] = {"f": SCHEMA, "g": SCHEMA}
