@@ -3,8 +3,8 @@ are accepted, beside a chain of the same depth in medhead.
 
 Every folder of heads is exported in every format of its kind, with its draft vocabulary and, where the format keeps one, with
 all tokens, too. vLLM decodes the prompts greedily in float32, plainly and with the export; medhead decodes them with the heads
-themselves, from the token that vLLM's prefill emits. Draft tokens are compared where both have the same root. Every case is
-written when it is done, and a run that was stopped goes on with the next one.
+themselves. Draft tokens are compared where both have the same root. Every case is written when it is done, and a run that was
+stopped goes on with the next one.
 """
 
 from __future__ import annotations
@@ -131,21 +131,22 @@ def engine_environment() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
 
 
-def run_medhead(target: Target, heads: Heads, prompt: list[int], first: int, tokens: int, depth: int) -> Row:
-    """Decode a prompt and the token after it with a chain of draft tokens; return the answer as vLLM's is."""
+def run_medhead(target: Target, heads: Heads, prompt: list[int], tokens: int, depth: int) -> Row:
+    """Decode a prompt with a chain of draft tokens; return the answer as vLLM's is."""
     decoder = Decoder(target, HeadsProposer(target, heads, shape=[[0] * (level + 1) for level in range(depth)]))
     passes: Passes = []
-    emitted = 1
+    emitted = 0
 
     def note(output: VerifyOutput) -> None:
         nonlocal emitted
-        passes.append((emitted, output.tree.tokens[0, 1:].tolist()))
+        if emitted:  # the first output is the prompt's pass
+            passes.append((emitted, output.tree.tokens[0, 1:].tolist()))
         emitted += output.counts[0]
 
     decoder.on_output = note
-    ids = torch.tensor([[*prompt, first]])
-    out = decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens - 1, do_sample=False)
-    return {"tokens": [first, *out[0, ids.shape[1] :].tolist()], "passes": passes}
+    ids = torch.tensor([prompt])
+    out = decoder.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, do_sample=False)
+    return {"tokens": out[0, ids.shape[1] :].tolist(), "passes": passes}
 
 
 # ---------------------------------------------------------------- comparing
@@ -195,10 +196,7 @@ def measure(args: argparse.Namespace, target: Target, case: Case, prompts: list[
     if "error" in found:
         return row | {"loads": False, "refused_by": "vLLM", "error": one_line(found["error"].replace(folder, ""), 160)}
     heads = heads if case.vocabulary == "draft" else over_all_tokens(heads)
-    ours = [
-        run_medhead(target, heads, prompt, answer["tokens"][0], args.max_new_tokens, depth)
-        for prompt, answer in zip(prompts, plain, strict=True)
-    ]
+    ours = [run_medhead(target, heads, prompt, args.max_new_tokens, depth) for prompt in prompts]
     return row | {"loads": True} | compare(plain, found["answers"], ours)
 
 

@@ -288,7 +288,9 @@ def test_places_are_filled_as_answers_end(folders: dict[str, Path]) -> None:
         ended = list(decode_stream(loop, iter(given), 2))
     assert [one.output_ids for one in given] == alone
     assert sorted(map(id, ended)) == sorted(map(id, given))
-    assert sum(steps) == sum(lengths) - len(lengths)  # the prompts give first tokens, no pass holds a sequence that has ended
+    assert sum(steps) == sum(lengths) - len(
+        lengths
+    )  # the prompts give first tokens, no pass holds a sequence that has ended
     assert steps.count(2) >= len(steps) - 2  # both places are taken but at the end
 
 

@@ -44,7 +44,7 @@ def test_drafts_are_compared_at_the_same_root_of_the_same_text(check: Any) -> No
 def test_our_chain_is_noted_pass_by_pass(check: Any, target: Target) -> None:
     prompt, depth = [3, 1, 4, 1, 5], 3
     whole = target.model.generate(torch.tensor([prompt]), max_new_tokens=9, do_sample=False)[0, len(prompt) :].tolist()
-    answer = check.run_medhead(target, noise_heads(target, "recurrent"), prompt, whole[0], 9, depth)
+    answer = check.run_medhead(target, noise_heads(target, "recurrent"), prompt, 9, depth)
     assert answer["tokens"] == whole
     assert answer["passes"][0][0] == 1
     assert len(answer["passes"][0][1]) == depth
