@@ -132,7 +132,6 @@ cost and drafts where it pays.
 - Prompts are read in one pass instead of chunks where the model's layers ignore a given state when they get several tokens at
   once (Mamba-1 and RecurrentGemma, for example), which takes more memory for long prompts.
 - Heads are trained on such a target without packing, one document a row. `heads="mtp"` serves Qwen3.5 checkpoints too.
-- A row whose prompt is one token makes the first pass of its batch go depth by depth.
 - Nemotron-H and Zamba2 limit the step size of Mamba-2 in prompts but not in decoding, so in transformers itself the logits
   depend on which tokens came as a prompt. Texts equal those of `generate` for the same prompt.
 
