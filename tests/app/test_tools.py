@@ -22,12 +22,13 @@ from tool_templates import TEMPLATES
 from conftest import tiny_llama
 from medhead import Decoder
 from medhead.serving import Engine
+from medhead_app.api.tools.parsers import PARSERS
 from medhead_app.listen import run_in_thread
 from medhead_app.server import build_app
 from medhead_app.service import Service
 
 MESSAGES = test_api.MESSAGES
-FORMATS = ["hermes", "llama", "mistral", "named"]
+FORMATS = ["hermes", "llama", "mistral", "named", "pythonic", "qwen3_coder"]
 SPECIAL = ["[TOOL_CALLS]", "[ARGS]", "[CALL_ID]", "<|python_tag|>"]
 
 
@@ -125,7 +126,7 @@ def streamed(programs: openai.OpenAI, **fields: Any) -> tuple[str, list[dict[str
 def test_calls_whole_and_streamed(chat: Any, template: str) -> None:
     calls = [("weather", {"city": "Oslo"}), ("clock", {"zone": 3})]
     text = written(template, calls)
-    said = "" if template == "llama" else "Let me look.\n"
+    said = "" if template in ("llama", "pythonic") else "Let me look.\n"
     pieces = [said, *(text[start : start + 7] for start in range(0, len(text), 7))]
     programs, _ = chat(template, *pieces)
     choice = programs.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS).choices[0]
@@ -210,7 +211,7 @@ def test_calls_that_must_be_are_constrained(real: dict[str, openai.OpenAI], temp
     assert names <= ({"weather", "clock"} if choice == "required" else {"clock"})
 
 
-@pytest.mark.parametrize("template", ["hermes", "mistral", "named"])
+@pytest.mark.parametrize("template", ["hermes", "mistral", "named", "qwen3_coder"])
 def test_several_calls_that_must_be(real: dict[str, openai.OpenAI], template: str) -> None:
     fields: Any = {"messages": MESSAGES, "tools": TOOLS, "tool_choice": "required", "max_tokens": 150, "seed": 1}
     _, calls, reasons = streamed(real[template], logit_bias={"1": -100}, **fields)  # the model does not end
@@ -220,11 +221,11 @@ def test_several_calls_that_must_be(real: dict[str, openai.OpenAI], template: st
         assert json.loads(call["arguments"]) in [{"city": "Oslo"}, {"city": "Rome"}, *({"zone": n} for n in range(10))]
 
 
-@pytest.mark.parametrize("template", ["hermes", "named"])
+@pytest.mark.parametrize("template", ["hermes", "named", "qwen3_coder"])
 def test_strict_tools_are_constrained_in_free_text_too(
     real: dict[str, openai.OpenAI], tokens: Any, template: str
 ) -> None:
-    marker = tokens.convert_tokens_to_ids("<tool_call>" if template == "hermes" else "[TOOL_CALLS]")
+    marker = tokens.convert_tokens_to_ids("[TOOL_CALLS]" if template == "named" else "<tool_call>")
     strict = [tool("weather", True, city={"enum": ["Oslo", "Rome"]})]
     fields: Any = {"model": "tiny", "messages": MESSAGES, "tools": strict, "temperature": 1.0, "max_tokens": 100}
     fields |= {"logit_bias": {str(marker): 100}, "parallel_tool_calls": False}  # the model begins a call where it may
@@ -237,6 +238,63 @@ def test_strict_tools_are_constrained_in_free_text_too(
     del fields["logit_bias"]
     free = real[template].chat.completions.create(**fields, seed=1).choices[0]
     assert free.message.content  # text is still free
+
+
+def allowed(mode: str, *names: str) -> Any:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}
+
+
+def test_allowed_tools_that_must_be_called(real: dict[str, openai.OpenAI]) -> None:
+    more = [*TOOLS, tool("light", on={"type": "boolean"})]
+    fields: Any = {
+        "model": "tiny",
+        "messages": MESSAGES,
+        "tools": more,
+        "parallel_tool_calls": False,
+        "temperature": 1.0,
+    }
+    names = set()
+    for seed in range(4):
+        choice = allowed("required", "light", "clock")
+        found = real["hermes"].chat.completions.create(**fields, tool_choice=choice, seed=seed).choices[0]
+        assert found.finish_reason == "tool_calls"
+        names |= {name for name, _ in called(found.message)}
+    assert names == {"clock", "light"}
+
+
+def test_allowed_tools_of_free_text(chat: Any, real: dict[str, openai.OpenAI], tokens: Any) -> None:
+    programs, engine = chat("hermes", "ok")
+    ask = programs.chat.completions.create
+    ask(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=allowed("auto", "clock"))
+    ask(model="tiny", messages=MESSAGES, tools=TOOLS, tool_choice=allowed("auto", "weather", "clock"))
+    one, every = (handle.request for handle in engine.handles)
+    assert one.prompt == every.prompt  # the model is shown all tools, so that the prefix stays
+    assert every.params.grammar is None
+    begin = str(tokens.convert_tokens_to_ids("<tool_call>"))
+    fields: Any = {"messages": MESSAGES, "tools": TOOLS, "max_tokens": 60, "temperature": 1.0}
+    fields |= {"logit_bias": {begin: 100}, "tool_choice": allowed("auto", "clock")}
+    for seed in range(2):
+        found = real["hermes"].chat.completions.create(model="tiny", **fields, seed=seed).choices[0].message
+        assert {call.function.name for call in found.tool_calls or []} == {"clock"}
+
+
+def test_allowed_tools_of_responses(real: dict[str, openai.OpenAI]) -> None:
+    choice: Any = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "clock"}]}
+    fields: Any = {"model": "tiny", "input": "Once", "tools": flat(TOOLS), "parallel_tool_calls": False}
+    answer = real["hermes"].responses.create(**fields, tool_choice=choice)
+    assert [item.name for item in answer.output if item.type == "function_call"] == ["clock"]
+    assert answer.tool_choice.model_dump() == choice  # type: ignore[union-attr]
+
+
+def test_schemas_that_a_format_cannot_constrain_are_refused(chat: Any) -> None:
+    programs, engine = chat("qwen3_coder")
+    fields: Any = {"model": "tiny", "messages": MESSAGES, "tools": [tool("f", a={"type": "string", "pattern": "a+"})]}
+    with pytest.raises(openai.BadRequestError, match=r"calls of f .*'a'.*hermes, llama3_json and mistral") as refused:
+        programs.chat.completions.create(**fields, tool_choice="required")
+    assert refused.value.param == "tools"
+    programs.chat.completions.create(**fields)
+    assert len(engine.handles) == 1
 
 
 def test_parse_of_the_official_client(real: dict[str, openai.OpenAI]) -> None:
@@ -321,6 +379,12 @@ def test_calls_of_responses_are_constrained(real: dict[str, openai.OpenAI]) -> N
         ({"tools": [tool("f", a={"type": "odd"})], "tool_choice": "required"}, "tools[0].function.parameters"),
         ({"tools": TOOLS, "tool_choice": "sometimes"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "h"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto", "clock", "h")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("none", "clock")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "allowed_tools": 5}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "allowed_tools", "mode": [], "tools": [{}]}}, "tool_choice"),
+        ({"tool_choice": allowed("auto", "clock")}, "tool_choice"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tools": TOOLS, "parallel_tool_calls": "no"}, "parallel_tool_calls"),
         ({"tools": TOOLS, "guided_regex": "a+"}, "tools"),
@@ -356,7 +420,9 @@ def test_messages_of_tools_need_a_template_that_knows_them(chat: Any) -> None:
     assert refused.value.param == "messages"
 
 
-def test_the_option_names_the_format(chat: Any) -> None:
-    programs, _ = chat("unknown", *written("llama", [("clock", {"zone": 1})]), tool_parser="llama3_json")
+@pytest.mark.parametrize("parser", PARSERS)
+def test_every_format_has_a_name(chat: Any, parser: str) -> None:
+    written_as = {"llama3_json": "llama"}.get(parser, parser)
+    programs, _ = chat("unknown", *written(written_as, [("clock", {"zone": 1})]), tool_parser=parser)
     choice = programs.chat.completions.create(model="tiny", messages=MESSAGES, tools=TOOLS).choices[0]
     assert called(choice.message) == [("clock", {"zone": 1})]

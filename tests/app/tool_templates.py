@@ -11,6 +11,9 @@ TEMPLATES = {
     "llama": _BODY % '<|start_header_id|>{"name": ..., "parameters": ...}',
     "mistral": _BODY % "[TOOL_CALLS] [...]",
     "named": _BODY % "[TOOL_CALLS]name[ARGS]{}",
+    "pythonic": _BODY % "[func_name1(params_name1=params_value1, ...), func_name2(params)]",
+    "lfm2": _BODY % "<|tool_list_start|>",
+    "qwen3_coder": _BODY % "<tool_call><function=name><parameter=key>value</parameter></function></tool_call>",
     "unknown": _BODY % "<tool_call><function=name>",
     "none": "{% for m in messages %}{{ m.content }} tools{% endfor %}",
 }

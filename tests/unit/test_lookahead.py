@@ -67,17 +67,28 @@ def papers_loop(
         entries.insert(0, gram[1:])
         del entries[kept:]
 
-    while len(text) - len(prompt) < new:
+    def read() -> None:
+        nonlocal known
         for start in range(known, len(text) - n + 1):
             remember(tuple(text[start : start + n]))
         known = max(0, len(text) - n + 1)
+
+    def emit(fresh: list[int]) -> None:
+        text.extend(fresh)
+        passes.append(fresh)
+        pools.append({key: list(grams) for key, grams in pool.items()})
+
+    read()
+    emit([say(text)])  # by the pass over the prompt
+    while len(text) - len(prompt) < new:
+        read()
         # the columns of the window, from the root to the last level: level 0 is a chain, then straight up
         columns = []
         for column in range(len(levels[0]) + 1):
             columns.append(levels[0][:column] + [level[column] for level in levels[1:]])
         drafts = [list(gram) for gram in pool.get(text[-1], [])]
         # verify: the longest beginning of an n-gram (or column) that the model generates itself, and one token more
-        drafts += [[text[-1]]] if padded[len(passes)] else []
+        drafts += [[text[-1]]] if padded[len(passes) - 1] else []
         fresh = [say(text)]
         while any(path[: len(fresh)] == fresh for path in drafts + columns):
             fresh.append(say(text + fresh))
@@ -91,9 +102,7 @@ def papers_loop(
             levels[0] = levels[0][1:]
         else:
             levels = [level[1:] for level in [*levels, answers]]
-        text += fresh
-        passes.append(fresh)
-        pools.append({key: list(grams) for key, grams in pool.items()})
+        emit(fresh)
         assert width <= len(answers)
     return passes, pools
 

@@ -16,7 +16,7 @@ from medhead_app.api.responses_schema import ResponsesRequest
 from medhead_app.api.tools.answer import ToolAnswer
 from medhead_app.api.tools.plan import ToolPlan
 from medhead_app.api.tools.reader import Delta
-from medhead_app.api.tools.schema import NamedChoice
+from medhead_app.api.tools.schema import AllowedChoice, NamedChoice
 
 Chunks = list[dict[str, Any]]
 
@@ -120,6 +120,9 @@ class ResponsesBuilder:
         choice = self.body.tool_choice or "auto"
         if isinstance(choice, NamedChoice):
             return {"type": "function", "name": choice.name}
+        if isinstance(choice, AllowedChoice):
+            tools = [{"type": "function", "name": name} for name in choice.names]
+            return {"type": "allowed_tools", "mode": choice.mode, "tools": tools}
         return choice if self.body.tools else "none"
 
     def _delta_events(self, delta: Delta) -> Chunks:

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from medhead_app.api.tools import hermes, llama3, mistral
+from medhead_app.api.tools import hermes, llama3, mistral, pythonic, qwen3_coder
 from medhead_app.api.tools.grammar import CallGrammar
 from medhead_app.api.tools.reader import ToolReader
 
@@ -42,6 +42,9 @@ HERMES = ToolFormat(hermes.HermesReader, hermes.hermes_calls, (hermes.BEGIN, her
 LLAMA3 = ToolFormat(llama3.Llama3Reader, llama3.llama3_calls, (llama3.TAG,), _uuid, parallel=False, opening="{")
 MISTRAL_LIST = ToolFormat(mistral.MistralReader, mistral.mistral_list, _MISTRAL, _nine)
 MISTRAL_NAMED = ToolFormat(mistral.MistralReader, mistral.mistral_named, _MISTRAL, _nine)
+PYTHONIC = ToolFormat(pythonic.PythonicReader, pythonic.pythonic_calls, (pythonic.TAG,), _uuid, opening="[")
+LFM2 = ToolFormat(pythonic.Lfm2Reader, pythonic.lfm2_calls, (pythonic.LFM2_TAG,), _uuid, opening="[")
+QWEN3_CODER = ToolFormat(qwen3_coder.Qwen3CoderReader, qwen3_coder.qwen3_coder_calls, (hermes.BEGIN, hermes.END), _uuid)
 
 
 def tool_template(tokenizer: Any) -> str | None:
@@ -60,6 +63,12 @@ def find_format(template: str, parser: str | None = None) -> ToolFormat | None:
     """Return the format that a chat template writes, None for one that is not known; `parser` names the format."""
     if parser == "mistral" or (parser is None and mistral.BEGIN in template):
         return MISTRAL_NAMED if mistral.ARGS in template else MISTRAL_LIST
+    lfm2 = "<|tool_list_start|>" in template
+    if parser == "pythonic" or (parser is None and (lfm2 or "[func_name1(param" in template)):  # as Meta's prompts ask
+        return LFM2 if lfm2 else PYTHONIC
+    xml = all(mark in template for mark in (hermes.BEGIN, qwen3_coder.FUNCTION, qwen3_coder.PARAMETER))
+    if parser == "qwen3_coder" or (parser is None and xml):
+        return QWEN3_CODER
     other = any(mark in template for mark in ("<function=", "<arg_key>"))  # XML inside of Hermes' marks
     if parser == "hermes" or (parser is None and hermes.BEGIN in template and not other):
         return HERMES

@@ -20,19 +20,20 @@ class CallGrammar:
         many: whether there may be several calls.
 
     Attributes:
+        tools: as given.
         names: of the functions.
     """
 
     def __init__(self, tokenizer: Any, tools: Sequence[tuple[str, dict[str, Any]]], free: bool, many: bool) -> None:
-        self.names, self.free = [name for name, _ in tools], free
+        self.tools, self.names, self.free = tools, [name for name, _ in tools], free
         self._many = many
         added = tokenizer.added_tokens_decoder
         self._tokens = {one.content: token for token, one in added.items()}
         self._ordinary = {token: one.content for token, one in added.items() if not one.special}
-        self._rules = {f"arguments_{i}": _json(schema) for i, (_, schema) in enumerate(tools)}
+        self._rules = {f"arguments_{i}": json_rule(schema) for i, (_, schema) in enumerate(tools)}
 
     def add(self, name: str, rule: str) -> None:
-        """Add a rule."""
+        """Add a rule, in place of the one of this name: `arguments_0` is the JSON of the first function's arguments."""
         self._rules[name] = rule
 
     def token(self, text: str) -> str:
@@ -71,7 +72,7 @@ class CallGrammar:
         self.add("calls", calls(self))
         start = "calls"
         if answer is not None:
-            self.add("answer", _json(answer))
+            self.add("answer", json_rule(answer))
             start = "answer | calls"
         elif self.free:
             start = "text | calls"
@@ -88,7 +89,8 @@ def quoted(text: str) -> str:
     return json.dumps(text, ensure_ascii=False)
 
 
-def _json(schema: dict[str, Any]) -> str:
+def json_rule(schema: dict[str, Any]) -> str:
+    """Return the rule of the JSON values of a schema."""
     return "%json " + json.dumps(json_form(schema))
 
 

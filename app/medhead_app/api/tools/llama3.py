@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
+from typing import Any
 
 from medhead_app.api.tools.grammar import CallGrammar, quoted
 from medhead_app.api.tools.json_call import SPACE, JsonCall
@@ -19,8 +20,8 @@ class Llama3Reader(ToolReader):
 
     marker = TAG
 
-    def __init__(self, names: Collection[str]) -> None:
-        super().__init__(names)
+    def __init__(self, schemas: Mapping[str, dict[str, Any]]) -> None:
+        super().__init__(schemas)
         self._state, self._tagged = self._begin_text, False
 
     def _begin_text(self, char: str) -> None:
@@ -49,7 +50,7 @@ class Llama3Reader(ToolReader):
             self._read_text(char)
 
     def _accepts(self, name: str) -> bool:
-        return self._tagged or name in self.names
+        return self._tagged or name in self.schemas
 
 
 def llama3_calls(grammar: CallGrammar) -> str:

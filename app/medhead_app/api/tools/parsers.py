@@ -1,3 +1,3 @@
 """The names of the formats of tool calls, as in vLLM."""
 
-PARSERS = ("hermes", "llama3_json", "mistral")
+PARSERS = ("hermes", "llama3_json", "mistral", "pythonic", "qwen3_coder")

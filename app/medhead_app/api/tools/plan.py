@@ -14,7 +14,7 @@ from medhead_app.api.tools.formats import ToolFormat, find_format, tool_template
 from medhead_app.api.tools.grammar import CallGrammar
 from medhead_app.api.tools.parsers import PARSERS
 from medhead_app.api.tools.reader import ToolReader
-from medhead_app.api.tools.schema import AnyTool, NamedChoice
+from medhead_app.api.tools.schema import AllowedChoice, AnyTool, NamedChoice
 
 _ANY_ARGUMENTS: dict[str, Any] = {"type": "object"}
 
@@ -25,13 +25,13 @@ class ToolRequest:
 
     Attributes:
         tools: that may be called.
-        choice: `auto`, `required`, or the function that must be called.
+        choice: `auto`, `required`, the function that must be called, or those that may be.
         parallel: whether there may be several calls.
         answer: what an answer without calls must look like, None for any text.
     """
 
     tools: Sequence[AnyTool]
-    choice: str | NamedChoice
+    choice: str | NamedChoice | AllowedChoice
     parallel: bool
     answer: Grammar | None = None
 
@@ -43,33 +43,33 @@ class ToolPlan:
     Attributes:
         format: of the calls.
         tools: for the chat template.
-        names: of the functions that may be called.
+        schemas: JSON schema of the arguments of each function that may be called, by its name.
         grammar: of the answer, None for any text.
         special_tokens: ids of the special tokens that are part of the text.
     """
 
     format: ToolFormat
     tools: list[dict[str, Any]]
-    names: list[str]
+    schemas: dict[str, dict[str, Any]]
     grammar: Grammar | None
     special_tokens: tuple[int, ...] = field(default=())
 
     def new_reader(self) -> ToolReader:
         """Return a reader for one text."""
-        return self.format.reader(self.names)
+        return self.format.reader(self.schemas)
 
 
 def new_tool_request(
-    tools: Sequence[AnyTool], choice: str | NamedChoice | None, parallel: bool, answer: Grammar | None
+    tools: Sequence[AnyTool], choice: str | NamedChoice | AllowedChoice | None, parallel: bool, answer: Grammar | None
 ) -> ToolRequest | None:
     """Return the tools of a request with these fields, None where no tool may be called.
 
     Raises:
-        ApiError: a tool must be called, and there are none.
+        ApiError: the choice needs tools, and there are none.
     """
     if not tools and choice not in (None, "none", "auto"):
         raise ApiError(
-            "tool_choice: a tool must be called, and there are none; give tools", "tool_choice", "invalid_value"
+            "tool_choice: it needs tools to call, and there are none; give tools", "tool_choice", "invalid_value"
         )
     return None if not tools or choice == "none" else ToolRequest(tools, choice or "auto", parallel, answer)
 
@@ -110,15 +110,17 @@ class ToolPlanner:
         tools = _chosen(request)
         added = self.tokenizer.added_tokens_decoder.items()
         kept = tuple(token for token, one in added if one.special and one.content in self._format.markers)
-        names = [tool.function.name for _, tool in tools]
+        schemas = {tool.function.name: tool.function.schema_of_arguments for _, tool in tools}
         shown = [tool.function.for_template() for tool in request.tools]
-        return ToolPlan(self._format, shown, names, self._grammar(request, tools), kept)
+        return ToolPlan(self._format, shown, schemas, self._grammar(request, tools), kept)
 
     def _grammar(self, request: ToolRequest, tools: list[tuple[int, AnyTool]]) -> Grammar | None:
         assert self._format is not None
-        must, many = request.choice != "auto", request.parallel and self._format.parallel
+        choice = request.choice.mode if isinstance(request.choice, AllowedChoice) else request.choice
+        must, many = choice != "auto", request.parallel and self._format.parallel
         strict = [must or bool(tool.function.strict) for _, tool in tools]
-        if not any(strict) and request.parallel and request.answer is None:
+        every = len(tools) == len(request.tools)
+        if not any(strict) and request.parallel and request.answer is None and every:
             return None
         schemas = []
         for (index, tool), follows in zip(tools, strict, strict=True):
@@ -136,14 +138,16 @@ class ToolPlanner:
 
 def _chosen(request: ToolRequest) -> list[tuple[int, AnyTool]]:
     """Return the tools that may be called, with their places in the request."""
-    tools = list(enumerate(request.tools))
-    if not isinstance(request.choice, NamedChoice):
+    tools, choice = list(enumerate(request.tools)), request.choice
+    if isinstance(choice, str):
         return tools
-    name = request.choice.name
-    found = [one for one in tools if one[1].function.name == name]
-    if not found:
-        raise ApiError(f"tool_choice: no function of tools is called {name[:80]!r}", "tool_choice", "invalid_value")
-    return found
+    names = {tool.function.name for tool in request.tools}
+    wanted = [choice.name] if isinstance(choice, NamedChoice) else choice.names
+    unknown = next((name for name in wanted if name not in names), None)
+    if unknown is not None:
+        message = f"tool_choice: no function of tools is called {unknown[:80]!r}; tools has {', '.join(sorted(names))}"
+        raise ApiError(message[:400], "tool_choice", "invalid_value")
+    return [one for one in tools if one[1].function.name in wanted]
 
 
 def _check_schema(schema: dict[str, Any], param: str) -> None:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from medhead_app.api.tools.json_call import Call
 
@@ -32,13 +32,13 @@ class ToolReader(ABC):
     as they are written, also where they are not JSON; the rest of such a call is left out.
 
     Args:
-        names: of the functions that may be called.
+        schemas: JSON schema of the arguments of each function that may be called, by its name.
     """
 
     marker: ClassVar[str]  # what calls begin with
 
-    def __init__(self, names: Collection[str]) -> None:
-        self.names, self.calls = frozenset(names), 0
+    def __init__(self, schemas: Mapping[str, dict[str, Any]]) -> None:
+        self.schemas, self.calls = schemas, 0
         self._state: Callable[[str], None] = self._read_text
         self._held = ""  # content, unless a call follows or it is part of one
         self._deltas: list[Delta] = []

@@ -87,16 +87,48 @@ class NamedChoice(StrictModel):
     name: str
 
 
+class AllowedChoice(StrictModel):
+    """The functions that may be called, or one of which must be."""
+
+    mode: Literal["auto", "required"]
+    names: list[str]
+
+
 def _read_choice(choice: Any) -> Any:
-    """Return a word, or the function that must be called; of both forms, that of chats and that of responses."""
+    """Return a word, or the functions that may or must be called; of both forms, that of chats and that of responses."""
     if choice in ("none", "auto", "required"):
         return choice
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        rest = {key: value for key, value in choice.items() if key != "type"}
-        found = rest["function"] if set(rest) == {"function"} else rest
-        if isinstance(found, dict) and set(found) == {"name"} and isinstance(found["name"], str):
-            return NamedChoice(name=found["name"])
-    raise ValueError('must be "none", "auto", "required" or {"type": "function", "function": {"name": ...}}')
+    kind = choice.get("type") if isinstance(choice, dict) else None
+    if kind == "function" and (name := _name_of(choice)) is not None:
+        return NamedChoice(name=name)
+    if kind != "allowed_tools":
+        raise ValueError(
+            'must be "none", "auto", "required", {"type": "function", "function": {"name": ...}} or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": ..., "tools": [...]}}'
+        )
+    found = _without_type(choice, "allowed_tools")
+    tools = found.get("tools") if isinstance(found, dict) and set(found) == {"mode", "tools"} else None
+    names = [name for name in map(_name_of, tools) if name is not None] if isinstance(tools, list) else []
+    if not tools or len(names) < len(tools) or found["mode"] not in ("auto", "required"):
+        raise ValueError(
+            'of the type allowed_tools must have a mode, "auto" or "required", and tools, a list of at least one '
+            '{"type": "function", "function": {"name": ...}}'
+        )
+    return AllowedChoice(mode=found["mode"], names=names)
 
 
-ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice, BeforeValidator(_read_choice)]
+def _without_type(choice: dict[str, Any], field: str) -> Any:
+    """Return the fields of a choice: those of this field in a chat, its own in responses."""
+    rest = {key: value for key, value in choice.items() if key != "type"}
+    return rest[field] if set(rest) == {field} else rest
+
+
+def _name_of(tool: Any) -> str | None:
+    """Return the name of a function that is referred to, None for another object."""
+    found = _without_type(tool, "function") if isinstance(tool, dict) and tool.get("type") == "function" else None
+    return (
+        found["name"] if isinstance(found, dict) and set(found) == {"name"} and isinstance(found["name"], str) else None
+    )
+
+
+ToolChoice = Annotated[Literal["none", "auto", "required"] | NamedChoice | AllowedChoice, BeforeValidator(_read_choice)]
