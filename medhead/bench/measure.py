@@ -70,7 +70,10 @@ class Method:
         output = model.generate(ids, attention_mask=mask, **(self.arguments | changes))
         synchronize(ids.device)
         seconds = time.perf_counter() - began
-        return Answer(output[:, ids.shape[1] :].tolist(), [0] * len(prompts), seconds)
+        ends = model.generation_config.eos_token_id
+        ends = set(ends if isinstance(ends, list) else [ends])
+        texts = [_until_end(row, ends) for row in output[:, ids.shape[1] :].tolist()]
+        return Answer(texts, [0] * len(prompts), seconds)
 
 
 def answer(decoder: Decoder, prompts: Prompts, **arguments: Any) -> Answer:
@@ -90,6 +93,12 @@ def answer(decoder: Decoder, prompts: Prompts, **arguments: Any) -> Answer:
     seconds = time.perf_counter() - began - decoder.statistics.capture_seconds
     decoder.on_pass = None
     return Answer(texts, passes, seconds)
+
+
+def _until_end(row: list[int], ends: set[int | None]) -> list[int]:
+    """Return a row of `generate` without the padding after its end token."""
+    end = next((place for place, token in enumerate(row) if token in ends), len(row))
+    return row[: end + 1]
 
 
 def synchronize(device: torch.device) -> None:

@@ -9,9 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from conftest import tiny_llama
 from families import MOE, tiny
+from medhead import Decoder
 from medhead.bench import step
-from medhead.bench.measure import MethodResult
+from medhead.bench.measure import Method, MethodResult
 from medhead.bench.memory import PeakMemory
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.bench.speed import main, summary
@@ -119,6 +121,20 @@ def test_prompts_of_every_form(tmp_path: Path, tokenizer: PreTrainedTokenizerBas
     path.write_text("")
     with pytest.raises(MedheadError, match="no prompt"):
         read_prompts(path, 1)
+
+
+def test_padding_after_the_end_is_no_text() -> None:
+    """Of rows that end before the longest; transformers' answer is ours, token by token."""
+    model = tiny_llama(eos_token_id=5)
+    given = [[7, 8, 9], [11], [20, 21], [9, 3, 12, 8]]
+    longest = [[int(token) for token in model.generate(torch.tensor([ids]), max_new_tokens=20)[0]] for ids in given]
+    ends = [row[len(ids) :] for ids, row in zip(given, longest, strict=True)]
+    model.generation_config.eos_token_id = ends[0][2]
+    arguments = {"max_new_tokens": 20, "do_sample": False}
+    theirs = Method("transformers", arguments, model=model).answer(given)
+    ours = Method("medhead", arguments, Decoder(model, "none")).answer(given)
+    assert theirs.texts == ours.texts
+    assert len({len(text) for text in theirs.texts}) > 1
 
 
 def test_ratios_are_of_all_tokens_and_all_seconds() -> None:
