@@ -138,13 +138,13 @@ class DecodingSimulation:
     ends: list[int]  # per anchor, the index after the last anchor of its answer
 
     def passes(self, tree: Iterable[Sequence[int]]) -> list[int]:
-        """Return the anchors at which decoding with this tree has its verify passes."""
-        nodes = {tuple(path) for path in tree} | {()}
+        """Return the anchors at which decoding with this tree has its passes; the prompt's pass gives one token, without a tree."""
+        nodes, starts = {tuple(path) for path in tree} | {()}, {0, *self.ends}
         accepted = [max(n for n in range(len(path) + 1) if path[:n] in nodes) for path in self.paths]
         visited, at = [], 0
         while at < len(self.kinds):
             visited.append(at)
-            at = min(at + 1 + accepted[self.kinds[at]], self.ends[at])
+            at = min(at + 1 + (0 if at in starts else accepted[self.kinds[at]]), self.ends[at])
         return visited
 
     def accepted_length(self, tree: Iterable[Sequence[int]]) -> float:
