@@ -187,18 +187,22 @@ def test_equal_paths_are_taken_in_a_fixed_order() -> None:
 
 
 def test_trees_are_searched_where_decoding_has_its_passes() -> None:
-    """Ten anchors where the top-1 tokens are right four deep, then five where the second or third is, repeatedly."""
-    ranks = torch.tensor(([[0, 0, 0, 0]] * 10 + [[1, -1, -1, -1], [2, -1, -1, -1]] * 2 + [[1, -1, -1, -1]]) * 20)
+    """Ten anchors where the top-1 tokens are right four deep, then five where the second or third is, repeatedly.
+
+    Before them is an anchor of its own, for the prompt's pass drafts nothing.
+    """
+    period = [[0, 0, 0, 0]] * 10 + [[1, -1, -1, -1], [2, -1, -1, -1]] * 2 + [[1, -1, -1, -1]]
+    ranks = torch.tensor([[-1, -1, -1, -1], *period * 20])
     chain = [[0], [0, 0], [0, 0, 0], [0, 0, 0, 0]]
-    found = summarize_ranks(ranks, torch.arange(300) == 299, 3)
+    found = summarize_ranks(ranks, torch.arange(301) == 300, 3)
     assert found.best_tree(5) == chain
-    assert found.mean_length(chain) == pytest.approx(1 + 4 * 10 / 15)
-    paths = [(0, 0, 0, 0), (1,), (2,)]
+    assert found.mean_length(chain) == pytest.approx(1 + 4 * 200 / 301)
+    paths = [(0, 0, 0, 0), (1,), (2,), ()]
     decoding = DecodingSimulation(
-        paths, [paths.index(tuple(rank for rank in row if rank >= 0)) for row in ranks.tolist()], [300] * 300
+        paths, [paths.index(tuple(rank for rank in row if rank >= 0)) for row in ranks.tolist()], [301] * 301
     )
-    assert decoding.passes(chain)[:9] == [0, 1, 6, 11, 12, 13, 14, 15, 20]  # the first pass is the prompt's
-    assert decoding.accepted_length(chain) == found.accepted_lengths["chain"] == pytest.approx(15 / 7)
+    assert decoding.passes(chain)[:9] == [0, 1, 6, 11, 12, 13, 14, 15, 16]
+    assert decoding.accepted_length(chain) == found.accepted_lengths["chain"] == pytest.approx(301 / 141)
     every = [*map(tuple, chain), (1,), (2,)]
     trees = [tree for tree in itertools.combinations(every, 4) if all(path[:-1] in ((), *tree) for path in tree)]
     tree, length = decoding.search_tree(chain, 5)

@@ -138,7 +138,7 @@ class DecodingSimulation:
     ends: list[int]  # per anchor, the index after the last anchor of its answer
 
     def passes(self, tree: Iterable[Sequence[int]]) -> list[int]:
-        """Return the anchors at which decoding with this tree has its passes; the prompt's pass gives one token, without a tree."""
+        """Return the anchors at which decoding with this tree has its passes; the first, over the prompt, gives one token."""
         nodes, starts = {tuple(path) for path in tree} | {()}, {0, *self.ends}
         accepted = [max(n for n in range(len(path) + 1) if path[:n] in nodes) for path in self.paths]
         visited, at = [], 0
