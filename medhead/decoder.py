@@ -253,7 +253,7 @@ class Decoder:
                 if prompt_inputs is not None and len(sequences) > 1 and self.target.bitwise is not None:
                     raise MedheadError("exact='bitwise' reads one prompt with images at a time; call generate for each")
                 try:
-                    with loop.target.active(loop.proposer.feature_layers):
+                    with loop.active():
                         loop.run(sequences)
                     if lockstep is not None:
                         lockstep.drop_padding(sequences)

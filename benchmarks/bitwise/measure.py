@@ -134,14 +134,14 @@ def measure_speed(
                 decoder.warmup()
                 sequence = Sequence(ids, list(ids), StopChecker(10**6), SamplingParams(10**6))
                 loop = decoder.new_loop()
-                with target.active(loop.proposer.feature_layers):
+                with loop.active():
                     loop.join([sequence])
                 loops[f"{mode} {name}"] = loop, sequence
         spent, emitted = dict.fromkeys(loops, 0.0), dict.fromkeys(loops, 0)
         for turn in range(WARM + TURNS):
             for name, (loop, sequence) in loops.items():
                 before, seconds = len(sequence.output_ids), loop.decode_seconds
-                with loop.target.active(loop.proposer.feature_layers):
+                with loop.active():
                     for _ in range(TURN):
                         loop.step()
                 if turn >= WARM:

@@ -48,7 +48,7 @@ METHODS = {
 KEEP_DRAFT_VOCAB = ("eagle3", "speculators")
 EXAMPLES = """\
 example:
-  python benchmarks/vllm/check.py --vllm-python /root/vllm-venv/bin/python --heads medhead/assets/heads-attention \\
+  python benchmarks/vllm/check.py --vllm-python vllm-venv/bin/python --heads medhead/assets/heads-attention \\
       medhead/assets/heads-medusa --prompts benchmarks/prompts.jsonl --output benchmarks/vllm/demo
 """
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,6 +86,10 @@ class DecodeLoop:
         self._buffers: StepBuffers | None = None
         self._captured: CapturedSteps | None = None
         self._inference_mode = False  # whether the caller of the running step is in inference mode
+
+    def active(self) -> AbstractContextManager[None]:
+        """Make the target of this loop active, see `Target.active`: all that decodes runs inside this context."""
+        return self.target.active(self.proposer.feature_layers)
 
     def run(self, sequences: list[Sequence]) -> None:
         """Decode all sequences to their end; their `output_ids` grow."""

@@ -284,7 +284,7 @@ def test_places_are_filled_as_answers_end(folders: dict[str, Path]) -> None:
     loop = decoder.new_loop()
     steps, step = [], loop.step
     loop.step = lambda: (steps.append(len(loop.sequences)), step())[1]  # type: ignore[method-assign]
-    with decoder.target.active():
+    with loop.active():
         ended = list(decode_stream(loop, iter(given), 2))
     assert [one.output_ids for one in given] == alone
     assert sorted(map(id, ended)) == sorted(map(id, given))

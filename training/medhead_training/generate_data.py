@@ -150,7 +150,7 @@ def answer_prompts(
             yield sequence
 
     loop = decoder.new_loop()
-    with loop.target.active(loop.proposer.feature_layers):
+    with loop.active():
         for sequence in decode_stream(loop, sequences(), args.batch_size):
             yield running.pop(id(sequence)), sequence
 

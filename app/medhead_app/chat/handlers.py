@@ -41,9 +41,8 @@ class Handlers:
 
     def __init__(self, service: Service, components: Components) -> None:
         self.service, self.components, self.sessions = service, components, Sessions()
-        self._unchanged: Changes = {
-            components.chat: gr.skip()
-        }  # Gradio empties all outputs of a handler that returns none
+        # Gradio empties all outputs of a handler that returns none
+        self._unchanged: Changes = {components.chat: gr.skip()}
 
     async def send(
         self, request: gr.Request, conversation: Conversation, text: str, *settings: Any
@@ -55,7 +54,7 @@ class Handlers:
             conversation,
             settings,
             text,
-            True,
+            from_box=True,
         ):
             yield changes
 

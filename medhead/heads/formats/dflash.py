@@ -72,9 +72,8 @@ class DFlash(CheckpointFormat):
         own_masks = "its masks are one token's embedding, these heads learnt vectors of their own (mask_token_id is -1)"
         yield mask < 0, own_masks
         row, given = embedding_row(target, mask), heads.state_dict()["mask_row"]
-        same = row is not None and any(
-            row.to(dtype).to(row).equal(given.to(row)) for dtype in FLOATS
-        )  # as it was stored
+        # the mask was rounded where the heads are stored in a smaller type
+        same = row is not None and any(row.to(dtype).to(row).equal(given.to(row)) for dtype in FLOATS)
         yield not same, f"the mask of these heads is not the embedding of token {mask} of {target.name}"
         yield not config.feature_layers, "it reads layers of the target, these heads read its last hidden state"
 

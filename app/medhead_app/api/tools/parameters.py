@@ -8,8 +8,8 @@ from typing import Any
 
 from medhead.errors import MedheadError
 
-_NOTES = {"title", "description", "default", "examples", "deprecated", "$comment"}  # of a schema, without effect
-_OBJECT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", *_NOTES}
+NOTES = {"title", "description", "default", "examples", "deprecated", "$comment"}  # of a schema, without effect
+_OBJECT = {"type", "properties", "required", "additionalProperties", "$defs", "definitions", "$schema", *NOTES}
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Parameter:
     @property
     def is_free(self) -> bool:
         """Whether nothing but the type of the values is said."""
-        return all(set(one) <= {"type", *_NOTES} for one in alternatives(self.schema))
+        return all(set(one) <= {"type", *NOTES} for one in alternatives(self.schema))
 
 
 def not_constrained(function: str, what: str) -> MedheadError:
@@ -74,7 +74,7 @@ def alternatives(schema: dict[str, Any], depth: int = 8) -> list[dict[str, Any]]
     """Return the schemas of which a value has one, references and alternatives resolved as far as this depth."""
     definitions = _definitions(schema)
     own = {key: value for key, value in schema.items() if key not in definitions}
-    said = set(own) - _NOTES
+    said = set(own) - NOTES
     if depth and said == {"$ref"} and (found := _definition(own["$ref"], definitions)) is not None:
         return alternatives({**definitions, **found}, depth - 1)
     for key in ("anyOf", "oneOf"):
@@ -87,14 +87,18 @@ def types_of(schema: dict[str, Any]) -> frozenset[str]:
     """Return the types that values may have, none where they are not known."""
     found: set[str] = set()
     for one in alternatives(schema):
-        if "enum" in one or "const" in one:
-            types: Any = [_type_of(value) for value in one.get("enum", [one.get("const")])]
-        else:
-            types = one.get("type")
+        values = listed_values(one)
+        types: Any = one.get("type") if values is None else [_type_of(value) for value in values]
         if not types:
             return frozenset()
         found |= {types} if isinstance(types, str) else set(types)
     return frozenset(found)
+
+
+def listed_values(schema: dict[str, Any]) -> list[Any] | None:
+    """Return the values that a schema lists by `enum` or `const`, None where it lists none."""
+    values: list[Any] | None = schema.get("enum", [schema["const"]] if "const" in schema else None)
+    return values
 
 
 def has_type(value: Any, types: frozenset[str]) -> bool:

@@ -8,7 +8,15 @@ from typing import Any
 
 from medhead_app.api.tools.grammar import CallGrammar, json_rule, quoted
 from medhead_app.api.tools.hermes import BEGIN, END, HermesReader
-from medhead_app.api.tools.parameters import Parameter, alternatives, not_constrained, parameters_of, types_of
+from medhead_app.api.tools.parameters import (
+    NOTES,
+    Parameter,
+    alternatives,
+    listed_values,
+    not_constrained,
+    parameters_of,
+    types_of,
+)
 from medhead_app.api.tools.xml_call import END_CALL, END_VALUE, FUNCTION, PARAMETER, XmlCall, converted
 
 _TEXT = ("text_value[lazy]", rf"/(.|\n)*{re.escape(END_VALUE)}/".replace("</", r"<\/"))  # rule of any text and its end
@@ -74,16 +82,10 @@ def _listed(schema: dict[str, Any]) -> list[Any] | None:
     """Return the values that a schema lists, None where it says anything else."""
     found = []
     for one in alternatives(schema):
-        if not ({"enum", "const"} & set(one)) or set(one) - {
-            "enum",
-            "const",
-            "type",
-            "title",
-            "description",
-            "default",
-        }:
+        values = listed_values(one)
+        if values is None or set(one) - {"enum", "const", "type", *NOTES}:
             return None
-        if one.get("type") not in (None, *types_of({"enum": one.get("enum", [one.get("const")])})):
+        if one.get("type") not in (None, *types_of({"enum": values})):
             return None
-        found += one.get("enum", [one.get("const")])
+        found += values
     return found

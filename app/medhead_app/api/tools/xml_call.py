@@ -29,9 +29,8 @@ class XmlCall:
         self._schemas, self._read = schemas, self._read_tag
         self._text, self._comma = "", ""  # of the tag, the name or the value
         self._types = frozenset[str]()
-        self._held: str | None = (
-            None  # end of the value, which may be part of its end tag; None before its first character
-        )
+        # end of the value, which may be part of its end tag; None before its first character
+        self._held: str | None = None
 
     @property
     def started(self) -> bool:
