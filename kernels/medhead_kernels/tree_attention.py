@@ -1,10 +1,10 @@
 """Attention of a token tree over a preallocated cache, in Triton: split over the keys, each key read once per KV head.
 
 The keys of one (row, KV head) are cut into `splits` pieces (Flash-Decoding, Dao et al. 2023), each processed with
-FlashAttention's online softmax (Dao et al. 2022) in float32; a second kernel merges the pieces by their log-sum-exp in a
-fixed order, so equal inputs give equal bits. All query heads of a group and all nodes share one query tile. The committed
-prefix is read without a mask; in the tree's columns a node sees the nodes set in its ancestor bitmask. Lengths are read on
-the device and the grid depends on shapes only, so a launch can be part of a CUDA graph.
+FlashAttention's online softmax (Dao et al. 2022) in float32; a second kernel merges all pieces of a row at once by their
+log-sum-exp, in a fixed order, so equal inputs give equal bits. All query heads of a group and all nodes share one query
+tile. The committed prefix is read without a mask; in the tree's columns a node sees the nodes set in its ancestor bitmask.
+Lengths are read on the device and the grid depends on shapes only, so a launch can be part of a CUDA graph.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
-MAX_SPLITS = 128
-MERGE_ROWS = 8
+MAX_SPLITS = 64  # which one program merges at once
+_SPLIT_COST = 0.005  # of one more split, relative to reading all keys of a row and head by one program
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -73,12 +73,11 @@ def _attend_block(q, key_base, value_base, column, k_row, v_row, row_max, total,
     else:
         k = tl.load(k_at) if DIM == BLOCK_D else tl.load(k_at, mask=(d < DIM)[:, None], other=0.0)
         values = tl.load(v_at) if VALUE_DIM == BLOCK_V else tl.load(v_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
-    scores = _dot(q, k, PRECISION) * scale
+    scores = _dot(q, k, PRECISION) * scale  # without a cap in units of log(2)
     if HAS_CAP:  # tanh by one exponential that cannot overflow
         decay = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2_E / softcap))
-        size = softcap * (1.0 - decay) / (1.0 + decay)
+        size = (softcap * _LOG2_E) * (1.0 - decay) / (1.0 + decay)
         scores = tl.where(scores < 0, -size, size)
-    scores = scores * _LOG2_E
     if MASKED:
         visible = _visible(
             bitmask_base, depth_base, position, columns, column, length, nodes, window, MASK_SIZE, HAS_WINDOW)  # fmt: skip
@@ -151,38 +150,29 @@ def split_kernel(query, key, value, bitmask, depth, lengths, partial, lse, scale
 
 @triton.jit(do_not_specialize=["nodes", "splits"])
 def merge_kernel(partial, lse, sinks, out, nodes, splits, kv_heads,  # type: ignore[no-untyped-def]
-                 GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+                 GROUP: tl.constexpr, VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_S: tl.constexpr,
                  HAS_SINKS: tl.constexpr):  # fmt: skip
-    """Grid (row tiles, batch * kv_heads): merge the splits of some rows in order, into `[batch, nodes, heads, dim]`."""
-    tile, batch_head = tl.program_id(0), tl.program_id(1)
+    """Grid (nodes * group, batch * kv_heads): merge all splits of a row at once, into `[batch, nodes, heads, dim]`."""
+    row, batch_head = tl.program_id(0), tl.program_id(1)
     batch, head = (batch_head // kv_heads).to(tl.int64), batch_head % kv_heads
-    rows = tile * ROWS + tl.arange(0, ROWS)
-    inside = rows < nodes * GROUP
-    v = tl.arange(0, BLOCK_V)
-    valid = inside[:, None] & (v < VALUE_DIM)[None, :]
-    row_max = tl.full([ROWS], float("-inf"), tl.float32)
-    row_sum = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, BLOCK_V], tl.float32)
-    for split in range(splits):
-        place = (batch_head.to(tl.int64) * splits + split) * (nodes * GROUP) + rows
-        size = tl.load(lse + place, mask=inside, other=0.0)
-        part = tl.load(partial + place[:, None] * VALUE_DIM + v[None, :], mask=valid, other=0.0)
-        new_max = tl.maximum(row_max, size)
-        safe_max = tl.where(new_max == float("-inf"), 0.0, new_max)
-        rescale, weight = tl.exp2(row_max - safe_max), tl.exp2(size - safe_max)
-        row_sum = row_sum * rescale + weight
-        acc = acc * rescale[:, None] + part * weight[:, None]
-        row_max = new_max
-    heads = head * GROUP + rows % GROUP
+    split, v = tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_V)
+    inside, columns = split < splits, v < VALUE_DIM
+    place = (batch_head.to(tl.int64) * splits + split) * (nodes * GROUP) + row
+    sizes = tl.load(lse + place, mask=inside, other=float("-inf"))
+    parts = tl.load(
+        partial + place[:, None] * VALUE_DIM + v[None, :], mask=inside[:, None] & columns[None, :], other=0.0
+    )
+    row_max = tl.max(sizes, 0)  # a node sees itself, so one split has a number
     if HAS_SINKS:  # a score that takes part in the softmax and carries no value
-        sink = tl.load(sinks + heads, mask=inside, other=0.0).to(tl.float32) * _LOG2_E
-        new_max = tl.maximum(row_max, sink)
-        rescale = tl.exp2(row_max - new_max)
-        row_sum = row_sum * rescale + tl.exp2(sink - new_max)
-        acc = acc * rescale[:, None]
-    place = (batch * nodes + rows // GROUP) * (kv_heads * GROUP) + heads
-    result = acc / row_sum[:, None]
-    tl.store(out + place[:, None] * VALUE_DIM + v[None, :], result.to(out.dtype.element_ty), mask=valid)
+        sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32) * _LOG2_E
+        row_max = tl.maximum(row_max, sink)
+    weights = tl.exp2(sizes - row_max)
+    row_sum = tl.sum(weights, 0)
+    if HAS_SINKS:
+        row_sum = row_sum + tl.exp2(sink - row_max)
+    result = tl.sum(parts * weights[:, None], 0) / row_sum
+    target = (batch * nodes + row // GROUP) * (kv_heads * GROUP) + head * GROUP + row % GROUP
+    tl.store(out + target * VALUE_DIM + v, result.to(out.dtype.element_ty), mask=columns)
 
 
 class Tile(NamedTuple):
@@ -192,6 +182,27 @@ class Tile(NamedTuple):
     columns: int
     warps: int
     stages: int
+
+
+def splits_for(programs: int, max_splits: int, slots: int) -> int:
+    """Return the number of pieces of the keys with which the multiprocessors are busy in whole rounds.
+
+    Args:
+        programs: number of programs that every piece has.
+        max_splits: largest number of pieces.
+        slots: programs that run at a time.
+    """
+
+    def cost(splits: int) -> float:
+        return triton.cdiv(programs * splits, slots) / splits + _SPLIT_COST * splits
+
+    return min(range(1, max(1, min(max_splits, MAX_SPLITS)) + 1), key=cost)
+
+
+def shared_bytes(tile: Tile, dim: int, value_dim: int, itemsize: int) -> int:
+    """Return about how much shared memory a program of this block takes: queries, and the stages of keys and values."""
+    block, value_block = (max(16, triton.next_power_of_2(size)) for size in (dim, value_dim))
+    return itemsize * (tile.rows * block + tile.stages * tile.columns * (block + value_block))
 
 
 def tile_for(rows: int, dim: int, dtype: torch.dtype, large_smem: bool = True) -> Tile:
@@ -220,25 +231,27 @@ def attention(
     query = query if query.stride(3) == 1 else query.contiguous()
     bitmask, depth, window = tree.ancestor_bitmask.contiguous(), tree.depth.contiguous(), params.window
     rows, batch_heads = nodes * (heads // kv_heads), batch * kv_heads
-    sm_count, large_smem = _device_limits(query.device)
-    tile = tile_for(rows, max(dim, value_dim), query.dtype, large_smem)
+    sm_count, shared = _device_limits(query.device)
+    tile = tile_for(rows, max(dim, value_dim), query.dtype, shared >= 163 * 1024)
     tiles = triton.cdiv(rows, tile.rows)
-    if splits is None:  # two programs per multiprocessor, each split at least two blocks of columns
-        splits = max(1, min(triton.cdiv(2 * sm_count, batch_heads * tiles), columns // (2 * tile.columns), MAX_SPLITS))
+    if splits is None:  # each split has at least two blocks of columns
+        together = max(1, shared // shared_bytes(tile, dim, value_dim, query.itemsize))
+        splits = splits_for(batch_heads * tiles, columns // (2 * tile.columns), sm_count * together)
+    assert splits <= MAX_SPLITS, f"at most {MAX_SPLITS} splits, got {splits}"
     partial = query.new_empty(batch_heads, splits, rows, value_dim, dtype=torch.float32)
     lse = query.new_empty(batch_heads, splits, rows, dtype=torch.float32)
     out = query.new_empty(batch, nodes, heads, value_dim)
     split_kernel[tiles, splits, batch_heads](
         query, key, value, bitmask, depth, tree.lengths, partial, lse,
-        params.scale, params.softcap or 0.0, window or 0, nodes, splits, kv_heads,
+        params.scale * (1.0 if params.softcap else _LOG2_E.value), params.softcap or 0.0, window or 0, nodes, splits, kv_heads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         bitmask.stride(0) if bitmask.shape[0] > 1 else 0, bitmask.stride(1), depth.stride(0) if depth.shape[0] > 1 else 0,
         **split_constants(tile, heads // kv_heads, bitmask.shape[2], dim, value_dim, query.dtype, params.softcap, window),
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    merge_kernel[triton.cdiv(rows, MERGE_ROWS), batch_heads](
+    merge_kernel[rows, batch_heads](
         partial, lse, params.sinks, out, nodes, splits, kv_heads,
-        **merge_constants(heads // kv_heads, value_dim, params.sinks is not None), num_warps=4,
+        **merge_constants(heads // kv_heads, value_dim, splits, params.sinks is not None), num_warps=4,
     )  # fmt: skip
     return out
 
@@ -255,10 +268,10 @@ def split_constants(
     }  # fmt: skip
 
 
-def merge_constants(group: int, value_dim: int, has_sinks: bool) -> dict[str, Any]:
+def merge_constants(group: int, value_dim: int, splits: int, has_sinks: bool) -> dict[str, Any]:
     """Return the compile-time values of `merge_kernel`."""
-    block = triton.next_power_of_2(value_dim)
-    return {"GROUP": group, "VALUE_DIM": value_dim, "BLOCK_V": block, "ROWS": MERGE_ROWS, "HAS_SINKS": has_sinks}
+    blocks = {"BLOCK_V": triton.next_power_of_2(value_dim), "BLOCK_S": triton.next_power_of_2(splits)}
+    return {"GROUP": group, "VALUE_DIM": value_dim, **blocks, "HAS_SINKS": has_sinks}
 
 
 def is_interpreted() -> bool:
@@ -272,10 +285,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 
 @lru_cache(maxsize=16)
-def _device_limits(device: torch.device) -> tuple[int, bool]:
-    """Return the number of multiprocessors and whether a block may use 163 KiB of shared memory."""
+def _device_limits(device: torch.device) -> tuple[int, int]:
+    """Return the number of multiprocessors and the bytes of shared memory that a block may use."""
     if device.type != "cuda":
-        return 1, False
+        return 1, 99 * 1024
     index = torch.cuda.current_device() if device.index is None else device.index
     properties = triton.runtime.driver.active.utils.get_device_properties(index)
-    return properties["multiprocessor_count"], properties["max_shared_mem"] >= 163 * 1024
+    return properties["multiprocessor_count"], properties["max_shared_mem"]
