@@ -14,7 +14,7 @@ from transformers.generation.utils import GenerateDecoderOnlyOutput
 
 from medhead import generate_options as options
 from medhead.check import CheckReport, compare
-from medhead.compile import CompiledTarget, GraphCache, may_use_kept_passes
+from medhead.compile import CompiledTarget, GraphCache, automatic_graphs, may_use_kept_passes
 from medhead.config import MAX_TEMPERATURE, SamplingParams, check_seed
 from medhead.core.acceptance import TypicalAcceptance
 from medhead.core.constraint import new_constraint
@@ -52,13 +52,16 @@ class Decoder:
         probe: check at once that the model verifies trees correctly.
         attention: backend of the target, see `Target`.
         packed: whether to keep packed copies of the weights on a CPU; None where it pays and memory is free, see `Target`.
-        profile: time the parts of every step (`statistics.times`); the device is synchronised around each of them.
-        step: how a step is run. `loop` is the ordinary decode loop. `auto`, the default, is the same with the target's passes
-            that `compiled` compiled before on this machine, if any. `compiled` compiles the target's pass and the growth of
-            candidates from heads. With the proposers `heads` and `none`, a step can be captured: `graph` (a CUDA graph),
-            `compiled` on CUDA (PyTorch's compiler, inside a CUDA graph), `eager` or `recorded` (the same step without a GPU
-            or a compiler, for tests). See `medhead.compile`.
+        profile: time the parts of every step (`statistics.times`); the device is synchronised around each of them, and `auto`
+            captures no step.
+        step: how a step is run. `loop` is the ordinary decode loop. `auto`, the default, is `graph` on CUDA where a step can
+            be captured, else `loop`, on a CPU with the target's passes that `compiled` compiled before on this machine, if
+            any. `compiled` compiles the target's pass and the growth of candidates from heads. With the proposers `hybrid`,
+            `heads`, `ngram`, `recycling` and `none`, a step can be captured: `graph` (a CUDA graph), `eager` or `recorded`
+            (the same step without a GPU, for tests), and for `heads` and `none` `compiled` on CUDA (PyTorch's compiler,
+            inside a CUDA graph). See `medhead.compile`.
         exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype; on a CPU. See `Target`.
+        fused: whether fused kernels replace parts of the model in passes; None does so on CUDA, see `Target`.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
@@ -97,10 +100,11 @@ class Decoder:
         packed: bool | None = None,
         step: str = "auto",
         exact: str | None = None,
+        fused: bool | None = None,
         profile: bool = False,
         **options: Any,
     ) -> None:
-        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact)
+        self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact, fused)
         self._own_target = self.target is not model
         self.model = self.target.model
         if proposer is None:
@@ -127,10 +131,12 @@ class Decoder:
             "probe": False,
             "attention": self.target.backend.name,
             "packed": self.target.packed_weights,
+            "fused": False,  # PyTorch's compiler fuses
         }
         if step == "auto":
             if self.target.bitwise is None and may_use_kept_passes(self.target):
                 self.compiled_target = CompiledTarget(self.model, builds=False, **shared)
+            self.graphs = None if profile else automatic_graphs(self.target, self.proposer)
             step = "loop"
         if step != "loop" and self.target.state_layers is not None:
             raise MedheadError(
@@ -142,7 +148,7 @@ class Decoder:
                 f"step {step!r} needs all weights in the memory of one device, those of {self.target.name} are {where}; "
                 "use step='loop'"
             )
-        if step == "compiled" and (not self.proposer.capturable or self.target.device.type == "cpu"):
+        if step == "compiled" and (not self.proposer.compilable or self.target.device.type == "cpu"):
             self.compiled_target = CompiledTarget(self.model, **shared)
         elif step != "loop":
             self.graphs = GraphCache(self.target, self.proposer, step)

@@ -243,7 +243,8 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
     override_generation_config(model, getattr(args, "generation_config", None))
     folder = args.heads or default_heads(args.model)
     step, packed = getattr(args, "step", "auto"), getattr(args, "packed", None)  # only some commands have them
-    proposer = args.proposer or owner or ("heads" if folder and _is_captured(step, model) else "hybrid")
+    compiles_step = step == "compiled" and model.device.type != "cpu"  # which a hybrid's cannot be
+    proposer = args.proposer or owner or ("heads" if folder and compiles_step else "hybrid")
     heads: Any = folder if proposer in ("heads", "hybrid") else None
     if heads and adapts_target(heads):
         model = load_adapted(model, heads)
@@ -257,11 +258,6 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         if compiler is not None:
             compiler.on_progress = say
     return decoder
-
-
-def _is_captured(step: str, model: Any) -> bool:
-    """Return whether whole steps are captured where the proposer allows it; on a CPU it is the pass that is compiled."""
-    return step not in ("auto", "loop") and not (step == "compiled" and model.device.type == "cpu")
 
 
 def say(line: str) -> None:

@@ -64,8 +64,8 @@ def parser() -> Parser:
     what.add_argument("--recycling-state", metavar="FILE", help="state of the proposer recycling to start from")
     what.add_argument("--save-recycling-state", action="store_true", help="write the state back to that file")
     what.add_argument("--step", default="auto", choices=STEPS,
-                      help="how a step runs. auto: the ordinary loop, with passes that compiled has made before on this CPU; "
-                      "loop: without them; graph: one CUDA graph, for the proposers heads and none; "
+                      help="how a step runs. auto: graph on CUDA where a step can be captured, else the ordinary loop, on a "
+                      "CPU with passes that compiled has made before; loop: without either; graph: one CUDA graph; "
                       "compiled: by PyTorch, for every proposer, which takes a minute or two (default: auto)")  # fmt: skip
     text = options.add_argument_group("prompt")
     text.add_argument("--prompt", help="the prompt")

@@ -6,6 +6,6 @@
 
 from medhead.compile.backends import BACKENDS
 from medhead.compile.compiled_target import CompiledTarget, may_use_kept_passes
-from medhead.compile.graph_cache import GraphCache
+from medhead.compile.graph_cache import GraphCache, automatic_graphs
 
-__all__ = ["BACKENDS", "CompiledTarget", "GraphCache", "may_use_kept_passes"]
+__all__ = ["BACKENDS", "CompiledTarget", "GraphCache", "automatic_graphs", "may_use_kept_passes"]

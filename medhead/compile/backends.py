@@ -40,7 +40,8 @@ def fixed_step(target: Target, proposer: Proposer, generator: GumbelNoise) -> St
                 return verify_greedy(tree, scores, fixed=True)
             return verify_sampled(tree, scores, noise, fixed=True)
 
-        decode_step(target, proposer, buffers, generator, accept, proposer.steps - 1, [])
+        output = decode_step(target, proposer, buffers, generator, accept, proposer.steps - 1, [])
+        proposer.update_captured(output)
 
     return step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from medhead.compile.async_input import DraftInput
 from medhead.compile.async_output import async_output
 from medhead.compile.graph_cache import GraphCache
 from medhead.core.buffers import StepBuffers
@@ -40,6 +41,8 @@ class CapturedSteps:
         output = self._step.buffers.output
         assert output is not None
         self._output = async_output(output, graphs.lag + 1)
+        drafts = self._step.buffers.drafts
+        self._drafts = None if drafts is None else DraftInput(drafts)
 
     @property
     def running(self) -> list[Sequence]:
@@ -63,6 +66,9 @@ class CapturedSteps:
 
     def step(self) -> tuple[list[int], list[list[int]]] | None:
         """Start a step; return the numbers and tokens that an earlier one emitted for `running`, if they are due."""
+        if self._drafts is not None:
+            texts = [sequence.token_ids for sequence in self.running]
+            self._drafts.send(self._graphs.proposer.host_tries(texts), self.rows)
         self._step.run()
         self._output.post()
         return self.drain() if len(self._output) > self._graphs.lag else None
@@ -76,6 +82,8 @@ class CapturedSteps:
 
     def keep(self, places: list[int]) -> None:
         """Let only the sequences at these places of `running` go on."""
+        if 0 < len(places) < len(self.rows):
+            self._graphs.proposer.keep_rows(places)
         kept = [self.rows[place] for place in places]
         for row in set(self.rows) - set(kept):
             self._step.buffers.end(row)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
@@ -13,8 +14,12 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
+from medhead.model.shards import placement
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
+from medhead.proposers.host_drafts import no_drafts
+
+Key = tuple[int, int, Hashable]  # rows, columns, and form of sampling, features and model
 
 MAX_STEPS = 4  # captured steps that are kept; each holds a cache
 MIN_COLUMNS = 256
@@ -35,22 +40,28 @@ class GraphCache:
         target: the target.
         proposer: fills the trees.
         backend: a name in `BACKENDS`.
-        lag: steps by which the host reads later than the device runs; 1 on CUDA and 0 elsewhere if None.
+        lag: steps by which the host reads later than the device runs; if None 1 on CUDA, and 0 elsewhere and for a proposer
+            whose draft tokens the host makes of the text.
+        optional: whether the ordinary loop decodes, with a warning, what cannot be captured.
 
     Attributes:
         on_progress: told when something is made that takes a while.
+        gave_up: whether a step could not be captured, so that no other is tried.
 
     Raises:
         MedheadError: the backend is unknown, or the proposer, the attention, the rotary scaling or the devices cannot be
             part of a captured step.
     """
 
-    def __init__(self, target: Target, proposer: Proposer, backend: str, lag: int | None = None) -> None:
+    def __init__(
+        self, target: Target, proposer: Proposer, backend: str, lag: int | None = None, optional: bool = False
+    ) -> None:
         if backend not in BACKENDS:
             raise MedheadError(f"step must be one of loop, {', '.join(BACKENDS)}; got {backend!r}")
         if not proposer.capturable:
             raise MedheadError(
-                f"step {backend!r} captures the proposers 'heads' (but for mtp) and 'none'; {proposer.name!r} works on the host"
+                f"step {backend!r} captures the proposers 'hybrid', 'heads' (but for mtp), 'ngram', 'recycling' and 'none'; "
+                f"{proposer.name!r} works on the host"
             )
         check_device(backend, target.device)
         if target.backend.name == "flash":
@@ -62,9 +73,10 @@ class GraphCache:
         if devices != {target.device}:
             raise MedheadError(f"step {backend!r} needs the whole model on one device, it is on {len(devices)}")
         self.target, self.proposer, self.backend = target, proposer, backend
-        self.lag = int(target.device.type == "cuda") if lag is None else lag
+        self.lag = int(target.device.type == "cuda" and not proposer.takes_drafts) if lag is None else lag
+        self.optional, self.gave_up = optional, False
         self.on_progress: Callable[[str], None] = lambda line: None
-        self._steps: OrderedDict[Hashable, CapturedStep] = OrderedDict()
+        self._steps: OrderedDict[Key, CapturedStep] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -83,7 +95,7 @@ class GraphCache:
         return self.proposer.steps * (self.lag + 2)
 
     def get(self, like: StepBuffers, room: int, generator: GumbelNoise) -> CapturedStep:
-        """Return a step for the sequences of some buffers, captured now unless there is one.
+        """Return a step for the sequences of some buffers, captured now unless there is one, of up to twice the size.
 
         Args:
             like: the decode loop's buffers.
@@ -94,18 +106,37 @@ class GraphCache:
             MedheadError: the step cannot be captured.
         """
         rows, columns = rows_for(len(like.roots)), columns_for(room)
-        key = (rows, columns, like.sampling.key(), like.features.dtype, model_state(self.target))
+        form = (like.sampling.key(), like.features.dtype, model_state(self.target))
+        key = self._kept(rows, columns, form) or (rows, columns, form)
         if key not in self._steps:
             if self.backend == "compiled":
                 self.on_progress(f"compiling a step for {rows} sequences of up to {columns:,} tokens (a minute)")
             with torch.inference_mode(False), torch.no_grad():
-                buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps)
+                drafts = no_drafts(rows, self.target.device) if self.proposer.takes_drafts else None
+                buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps, drafts)
                 run = make(self.backend, self.target, self.proposer, buffers, generator)
                 self._steps[key] = CapturedStep(buffers, run)
             while len(self._steps) > MAX_STEPS:
                 self._steps.popitem(last=False)
         self._steps.move_to_end(key)
         return self._steps[key]
+
+    def _kept(self, rows: int, columns: int, form: Hashable) -> Key | None:
+        """Return the key of the smallest kept step that has room for so many rows and columns, at most twice as many."""
+        found = [
+            key
+            for key in self._steps
+            if key[2] == form and rows <= key[0] <= 2 * rows and columns <= key[1] <= 2 * columns
+        ]
+        return min(found, key=lambda key: key[0] * key[1], default=None)
+
+    def give_up(self, error: MedheadError) -> None:
+        """Leave all steps to the ordinary loop from now on, and warn that it does; raise the error unless steps are optional."""
+        if not self.optional:
+            raise error
+        warnings.warn(f"the ordinary loop decodes, which is slower: {error}", stacklevel=2)
+        self.gave_up = True
+        self.clear()
 
     def clear(self) -> None:
         """Give the memory back."""
@@ -122,3 +153,19 @@ def columns_for(room: int) -> int:
     if room > 2048:
         return -(-room // 2048) * 2048
     return max(MIN_COLUMNS, 1 << (room - 1).bit_length())
+
+
+def automatic_backend(device: torch.device) -> str | None:
+    """Return the backend that captures steps where none is named: CUDA graphs on CUDA, None elsewhere."""
+    return "graph" if device.type == "cuda" and torch.version.hip is None else None
+
+
+def automatic_graphs(target: Target, proposer: Proposer) -> GraphCache | None:
+    """Return captured steps where none are named; None where the device has no such backend or a step cannot be captured."""
+    backend = automatic_backend(target.device)
+    if backend is None or target.bitwise is not None or target.state_layers is not None or placement(target.model):
+        return None
+    try:
+        return GraphCache(target, proposer, backend, optional=True)
+    except MedheadError:  # the reason is told to who names a step
+        return None

@@ -30,6 +30,7 @@ class StepBuffers:
     alive: Tensor | None = None  # `[batch]` int64, 1 for a sequence that runs; None if all do
     # `[batch, 1 + steps]` int64, what the last captured step emitted: how many tokens, then the tokens
     output: Tensor | None = None
+    drafts: Tensor | None = None  # `[batch, 3, n]` int64, draft tokens that the host made, see `host_drafts`
 
     @property
     def lengths(self) -> Lengths:
@@ -62,7 +63,9 @@ class StepBuffers:
     # ---------------------------------------------------------------- captured steps
 
     @classmethod
-    def allocate(cls, like: StepBuffers, rows: int, columns: int, steps: int) -> StepBuffers:
+    def allocate(
+        cls, like: StepBuffers, rows: int, columns: int, steps: int, drafts: Tensor | None = None
+    ) -> StepBuffers:
         """Return fixed buffers for `rows` sequences of up to `columns` tokens and nodes.
 
         Args:
@@ -70,6 +73,7 @@ class StepBuffers:
             rows: sequences.
             columns: tokens and nodes of a sequence.
             steps: most tokens that a step emits.
+            drafts: buffer for draft tokens that the host makes; None for none.
         """
         device = like.roots.device
         zeros = torch.zeros(rows, dtype=torch.long, device=device)
@@ -90,6 +94,7 @@ class StepBuffers:
             like.sampling.fixed(rows),
             torch.zeros_like(zeros),
             torch.zeros(rows, 1 + steps, dtype=torch.long, device=device),
+            drafts,
         )
 
     def tensors(self) -> list[Tensor]:
@@ -98,7 +103,8 @@ class StepBuffers:
         assert self.output is not None
         drafts = [] if self.draft_cache is None else [self.draft_cache.cache.rows]
         rest = [self.lengths.device, self.roots, self.features, self.sampling.numbers, self.sampling.scales]
-        return [*self.cache.per_layer, *drafts, *rest, self.alive, self.output]
+        made = [] if self.drafts is None else [self.drafts]
+        return [*self.cache.per_layer, *drafts, *rest, self.alive, self.output, *made]
 
     def over(self, tensors: list[Tensor]) -> StepBuffers:
         """Return buffers of the same form over other tensors."""
@@ -109,10 +115,10 @@ class StepBuffers:
         rows = None if self.draft_cache is None else next(left)
         lengths = Lengths(next(left), None)
         draft_cache = None if rows is None else self.draft_cache.over(TensorDraftCache.from_buffer(rows, lengths))
-        roots, features, numbers, scales, alive, output = left
+        roots, features, numbers, scales, alive, output, *made = left
         sampling = self.sampling.over(numbers, scales)
         cache = TreeCache.from_buffers(self.cache.layout, buffers, lengths)
-        return StepBuffers(cache, draft_cache, roots, features, sampling, alive, output)
+        return StepBuffers(cache, draft_cache, roots, features, sampling, alive, output, *made)
 
     def load(self, other: StepBuffers) -> None:
         """Take over the sequences of the decode loop's buffers; places beyond their number stay empty."""

@@ -327,7 +327,9 @@ class DecodeLoop:
 
     def _may_capture(self) -> bool:
         """Return whether captured steps serve these sequences: the host need not see every token, the context has room."""
-        if self.graphs is None or self.typical is not None or self.record_scores or self.record_logits:
+        if self.graphs is None or self.graphs.gave_up:
+            return False
+        if self.typical is not None or self.record_scores or self.record_logits:
             return False
         if not self.sequences or not _share_processors(self.sequences):
             return False
@@ -354,7 +356,13 @@ class DecodeLoop:
         if self._captured is None:
             assert self._buffers is not None
             began = time.perf_counter()
-            self._captured = CapturedSteps(self.graphs, self._buffers, self.sequences, self.generator)
+            try:
+                self._captured = CapturedSteps(self.graphs, self._buffers, self.sequences, self.generator)
+            except MedheadError as error:
+                self.graphs.give_up(error)
+                self.capture_seconds += time.perf_counter() - began
+                self._step_eager()
+                return
             self._buffers, self.output = None, None
             self.cache_bytes = max(self.cache_bytes, self._captured.cache_bytes)
             self.capture_seconds += time.perf_counter() - began

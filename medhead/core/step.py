@@ -14,6 +14,7 @@ from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState, Proposer, VerifyOutput
+from medhead.proposers.host_drafts import unpack_drafts
 
 Accept = Callable[[TokenTree, Tensor, LazyGumbel | None], Accepted]
 
@@ -55,6 +56,8 @@ def decode_step(
     state = DecodeState(
         target, texts, buffers.roots, buffers.features, noise, temperature, buffers.draft_cache, lengths.device, fixed
     )
+    if buffers.drafts is not None:
+        state.drafts = unpack_drafts(buffers.drafts, max_depth)
     tree = proposer.propose(state, max_depth)
     if target.shards is not None:
         tree = target.shards.tree(tree)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from medhead.core.lengths import Lengths
     from medhead.model.target import Target
     from medhead.proposers.candidates import Candidates
+    from medhead.proposers.trie import DraftTrie
 
 
 @dataclass
@@ -40,6 +41,7 @@ class DecodeState:
         draft_cache: what `Proposer.new_draft_cache` returned, brought up to date.
         lengths: `[batch]` committed tokens of every sequence on the device; None if no proposer reads them.
         fixed: whether shapes must not depend on values and the host must not read a tensor (a captured step).
+        drafts: what the host made for a captured step, see `Proposer.host_tries`; None without it.
     """
 
     target: Target
@@ -51,6 +53,7 @@ class DecodeState:
     draft_cache: Any = None
     lengths: Tensor | None = None
     fixed: bool = False
+    drafts: Candidates | None = None
 
 
 @dataclass
@@ -90,6 +93,8 @@ class Proposer:
         skippable: whether it may miss calls of `update`.
         is_expensive: whether its candidates take so long that a hybrid asks for them only where they pay.
         capturable: whether its part of a step can be captured: fixed shapes, no host reads.
+        takes_drafts: whether in captured steps it proposes what `host_tries` made before the step.
+        compilable: whether PyTorch's compiler can be given the whole captured step: the step changes its buffers alone.
         reads_nodes: whether `update` reads nodes of its tree by their places.
         packed_bytes: memory of packed copies of its weights.
         row_states: what it keeps on the host of every sequence, one entry each; empty for nothing.
@@ -100,6 +105,8 @@ class Proposer:
     uses_noise = False
     feature_layers: tuple[int, ...] = ()
     capturable = False
+    takes_drafts = False
+    compilable = False
     skippable = False
     is_expensive = False
     reads_nodes = False
@@ -118,8 +125,13 @@ class Proposer:
 
     @property
     def steps(self) -> int:
-        """The largest number of tokens that a sequence can gain by one of its trees."""
-        return min(self.max_depth, self.tree_size - 1) + 1
+        """The largest number of tokens that a sequence can gain by a captured step."""
+        return min(self.captured_depth, self.tree_size - 1) + 1
+
+    @property
+    def captured_depth(self) -> int:
+        """Depth of the deepest tree that it fills in a captured step."""
+        return self.max_depth
 
     @property
     def draft_key(self) -> Hashable | None:
@@ -159,6 +171,13 @@ class Proposer:
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
         """Return a tree for every sequence, no deeper than `max_depth`."""
         return TokenTree.root(state.roots)
+
+    def host_tries(self, texts: list[list[int]]) -> list[DraftTrie]:
+        """Return the draft tokens of every sequence for the next captured step; the last tokens of `texts` are the roots."""
+        raise NotImplementedError(f"{self.name} makes no draft tokens on the host")
+
+    def update_captured(self, output: VerifyOutput) -> None:
+        """Learn from the verify pass of a captured step, by tensor operations alone."""
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """Return all candidates with estimated probabilities, for trees of several proposers; None without any."""
@@ -221,7 +240,7 @@ def build_proposer(name: str, target: Target, **options: Any) -> Proposer:
 class PlainProposer(Proposer):
     """Plain decoding: proposes nothing but the root, whatever the tree size."""
 
-    capturable = True
+    capturable = compilable = True
 
     def __init__(self, target: Any = None, **options: Any) -> None:
         self.tree_size = 1

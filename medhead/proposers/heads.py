@@ -172,6 +172,8 @@ class HeadsProposer(Proposer):
         depth = min(max_depth, self.max_depth)
         if depth < 1:
             return None
+        if state.fixed:
+            return grow(state.roots, self._expander(state, self.branching, depth), depth, self.width)
         began = self.clock()
         if len(state.roots) == 1 and state.draft_cache is None and depth == self.max_depth and state.target.compiles:
             found = self._compiled_candidates(state, depth)
@@ -229,6 +231,11 @@ class HeadsProposer(Proposer):
     @property
     def capturable(self) -> bool:  # type: ignore[override]
         """Whether the heads' draft cache, if any, is a plain tensor."""
+        return self.heads.has_tensor_cache
+
+    @property
+    def compilable(self) -> bool:  # type: ignore[override]
+        """The same."""
         return self.heads.has_tensor_cache
 
 

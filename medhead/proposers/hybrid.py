@@ -7,6 +7,7 @@ heads, are asked only where the candidates of the others leave something to gain
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Iterator
 from copy import copy
@@ -22,15 +23,20 @@ from medhead.proposers.base import DecodeState, Proposer, VerifyOutput, build_pr
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates, merge
 from medhead.scheduling.cost_model import MAX_NODES, CostModel, costs_batch, get_costs, known_costs, moving_mean
+from medhead.scheduling.expert_bytes import ExpertBytes
 from medhead.scheduling.tree_size import TreeSizeController
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
+    from medhead.proposers.trie import DraftTrie
 
 _ERROR_FACTOR = 2.0  # actual share of wrong tokens / estimated share
 _MIN_MULTIPLE = 2.0  # expensive members are left out only for trees that promise so many times what they gain
 # tensor parallel processes measure different times, from which they would choose different sizes
 _SHARDED_TREE_SIZE = 16
+_CAPTURED_SIZES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)  # of a captured step's tree where the size is automatic
+_CAPTURED_TOKENS = 256  # of all rows, up to which a GPU takes hardly longer than to read the weights
+_DOUBLING_GAIN = 0.45  # tokens by which the accepted length grows where the tree's size doubles
 _OWNERS = {"datastore": "ngram", "tokenizer": "ngram", "state": "recycling"}  # of options; all others are of heads
 
 
@@ -93,12 +99,42 @@ class HybridProposer(Proposer):
         self.feature_layers = next(iter(layers), ())
         self.controller: TreeSizeController | None = None
         self.clock, self._given_costs = clock, costs
+        self._experts = ExpertBytes.of(target.model)
         self._costs: dict[int, CostModel | None] = {}  # by batch class; None where nothing is in the user's cache
         self._proposed: list[Candidates | None] = [None] * len(self.members)
         self._corrected: list[Candidates] = []
         self._began, self._asked = 0.0, False  # of the running step; whether expensive members were asked
         self._ask_seconds: float | None = None  # that expensive members take
         self._ask_gain: float | None = None  # draft tokens accepted in passes in which they were asked
+
+    @property
+    def capturable(self) -> bool:  # type: ignore[override]
+        """Whether all members are, and at most one, heads, has a draft cache."""
+        heads = sum(member.draft_key != () for member in self.members)
+        return heads < 2 and all(member.capturable for member in self.members)
+
+    @property
+    def takes_drafts(self) -> bool:  # type: ignore[override]
+        """Whether a member does."""
+        return any(member.takes_drafts for member in self.members)
+
+    @property
+    def captured_depth(self) -> int:
+        """That of the deepest member."""
+        return max(member.captured_depth for member in self.members)
+
+    def host_tries(self, texts: list[list[int]]) -> list[DraftTrie]:
+        """Return the draft tokens of all members that make them on the host."""
+        first, *others = [member.host_tries(texts) for member in self.members if member.takes_drafts]
+        for other in others:
+            for trie, more in zip(first, other, strict=True):
+                trie.merge(more)
+        return first
+
+    def update_captured(self, output: VerifyOutput) -> None:
+        """Let members learn; calibrations and the controller learn from steps of the ordinary loop alone."""
+        for member in self.members:
+            member.update_captured(output)
 
     def free(self) -> None:
         """Release the memory that members keep only for speed."""
@@ -165,7 +201,9 @@ class HybridProposer(Proposer):
         return list(zip(self.members, draft_cache or [None] * len(self.members), strict=True))
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Return the most probable candidates of all members, as many as pay."""
+        """Return the most probable candidates of all members, as many as pay; in a captured step a fixed number."""
+        if state.fixed:
+            return self._propose_captured(state, max_depth)
         self._proposed, self._corrected = [None] * len(self.members), []
         self._began, self._asked = self.clock(), False
         if max_depth < 1 or (self.controller is not None and self.controller.is_paused):
@@ -180,6 +218,14 @@ class HybridProposer(Proposer):
             self._ask_seconds = moving_mean(self._ask_seconds, self.clock() - began)
             merged, plan = self._plan(rows)
         return TokenTree.root(state.roots) if merged is None else merged.best_tree(state.roots, plan.nodes)
+
+    def _propose_captured(self, state: DecodeState, max_depth: int) -> TokenTree:
+        found = []
+        for member, cache in self._with_caches(state.draft_cache):
+            proposed = member.candidates(replace(state, draft_cache=cache), max_depth)
+            found += [] if proposed is None else [proposed]
+        nodes = captured_nodes(self._experts, len(state.roots)) if self.adapts else self.tree_size
+        return merge(found).best_tree(state.roots, nodes) if found else TokenTree.root(state.roots)
 
     def _ask(self, state: DecodeState, max_depth: int, is_expensive: bool) -> None:
         """Collect the candidates of the members that are expensive, or of those that are not."""
@@ -275,8 +321,39 @@ class HybridProposer(Proposer):
         return found
 
 
+def captured_nodes(experts: ExpertBytes | None, rows: int) -> int:
+    """Return the number of nodes of captured trees for so many sequences: those with the best rate by the bytes they read.
+
+    `experts` are those of the target, None without any: then the weights are read once, whatever the number of nodes.
+    """
+
+    def rate(nodes: int) -> float:
+        gain = 1 + _DOUBLING_GAIN * math.log2(nodes)
+        return gain if experts is None else gain / experts(rows * nodes)
+
+    return max((nodes for nodes in _CAPTURED_SIZES if rows * nodes <= max(rows, _CAPTURED_TOKENS)), key=rate)
+
+
 class MemberDraftCaches(list[Any]):
     """The draft caches of a hybrid's members, None for a member without one."""
+
+    @property
+    def cache(self) -> Any:
+        """The storage of the one member that has any; captured steps serve no hybrid in which several have."""
+        return self._one.cache
+
+    @property
+    def _one(self) -> Any:
+        (found,) = [cache for cache in self if cache is not None]
+        return found
+
+    def over(self, cache: Any) -> MemberDraftCaches:
+        """Return the same over another storage."""
+        return MemberDraftCaches([None if one is None else one.over(cache) for one in self])
+
+    def flush(self) -> None:
+        """See `LazyDraftCache.flush`."""
+        self._one.flush()
 
     def keep_rows(self, rows: list[int]) -> None:
         """Keep only these rows."""

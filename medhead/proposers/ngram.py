@@ -10,6 +10,7 @@ from medhead.datastore.store import Datastore, check_vocabulary
 from medhead.errors import MedheadError
 from medhead.proposers.base import DecodeState, Proposer, register_proposer
 from medhead.proposers.candidates import Candidates, candidates_from_tries
+from medhead.proposers.host_drafts import DEPTH
 from medhead.proposers.ppm import StoreMemory, TextMemory
 from medhead.proposers.trie import DraftTrie, to_token_tree
 
@@ -37,7 +38,7 @@ class NgramProposer(Proposer):
     """
 
     row_states: list[TextMemory]
-    uses_noise = True
+    uses_noise = capturable = takes_drafts = True
 
     def __init__(
         self,
@@ -71,16 +72,30 @@ class NgramProposer(Proposer):
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """Return the tries of all rows as candidates, conditioned on the noise when sampling."""
-        found = candidates_from_tries(self.tries(state, max_depth), state.roots.device)
+        if state.fixed:
+            found = state.drafts if max_depth > 0 else None
+        else:
+            found = candidates_from_tries(self.tries(state, max_depth), state.roots.device)
         if found is None or state.noise is None:
             return found
         return found.condition_on_noise(state.noise.prefix(len(found.levels)))
 
     def tries(self, state: DecodeState, max_depth: int) -> list[DraftTrie]:
         """Return the `tree_size` most probable nodes of every row, from text and datastore."""
-        depth = min(max_depth, self.max_depth)
+        return self._tries(state.texts, min(max_depth, self.max_depth))
+
+    def host_tries(self, texts: list[list[int]]) -> list[DraftTrie]:
+        """Return the same for the next captured step."""
+        return self._tries(texts, self.captured_depth)
+
+    @property
+    def captured_depth(self) -> int:
+        """That of the layout in which the host's draft tokens travel."""
+        return min(DEPTH, self.max_depth)
+
+    def _tries(self, texts: list[list[int]], depth: int) -> list[DraftTrie]:
         found = []
-        for memory, text in zip(self.row_states, state.texts, strict=True):
+        for memory, text in zip(self.row_states, texts, strict=True):
             trie = memory.trie(text, self.tree_size, depth, self.min_prob)
             if self._store is not None:
                 trie.merge(self._store.trie(text, self.tree_size, depth, self.min_prob))
@@ -88,5 +103,8 @@ class NgramProposer(Proposer):
         return found
 
     def propose(self, state: DecodeState, max_depth: int) -> TokenTree:
-        """Return the trie of every row as its tree."""
+        """Return the trie of every row as its tree; in a captured step, one of a fixed number of nodes."""
+        if state.fixed:
+            found = self.candidates(state, max_depth)
+            return TokenTree.root(state.roots) if found is None else found.best_tree(state.roots, self.tree_size)
         return to_token_tree(self.tries(state, max_depth), state.roots)

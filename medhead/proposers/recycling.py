@@ -46,7 +46,7 @@ class RecyclingProposer(Proposer):
         MedheadError: a number is out of range, or the file is missing, damaged, foreign, or of another vocabulary.
     """
 
-    uses_noise, skippable = True, True
+    uses_noise = skippable = capturable = True
 
     def __init__(
         self,
@@ -94,8 +94,10 @@ class RecyclingProposer(Proposer):
         depth = min(max_depth, self.max_depth, self.tree_size - 1)
         if depth < 1:
             return TokenTree.root(state.roots)
-        found = grow(state.roots, RecyclingExpander(self, state), depth, self.width, self.tree_size)
-        return found.best_tree(state.roots, min(self.tree_size, 1 + found.num_possible()))
+        nodes = None if state.fixed else self.tree_size
+        found = grow(state.roots, RecyclingExpander(self, state), depth, self.width, nodes)
+        possible = self.tree_size if state.fixed else 1 + found.num_possible()
+        return found.best_tree(state.roots, min(self.tree_size, possible))
 
     def candidates(self, state: DecodeState, max_depth: int) -> Candidates | None:
         """Return the successors of all frontiers."""
@@ -109,6 +111,8 @@ class RecyclingProposer(Proposer):
         taken = self._newest[nodes]
         top = output.logits.flatten(0, 1).float().log_softmax(-1).topk(self.tokens.shape[1], dim=-1)
         self.tokens[nodes], self.logp[nodes] = top.indices[taken], _floor(top.values)[taken]
+
+    update_captured = update  # it consists of tensor operations
 
 
 @dataclass

@@ -13,6 +13,7 @@ import torch
 
 from medhead import user_cache
 from medhead.core.tree import TokenTree
+from medhead.scheduling.expert_bytes import ExpertBytes
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -39,6 +40,8 @@ class CostModel:
 
     Args:
         seconds: measured seconds by number of nodes, 1 among them.
+        experts: of a mixture of experts, which the measured passes over equal tokens hardly touch; None for other models.
+        rows: sequences of a pass.
 
     Attributes:
         nodes: measured numbers of nodes.
@@ -48,15 +51,20 @@ class CostModel:
         tree_factor: by how much passes over trees take longer still, as with rows of different lengths.
     """
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self.nodes = sorted(seconds)
+    def __init__(self, seconds: dict[int, float], experts: ExpertBytes | None = None, rows: int = 1) -> None:
+        self.nodes, self.experts, self.rows = sorted(seconds), experts, rows
         self._seconds = list(accumulate((seconds[n] for n in self.nodes), max))  # more nodes never look cheaper
         self.measured, self.max_nodes = dict(zip(self.nodes, self._seconds, strict=True)), self.nodes[-1]
         self.load_factor = self.tree_factor = 1.0
 
     def __call__(self, nodes: int) -> float:
         """Return the expected seconds of a pass over so many nodes per row."""
-        return self.load_factor * (1.0 if nodes == 1 else self.tree_factor) * self._interpolate(nodes)
+        return self.load_factor * (1.0 if nodes == 1 else self.tree_factor) * self._expected(nodes)
+
+    def _expected(self, nodes: int) -> float:
+        """Return the measured seconds, and those in which further experts are read at the speed of one token's weights."""
+        growth = 0.0 if self.experts is None else self.experts.growth(self.rows * nodes)
+        return self._interpolate(nodes) + self._seconds[0] * growth
 
     def _interpolate(self, nodes: int) -> float:
         place = bisect_left(self.nodes, nodes)
@@ -70,7 +78,7 @@ class CostModel:
 
     def update(self, nodes: int, seconds: float) -> None:
         """Learn from a pass. A tree's pass corrects both factors equally; `tree_factor` decays to 1."""
-        measured = self._interpolate(nodes)
+        measured = self._expected(nodes)
         seconds = min(_MAX_OUTLIER * measured, max(measured / _MAX_OUTLIER, seconds))
         change = 1 + _FOLLOW * (seconds / self(nodes) - 1)
         if nodes == 1:
@@ -126,14 +134,21 @@ def get_costs(target: Target, batch: int) -> CostModel:
     """Return the costs from the user's cache; measure and store them if they are not there."""
     found = known_costs(target, batch)
     if found is None:
-        found = measure_costs(target, batch)
+        found = _with_experts(measure_costs(target, batch), target, batch)
         store_costs(target, batch, found)
     return found
 
 
 def known_costs(target: Target, batch: int) -> CostModel | None:
     """Return the costs from the user's cache, None if they are not there."""
-    return user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
+    found = user_cache.read(_file(target, batch), _parse, "the costs of a pass are measured again")
+    return None if found is None else _with_experts(found, target, batch)
+
+
+def _with_experts(costs: CostModel, target: Target, batch: int) -> CostModel:
+    """Return measured costs that count the experts of the target."""
+    costs.experts, costs.rows = ExpertBytes.of(target.model), batch
+    return costs
 
 
 def store_costs(target: Target, batch: int, costs: CostModel) -> None:

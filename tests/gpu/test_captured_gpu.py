@@ -74,3 +74,25 @@ def test_plain_decoding_is_a_graph_too(on_gpu: Target) -> None:
     given = there(max_new_tokens=60, **SAMPLED)
     captured = Decoder(on_gpu, "none", step="graph")
     assert torch.equal(captured.generate(**given), Decoder(on_gpu, "none").generate(**given))
+
+
+@pytest.mark.parametrize("sampling", [{}, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize(("proposer", "heads"), [("hybrid", "attention"), ("hybrid", None), ("ngram", None)])
+def test_graphs_are_the_default(on_gpu: Target, proposer: str, heads: str | None, sampling: dict[str, Any]) -> None:
+    """Draft tokens of the host come through pinned memory."""
+    options = {} if heads is None else {"heads": noise_heads(on_gpu, heads)}
+    decoder, given = Decoder(on_gpu, proposer, **options), there(max_new_tokens=60, **sampling)
+    expected = Decoder(on_gpu, "none", step="loop").generate(**given)
+    for _ in range(2):
+        assert torch.equal(decoder.generate(**given), expected)
+    assert decoder.statistics.captured_steps > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_fused_kernels_serve_by_default(dtype: torch.dtype) -> None:
+    model = tiny_llama(hidden_size=64, head_dim=64).to(CUDA, dtype)
+    target, own = Target(model), Target(model, fused=False)
+    assert {type(module) for module in target.fused.forwards} >= {type(model.model.norm), type(model.model.layers[0])}
+    given = there(max_new_tokens=60)
+    if dtype == torch.float32:
+        assert torch.equal(*(Decoder(one, "none", step="loop").generate(**given) for one in (target, own)))

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given as given_tries
+from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch._inductor.utils import run_and_get_code
@@ -18,16 +20,22 @@ from transformers import PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 from conftest import HEADS, noise_heads, tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, MedheadError, TypicalAcceptance
-from medhead.compile import graph_cache
+from medhead.compile import backends, graph_cache
 from medhead.compile.async_output import CopiedOutput
+from medhead.compile.captured import CapturedSteps
 from medhead.compile.graph_cache import GraphCache, columns_for, rows_for
+from medhead.config import SamplingParams
 from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
 from medhead.proposers.base import DecodeState
+from medhead.proposers.candidates import candidates_from_tries
 from medhead.proposers.heads import HeadsProposer
+from medhead.proposers.host_drafts import DEPTH, pack_tries, unpack_drafts
+from medhead.proposers.trie import DraftTrie
+from medhead.serving import Engine, Request
 
 SAMPLED = {"do_sample": True, "seed": 5, "temperature": 0.7, "top_k": 20}
 MIXTURES = {name for name, changes in ACCEPTED.items() if any("expert" in field for field in changes)}
@@ -49,7 +57,7 @@ def decoders(target: Target, name: str, way: str, **options: Any) -> tuple[Decod
 
 
 def plain_text(target: Target, **arguments: Any) -> Tensor:
-    return Decoder(target, "none", probe=False).generate(**arguments)
+    return Decoder(target, "none", step="loop", probe=False).generate(**arguments)
 
 
 @pytest.mark.parametrize(
@@ -88,6 +96,113 @@ def test_a_mixture_of_experts_is_recorded_in_bfloat16() -> None:
     recorded, _ = decoders(target, "recurrent", "recorded", tree_size=8)
     eager, _ = decoders(target, "recurrent", "eager", tree_size=8)
     assert torch.equal(recorded.generate(**given), eager.generate(**given))
+
+
+@pytest.mark.parametrize(
+    ("proposer", "heads", "way", "sampling"),
+    [
+        ("hybrid", "recurrent", "eager", {}),
+        ("hybrid", "attention", "recorded", SAMPLED),
+        ("hybrid", None, "recorded", {}),
+        ("ngram", None, "eager", SAMPLED),
+        ("recycling", None, "recorded", {}),
+    ],
+)
+def test_what_the_host_proposes_is_part_of_a_captured_step(
+    target: Target, proposer: str, heads: str | None, way: str, sampling: dict[str, Any]
+) -> None:
+    """Its draft tokens reach the step, and sequences that end early take their text's memory with them."""
+    given = {**prompts(), "max_new_tokens": 30, "eos_token_id": list(range(2, 6)), **sampling}
+    options = {} if heads is None else {"heads": noise_heads(target, heads)}
+    captured = Decoder(target, proposer, step=way, probe=False, **options)
+    expected = plain_text(target, **given)
+    for _ in range(2):
+        assert torch.equal(captured.generate(**given), expected)
+    statistics = captured.statistics
+    assert statistics.captured_steps == statistics.steps > 0
+    assert statistics.passes < statistics.new_tokens
+
+
+def test_text_that_repeats_is_copied_by_captured_steps(target: Target) -> None:
+    given = {"input_ids": torch.tensor([[7, 8, 9, 10] * 4]), "max_new_tokens": 60, "eos_token_id": None}
+    captured = Decoder(target, "ngram", step="recorded", probe=False)
+    loop = Decoder(target, "ngram", step="loop", probe=False)
+    assert torch.equal(captured.generate(**given), loop.generate(**given))
+    assert captured.statistics.passes <= 1.2 * loop.statistics.passes + 2
+
+
+@pytest.fixture
+def automatic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps are captured by default, as on CUDA."""
+    monkeypatch.setattr(graph_cache, "automatic_backend", lambda device: "eager")
+
+
+def test_steps_are_captured_by_default(target: Target, automatic: None) -> None:
+    decoder, given = Decoder(target, probe=False), {**prompts(), "max_new_tokens": 24}
+    assert torch.equal(decoder.generate(**given), plain_text(target, **given))
+    assert decoder.statistics.captured_steps == decoder.statistics.steps > 0
+    for options in ({"step": "loop"}, {"proposer": "lookahead"}, {"profile": True}):
+        loop = Decoder(target, probe=False, **options)
+        assert torch.equal(loop.generate(**given), plain_text(target, **given))
+        assert loop.statistics.captured_steps == 0
+
+
+def test_what_cannot_be_captured_is_left_to_the_ordinary_loop_once(
+    target: Target, automatic: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = []
+
+    def fails(*given: Any) -> None:
+        tries.append(given)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setitem(backends.BACKENDS, "eager", fails)
+    decoder, given = Decoder(target, probe=False), {**prompts(), "max_new_tokens": 24}
+    with pytest.warns(UserWarning, match="the ordinary loop decodes, which is slower: .* not permitted"):
+        assert torch.equal(decoder.generate(**given), plain_text(target, **given))
+    assert torch.equal(decoder.generate(**given), plain_text(target, **given))
+    assert (len(tries), decoder.statistics.captured_steps) == (1, 0)
+
+
+def test_served_requests_are_captured(target: Target, automatic: None, tokenizer: Any) -> None:
+    """Requests that come and go, one of them cancelled: every one gets the text that it gets alone."""
+    ids = prompts()["input_ids"].tolist()
+    steps = []
+    decoder = Decoder(target, probe=False)
+    assert decoder.graphs is not None
+    run = CapturedSteps.step
+    with pytest.MonkeyPatch.context() as patch, Engine(decoder, tokenizer, max_rows=3) as engine:
+        patch.setattr(CapturedSteps, "step", lambda self: steps.append(self) or run(self))
+        limits = (9, 30, 17, 25, 40)
+        wanted = [(ids[place % 3], SamplingParams(max_new_tokens=limit)) for place, limit in enumerate(limits)]
+        handles = [engine.submit(Request(prompt=prompt, params=params)) for prompt, params in wanted]
+        handles[4].cancel()
+        found = [[token for output in handle for token in output.tokens] for handle in handles[:4]]
+    for (prompt, params), tokens in zip(wanted, found, strict=False):
+        given = {"input_ids": torch.tensor([prompt]), "max_new_tokens": params.max_new_tokens}
+        expected = plain_text(target, **given)[0, len(prompt) :].tolist()
+        assert tokens == [token for token in expected if token != 2]
+    assert steps
+
+
+@given_tries(
+    st.lists(st.lists(st.tuples(st.integers(0, 4), st.integers(3, 9), st.floats(0.01, 1)), max_size=40), min_size=1)
+)
+def test_the_layout_of_drafts_keeps_the_most_probable_paths(rows: list[list[tuple[int, int, float]]]) -> None:
+    tries = []
+    for nodes in rows:
+        trie = DraftTrie(1)
+        for above, token, prob in nodes:
+            trie.add(max(0, len(trie) - 1 - above), token, prob * trie.probs[max(0, len(trie) - 1 - above)])
+        tries.append(trie)
+    found = unpack_drafts(pack_tries(tries), DEPTH)
+    whole = [candidates_from_tries([trie]) for trie in tries]
+    for row, known in enumerate(whole):
+        paths, all_paths = found.paths(row), {} if known is None else known.paths(0)
+        assert all(score == pytest.approx(all_paths[path], abs=2e-5) for path, score in paths.items())
+        assert all(path[:-1] in paths for path in paths if len(path) > 1)
+        best = max(all_paths, key=lambda path: (all_paths[path], -len(path)), default=())
+        assert best == () or best in paths
 
 
 def test_plain_decoding_is_captured_too(target: Target) -> None:
@@ -207,7 +322,7 @@ def test_a_captured_step_serves_the_next_generation(target: Target) -> None:
         (3, {"seed": 2, "temperature": 0.9, "top_k": 0}, 1),
         (3, {"seed": 2, "temperature": 0.9, "top_k": 20}, 2),
         (3, {"seed": 2, "temperature": 1.9, "top_k": 17}, 2),
-        (2, {"seed": 2, "temperature": 0.9, "top_k": 20}, 3),
+        (2, {"seed": 2, "temperature": 0.9, "top_k": 20}, 2),  # the step of three serves two
     ]
     for rows, sampling, expected in cases:
         given = {**prompts(rows=rows), "max_new_tokens": 20, "do_sample": True, **sampling}
@@ -270,7 +385,7 @@ def test_compiled() -> None:
     ("proposer", "options", "said"),
     [
         ("heads", {"step": "fast"}, "step must be one of loop, eager, recorded, compiled, graph; got 'fast'"),
-        ("ngram", {"step": "recorded"}, "'ngram' works on the host"),
+        ("lookahead", {"step": "recorded"}, "'lookahead' works on the host"),
         ("heads", {"step": "graph"}, "needs a CUDA device"),
         ("heads", {"step": "eager", "attention": "flash"}, "does not go with attention 'flash'"),
     ],

@@ -17,6 +17,7 @@ from test_candidates import candidates_from_paths
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import noise_heads, tiny_llama
+from families import ACCEPTED, tiny
 from medhead import Decoder, MedheadError
 from medhead.core.acceptance import Accepted
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
@@ -27,8 +28,9 @@ from medhead.proposers.base import VerifyOutput
 from medhead.proposers.calibration import Calibration
 from medhead.proposers.candidates import Candidates
 from medhead.proposers.heads import HeadsProposer
-from medhead.proposers.hybrid import HybridProposer
+from medhead.proposers.hybrid import HybridProposer, captured_nodes
 from medhead.scheduling.cost_model import CostModel, get_costs, measure_costs
+from medhead.scheduling.expert_bytes import ExpertBytes
 from medhead.scheduling.tree_size import TreeSizeController
 from medhead.user_cache import cache_folder
 
@@ -124,6 +126,56 @@ def test_costs_are_measured_once(monkeypatch: pytest.MonkeyPatch, target: Target
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path / "file"))
     assert get_costs(target, 1)(8) == 1.2
+
+
+def sparse_target(**changes: int) -> Target:
+    fields = {"num_experts": 16, "num_experts_per_tok": 2, "moe_intermediate_size": 96, "num_hidden_layers": 2}
+    return Target(tiny("qwen3_moe", ACCEPTED["qwen3_moe"] | fields | changes), probe=False)
+
+
+def test_experts_that_a_tree_touches_are_counted(
+    monkeypatch: pytest.MonkeyPatch, target: Target, tmp_path: Path
+) -> None:
+    """With equal measured costs and candidates, a sparse model gets a smaller tree, and more rows an even smaller one."""
+    monkeypatch.setenv("MEDHEAD_CACHE", str(tmp_path))
+    monkeypatch.setattr(
+        "medhead.scheduling.cost_model.measure_costs", lambda target, batch: CostModel({1: 1.0, 64: 1.05})
+    )
+    sizes = []
+    for one, rows in ((target, 1), (sparse_target(), 1), (sparse_target(), 4)):
+        hybrid: Any = build_proposer("hybrid", one, members=["ngram"])
+        hybrid.begin(one, [[5, 6]] * rows)
+        assert get_costs(one, rows).measured == {1: 1.0, 64: 1.05}
+        for costs in (hybrid.controller.costs, get_costs(one, rows)):  # measured, and read again
+            assert (costs(16) > 1.5) == (one is not target)
+        nodes, _ = hybrid.controller.choose([rows * 0.8**node for node in range(1, 64)], rows, 0.0)
+        sizes.append(nodes)
+    assert sizes[0] > 2 * sizes[1] >= 2
+    assert ExpertBytes.of(target.model) is None
+
+
+def test_bytes_of_experts() -> None:
+    """By formula against routers that draw experts, and the weights of a model counted by hand."""
+    model: Any = sparse_target().model
+    found = ExpertBytes.of(model)
+    assert found is not None
+    layer = model.model.layers[0]
+    expert = sum(weight.nbytes for weight in layer.mlp.experts.parameters()) / 16
+    everything = sum(weight.nbytes for weight in model.parameters()) - model.get_input_embeddings().weight.nbytes
+    assert found(1) == pytest.approx(everything - 2 * 14 * expert)
+    assert found(10_000) == pytest.approx(everything)
+    draw = random.Random(0)
+    touched = [len({one for _ in range(5) for one in draw.sample(range(16), 2)}) for _ in range(4000)]
+    mean = sum(touched) / len(touched)
+    assert found(5) == pytest.approx(everything - 2 * (16 - mean) * expert, rel=0.01)
+    assert found.growth(1) == 0
+
+
+def test_captured_trees_of_sparse_models_are_small() -> None:
+    dense, sparse = None, ExpertBytes(shared=1, routed=19, experts=128, top_k=8)
+    assert [captured_nodes(dense, rows) for rows in (1, 8, 16, 64, 300)] == [32, 32, 16, 4, 1]
+    assert captured_nodes(sparse, 1) <= 2
+    assert captured_nodes(ExpertBytes(shared=30, routed=19, experts=128, top_k=8), 1) > captured_nodes(sparse, 1)
 
 
 @torch.inference_mode()
