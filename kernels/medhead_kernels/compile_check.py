@@ -29,7 +29,7 @@ class KernelVariant:
     constants: dict[str, Any]
     floats: tuple[str, ...] = ()  # float arguments; all others are 32-bit integers
     int64s: tuple[str, ...] = ()  # 64-bit integer arguments (strides of large buffers)
-    options: dict[str, int] = field(default_factory=dict)  # warps and stages
+    options: dict[str, Any] = field(default_factory=dict)  # warps, stages and what else a launch sets
 
     def compile(self, capability: int) -> Any:
         """Return the kernel compiled for `sm_<capability>`."""
@@ -56,7 +56,7 @@ class KernelVariant:
 
 def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[KernelVariant]:
     """Yield every kernel in every variant that is launched; `quick` yields two dtypes, one head size and one variant."""
-    from medhead_kernels import commit
+    from medhead_kernels import act_mul, add_rms_norm, commit, rope_write
     from medhead_kernels import tree_attention as attention
 
     for dtype, name in DTYPES.items():
@@ -77,14 +77,37 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
                     ("scale", "softcap"),
                     options={"num_warps": tile.warps, "num_stages": tile.stages},
                 )  # fmt: skip
-        for has_sinks in (False, True):
-            constants = attention.merge_constants(4, 128, has_sinks) | ({} if has_sinks else {"sinks": None})
+        for has_sinks, splits in ((False, 8), (True, 8), (True, attention.MAX_SPLITS)):
+            constants = attention.merge_constants(4, 128, splits, has_sinks) | ({} if has_sinks else {"sinks": None})
             pointers = {"partial": "fp32", "lse": "fp32", "sinks": name, "out": name}
-            label = f"merge {name}{' sinks' if has_sinks else ''}"
+            label = f"merge {name} {splits} splits{' sinks' if has_sinks else ''}"
             yield KernelVariant(label, attention.merge_kernel, pointers, constants)
+        yield from _fused_variants(name, act_mul, add_rms_norm, rope_write)
         pointers = {"buffer": name, "path": "i64", "lengths": "i32"}
         constants = commit.move_constants(128, False) | {"counts": None}
         yield KernelVariant(f"move {name}", commit.move_kernel, pointers, constants, int64s=("s_slot", "s_batch"))
+
+
+def _fused_variants(name: str, act_mul: Any, add_rms_norm: Any, rope_write: Any) -> Iterator[KernelVariant]:
+    """Yield the kernels in place of a model's modules for one element type."""
+    for size in (128, 4096):  # a head and a hidden state
+        for has_residual, offset in ((False, False), (False, True), (True, False), (True, True)):
+            constants = add_rms_norm.constants(size, has_residual, offset)
+            pointers = {"x": name, "residual": name, "weight": name, "out": name, "total": name}
+            absent = {} if has_residual else {"residual": None, "total": None}
+            label = f"norm {name} {size}{' residual' if has_residual else ''}{' offset' if offset else ''}"
+            options = {"num_warps": add_rms_norm.warps(size)}
+            yield KernelVariant(
+                label, add_rms_norm.add_rms_norm_kernel, pointers, constants | absent, ("eps",), options=options
+            )
+    for kind in act_mul.ACTIVATIONS:
+        pointers = {"gate": name, "up": name, "out": name}
+        yield KernelVariant(f"{kind} {name}", act_mul.act_mul_kernel, pointers, act_mul.constants(kind))
+    pointers = dict.fromkeys(("query", "key", "value", "cos", "sin", "keys", "values"), name) | {"rows": "i64"}
+    for dim in (80, 128):
+        constants = rope_write.constants(dim, dim)
+        options = {"num_warps": 1, "enable_fp_fusion": False}
+        yield KernelVariant(f"rope {name} {dim}", rope_write.rope_write_kernel, pointers, constants, options=options)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -138,7 +138,7 @@ class TreeCache(Cache):
         The storage grows where the host knows the lengths, for `spare` columns after the longest row's nodes too; elsewhere
         there must be room.
         """
-        self._start = None
+        self._start, self._rows_index = None, {}
         if self.lengths.host is None:
             self.used = self.capacity if self.columns is None else self.columns
         else:
@@ -156,9 +156,16 @@ class TreeCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        """Store one layer's keys and values `[batch, heads, nodes, dim]` of this pass; return views of all that it has."""
+        """Store one layer's keys and values `[batch, heads, nodes, dim]` of this pass; return views of all that it has.
+
+        Keys with an attribute `medhead_rope`, of queries, cosines and sines, are rotated, and so are the queries, in place.
+        """
         keys, values = self._views[layer_idx]
-        if self._start is not None:
+        if (rope := getattr(key_states, "medhead_rope", None)) is not None:
+            from medhead_kernels.fused_ops import rope_write
+
+            rope_write(rope[0], key_states, value_states, *rope[1:], self._node_rows(keys.device), keys, values)
+        elif self._start is not None:
             keys[:, :, self._start : self.used] = key_states
             values[:, :, self._start : self.used] = value_states
         else:
@@ -169,6 +176,13 @@ class TreeCache(Cache):
                 keys.scatter_(2, index.expand_as(key_states), key_states.to(keys.dtype))
                 values.scatter_(2, index.expand_as(value_states), value_states.to(values.dtype))
         return keys[:, :, : self.used], values[:, :, : self.used]
+
+    def _node_rows(self, device: torch.device) -> Tensor:
+        """Return the row of every node of this pass, `[batch or 1, nodes]`."""
+        if device not in self._rows_index:
+            assert self._start is not None
+            self._rows_index[device] = torch.arange(self._start, self.used, device=device)[None, None, :, None]
+        return self._rows_index[device][:, 0, :, 0]
 
     def update_indexer(self, indexer_key_states: Tensor, layer_idx: int) -> Tensor:
         """Store the keys `[batch, nodes, dim]` of one layer's indexer of this pass; return a view of all that it has."""

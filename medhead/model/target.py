@@ -19,6 +19,7 @@ from medhead.model.bitwise import Bitwise, promise
 from medhead.model.eval_mode import eval_mode
 from medhead.model.feature_taps import FeatureTaps
 from medhead.model.find_states import find_layers
+from medhead.model.fused import FusedModules
 from medhead.model.inference_tensors import replace_inference_tensors
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import (
@@ -67,6 +68,8 @@ class Target:
             keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
             batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
+        fused: whether fused Triton kernels replace the model's norms, activations, rotary positions and residual additions;
+            None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference.
 
     Attributes:
         bitwise: what `exact` promises; None without it.
@@ -95,6 +98,7 @@ class Target:
         attention: str = "auto",
         packed: bool | PackedWeights | None = None,
         exact: str | None = None,
+        fused: bool | None = None,
     ) -> None:
         if attention not in ATTENTIONS:
             raise MedheadError(f"attention must be one of {', '.join(ATTENTIONS)}, got {attention!r}")
@@ -145,6 +149,9 @@ class Target:
             if attention != "auto":
                 warn_dense_fallback(attention, "the model's own code reads the mask")
             self.backend = BACKENDS["sdpa"]
+        with self.lock:
+            self.fused = FusedModules.of(self, False if exact else fused)
+            self.fused.check(self)
         if probe:
             with self.lock:
                 probe_target(self, attention)
@@ -208,6 +215,7 @@ class Target:
         with (
             self.listening(feature_layers),
             self.packed_weights.active(),
+            self.fused.active(),
             nullcontext() if self.bitwise is None else self.bitwise.active(),
             eval_mode(self.model),
             rope,

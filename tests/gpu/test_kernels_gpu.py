@@ -8,6 +8,12 @@ import pytest
 import torch
 from test_backends import Problem, check
 from test_conformance import random_tree
+from test_fused_kernels import (  # noqa: F401  (the same tests, compiled)
+    test_activations,
+    test_norms_are_those_of_modeling_files,
+    test_rotary_positions_are_written_bit_for_bit,
+    test_rows_do_not_depend_on_their_number,
+)
 from test_kernels import CAPPED, moved_rows
 from torch import Tensor
 
