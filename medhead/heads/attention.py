@@ -18,7 +18,7 @@ from medhead.heads.attention_layers import attend
 from medhead.heads.base import HeadsConfig, register_kind
 from medhead.heads.cached import CachedHeads, join_kv
 from medhead.heads.draft_cache import DraftCacheView
-from medhead.heads.layers import DecoderLayer, Projections
+from medhead.heads.layers import DecoderLayer, Projections, RMSNorm
 
 
 class JointAttention(Projections):
@@ -50,7 +50,7 @@ class MidLayer(DecoderLayer):
 
     def __init__(self, config: HeadsConfig, size: int) -> None:
         super().__init__(config, JointAttention(config, size), size)
-        self.hidden_norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
 
 
 @register_kind("attention")
@@ -67,7 +67,7 @@ class AttentionHeads(CachedHeads):
         super().__init__(config, size, num_layers=1)
         self.size = size
         self.midlayer = MidLayer(config, size)
-        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
         self.add_own_matrices(1, size)
 
     def encode(self, embedding: Tensor, depth: int) -> Tensor:

@@ -1,7 +1,8 @@
 """Attention of small groups of queries to keys that all groups share and to keys of their own, in one softmax.
 
 Training has many anchors, so the scores are the largest tensor of a step: the gradient is written by hand, so that scores
-are computed once and changed in place, where autograd would copy them several times.
+are changed in place, where autograd would copy them several times. Scores of more than `SCORE_BYTES` are never held together:
+groups are computed in parts, and their weights again in backward.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 _HIDDEN = torch.finfo(torch.float32).min / 2  # added to the score of a masked key
+SCORE_BYTES = 512 * 2**20  # of float32 scores, up to which weights are kept for backward
 
 
 def attend(
@@ -61,30 +63,67 @@ class _Attention(torch.autograd.Function):
         own_keys: Tensor | None, own_values: Tensor | None, own_bias: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """Compute one softmax over shared and own keys; a bias is added to the scores of its part."""
+        ctx.parts, outs = _parts(q, keys, own_keys), []
+        weights: list[Tensor] = []
         with torch.autocast(q.device.type, enabled=False):
-            scores = [_scores(q, keys, bias)]
-            if own_keys is not None:
-                scores.append(_scores(q, own_keys, own_bias))
-            weights = _softmax(scores)
-            out = _times(weights[0].to(q.dtype), values)
-            if own_values is not None:
-                out = out + _times(weights[1].to(q.dtype), own_values)
-        ctx.save_for_backward(q, keys, values, own_keys, own_values, out, *weights)
+            for part in ctx.parts:
+                weights = _weights(part, q, keys, bias, own_keys, own_bias)
+                out = _times(weights[0].to(q.dtype), values)
+                if own_values is not None:
+                    out = out + _times(weights[1].to(q.dtype), own_values[:, :, part])
+                outs.append(out)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs, 2)
+        kept = weights if len(outs) == 1 else []
+        ctx.save_for_backward(q, keys, values, bias, own_keys, own_values, own_bias, out, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         """Compute dS = P * (dP - sum(dO * O)) and the products with it."""
-        q, keys, values, own_keys, own_values, out, *weights = ctx.saved_tensors
-        common = (grad * out).sum(-1, keepdim=True).float()
-        grads: list[Tensor | None] = []
-        of_q = torch.zeros_like(q)
-        for part, k, v in zip(weights, (keys, own_keys), (values, own_values), strict=False):
-            of_values = _gather(part.to(q.dtype), grad, v)
-            of_scores = _times(grad, v.transpose(-1, -2)).float().sub_(common).mul_(part).to(q.dtype)
-            of_q += _times(of_scores, k)
-            grads += [_gather(of_scores, q, k), of_values, None]
-        return of_q, *grads, *([None] * (6 - len(grads)))
+        q, keys, values, bias, own_keys, own_values, own_bias, out, *kept = ctx.saved_tensors
+        of_keys, of_values = (
+            torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)) for x in (keys, values)
+        )
+        of_q, of_own = [], []
+        for part in ctx.parts:
+            weights = kept or _weights(part, q, keys, bias, own_keys, own_bias)
+            here = q[:, :, part], grad[:, :, part], out[:, :, part]
+            total, *shares = _gradients(*here, weights[0], keys, values)
+            of_keys += shares[0]
+            of_values += shares[1]
+            if own_keys is not None:
+                more, *own = _gradients(*here, weights[1], own_keys[:, :, part], own_values[:, :, part])
+                total += more
+                of_own.append(own)
+            of_q.append(total)
+        own = [torch.cat(parts, 2) for parts in zip(*of_own, strict=True)] if of_own else [None, None]
+        return torch.cat(of_q, 2), of_keys.to(keys.dtype), of_values.to(values.dtype), None, *own, None
+
+
+def _gradients(q: Tensor, grad: Tensor, out: Tensor, weights: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of queries, keys and values of one part of the softmax."""
+    common = (grad * out).sum(-1, keepdim=True).float()
+    of_scores = _times(grad, v.transpose(-1, -2)).float().sub_(common).mul_(weights).to(q.dtype)
+    return _times(of_scores, k), _gather(of_scores, q, k), _gather(weights.to(q.dtype), grad, v)
+
+
+def _parts(q: Tensor, keys: Tensor, own_keys: Tensor | None) -> list[slice]:
+    """Return slices of the groups whose scores have at most `SCORE_BYTES` each."""
+    columns = keys.shape[2] + (0 if own_keys is None else own_keys.shape[3])
+    groups, of_group = q.shape[2], 4 * columns * q.numel() // max(1, q.shape[2] * q.shape[4])
+    size = max(1, min(groups, SCORE_BYTES // max(1, of_group)))
+    return [slice(begin, begin + size) for begin in range(0, max(1, groups), size)]
+
+
+def _weights(
+    part: slice, q: Tensor, keys: Tensor, bias: Tensor | None, own_keys: Tensor | None, own_bias: Tensor | None
+) -> list[Tensor]:
+    """Return the softmax over shared keys and each group's own, for a part of the groups."""
+    here = q[:, :, part]
+    scores = [_scores(here, keys, bias if bias is None or bias.shape[2] == 1 else bias[:, :, part])]
+    if own_keys is not None:
+        scores.append(_scores(here, own_keys[:, :, part], own_bias))
+    return _softmax(scores)
 
 
 def _flat(x: Tensor, shared: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from medhead.heads.attention_layers import attend
 from medhead.heads.base import HeadsConfig, register_kind
 from medhead.heads.cached import CachedHeads, join_kv
 from medhead.heads.draft_cache import DraftCacheView
-from medhead.heads.layers import DecoderLayer, GatedCell, ParentCorrection, Projections
+from medhead.heads.layers import DecoderLayer, GatedCell, ParentCorrection, Projections, RMSNorm
 
 
 class BlockAttention(Projections):
@@ -26,8 +26,8 @@ class BlockAttention(Projections):
 
     def __init__(self, config: HeadsConfig) -> None:
         super().__init__(config, config.hidden_size, config.hidden_size)
-        self.q_norm = nn.RMSNorm(self.dim, config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(self.dim, config.rms_norm_eps)
+        self.q_norm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.k_norm = RMSNorm(self.dim, config.rms_norm_eps)
 
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys (normed, not yet rotated) and values `[..., num_kv_heads, dim]`."""
@@ -48,11 +48,11 @@ class BlockHeads(CachedHeads):
     def __init__(self, config: HeadsConfig) -> None:
         size = config.hidden_size
         super().__init__(config, size, config.num_layers)
-        self.hidden_norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.hidden_norm = RMSNorm(size, config.rms_norm_eps)
         self.layers = nn.ModuleList(
             DecoderLayer(config, BlockAttention(config), size) for _ in range(config.num_layers)
         )
-        self.norm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.norm = RMSNorm(size, config.rms_norm_eps)
         self.first = 0 if config.root_slot_predicts else 1  # the slot that predicts the root's children
         self.slots = config.depth + self.first
         learnt = config.mask_token_id < 0  # a vector for every slot, the first one added to the root

@@ -24,6 +24,14 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight, self.bias)  # in training, or with weights assigned since
 
 
+class RMSNorm(nn.RMSNorm):
+    """PyTorch's norm in the dtype of its input: autocast on CUDA makes norms float32, and so all that reads them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[..., size]` to the same shape."""
+        return super().forward(x).to(x.dtype)
+
+
 class Rotary(nn.Module):
     """Rotary position embedding (Su et al. 2021), with tables that grow with the largest position.
 
@@ -110,9 +118,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: HeadsConfig, attention: Projections, size: int) -> None:
         super().__init__()
-        self.input_layernorm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.input_layernorm = RMSNorm(size, config.rms_norm_eps)
         self.self_attn = attention
-        self.post_attention_layernorm = nn.RMSNorm(size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(size, config.rms_norm_eps)
         self.mlp = GatedMLP(size, config.inner_size)
         nn.init.zeros_(attention.o_proj.weight)
         nn.init.zeros_(self.mlp.down_proj.weight)

@@ -10,12 +10,13 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from fake_cuda import CUDA, fake_cuda, needs_fake_cuda
 from medhead.core.lengths import Lengths
-from medhead.heads import HeadsConfig
+from medhead.heads import HeadsConfig, attention_layers, build_heads
 from medhead.heads.attention_layers import attend
 from medhead.heads.block import BlockHeads
 from medhead.heads.cached import join_kv
@@ -164,6 +165,46 @@ def test_attention_is_that_of_a_loop(shape: str, masked: str) -> None:
         theirs = torch.autograd.grad((expected * weight).sum(), inputs, allow_unused=True)
         for mine, yours in zip(ours, theirs, strict=True):
             torch.testing.assert_close(mine, torch.zeros_like(mine) if yours is None else yours, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", ["a frontier", "blocks", "memory alone"])
+def test_attention_of_some_groups_at_a_time(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores that are not held together, and computed again in backward, give the same values and gradients."""
+    batch, groups, slots, heads, key_heads, length, count = SHAPES[shape]
+    torch.manual_seed(0)
+    inputs = [torch.randn(batch, groups, slots, heads, 6), *torch.randn(2, batch, length, key_heads, 6)]
+    inputs += [*torch.randn(2, batch, groups, count, key_heads, 6)] if count else []
+    query, keys, values, *own = (part.requires_grad_() for part in inputs)
+    seen = torch.rand(batch, groups, length) < 0.6
+    results = []
+    for limit in (attention_layers.SCORE_BYTES, 1, 8 * batch * slots * heads * (length + count)):
+        monkeypatch.setattr(attention_layers, "SCORE_BYTES", limit)
+        found = attend(query, (keys, values), seen, (own[0], own[1]) if own else None)
+        results.append((found, torch.autograd.grad(found.square().sum(), [query, keys, values, *own])))
+    for found, gradients in results[1:]:
+        torch.testing.assert_close(found, results[0][0])
+        torch.testing.assert_close(gradients, results[0][1], rtol=1e-4, atol=1e-5)
+
+
+@needs_fake_cuda
+@pytest.mark.parametrize("kind", ["block", "attention"])
+def test_attention_under_autocast_on_cuda_is_in_bfloat16(kind: str) -> None:
+    """Norms, which autocast on CUDA computes in float32, do not make keys, values and queries float32."""
+    config = HeadsConfig(kind=kind, depth=3, hidden_size=16, vocab_size=20, num_target_layers=2, head_dim=4)
+    before = torch.is_autocast_enabled("cuda"), torch.get_autocast_dtype("cuda")
+    try:
+        with fake_cuda(), CUDA:
+            heads = build_heads(config)
+            torch.set_autocast_enabled("cuda", True)
+            torch.set_autocast_dtype("cuda", torch.bfloat16)
+            features, token = torch.zeros(1, 5, 16, dtype=torch.bfloat16), torch.zeros(1, 5, 16)
+            made = heads.encode(token, 0)
+            entries = heads.encode_cache_entry(features, made, torch.arange(5)[None], 8)
+            assert nn.RMSNorm(16)(features).dtype == torch.float32
+            assert entries.dtype == torch.bfloat16
+    finally:
+        torch.set_autocast_enabled("cuda", before[0])
+        torch.set_autocast_dtype("cuda", before[1])
 
 
 def test_attention_in_half_precision() -> None:

@@ -21,6 +21,8 @@ from medhead.errors import MedheadError
 from medhead_training.objective.losses import get_loss, hard, to_float32
 
 CHUNK_BYTES = 64 * 2**20  # of float32 logits; `soft_by_mean` holds one such array, `hard` 4, `kl` 7, `js` 11
+# on CUDA, where the output matrix is read from slow memory once for every chunk
+CUDA_CHUNK_BYTES = 2**30
 
 # Return the losses [c] of a slice of c positions and, if asked, their gradients [c, H].
 ChunkFn = Callable[[slice, bool], tuple[Tensor, Tensor | None]]
@@ -31,10 +33,15 @@ def positions_per_chunk(vocab: int, budget: int = CHUNK_BYTES) -> int:
     return max(1, budget // (4 * vocab))
 
 
-def _chunk_size(chunk: int | None, weight: Tensor) -> int:
+def chunk_bytes(device: torch.device, arrays: int = 1) -> int:
+    """Return the bytes of a chunk's float32 logits on a device, of which a loss holds so many arrays at once."""
+    return CHUNK_BYTES if device.type != "cuda" else CUDA_CHUNK_BYTES // (1 if arrays == 1 else 4)
+
+
+def _chunk_size(chunk: int | None, weight: Tensor, arrays: int = 1) -> int:
     if chunk is not None and chunk < 1:
         raise MedheadError(f"chunk is {chunk}: it counts positions, so it must be 1 or more")
-    return chunk or positions_per_chunk(len(weight))
+    return chunk or positions_per_chunk(len(weight), chunk_bytes(weight.device, arrays))
 
 
 def _cast(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -107,9 +114,9 @@ def chunked_loss(
 
     Only `features` gets a gradient. Products use the dtype of the matrix, or autocast's if that is on. If `teacher_weight`
     does not hold all rows of the teacher, its distribution is renormalised over the draft vocabulary. A chunk has `chunk`
-    positions, by default as many as have `CHUNK_BYTES` of logits.
+    positions, by default as many as have `chunk_bytes` of logits.
     """
-    loss, chunk = get_loss(name), _chunk_size(chunk, weight)
+    loss, chunk = get_loss(name), _chunk_size(chunk, weight, arrays=4)
     if loss is hard:
         if labels is None:
             raise MedheadError("the loss 'hard' needs labels")
@@ -186,7 +193,7 @@ def soft_by_mean(
     bias: Tensor | None = None,  # [Vd]
     bias_mean: Tensor | None = None,  # b . p, [n], a constant: without it the loss is larger, the gradient the same
     weights: Tensor | None = None,  # [n], ones by default
-    chunk: int | None = None,  # positions per chunk, by default as many as have `CHUNK_BYTES` of logits
+    chunk: int | None = None,  # positions per chunk, by default as many as have `chunk_bytes` of logits
 ) -> Tensor:
     """Return the sum of the `soft` loss computed from W^T p instead of p.
 

@@ -77,7 +77,9 @@ class HeadsModule(nn.Module):
         depth, weights = self.sample_depth(generator)
         anchors, valid = sample_anchors(batch, options.anchor_fraction, generator)
         dtype = next(self.heads.parameters()).dtype  # the target's may differ
-        features, embed = features.to(dtype), self.target.embed
+        # with autocast, projections of several layers' outputs read these as they are, in half the memory
+        keeps = self.heads.fuses_layers and torch.is_autocast_enabled(features.device.type)
+        features, embed = features if keeps else features.to(dtype), self.target.embed
         levels = unroll(self.heads, batch, features, lambda ids: embed(ids).to(dtype), anchors, valid, depth)
         loss, hits, tried = self.heads_loss(levels, batch, teacher, weights)
         result = {"heads_loss": loss.detach(), "hits": hits, "tried": tried}
