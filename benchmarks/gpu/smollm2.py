@@ -39,12 +39,14 @@ def decoders(heads: Path | None) -> dict[str, dict[str, Any]]:
     """Return the arguments of every decoder, by name."""
     with_heads: dict[str, Any] = {} if heads is None else {"heads": heads}
     found: dict[str, dict[str, Any]] = {
-        "plain, loop": {"proposer": "none"},
+        "plain, loop": {"proposer": "none", "step": "loop"},
         f"plain, {STEP}": {"proposer": "none", "step": STEP},
-        "hybrid, loop": {"proposer": "hybrid", **with_heads},
+        f"plain, {STEP}, the model's own modules": {"proposer": "none", "step": STEP, "fused": False},
+        "hybrid, loop": {"proposer": "hybrid", "step": "loop", **with_heads},
+        f"hybrid, {STEP}": {"proposer": "hybrid", "step": STEP, **with_heads},
     }
     if heads is not None:
-        found |= {"heads, loop": {"proposer": "heads", **with_heads}}
+        found |= {"heads, loop": {"proposer": "heads", "step": "loop", **with_heads}}
         found |= {f"heads, {STEP}": {"proposer": "heads", "step": STEP, **with_heads}}
     return found
 

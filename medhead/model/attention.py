@@ -164,6 +164,11 @@ def tree_pass(current: TreePass) -> Iterator[None]:
         _running.reset(token)
 
 
+def is_running() -> bool:
+    """Return whether this thread runs a pass over a `TreeCache`."""
+    return _running.get() is not None
+
+
 def running_states() -> Any:
     """Return the `StateCache` of the running pass of this thread; None without one."""
     current = _running.get()

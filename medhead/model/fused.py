@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from medhead.core.tree import TokenTree
 from medhead.errors import one_line
+from medhead.model.attention import is_running
 from medhead.model.eval_mode import eval_mode
 from medhead.model.merged_linear import MergedLinear, can_merge
-from medhead.model.model_lock import running_target
+
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -169,9 +170,8 @@ def _is_plain_linear(layer: Any) -> bool:
 
 
 def _in_passes(forward: Forward, own: Forward, *args: Any, **kwargs: Any) -> Any:
-    """Run `forward` in passes of this thread's target, else the module's own."""
-    serves = running_target.get() is not None and not torch.is_grad_enabled()
-    return (forward if serves else own)(*args, **kwargs)
+    """Run `forward` in passes of this thread over a `TreeCache`, else the module's own."""
+    return (forward if is_running() and not torch.is_grad_enabled() else own)(*args, **kwargs)
 
 
 # ---------------------------------------------------------------- what replaces the forwards

@@ -190,11 +190,11 @@ def test_a_captured_step(
     plain = run(command(folders), capsys)[1]
     code, out, err = run(command(folders, "--heads", str(folders["recurrent"]), "--step", "recorded"), capsys)
     assert (code, out) == (0, plain)
-    assert err.startswith("[heads, ")
+    assert err.startswith("[hybrid, ")
     assert "step recorded]" in err
-    code, _, err = run(command(folders, "--proposer", "ngram", "--step", "recorded"), capsys)
+    code, _, err = run(command(folders, "--proposer", "lookahead", "--step", "recorded"), capsys)
     assert code == 2
-    assert "'ngram' works on the host" in err
+    assert "'lookahead' works on the host" in err
 
 
 def test_compiled_pieces_are_announced(

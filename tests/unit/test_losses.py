@@ -15,7 +15,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from medhead.bench.memory import PeakMemory
 from medhead.errors import MedheadError
 from medhead_training.objective import losses
-from medhead_training.objective.chunked import chunked_loss, mean_output, positions_per_chunk, soft_by_mean
+from medhead_training.objective.chunked import (
+    chunk_bytes,
+    chunked_loss,
+    mean_output,
+    positions_per_chunk,
+    soft_by_mean,
+)
 from medhead_training.objective.losses import LOSSES
 
 CHUNKS = [1, 3, 7, 100, None]  # of 7 positions
@@ -341,6 +347,10 @@ def test_the_default_chunk_fits_the_budget() -> None:
     assert 4 * 128_000 * positions_per_chunk(128_000) <= 64 * 2**20
     assert positions_per_chunk(10**9) == 1
     assert positions_per_chunk(100, budget=4000) == 10
+    cuda = torch.device("cuda")
+    assert [chunk_bytes(device, arrays) for device in (cuda, torch.device("cpu")) for arrays in (1, 7)] == [
+        2**30, 2**28, 2**26, 2**26,
+    ]  # fmt: skip
 
 
 def test_two_products_for_a_chunk_and_one_without_gradient() -> None:
