@@ -28,7 +28,6 @@ from medhead.model.attention import is_running
 from medhead.model.eval_mode import eval_mode
 from medhead.model.merged_linear import MergedLinear, can_merge
 
-
 if TYPE_CHECKING:
     from medhead.model.target import Target
 

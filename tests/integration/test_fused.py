@@ -65,7 +65,9 @@ def test_families(name: str, expected: set[str]) -> None:
     """What is recognised by what it computes; the logits of a tree stay those of the model's own modules."""
     if not exists(name):
         pytest.skip(f"no {name} here")
-    changes = {"num_hidden_layers": 2, "layer_types": None} | ({"residual_multiplier": 0.2} if name == "granite" else {})
+    changes = {"num_hidden_layers": 2, "layer_types": None} | (
+        {"residual_multiplier": 0.2} if name == "granite" else {}
+    )
     model = spread_norms(tiny(name, ACCEPTED[name] | changes))
     before = {part: weight.clone() for part, weight in model.state_dict().items()}
     own = verify(Target(model, probe=False))
