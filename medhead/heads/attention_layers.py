@@ -92,11 +92,12 @@ class _Attention(torch.autograd.Function):
             of_keys += shares[0]
             of_values += shares[1]
             if own_keys is not None:
-                more, *own = _gradients(*here, weights[1], own_keys[:, :, part], own_values[:, :, part])
+                more, *of_group = _gradients(*here, weights[1], own_keys[:, :, part], own_values[:, :, part])
                 total += more
-                of_own.append(own)
+                of_own.append(of_group)
             of_q.append(total)
-        own = [torch.cat(parts, 2) for parts in zip(*of_own, strict=True)] if of_own else [None, None]
+        joined = [torch.cat(parts, 2) for parts in zip(*of_own, strict=True)]
+        own: list[Tensor | None] = [*joined] or [None, None]
         return torch.cat(of_q, 2), of_keys.to(keys.dtype), of_values.to(values.dtype), None, *own, None
 
 

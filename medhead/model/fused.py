@@ -85,7 +85,7 @@ class FusedModules:
             for group in self._merged:
                 group.refresh()
         for module, forward in served.items():
-            module.forward = partial(_in_passes, forward, module.forward)  # type: ignore[method-assign]
+            module.forward = partial(_in_passes, forward, module.forward)
         try:
             yield
         finally:
@@ -142,9 +142,9 @@ class FusedModules:
         elif parts == _LAYER:
             norms = [self._norms.get(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)]
             if None not in norms and _is_plain(module.self_attn) and _is_plain(module.mlp):
-                forward = partial(_layer, module, *norms[1])  # type: ignore[misc]
-                if self._find(module, None, lambda: _is_layer(module, forward)):
-                    self.forwards[module] = forward
+                added: Forward = partial(_layer, module, *norms[1])  # type: ignore[misc]
+                if self._find(module, None, lambda: _is_layer(module, added)):
+                    self.forwards[module] = added
         elif "q_proj" in parts and len(head_dims) == 1:
             forward = _attention_forward(module)
             if forward is not None and self._find(module, None, lambda: _is_rope(module, *head_dims)):
