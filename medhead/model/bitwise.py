@@ -19,15 +19,17 @@ from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.eval_mode import eval_mode
 from medhead.model.layout import cache_argument
-from medhead.model.node_attention import NodeVisits
+from medhead.model.node_attention import BLOCKS_FROM, NodeVisits
 from medhead.model.prompt_reader import read_whole
 from medhead.model.row_products import ONE, SIXTEEN, RowProducts
+from medhead_kernels import path_attention
 
 if TYPE_CHECKING:
     from medhead.model.kv_cache import TreeCache
     from medhead.model.target import Target
 
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
+TEST_BLOCKS_FROM = PREFIX + 2  # the position: the tree of the self-test has nodes before and behind it
 SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
 STEPS = 3  # passes of one token that are compared with transformers
 
@@ -38,6 +40,8 @@ class Bitwise:
     Attributes:
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
+        blocks_from: position from which on nodes attend by blocks, see `node_attention`; None where all attend as one, because
+            the context is shorter or the kernel cannot be compiled.
 
     Raises:
         MedheadError: the promise cannot be given; says why.
@@ -53,6 +57,8 @@ class Bitwise:
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
         self._testing = False
         self.products, self.matches_transformers = RowProducts(), False
+        far = target.context > BLOCKS_FROM and path_attention.unavailable() is None
+        self.blocks_from = BLOCKS_FROM if far else None
 
     def _refuse(self) -> None:
         target = self._target
@@ -94,7 +100,7 @@ class Bitwise:
         with self.running():
             cache.begin(tree.nodes)
             current = self._target._pass(cache, tree.depth, None, tree.nodes)
-            current.visits = NodeVisits.of(tree, cache.lengths.host)
+            current.visits = NodeVisits.of(tree, cache.lengths.host, self.blocks_from)
             return self._target._forward(cache, tree.tokens, tree.depth, current)
 
     # ---------------------------------------------------------------- self-test
@@ -125,7 +131,8 @@ class Bitwise:
         for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
             self.products = RowProducts(everywhere, forced)
             with self._target.active():
-                differing, prompt = self._differing_nodes()
+                with self._blocks_from(TEST_BLOCKS_FROM):
+                    differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
                 return self.products, self._matches(prompt, ours)
@@ -134,6 +141,15 @@ class Bitwise:
             f"exact='bitwise' cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
             f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
         )
+
+    @contextmanager
+    def _blocks_from(self, position: int) -> Iterator[None]:
+        before = self.blocks_from
+        try:
+            self.blocks_from = None if before is None else position
+            yield
+        finally:
+            self.blocks_from = before
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
@@ -194,9 +210,10 @@ class Bitwise:
         """Return one sentence about the promise."""
         where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
         also = "the" if self.matches_transformers else "but for rounding the"
+        until = "" if self.blocks_from is None else f" up to {self.blocks_from:,} tokens"
         return (
             f"exact bitwise: one text for every proposer, tree and batch in {where}; "
-            f"greedy text of one prompt is {also} text of transformers generate"
+            f"greedy text of one prompt is {also} text of transformers generate{until}"
         )
 
 

@@ -1,8 +1,12 @@
-"""Attention of tree nodes "as one": for every node the very call that plain decoding makes; for `exact="bitwise"`.
+"""Attention of tree nodes whose bits do not depend on the other nodes; for `exact="bitwise"`.
 
-The kernel for one query sums in another order than that for several, and a mask changes bits too. So every node attends by a
-call of its own, without a mask, to one range of keys. For this the keys of its ancestors lie in order after the committed
-prefix: nodes are visited depth first, and the keys of each are written to `length + depth` before its call.
+"As one", a node attends by the very call that plain decoding makes. PyTorch's kernel for one query sums in another order than
+that for several, and a mask changes bits too, so the call has no mask and one range of keys. For this the keys of the node's
+ancestors lie in order after the committed prefix: nodes are visited depth first, and the keys of each are written to
+`length + depth` before its call. All keys are read again for every node.
+
+From position `BLOCKS_FROM` on, nodes attend by blocks of positions (`medhead_kernels.path_attention`), which are read once for
+all nodes. These are not the bits of PyTorch's attention, so plain decoding attends by blocks there too.
 """
 
 from __future__ import annotations
@@ -17,7 +21,42 @@ from transformers.masking_utils import causal_mask_function
 
 from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError
-from medhead_kernels import reference
+from medhead_kernels import path_attention, reference
+
+BLOCKS_FROM = 1024  # the position; both ways take about as long there for one node
+
+
+@dataclass(frozen=True)
+class NodePaths:
+    """The arguments of attention by blocks, and which nodes attend so.
+
+    Attributes:
+        lengths: `[batch]` int64, committed tokens of every row.
+        depth: `[batch, nodes]` int64.
+        path: `[batch, nodes, deepest + 1]` int64, the nodes from the root to each node.
+        by_blocks: `[batch, nodes, 1, 1]` bool, the node's position is far enough; None where it is for all.
+    """
+
+    lengths: Tensor
+    depth: Tensor
+    path: Tensor
+    by_blocks: Tensor | None
+
+    @classmethod
+    def of(cls, tree: TokenTree, lengths: list[int], blocks_from: int) -> NodePaths | None:
+        """Return the paths of a tree after rows of these lengths; None where no node attends by blocks."""
+        depth = tree.depth.contiguous()
+        if max(lengths) + int(depth.max()) < blocks_from:
+            return None
+        committed = torch.tensor(lengths)
+        path = torch.zeros(*depth.shape, int(depth.max()) + 1, dtype=torch.long)
+        for row, parents in enumerate(tree.parents.tolist() if tree.nodes > 1 else []):
+            paths: list[list[int]] = [[0]]
+            for node, parent in enumerate(parents[1:], 1):
+                paths.append([*paths[parent], node])
+                path[row, node, : len(paths[node])] = torch.tensor(paths[node])
+        by_blocks = committed[:, None] + depth >= blocks_from
+        return cls(committed, depth, path, None if bool(by_blocks.all()) else by_blocks[..., None, None])
 
 
 @dataclass(frozen=True)
@@ -27,17 +66,21 @@ class NodeVisits:
     Attributes:
         lengths: committed tokens of every row.
         rows: of every row the visits: node, depth, and whether its keys are not yet at `length + depth`.
+        paths: of the nodes that attend by blocks; None where all attend as one.
     """
 
     lengths: list[int]
     rows: list[list[tuple[int, int, bool]]]
+    paths: NodePaths | None = None
 
     @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int]) -> NodeVisits:
-        """Return the visits of a tree after rows of these lengths."""
+    def of(cls, tree: TokenTree, lengths: list[int], blocks_from: int | None = None) -> NodeVisits:
+        """Return the visits of a tree after rows of these lengths; nodes attend by blocks from a position on, or never."""
+        paths = None if blocks_from is None else NodePaths.of(tree, lengths, blocks_from)
         if tree.nodes == 1:
-            return cls(lengths, [[(0, 0, False)]] * len(lengths))
-        return cls(lengths, [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)])
+            return cls(lengths, [[(0, 0, False)]] * len(lengths), paths)
+        rows = [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)]
+        return cls(lengths, rows, paths)
 
     def first_keys(self, mask_function: Callable, device: torch.device) -> Tensor | None:
         """Return the first key that every node sees, `[batch, 1, nodes, 1]` int64, by a layer's mask function; None for 0.
@@ -97,6 +140,25 @@ def attention(
         softcap: bound of the scores; None for none.
         sinks: `[heads]` scores of a key without a value; None for none.
     """
+    paths = visits.paths
+    if paths is None or any(size % path_attention.LANES for size in (key.shape[3], value.shape[3])):
+        return _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
+    first = None if first_keys is None else first_keys[:, 0, :, 0].contiguous()
+    sinks_by_block = None if sinks is None else sinks.float()
+    by_blocks = path_attention.attention(
+        query, key, value, paths.lengths, paths.depth, paths.path, scale, first, sinks_by_block, softcap
+    )
+    if paths.by_blocks is None:
+        return by_blocks
+    return torch.where(
+        paths.by_blocks, by_blocks, _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
+    )
+
+
+def _as_one(
+    visits: NodeVisits, query: Tensor, key: Tensor, value: Tensor, first_keys: Tensor | None, scale: float,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     nodes, grouped, plain = query.shape[2], query.shape[1] != key.shape[1], softcap is None and sinks is None
     firsts = None if first_keys is None else first_keys[:, 0, :, 0].tolist()
     rows = list[Tensor]()
