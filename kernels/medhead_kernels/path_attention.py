@@ -40,4 +40,6 @@ def attention(
         sinks: `[heads]` float32, scores of a key without a value; None for none.
         softcap: bound of the scores; None for none.
     """
-    return torch.ops.medhead.path_attention(query, key, value, lengths, depth, path, first, sinks, scale, softcap or 0.0)
+    return torch.ops.medhead.path_attention(
+        query, key, value, lengths, depth, path, first, sinks, scale, softcap or 0.0
+    )

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, WEIGHTS, SamplingParams, check_tree_size
+from medhead.config import ATTENTION_NAMES, EXACT, PROPOSER_NAMES, WEIGHTS, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 from medhead.grammar import Grammar
 
@@ -156,9 +156,9 @@ def add_weights_option(group: Any) -> None:
 
 def add_exact_option(group: Any) -> None:
     """Add --exact."""
-    group.add_argument("--exact", choices=["bitwise"], help="bitwise: on a CPU, one text for every proposer, tree and batch, "
-                       "bit for bit, in bfloat16 and float16 too; slower in long contexts (default: bit for bit but for "
-                       "rounding)")  # fmt: skip
+    group.add_argument("--exact", choices=EXACT, help="on a CPU. bitwise: one text for every proposer, tree and batch, bit for "
+                       "bit, in bfloat16 and float16 too. transformers: the same, and for one prompt the text of transformers "
+                       "generate; slower (default: bit for bit but for rounding)")  # fmt: skip
 
 
 def add_generation_config_option(group: Any) -> None:

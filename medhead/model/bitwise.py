@@ -1,4 +1,4 @@
-"""`exact="bitwise"`: the same text for every proposer, tree and batch, bit for bit, and the self-test that proves it.
+"""`exact`: the same text for every proposer, tree and batch, bit for bit, and the self-test that proves it.
 
 Every row of a pass is computed as if it were alone: attention by `node_attention`, products and activations by `row_products`,
 prompts row by row and whole. No list says which model, processor or library this is enough for. At load, and again for another
@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from medhead.config import EXACT
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.eval_mode import eval_mode
 from medhead.model.layout import cache_argument
-from medhead.model.node_attention import BLOCKS_FROM, NodeVisits
+from medhead.model.node_attention import NodeVisits
 from medhead.model.prompt_reader import read_whole
 from medhead.model.row_products import ONE, SIXTEEN, RowProducts
 from medhead_kernels import path_attention
@@ -29,27 +30,31 @@ if TYPE_CHECKING:
     from medhead.model.target import Target
 
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
-TEST_BLOCKS_FROM = PREFIX + 2  # the position: the tree of the self-test has nodes before and behind it
 SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
 STEPS = 3  # passes of one token that are compared with transformers
 
 
 class Bitwise:
-    """What a target with `exact="bitwise"` knows about itself.
+    """What a target with `exact` knows about itself.
+
+    Args:
+        target: the target.
+        exact: `bitwise`, or `transformers` for the bits of transformers' own plain decoding, which costs more.
 
     Attributes:
+        exact: as given.
+        by_blocks: nodes attend by blocks, see `node_attention`; else as one.
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
-        blocks_from: position from which on nodes attend by blocks, see `node_attention`; None where all attend as one, because
-            the context is shorter or the kernel cannot be compiled.
 
     Raises:
         MedheadError: the promise cannot be given; says why.
     """
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, target: Target, exact: str = "bitwise") -> None:
+        self._target, self.exact = target, exact
         self._refuse()
+        self.by_blocks = exact == "bitwise" and path_attention.unavailable() is None
         configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
         self._configs = list(
             {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
@@ -57,8 +62,6 @@ class Bitwise:
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
         self._testing = False
         self.products, self.matches_transformers = RowProducts(), False
-        far = target.context > BLOCKS_FROM and path_attention.unavailable() is None
-        self.blocks_from = BLOCKS_FROM if far else None
 
     def _refuse(self) -> None:
         target = self._target
@@ -71,7 +74,9 @@ class Bitwise:
         }
         for reason, holds in reasons.items():
             if holds:
-                raise MedheadError(f"exact='bitwise' does not go with {target.name}: {reason}; leave the option out")
+                raise MedheadError(
+                    f"exact={self.exact!r} does not go with {target.name}: {reason}; leave the option out"
+                )
 
     # ---------------------------------------------------------------- passes
 
@@ -100,7 +105,7 @@ class Bitwise:
         with self.running():
             cache.begin(tree.nodes)
             current = self._target._pass(cache, tree.depth, None, tree.nodes)
-            current.visits = NodeVisits.of(tree, cache.lengths.host, self.blocks_from)
+            current.visits = NodeVisits.of(tree, cache.lengths.host, self.by_blocks)
             return self._target._forward(cache, tree.tokens, tree.depth, current)
 
     # ---------------------------------------------------------------- self-test
@@ -115,7 +120,9 @@ class Bitwise:
         if self._testing:
             return
         if torch.is_autocast_enabled("cpu"):
-            raise MedheadError("exact='bitwise' does not go with autocast, which casts by operator; leave one out")
+            raise MedheadError(
+                f"exact={self.exact!r} does not go with autocast, which casts by operator; leave one out"
+            )
         if threads not in self._proved:
             self._testing = True
             try:
@@ -131,25 +138,23 @@ class Bitwise:
         for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
             self.products = RowProducts(everywhere, forced)
             with self._target.active():
-                with self._blocks_from(TEST_BLOCKS_FROM):
-                    differing, prompt = self._differing_nodes()
+                differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
-                return self.products, self._matches(prompt, ours)
+                break
         name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
-        raise MedheadError(
-            f"exact='bitwise' cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
-            f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
+        cannot = (
+            f"exact={self.exact!r} cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
         )
-
-    @contextmanager
-    def _blocks_from(self, position: int) -> Iterator[None]:
-        before = self.blocks_from
-        try:
-            self.blocks_from = None if before is None else position
-            yield
-        finally:
-            self.blocks_from = before
+        if differing:
+            reason = (
+                f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
+            )
+            raise MedheadError(cannot + reason)
+        matches = self._matches(prompt, ours)
+        if self.exact == "transformers" and not matches:
+            raise MedheadError(cannot + "logits differ from those of transformers; use exact='bitwise'")
+        return self.products, matches
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
@@ -210,10 +215,9 @@ class Bitwise:
         """Return one sentence about the promise."""
         where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
         also = "the" if self.matches_transformers else "but for rounding the"
-        until = "" if self.blocks_from is None else f" up to {self.blocks_from:,} tokens"
         return (
-            f"exact bitwise: one text for every proposer, tree and batch in {where}; "
-            f"greedy text of one prompt is {also} text of transformers generate{until}"
+            f"exact {self.exact}: one text for every proposer, tree and batch in {where}; "
+            f"greedy text of one prompt is {also} text of transformers generate"
         )
 
 
@@ -221,11 +225,11 @@ def promise(target: Target, exact: str) -> None:
     """Give a target its `bitwise`, proved.
 
     Raises:
-        MedheadError: `exact` is not `bitwise`, or it cannot be promised.
+        MedheadError: `exact` is none of `EXACT`, or it cannot be promised.
     """
-    if exact != "bitwise":
-        raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
-    target.bitwise = Bitwise(target)
+    if exact not in EXACT:
+        raise MedheadError(f"exact must be 'bitwise', 'transformers' or None, got {exact!r}")
+    target.bitwise = Bitwise(target, exact)
     target.bitwise.prove()
 
 

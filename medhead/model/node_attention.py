@@ -1,12 +1,10 @@
-"""Attention of tree nodes whose bits do not depend on the other nodes; for `exact="bitwise"`.
+"""Attention of tree nodes whose bits do not depend on the other nodes; for `exact`.
 
-"As one", a node attends by the very call that plain decoding makes. PyTorch's kernel for one query sums in another order than
-that for several, and a mask changes bits too, so the call has no mask and one range of keys. For this the keys of the node's
-ancestors lie in order after the committed prefix: nodes are visited depth first, and the keys of each are written to
-`length + depth` before its call. All keys are read again for every node.
-
-From position `BLOCKS_FROM` on, nodes attend by blocks of positions (`medhead_kernels.path_attention`), which are read once for
-all nodes. These are not the bits of PyTorch's attention, so plain decoding attends by blocks there too.
+By blocks: `medhead_kernels.path_attention`, which reads the keys once for all nodes. These are not the bits of PyTorch's
+attention. As one: a node attends by the very call that plain decoding of transformers makes. PyTorch's kernel for one query
+sums in another order than that for several, and a mask changes bits too, so the call has no mask and one range of keys. For
+this the keys of the node's ancestors lie in order after the committed prefix: nodes are visited depth first, and the keys of
+each are written to `length + depth` before its call. All keys are read again for every node.
 """
 
 from __future__ import annotations
@@ -23,40 +21,25 @@ from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError
 from medhead_kernels import path_attention, reference
 
-BLOCKS_FROM = 1024  # the position; both ways take about as long there for one node
-
 
 @dataclass(frozen=True)
 class NodePaths:
-    """The arguments of attention by blocks, and which nodes attend so.
-
-    Attributes:
-        lengths: `[batch]` int64, committed tokens of every row.
-        depth: `[batch, nodes]` int64.
-        path: `[batch, nodes, deepest + 1]` int64, the nodes from the root to each node.
-        by_blocks: `[batch, nodes, 1, 1]` bool, the node's position is far enough; None where it is for all.
-    """
+    """The arguments of attention by blocks; see `path_attention.attention`."""
 
     lengths: Tensor
     depth: Tensor
     path: Tensor
-    by_blocks: Tensor | None
 
     @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int], blocks_from: int) -> NodePaths | None:
-        """Return the paths of a tree after rows of these lengths; None where no node attends by blocks."""
-        depth = tree.depth.contiguous()
-        if max(lengths) + int(depth.max()) < blocks_from:
-            return None
-        committed = torch.tensor(lengths)
-        path = torch.zeros(*depth.shape, int(depth.max()) + 1, dtype=torch.long)
+    def of(cls, tree: TokenTree, lengths: list[int]) -> NodePaths:
+        """Return the paths of a tree after rows of these lengths."""
+        path = torch.zeros(*tree.depth.shape, int(tree.depth.max()) + 1, dtype=torch.long)
         for row, parents in enumerate(tree.parents.tolist() if tree.nodes > 1 else []):
-            paths: list[list[int]] = [[0]]
+            paths = [[0]]
             for node, parent in enumerate(parents[1:], 1):
                 paths.append([*paths[parent], node])
                 path[row, node, : len(paths[node])] = torch.tensor(paths[node])
-        by_blocks = committed[:, None] + depth >= blocks_from
-        return cls(committed, depth, path, None if bool(by_blocks.all()) else by_blocks[..., None, None])
+        return cls(torch.tensor(lengths), tree.depth.contiguous(), path)
 
 
 @dataclass(frozen=True)
@@ -66,7 +49,7 @@ class NodeVisits:
     Attributes:
         lengths: committed tokens of every row.
         rows: of every row the visits: node, depth, and whether its keys are not yet at `length + depth`.
-        paths: of the nodes that attend by blocks; None where all attend as one.
+        paths: for attention by blocks; None where nodes attend as one.
     """
 
     lengths: list[int]
@@ -74,9 +57,9 @@ class NodeVisits:
     paths: NodePaths | None = None
 
     @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int], blocks_from: int | None = None) -> NodeVisits:
-        """Return the visits of a tree after rows of these lengths; nodes attend by blocks from a position on, or never."""
-        paths = None if blocks_from is None else NodePaths.of(tree, lengths, blocks_from)
+    def of(cls, tree: TokenTree, lengths: list[int], by_blocks: bool = False) -> NodeVisits:
+        """Return the visits of a tree after rows of these lengths."""
+        paths = NodePaths.of(tree, lengths) if by_blocks else None
         if tree.nodes == 1:
             return cls(lengths, [[(0, 0, False)]] * len(lengths), paths)
         rows = [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)]
@@ -103,8 +86,8 @@ class NodeVisits:
         expected = (keys >= first[..., None]) & (keys <= last[..., None])
         if not torch.equal(seen, expected):
             raise UnsupportedTargetError(
-                "exact='bitwise' needs layers whose tokens see one range of keys, and a mask of this model is another one; "
-                "leave the option out"
+                "`exact` needs layers whose tokens see one range of keys, and a mask of this model is another one; leave the "
+                "option out"
             )
         return first[:, None, :, None]
 
@@ -144,14 +127,9 @@ def attention(
     if paths is None or any(size % path_attention.LANES for size in (key.shape[3], value.shape[3])):
         return _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
     first = None if first_keys is None else first_keys[:, 0, :, 0].contiguous()
-    sinks_by_block = None if sinks is None else sinks.float()
-    by_blocks = path_attention.attention(
-        query, key, value, paths.lengths, paths.depth, paths.path, scale, first, sinks_by_block, softcap
-    )
-    if paths.by_blocks is None:
-        return by_blocks
-    return torch.where(
-        paths.by_blocks, by_blocks, _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
+    sinks = None if sinks is None else sinks.float()
+    return path_attention.attention(
+        query, key, value, paths.lengths, paths.depth, paths.path, scale, first, sinks, softcap
     )
 
 

@@ -66,7 +66,8 @@ class Target:
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
             keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
-            batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
+            batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
+            the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
 
     Attributes:
         bitwise: what `exact` promises; None without it.
@@ -121,6 +122,7 @@ class Target:
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
+        packed = False if packed is None and exact == "transformers" else packed
         self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
