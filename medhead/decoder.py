@@ -59,7 +59,8 @@ class Decoder:
             `compiled` on CUDA (PyTorch's compiler, inside a CUDA graph), `eager` or `recorded` (the same step without a GPU
             or a compiler, for tests). See `medhead.compile`.
         exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype, `transformers` also the
-            text of its `generate`; on a CPU. See `Target`.
+            text of its `generate`; on a CPU. `auto` is `bitwise` in half precision where that costs nothing; None switches it
+            off. See `Target`; a target that is given keeps its own.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
@@ -97,10 +98,12 @@ class Decoder:
         attention: str = "auto",
         packed: bool | None = None,
         step: str = "auto",
-        exact: str | None = None,
+        exact: str | None = "auto",
         profile: bool = False,
         **options: Any,
     ) -> None:
+        if exact == "auto" and (typical is not None or step not in ("auto", "loop")):
+            exact = None
         self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact)
         self._own_target = self.target is not model
         self.model = self.target.model
@@ -117,7 +120,7 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
-        if exact is not None and getattr(self.target.bitwise, "exact", None) != exact:
+        if exact not in (None, "auto") and getattr(self.target.bitwise, "exact", None) != exact:
             raise MedheadError(
                 f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
             )

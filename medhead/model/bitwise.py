@@ -7,20 +7,24 @@ number of threads, the model verifies a tree with text of its own and one node a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from medhead import user_cache
 from medhead.config import EXACT
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.eval_mode import eval_mode
+from medhead.model.fingerprint import sample
 from medhead.model.layout import cache_argument
 from medhead.model.node_attention import NodeVisits
+from medhead.model.pass_key import pass_key
 from medhead.model.prompt_reader import read_whole
 from medhead.model.row_products import ONE, SIXTEEN, RowProducts
 from medhead_kernels import path_attention
@@ -32,6 +36,7 @@ if TYPE_CHECKING:
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
 SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
 STEPS = 3  # passes of one token that are compared with transformers
+_PRODUCTS = ((False, None), (True, None), (True, SIXTEEN), (True, ONE))  # what the self-test tries, the cheapest first
 
 
 class Bitwise:
@@ -40,10 +45,13 @@ class Bitwise:
     Args:
         target: the target.
         exact: `bitwise`, or `transformers` for the bits of transformers' own plain decoding, which costs more.
+        by_default: nobody asked for it, so it must cost nothing, and it ends without an error where it cannot be kept.
 
     Attributes:
         exact: as given.
         by_blocks: nodes attend by blocks, see `node_attention`; else as one.
+        reads_whole: prompts are read in one pass each. An engine sets it to False where nobody asked for the promise: it reads
+            prompts in chunks and keeps prefixes, so texts may depend on earlier requests, by rounding; passes do not.
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
 
@@ -51,8 +59,8 @@ class Bitwise:
         MedheadError: the promise cannot be given; says why.
     """
 
-    def __init__(self, target: Target, exact: str = "bitwise") -> None:
-        self._target, self.exact = target, exact
+    def __init__(self, target: Target, exact: str = "bitwise", by_default: bool = False) -> None:
+        self._target, self.exact, self.by_default = target, exact, by_default
         self._refuse()
         self.by_blocks = exact == "bitwise" and path_attention.unavailable() is None
         configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
@@ -60,7 +68,7 @@ class Bitwise:
             {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
         )
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
-        self._testing = False
+        self._testing, self.reads_whole = False, True
         self.products, self.matches_transformers = RowProducts(), False
 
     def _refuse(self) -> None:
@@ -77,6 +85,11 @@ class Bitwise:
                 raise MedheadError(
                     f"exact={self.exact!r} does not go with {target.name}: {reason}; leave the option out"
                 )
+
+    def costs_nothing(self) -> bool:
+        """Whether passes take no longer than without it: attention by blocks, no experts, which would be computed one by one."""
+        dims = {spec.dim for spec in self._target.layout.all_specs()}
+        return self.by_blocks and not self._configs and not any(dim % path_attention.LANES for dim in dims)
 
     # ---------------------------------------------------------------- passes
 
@@ -111,14 +124,21 @@ class Bitwise:
     # ---------------------------------------------------------------- self-test
 
     def prove(self) -> None:
-        """Run the self-test if it was not yet run for this number of threads.
+        """Run the self-test if it was not yet run for this number of threads, and not on this machine.
 
         Raises:
-            MedheadError: it failed.
+            MedheadError: it failed, and somebody asked for the promise.
         """
-        threads = torch.get_num_threads()
         if self._testing:
             return
+        try:
+            self._prove(torch.get_num_threads())
+        except MedheadError:
+            if not self.by_default:
+                raise
+            self._target.bitwise = None
+
+    def _prove(self, threads: int) -> None:
         if torch.is_autocast_enabled("cpu"):
             raise MedheadError(
                 f"exact={self.exact!r} does not go with autocast, which casts by operator; leave one out"
@@ -134,13 +154,28 @@ class Bitwise:
 
     def _test(self, threads: int) -> tuple[RowProducts, bool]:
         """Return the products that pass the self-test, and whether logits are those of transformers."""
-        differing = 0
-        for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
-            self.products = RowProducts(everywhere, forced)
+        with self._target.active():
+            key = pass_key(self._target, ("bitwise", self.exact, self.by_blocks, self._target.packed_weights.enabled))
+            if key is not None:
+                values = sample([weight.detach() for weight in self._target.model.parameters()])
+                key = hashlib.sha256(key.encode() + values).hexdigest()[:32]
+        file = None if key is None else user_cache.cache_folder() / f"exact-{key}.json"
+        known = None if file is None else user_cache.read(file, _parse_proof, "the self-test of `exact` runs again")
+        if known is not None:
+            self.products = RowProducts(*_PRODUCTS[known[0]])
+            with self._target.active():
+                self._find_classes()
+            return self.products, known[1]
+        differing, matches = 0, False
+        for index, products in enumerate(_PRODUCTS[: 1 if self.by_default else None]):
+            self.products = RowProducts(*products)
             with self._target.active():
                 differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
+                matches = self._matches(prompt, ours)
+                if file is not None:
+                    user_cache.write(file, [index, matches])
                 break
         name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
         cannot = (
@@ -151,20 +186,16 @@ class Bitwise:
                 f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
             )
             raise MedheadError(cannot + reason)
-        matches = self._matches(prompt, ours)
         if self.exact == "transformers" and not matches:
             raise MedheadError(cannot + "logits differ from those of transformers; use exact='bitwise'")
         return self.products, matches
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
-        target, generator = self._target, torch.Generator().manual_seed(0)
-        parents, depth = _test_parents(generator)
+        target, generator = self._target, torch.Generator().manual_seed(1)
         high = min(target.vocab_size, target.num_embeddings)
-        first = torch.randint(0, high, (PREFIX + NODES,), generator=generator)
-        cache = target.new_cache(1, PREFIX + NODES)
-        target.verify(cache, TokenTree.from_parents(first[:NODES], parents))  # finds the classes of rows
-        prompt = [int(first[0])]
+        parents, depth, cache, first = self._find_classes()
+        prompt = [first]
         while len(prompt) < PREFIX:  # the model's own text
             prompt.append(self._draw(self._alone(cache, prompt[-1], len(prompt) - 1), generator, high))
         children = [[node for node in range(1, NODES) if parents[node] == parent] for parent in range(NODES)]
@@ -182,6 +213,15 @@ class Bitwise:
             logits, _ = target.verify(cache, tree)
             differing += sum(not torch.equal(logits[0, node], alone[node]) for node in range(size))
         return differing, [*prompt, *tokens[:STEPS]]
+
+    def _find_classes(self) -> tuple[Tensor, list[int], TreeCache, int]:
+        """Verify a tree of random tokens, which finds the classes of rows; return its parents, depths, cache and first token."""
+        target, generator = self._target, torch.Generator().manual_seed(0)
+        parents, depth = _test_parents(generator)
+        tokens = torch.randint(0, min(target.vocab_size, target.num_embeddings), (NODES,), generator=generator)
+        cache = target.new_cache(1, PREFIX + NODES)
+        target.verify(cache, TokenTree.from_parents(tokens, parents))
+        return parents, depth, cache, int(tokens[0])
 
     def _alone(self, cache: Any, token: int, length: int) -> Tensor:
         """Return the logits `[vocab]` of one token after `length` tokens of the cache."""
@@ -222,15 +262,28 @@ class Bitwise:
 
 
 def promise(target: Target, exact: str) -> None:
-    """Give a target its `bitwise`, proved.
+    """Give a target its `bitwise`, proved; with `auto` only where it costs nothing.
 
     Raises:
-        MedheadError: `exact` is none of `EXACT`, or it cannot be promised.
+        MedheadError: `exact` is neither `auto` nor one of `EXACT`, or it cannot be promised.
     """
-    if exact not in EXACT:
-        raise MedheadError(f"exact must be 'bitwise', 'transformers' or None, got {exact!r}")
-    target.bitwise = Bitwise(target, exact)
-    target.bitwise.prove()
+    if exact == "auto":
+        with suppress(MedheadError):
+            found = Bitwise(target, by_default=True)
+            target.bitwise = found if found.costs_nothing() else None
+    elif exact in EXACT:
+        target.bitwise = Bitwise(target, exact)
+    else:
+        raise MedheadError(f"exact must be 'auto', 'bitwise', 'transformers' or None, got {exact!r}")
+    if target.bitwise is not None:
+        target.bitwise.prove()
+
+
+def _parse_proof(content: Any) -> tuple[int, bool]:
+    index, matches = content
+    if index not in range(len(_PRODUCTS)):
+        raise ValueError(f"{index} is no kind of products")
+    return index, bool(matches)
 
 
 def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:

@@ -47,6 +47,7 @@ from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
+from medhead_kernels.causal import HALF_DTYPES
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
 
 PREFILL_CHUNK = 1024
@@ -68,6 +69,7 @@ class Target:
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
             batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
             the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
+            `auto` is `bitwise` in bfloat16 and float16 on a CPU where that costs nothing, else None.
 
     Attributes:
         bitwise: what `exact` promises; None without it.
@@ -123,6 +125,8 @@ class Target:
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
         packed = False if packed is None and exact == "transformers" else packed
+        if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or encoder_configs(inner)):
+            exact = None
         self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)

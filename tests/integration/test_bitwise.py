@@ -17,6 +17,7 @@ from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.config import EXACT
 from medhead.core.tree import TokenTree
+from medhead.model.bitwise import Bitwise
 from medhead.model.block_weights import use_blocks
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import DEMO_HEADS
@@ -215,9 +216,9 @@ def test_the_first_token_teaches_no_cost_of_a_pass() -> None:
     assert costs.load_factor != 1.0
 
 
-def mix_rows(model: PreTrainedModel) -> None:
-    """Let every token of a pass depend on all others, by a little."""
-    model.model.norm.register_forward_hook(lambda module, args, out: out + 1e-2 * out.mean(1, keepdim=True))
+def mix_rows(model: PreTrainedModel) -> Any:
+    """Let every token of a pass depend on all others, by a little; return the hook."""
+    return model.model.norm.register_forward_hook(lambda module, args, out: out + 1e-2 * out.mean(1, keepdim=True))
 
 
 def test_the_self_test_refuses_rows_that_depend_on_each_other() -> None:
@@ -252,3 +253,45 @@ def test_what_does_not_go_with_it() -> None:
     if "lfm2" in STATEFUL and exists("lfm2"):
         with pytest.raises(MedheadError, match="its layers hold states"):
             Decoder(tiny_stateful("lfm2"), "none", exact="bitwise", probe=False)
+
+
+def promised(decoder: Decoder) -> str | None:
+    """What a decoder's target promises."""
+    return None if decoder.target.bitwise is None else decoder.target.bitwise.exact
+
+
+def test_half_precision_is_bit_for_bit_by_default() -> None:
+    model = tiny_llama().bfloat16()
+    assert promised(Decoder(model, "recycling")) == "bitwise"
+    assert promised(Decoder(model, "recycling", exact=None)) is None
+    assert promised(Decoder(model, "none", step="eager")) is None
+    assert promised(Decoder(model, "none", typical=TypicalAcceptance())) is None
+    assert promised(Decoder(Target(model), "none")) is None
+    assert promised(Decoder(tiny_llama(), "none")) is None
+    assert promised(Decoder(tiny("mixtral", ACCEPTED["mixtral"], dtype=torch.bfloat16), "none")) is None  # experts cost
+
+
+def test_a_default_promise_ends_without_an_error(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
+    model = tiny_llama(vocab=len(tokenizer)).bfloat16()
+    decoder = Decoder(model, "recycling")
+    with torch.autocast("cpu", torch.bfloat16):
+        text(decoder, PROMPTS[0])
+    assert promised(decoder) is None
+    decoder = Decoder(model, "recycling")
+    assert promised(decoder) == "bitwise"
+    hook = mix_rows(model)
+    assert promised(Decoder(model, "recycling", probe=False)) is None
+    hook.remove()
+    monkeypatch.setattr("medhead.model.bitwise.path_attention.unavailable", lambda: "no compiler")
+    assert promised(Decoder(model, "recycling")) is None
+    assert promised(Decoder(model, "recycling", exact="bitwise")) == "bitwise"
+
+
+def test_a_self_test_that_passed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().bfloat16()
+    Target(model, exact="bitwise")
+    monkeypatch.setattr(Bitwise, "_differing_nodes", lambda self: (9, [0]))
+    Target(model, exact="bitwise")
+    model.lm_head.weight.data[0] += 1
+    with pytest.raises(MedheadError, match="9 logits of the self-test differ"):
+        Target(model, exact="bitwise")
