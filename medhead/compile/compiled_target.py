@@ -20,9 +20,9 @@ from medhead.compile.trace import compile_fixed, compile_open
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
-from medhead.model.pass_key import pass_key
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
+from medhead.model.pass_key import pass_key
 from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
 from medhead.model.shards import placement
 from medhead.model.target import Target

@@ -47,8 +47,8 @@ from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
-from medhead_kernels.causal import HALF_DTYPES
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
+from medhead_kernels.causal import HALF_DTYPES
 
 PREFILL_CHUNK = 1024
 ATTENTIONS = ("auto", *BACKENDS)
