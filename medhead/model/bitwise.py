@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -89,7 +90,8 @@ class Bitwise:
     def costs_nothing(self) -> bool:
         """Whether passes take no longer than without it: attention by blocks, no experts, which would be computed one by one."""
         dims = {spec.dim for spec in self._target.layout.all_specs()}
-        return self.by_blocks and not self._configs and not any(dim % path_attention.LANES for dim in dims)
+        experts = any(name.rpartition(".")[2] == "experts" for name, _ in self._target.model.named_modules())
+        return self.by_blocks and not experts and not any(dim % path_attention.LANES for dim in dims)
 
     # ---------------------------------------------------------------- passes
 
@@ -154,41 +156,52 @@ class Bitwise:
 
     def _test(self, threads: int) -> tuple[RowProducts, bool]:
         """Return the products that pass the self-test, and whether logits are those of transformers."""
-        with self._target.active():
-            key = pass_key(self._target, ("bitwise", self.exact, self.by_blocks, self._target.packed_weights.enabled))
-            if key is not None:
-                values = sample([weight.detach() for weight in self._target.model.parameters()])
-                key = hashlib.sha256(key.encode() + values).hexdigest()[:32]
-        file = None if key is None else user_cache.cache_folder() / f"exact-{key}.json"
+        file = self._proof_file()
         known = None if file is None else user_cache.read(file, _parse_proof, "the self-test of `exact` runs again")
-        if known is not None:
+        if known is None or (known[0] < 0 and not self.by_default):
+            known = self._try_products()
+            if file is not None:
+                user_cache.write(file, known)
+        else:
             self.products = RowProducts(*_PRODUCTS[known[0]])
             with self._target.active():
                 self._find_classes()
-            return self.products, known[1]
-        differing, matches = 0, False
+        if known[0] < 0:
+            advice = "try another number of threads, or leave the option out"
+            raise MedheadError(f"{self._cannot(threads)}: logits of the self-test differ; {advice}")
+        if self.exact == "transformers" and not known[1]:
+            raise MedheadError(
+                f"{self._cannot(threads)}: logits differ from those of transformers; use exact='bitwise'"
+            )
+        return self.products, known[1]
+
+    def _proof_file(self) -> Path | None:
+        """Return where the result of the self-test is kept; None for a model that other code changed."""
+        with self._target.active():
+            key = pass_key(self._target, (self.exact, self.by_blocks, self._target.packed_weights.enabled))
+        if key is None:
+            return None
+        values = sample([weight.detach() for weight in self._target.model.parameters()])
+        digest = hashlib.sha256(key.encode() + values).hexdigest()
+        return user_cache.cache_folder() / f"exact-{digest[:24]}.json"
+
+    def _try_products(self) -> tuple[int, bool]:
+        """Run the self-test with one kind of products after the other; return the index of the one that passes, -1 for none.
+
+        Also return whether its logits are those of transformers.
+        """
         for index, products in enumerate(_PRODUCTS[: 1 if self.by_default else None]):
             self.products = RowProducts(*products)
             with self._target.active():
                 differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
-                matches = self._matches(prompt, ours)
-                if file is not None:
-                    user_cache.write(file, [index, matches])
-                break
+                return index, self._matches(prompt, ours)
+        return -1, False
+
+    def _cannot(self, threads: int) -> str:
         name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
-        cannot = (
-            f"exact={self.exact!r} cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
-        )
-        if differing:
-            reason = (
-                f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
-            )
-            raise MedheadError(cannot + reason)
-        if self.exact == "transformers" and not matches:
-            raise MedheadError(cannot + "logits differ from those of transformers; use exact='bitwise'")
-        return self.products, matches
+        return f"exact={self.exact!r} cannot be promised for {name} in {dtype} with {threads} threads on this processor"
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
@@ -281,7 +294,7 @@ def promise(target: Target, exact: str) -> None:
 
 def _parse_proof(content: Any) -> tuple[int, bool]:
     index, matches = content
-    if index not in range(len(_PRODUCTS)):
+    if index not in range(-1, len(_PRODUCTS)):
         raise ValueError(f"{index} is no kind of products")
     return index, bool(matches)
 

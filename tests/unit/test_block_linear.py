@@ -49,7 +49,9 @@ def test_products(out: int, size: int, rows: int, kind: str, threads: int, shuff
     weight = block_linear.rows(blocks).double()
     x = torch.randn(rows, size, generator=torch.Generator().manual_seed(1))
     found = block_linear.linear(x, blocks)
-    bound = x.abs().double().sum(1, keepdim=True) * weight.abs().max() + 1  # scale * q + minimum may cancel in each weight
+    bound = (
+        x.abs().double().sum(1, keepdim=True) * weight.abs().max() + 1
+    )  # scale * q + minimum may cancel in each weight
     assert ((found - x.double() @ weight.t()).abs() <= 1e-6 * bound * max(1, size / 16)).all()
     before = torch.get_num_threads()
     try:
