@@ -49,6 +49,7 @@ from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
+from medhead_kernels.causal import HALF_DTYPES
 
 PREFILL_CHUNK = 1024
 ATTENTIONS = ("auto", *BACKENDS)
@@ -67,7 +68,9 @@ class Target:
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
             keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
-            batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
+            batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
+            the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
+            `auto` is `bitwise` in bfloat16 and float16 on a CPU where that costs nothing, else None.
         fused: whether fused Triton kernels replace the model's norms, activations, rotary positions and residual additions;
             None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference.
 
@@ -125,6 +128,9 @@ class Target:
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
+        packed = False if packed is None and exact == "transformers" else packed
+        if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or encoder_configs(inner)):
+            exact = None
         self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
@@ -150,7 +156,7 @@ class Target:
                 warn_dense_fallback(attention, "the model's own code reads the mask")
             self.backend = BACKENDS["sdpa"]
         with self.lock:
-            self.fused = FusedModules.of(self, False if exact else fused)
+            self.fused = FusedModules.of(self, fused if exact in (None, "auto") else False)
             self.fused.check(self)
         if probe:
             with self.lock:
