@@ -106,8 +106,8 @@ def test_trees_equal_decoding_token_by_token(name: str) -> None:
 
 
 DENSE = {  # families whose layers run over all nodes at once
-    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini", "mamba2", "bamba", "granitemoehybrid",
-    "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "mamba2",
+    "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3",
 }  # fmt: skip
 
 
