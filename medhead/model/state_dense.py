@@ -47,7 +47,7 @@ def tree_convolution(
     )  # [batch, width + nodes, channels]
     flat, offsets = _wide(known).flatten(0, 1), rows * known.shape[1]
     out = None if bias is None else _wide(bias)
-    for tap, tap_weight in enumerate(_wide(weight).T):
+    for tap, tap_weight in enumerate(_wide(weight).T.contiguous()):
         found = flat.index_select(0, (offsets + places[..., width - taps + tap]).flatten()).mul_(tap_weight)
         out = found if out is None else found.add_(out)
 
@@ -69,19 +69,23 @@ def tree_delta_rule(
     """
     device, nodes = value.device, value.shape[2]
     if log_decay.ndim == 4:
-        found = delta_rule.channel_reference(query, key, value, log_decay, beta, state, tree.visible.to(device))
+        out, updates, total = delta_rule.channel_reference(
+            query, key, value, log_decay, beta, state, tree.visible.to(device)
+        )
     elif delta_rule.use_triton(device) and delta_rule.fits_triton(nodes, key.shape[3]):
         from medhead_kernels import tree_delta_rule as kernel
 
         bitmask = tree.bitmask.to(device)
-        found = kernel.delta_rule(query, key, value, log_decay, beta, state, bitmask, tree.max_depth, exact)
+        out, updates, total = kernel.delta_rule(
+            query, key, value, log_decay, beta, state, bitmask, tree.max_depth, exact
+        )
     else:
-        found = delta_rule.reference(query, key, value, log_decay, beta, state, tree.visible.to(device))
+        out, updates, total = delta_rule.reference(query, key, value, log_decay, beta, state, tree.visible.to(device))
 
     def advance(path: Tensor, counts: Tensor) -> Tensor:
-        return delta_rule.state_after(state, key, found.updates, found.total, path.to(device), counts.to(device))
+        return delta_rule.state_after(state, key, updates, total, path.to(device), counts.to(device))
 
-    return found.out, advance
+    return out, advance
 
 
 def tree_mamba2(
@@ -138,18 +142,19 @@ def _delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor,
     use_qk_l2norm_in_kernel: bool = False, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention` of modeling files; tensors are `[batch, nodes, heads, ...]`."""
-    call = _call()
-    parts = (part.transpose(1, 2).to(_wide(query).dtype) for part in (query, key, value, g, beta))
+    """See `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention` of modeling files.
+
+    Tensors are `[batch, nodes, heads, ...]`.
+    """
+    call, dtype = _call(), _wide_dtype(query.dtype)
+    parts = (part.transpose(1, 2).to(dtype) for part in (query, key, value, g, beta))
     queries, keys, values, log_decay, beta = parts
     if use_qk_l2norm_in_kernel:
         queries, keys = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (queries, keys))
     place, state = call.asked("recurrent")
     queries = queries * queries.shape[-1] ** -0.5
     exact = query.dtype == torch.float32
-    out, advance = tree_delta_rule(
-        call.tree, _wide(state, queries.dtype), queries, keys, values, log_decay, beta, exact
-    )
+    out, advance = tree_delta_rule(call.tree, state.to(dtype), queries, keys, values, log_decay, beta, exact)
     call.advances[place] = advance
     return out.transpose(1, 2).contiguous().to(query.dtype), initial_state
 
@@ -173,7 +178,11 @@ def _mamba2(
 
 def _wide(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor in float32, or in float64 if it is that."""
-    return part.to(dtype or (torch.float64 if part.dtype == torch.float64 else torch.float32))
+    return part.to(dtype or _wide_dtype(part.dtype))
+
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 _RECURRENCES = {
