@@ -115,7 +115,9 @@ def state_after(state: Tensor, key: Tensor, updates: Tensor, total: Tensor, path
     ended = torch.arange(path.shape[1], device=path.device) >= counts[:, None]
     weights = (last - totals).masked_fill(ended[..., None, None], float("-inf")).exp().transpose(1, 2)
     weighted = _shared(keys.transpose(1, 2), share) * weights  # [batch, heads, steps, key]
-    return last[:, 0, ..., None].exp() * state + weighted.transpose(-1, -2) @ terms.transpose(1, 2)
+    decayed = (last[:, 0, ..., None].exp() * state).flatten(0, 1)
+    decayed.baddbmm_(weighted.transpose(-1, -2).flatten(0, 1), terms.transpose(1, 2).flatten(0, 1))
+    return decayed.unflatten(0, state.shape[:2])
 
 
 def _shared(part: Tensor, share: int) -> Tensor:

@@ -94,7 +94,7 @@ class StateCache(TreeCache):
         states: `[batch, ...]` of every state, after the committed tokens; empty before the first token.
         node_states: `[batch * nodes, ...]` of every state, after each node of the last tree, of layers that run by depth.
         advances: by state, how it advances along a path of the last tree, of layers that run over all nodes at once.
-        ancestors: of the running pass over a tree, if it has several nodes and every row has states; else None.
+        ancestors: of the running pass over a tree, if every row has states; else None.
         running: the running call of a layer.
     """
 
@@ -116,7 +116,7 @@ class StateCache(TreeCache):
         self._tree, self._groups, self._places = tree, None, tree.batch * tree.nodes
         self._drop_nodes()
         assert self.lengths.host is not None
-        is_dense = tree.nodes > 1 and bool(self.states) and min(self.lengths.host) > 0
+        is_dense = bool(self.states) and min(self.lengths.host) > 0
         self.ancestors = Ancestors(tree) if is_dense else None
 
     def begin_prompts(self, counts: list[int], nodes: int) -> None:

@@ -138,6 +138,13 @@ def _convolution(
     return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
 
 
+def _convolution_update(
+    hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """See `causal_conv1d_update` of modeling files, for one token; PyTorch's convolution is slow in bfloat16 on many CPUs."""
+    return _convolution(hidden_states, weight, bias, activation)
+
+
 def _delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor,
     use_qk_l2norm_in_kernel: bool = False, **kwargs: Any,
@@ -185,11 +192,19 @@ def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+_CONVOLUTIONS = {"causal_conv1d_fn": _convolution, "causal_conv1d_update": _convolution_update}
 _RECURRENCES = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2,
 }
+_SINGLE = {"torch_recurrent_gated_delta_rule": _delta_rule, "recurrent_kimi_delta_attention": _delta_rule}  # one token
+
+
+def serves_single(module: nn.Module) -> bool:
+    """Return whether the dense form of a module serves one node too, which goes through other functions."""
+    used = global_names(module)
+    return "causal_conv1d_update" in used and ("get_recurrent_state" not in used or bool(used & _SINGLE.keys()))
 
 
 def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -204,4 +219,4 @@ def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
         return None
     if "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules()):
         return None
-    return with_globals(module, {name: _RECURRENCES[name] for name in recurrences} | {"causal_conv1d_fn": _convolution})
+    return with_globals(module, _RECURRENCES | _SINGLE | _CONVOLUTIONS)

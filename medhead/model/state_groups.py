@@ -68,11 +68,12 @@ class Ancestors:
     Attributes:
         visible: `[batch, nodes, nodes]` bool, see `TokenTree.visible`.
         max_depth: the largest depth a node may have.
+        nodes: the number of nodes.
         rows: `[batch]` int64, the index of every row.
     """
 
     def __init__(self, tree: TokenTree) -> None:
-        self.visible, self.max_depth = tree.visible, tree.max_depth
+        self.visible, self.max_depth, self.nodes = tree.visible, tree.max_depth, tree.nodes
         self._tree, self._parents, self._depth = tree, tree.parents, tree.depth
         self.rows = torch.arange(tree.batch, device=tree.tokens.device)
         self._windows: dict[int, Tensor] = {}
