@@ -46,10 +46,10 @@ def tree_convolution(
         [state.to(inputs.dtype).transpose(1, 2), inputs.transpose(1, 2)], 1
     )  # [batch, width + nodes, channels]
     flat, offsets = _wide(known).flatten(0, 1), rows * known.shape[1]
-    out = None if bias is None else _wide(bias)
+    out = flat.new_zeros(()) if bias is None else _wide(bias)
     for tap, tap_weight in enumerate(_wide(weight).T.contiguous()):
-        found = flat.index_select(0, (offsets + places[..., width - taps + tap]).flatten()).mul_(tap_weight)
-        out = found if out is None else found.add_(out)
+        found = flat.index_select(0, (offsets + places[..., width - taps + tap]).flatten())
+        out = found.mul_(tap_weight).add_(out)
 
     def advance(path: Tensor, counts: Tensor) -> Tensor:
         last = path.to(rows.device).gather(1, counts.to(rows.device)[:, None] - 1)
