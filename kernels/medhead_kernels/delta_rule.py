@@ -14,7 +14,7 @@ from __future__ import annotations
 import importlib.util
 import warnings
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -156,8 +156,10 @@ def selftest(device: torch.device) -> bool:
             visible[node] |= visible[(node - 1) // 2]
         bitmask = (visible.long() << torch.arange(12)).sum(-1)[None, :, None]
         expected = reference(query, key, value, log_decay, beta, state, visible[None])
-        tensors: Any = [part.to(device) for part in (query, key, value, log_decay, beta, state, bitmask)]
-        found = delta_rule(*tensors, 3)
+        query, key, value, log_decay, beta, state, bitmask = (
+            part.to(device) for part in (query, key, value, log_decay, beta, state, bitmask)
+        )
+        found = delta_rule(query, key, value, log_decay, beta, state, bitmask, max_depth=3)
         difference = max(float((a.cpu() - b).abs().max()) for a, b in zip(found, expected, strict=True))
         if difference <= 1e-3:
             return True
