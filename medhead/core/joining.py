@@ -74,7 +74,7 @@ class Joining:
         self._reader: PromptReader | None = None
         if inputs is not None:
             self._at_once = target.prefill_inputs(self.cache, inputs, self._on_chunk)
-        elif target.bitwise is not None:
+        elif target.bitwise is not None and target.bitwise.reads_whole:
             self._at_once = read_whole(target, self.cache, texts, self._on_chunk)
         else:
             self._reader = PromptReader(target, self.cache, texts, self._on_chunk, self._starts)

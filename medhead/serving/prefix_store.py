@@ -70,6 +70,6 @@ class PrefixStore:
         layers = self._target.state_layers
         in_chunks = layers is None or layers.in_chunks
         fits = self.cache.limit > 0 and tokens <= self._target.length_rope.limit
-        if self._target.bitwise is not None:  # whose texts are read whole
+        if self._target.bitwise is not None and self._target.bitwise.reads_whole:
             return False
         return fits and in_chunks and proposer.draft_key is not None
