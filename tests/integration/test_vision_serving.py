@@ -60,7 +60,7 @@ def test_images_and_text_in_one_batch_get_the_texts_of_generate(name: str, token
     first, second = image_rows(name, model)
     asked = [Request(TEXT, SamplingParams(max_new_tokens=30)), request_of(first), request_of(second, SEEDED)]
     asked += [Request(TEXT[:4], SEEDED), request_of(first, proposer="none")]
-    with Engine(Decoder(model, "recycling"), tokenizer, max_rows=3) as engine:
+    with Engine(Decoder(model, "recycling", tree_size=8), tokenizer, max_rows=3) as engine:
         found = [tokens_of(handle) for handle in [engine.submit(one) for one in asked]]
     assert found == [alone(model, tokenizer, one) for one in asked]
     assert found[1] == found[4]
