@@ -51,6 +51,7 @@ class ChatEncoder:
     def __init__(self, tokenizer: Any, processor: Any = None, dtype: torch.dtype = torch.float32) -> None:
         self._tokenizer, self._processor, self._dtype = tokenizer, processor, dtype
         self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
+        self._image_lock = threading.Lock()  # the decoded images of one chat at a time are in memory
         self._takes_parts = processor is not None and not _takes_texts(processor)
 
     def encode_text(self, text: str) -> list[int]:
@@ -68,9 +69,11 @@ class ChatEncoder:
         if images and self._processor is None:
             raise MedheadError("the model reads text only: leave out the images")
         if images:
-            shown, decoded = [one | {"content": self._content(one)} for one in messages], [one.decode() for one in images]
-            with self._lock:
-                return self._process(shown, decoded, tools)
+            shown = [one | {"content": self._content(one)} for one in messages]
+            with self._image_lock:
+                decoded = [one.decode() for one in images]
+                with self._lock:
+                    return self._process(shown, decoded, tools)
         if not getattr(self._tokenizer, "chat_template", None):
             return EncodedChat(self.encode_text("\n\n".join(message["content"] for message in messages)))
         if self._takes_parts:

@@ -32,7 +32,9 @@ class ImageFile:
         with self._open() as image:  # reads the header alone
             width, height = image.size
         if width * height > MAX_PIXELS:
-            raise MedheadError(f"the image has {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed, scale it down")
+            raise MedheadError(
+                f"the image has {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed, scale it down"
+            )
 
     def decode(self) -> Any:
         """Return a `PIL.Image.Image` in RGB, turned as its EXIF data says; of an animation the first frame.
@@ -60,7 +62,9 @@ class ImageFile:
         try:
             return Image.open(io.BytesIO(self.content), formats=tuple(FORMATS.values()))
         except Image.DecompressionBombError:
-            raise MedheadError(f"the image has too many pixels; at most {MAX_PIXELS:,} are allowed, scale it down") from None
+            raise MedheadError(
+                f"the image has too many pixels; at most {MAX_PIXELS:,} are allowed, scale it down"
+            ) from None
         except Exception:  # damaged files raise anything
             raise MedheadError(f"the image is not a file of the kind {', '.join(FORMATS.values())}") from None
 
@@ -74,7 +78,9 @@ def read_data_url(url: str) -> ImageFile:
     found = _DATA_URL.match(url)
     if found is None:
         scheme = re.match(r"[a-z][a-z0-9+.-]*:", url, re.IGNORECASE)
-        given = f"a URL that begins with {scheme.group()[:20]!r}" if scheme and scheme.group() != "data:" else "no data URL"
+        given = (
+            f"a URL that begins with {scheme.group()[:20]!r}" if scheme and scheme.group() != "data:" else "no data URL"
+        )
         raise MedheadError(
             f"this server fetches nothing: an image must be a data URL (data:image/png;base64,...), got {given}"
         )

@@ -286,6 +286,7 @@ class Engine:
         try:
             reading = batch.prompts.read(PREFILL_CHUNK if is_alone else self.prefill_chunk)
         except UnreadablePromptError as error:
+            self._charge(batch, time.perf_counter() - began)
             for one in error.sequences:
                 self._end(self._states[id(one)], "error", str(error))
             return

@@ -19,7 +19,6 @@ import torch
 from app_engine import FakeEngine
 from page_engine import all_of, answered, run_async
 from PIL import Image
-from vision_chat import chat_model, chat_processor, data_url, picture
 
 from medhead import Decoder
 from medhead.errors import MedheadError
@@ -38,6 +37,7 @@ from medhead_app.images import MAX_IMAGES, read_data_url
 from medhead_app.listen import run_in_thread
 from medhead_app.server import build_app
 from medhead_app.service import Service
+from vision_chat import chat_model, chat_processor, data_url, picture
 
 QUESTION = "What is this?"
 PNG = data_url(picture())
@@ -102,7 +102,10 @@ def test_an_image_in_a_chat_gives_the_text_of_generate(address: str, service: Se
     assert answer.usage.prompt_tokens == inputs["input_ids"].shape[1]  # those of the image included
     stream = client(address).chat.completions.create(**options, stream=True)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream if chunk.choices) == expected
-    content: Any = [{"type": "input_image", "image_url": PNG, "detail": "auto"}, {"type": "input_text", "text": QUESTION}]
+    content: Any = [
+        {"type": "input_image", "image_url": PNG, "detail": "auto"},
+        {"type": "input_text", "text": QUESTION},
+    ]
     response = client(address).responses.create(
         model="tiny", input=[{"role": "user", "content": content}], max_output_tokens=12, temperature=0
     )
@@ -300,15 +303,14 @@ def test_what_is_no_image_is_not_taken_from_a_browser() -> None:
 
 
 def test_the_page_offers_images_where_the_model_takes_them(service: Service, tokenizer: Any) -> None:
-    pytest.importorskip("gradio", reason="gradio is not installed")
-    from medhead_app.chat.build import build_page
+    gr = pytest.importorskip("gradio", reason="gradio is not installed")
     from medhead_app.chat.handlers import Handlers
     from medhead_app.chat.layout import Components
 
     text = Service(FakeEngine().start(), tokenizer, "tiny")  # type: ignore[arg-type]
     text.engine.has_heads = False  # type: ignore[misc]
     for one, visible in ((service, True), (text, False)):
-        with build_page(one):
+        with gr.Blocks():
             components = Components(one)
         assert components.images.visible is visible
         handlers = Handlers(one, components)
@@ -330,8 +332,13 @@ def test_the_table_says_which_parts_are_read(name: str) -> None:
     values: dict[str, Any] = {"image_url": {"url": PNG}, "input_image": PNG, "input_audio": {}, "input_file": ""}
     field = "text" if name.endswith("text") else "image_url" if "image" in name else name
     content = [{"type": name, field: values.get(name, "hello")}]
-    chat, responses = {"messages": [{"role": "user", "content": content}]}, {"input": [{"role": "user", "content": content}]}
-    for reads, kind, body in zip(conformance.PARTS[name], (ChatRequest, ResponsesRequest), (chat, responses), strict=True):
+    chat, responses = (
+        {"messages": [{"role": "user", "content": content}]},
+        {"input": [{"role": "user", "content": content}]},
+    )
+    for reads, kind, body in zip(
+        conformance.PARTS[name], (ChatRequest, ResponsesRequest), (chat, responses), strict=True
+    ):
         given = json.dumps({"model": "tiny"} | body).encode()
         if reads:
             parse_body(kind, given)  # type: ignore[type-var]

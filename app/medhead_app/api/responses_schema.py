@@ -40,7 +40,9 @@ def _to_message(index: int, item: Any) -> Any:
         return _to_tool_message(index, item)
     if not isinstance(item, dict) or kind != "message":
         allowed = f"a message, {' or '.join(_TOOL_ITEMS)}"
-        raise ValueError(f"item {index} must be {allowed}, got {kind!r}"[:160] + "; this server reads only text and images")
+        raise ValueError(
+            f"item {index} must be {allowed}, got {kind!r}"[:160] + "; this server reads only text and images"
+        )
     kept = {name: value for name, value in item.items() if name not in _STATE and value not in (None, [])}
     if isinstance(kept.get("content"), list):
         kept["content"] = [_to_part(part) for part in kept["content"]]

@@ -36,7 +36,13 @@ def message_view(message: Message, number: int = 1, generating: bool = False) ->
     if message["role"] == "user":
         name = f"message {number}"
         html = _images_html(message.get("images", []), name) + escape(content)
-        return {"role": "user", "html": html, "text": content, "name": name, "summary": _lost_note(message.get("lost", 0))}
+        return {
+            "role": "user",
+            "html": html,
+            "text": content,
+            "name": name,
+            "summary": _lost_note(message.get("lost", 0)),
+        }
     earlier, later = len(message.get("earlier", [])), len(message.get("later", []))
     name = answer_name(number, message)
     parts = (f"Answer {number}", message.get("summary", ""), message.get("note", ""))
@@ -55,9 +61,7 @@ def message_view(message: Message, number: int = 1, generating: bool = False) ->
 
 def _images_html(images: list[str], name: str) -> str:
     """Return the images of a message, which are data URLs."""
-    shown = (
-        f'<img src="{escape(url)}" alt="Image {number} of {name}">' for number, url in enumerate(images, start=1)
-    )
+    shown = (f'<img src="{escape(url)}" alt="Image {number} of {name}">' for number, url in enumerate(images, start=1))
     return f'<div class="mh-images">{"".join(shown)}</div>' if images else ""
 
 
