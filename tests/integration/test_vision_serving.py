@@ -12,13 +12,13 @@ from test_serving import tokens_of
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from families import tiny
 from medhead import Decoder
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.generation_config import end_tokens
 from medhead.model.prompt_inputs import why_no_images
 from medhead.serving import Engine, EngineError, Request
-from families import tiny
 from vision_models import image_rows, tiny_vision
 
 NAMES = ("gemma3", "llava", "qwen2_5_vl")
@@ -108,9 +108,10 @@ def test_a_prompt_that_cannot_be_read_ends_alone(tokenizer: Any) -> None:
 
 def test_what_cannot_be_served_is_refused_at_once(tokenizer: Any) -> None:
     llama = tiny("llama", {})
-    with Engine(Decoder(llama, "none"), tokenizer) as engine:
-        with pytest.raises(MedheadError, match=r"pixel_values cannot be used: Llama\w* reads text only"):
-            engine.submit(Request(TEXT, GREEDY, model_inputs={"pixel_values": torch.zeros(1, 3, 28, 28)}))
+    blind = Request(TEXT, GREEDY, model_inputs={"pixel_values": torch.zeros(1, 3, 28, 28)})
+    refusal = pytest.raises(MedheadError, match=r"pixel_values cannot be used: Llama\w* reads text only")
+    with Engine(Decoder(llama, "none"), tokenizer) as engine, refusal:
+        engine.submit(blind)
     with pytest.raises(MedheadError, match="model_inputs must not hold attention_mask and input_ids"):
         Request(TEXT, model_inputs={"input_ids": 1, "attention_mask": 1})
     target: Any = SimpleNamespace(name="Tiny", model=model_of("llava"), state_layers=None)

@@ -2,8 +2,8 @@
 
 A conversation is plain JSON, because the browser stores it:
 `{"id", "title", "updated", "settings", "messages": [message, ...]}`, and `removed`, the messages before the last removal,
-which are not stored. Every message has `role` and `content`. A message of the user with images has `images` (data URLs) or `lost` (how
-many the browser did not keep). An answer also has
+which are not stored. Every message has `role` and `content`. A message of the user with images has `images` (data URLs) or
+`lost` (how many the browser did not keep). An answer also has
 
 - `tokens` (pairs of text and source), `token_ids`, `lengths` (number of tokens of every pass), `seconds` (of decoding), `seed`;
 - `tree` (the last one with draft tokens), `summary` (one line of statistics), `dropped` (number of older messages that did
