@@ -21,9 +21,10 @@ def _join_parts(content: Any) -> Any:
     if not isinstance(content, list):
         return content
     parts = [_read_part(index, part) for index, part in enumerate(content)]
-    if any(not isinstance(part, str) for part in parts):
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
         raise ValueError("only messages of the role user may have images")
-    return "\n".join(parts)
+    return "\n".join(texts)
 
 
 def _read_content(content: Any, info: ValidationInfo) -> Any:

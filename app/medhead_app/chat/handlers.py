@@ -83,7 +83,7 @@ class Handlers:
         if self.sessions.is_answered(conversation["id"]):
             _warn(ANSWERED)
             return self._unchanged
-        box = {}
+        box: Changes = {}
         if event.action == "undo":
             box[self.components.images] = conversations.last_images(conversation)
             conversation, box[self.components.message] = conversations.undo_message(conversation)
