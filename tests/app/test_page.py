@@ -193,7 +193,7 @@ def test_internal_errors_are_logged_and_shown_without_details(caplog: pytest.Log
     assert changes[-1][handlers.components.message] == "Hello"  # the message is not lost
     assert "a secret inside" in caplog.text
     assert "Traceback" in caplog.text
-    raced = run_async(all_of(handlers.race(REQUEST, "Hello", [], *FIELDS)))
+    raced = run_async(all_of(handlers.race(REQUEST, "Hello", *FIELDS)))
     assert "Internal error" in raced[-1][handlers.components.race_verdict]
 
 
@@ -252,7 +252,7 @@ def test_a_text_that_is_refused_comes_into_the_box() -> None:
 
 def test_a_race_fills_the_panel() -> None:
     handlers = handlers_of(service_of(delay=0.001))
-    changes = run_async(all_of(handlers.race(REQUEST, "Hello", [], *FIELDS)))
+    changes = run_async(all_of(handlers.race(REQUEST, "Hello", *FIELDS)))
     panel = changes[-1][handlers.components.race_panel]
     assert "Race, speculative decoding" in panel
     assert "mean 3.00" in panel
