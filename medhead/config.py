@@ -13,6 +13,7 @@ MAX_TEMPERATURE = 100
 # names of options, for help texts that import no torch; tests compare them with the registries
 PROPOSER_NAMES = ("heads", "hybrid", "lookahead", "ngram", "none", "recycling")
 WEIGHTS = ("full", "stored", "int8", "int4")  # how a CPU keeps the weights of linear layers
+EXACT = ("bitwise", "transformers")
 ATTENTION_NAMES = ("auto", "flash", "reference", "sdpa", "triton")
 MAX_PENALTY = 100
 MAX_BIASES = 300  # token ids of a logit_bias, as at OpenAI

@@ -58,7 +58,9 @@ class Decoder:
             candidates from heads. With the proposers `heads` and `none`, a step can be captured: `graph` (a CUDA graph),
             `compiled` on CUDA (PyTorch's compiler, inside a CUDA graph), `eager` or `recorded` (the same step without a GPU
             or a compiler, for tests). See `medhead.compile`.
-        exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype; on a CPU. See `Target`.
+        exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype, `transformers` also the
+            text of its `generate`; on a CPU. `auto` is `bitwise` in half precision where that costs nothing; None switches it
+            off. See `Target`; a target that is given keeps its own.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each
@@ -96,10 +98,12 @@ class Decoder:
         attention: str = "auto",
         packed: bool | None = None,
         step: str = "auto",
-        exact: str | None = None,
+        exact: str | None = "auto",
         profile: bool = False,
         **options: Any,
     ) -> None:
+        if exact == "auto" and (typical is not None or step not in ("auto", "loop")):
+            exact = None
         self.target = model if isinstance(model, Target) else Target(model, probe, attention, packed, exact)
         self._own_target = self.target is not model
         self.model = self.target.model
@@ -116,13 +120,15 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
-        if exact is not None and self.target.bitwise is None:
+        if exact not in (None, "auto") and getattr(self.target.bitwise, "exact", None) != exact:
             raise MedheadError(
                 f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
             )
         if self.target.bitwise is not None and (typical is not None or step not in ("auto", "loop")):
             lossy = "typical acceptance" if typical is not None else f"step {step!r}"
-            raise MedheadError(f"exact='bitwise' does not go with {lossy}, which changes texts; leave one out")
+            raise MedheadError(
+                f"exact={self.target.bitwise.exact!r} does not go with {lossy}, which changes texts; leave one out"
+            )
         shared: dict[str, Any] = {
             "probe": False,
             "attention": self.target.backend.name,
@@ -251,7 +257,7 @@ class Decoder:
                 loop = self.new_loop(*record, self.proposer.fork() if nested or self.is_serving else self.proposer)
                 loop.lockstep, loop.prompt_inputs, loop.on_output = lockstep, prompt_inputs, self.on_output
                 if prompt_inputs is not None and len(sequences) > 1 and self.target.bitwise is not None:
-                    raise MedheadError("exact='bitwise' reads one prompt with images at a time; call generate for each")
+                    raise MedheadError("`exact` reads one prompt with images at a time; call generate for each")
                 try:
                     with loop.active():
                         loop.run(sequences)

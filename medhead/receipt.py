@@ -1,7 +1,7 @@
 """A receipt of one text: what was asked, on what, and what came out, so that others can decode it again.
 
 A receipt proves nothing by itself. `medhead verify` decodes the prompt plainly, one token a pass, with the same options, and
-says whether the text is reproduced; with `exact="bitwise"` it is on the same processor, versions and number of threads.
+says whether the text is reproduced; with `exact` it is on the same processor, versions and number of threads.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Measure `exact="bitwise"`: which texts are equal with and without it, and what it costs.
+"""Measure `exact`: which texts are equal without it and in its two modes, and what these cost.
 
-Texts: for every prompt the greedy texts of all proposers, with the mode and without, and of transformers. Speed: tokens/s of
-plain decoding and of the default proposer after prompts of several lengths, with the mode and without, a few steps of each in
+Texts: for every prompt the greedy texts of all proposers, in the modes and without, and of transformers. Speed: tokens/s of
+plain decoding and of the default proposer after prompts of several lengths, in the modes and without, a few steps of each in
 turn. Every prompt and every length is a line of `results.jsonl` in the output folder as soon as it is measured, and `table.md`
 is written anew from all lines, so that a run may be stopped, and the next one goes on where it was.
 Usage: python benchmarks/bitwise/measure.py --model FOLDER --heads medhead/assets/smollm2-heads --prompts spec_bench.jsonl
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medhead import Decoder
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.config import SamplingParams
+from medhead.config import EXACT, SamplingParams
 from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
@@ -30,7 +30,8 @@ from medhead.model.target import Target
 from medhead.receipt import environment
 
 PROPOSERS = ("none", "ngram", "recycling", "heads", "hybrid")
-WITHOUT, WITH = "without", "bitwise"
+WITHOUT = "without"
+MODES = (WITHOUT, *EXACT)
 TURN, WARM, TURNS = 8, 1, 6  # steps of a turn; turns that are not counted, and those that are
 PROMPTS = Path(__file__).parents[1] / "prompts.jsonl"
 
@@ -83,7 +84,7 @@ class Results:
 
 
 def decoders(args: argparse.Namespace, targets: dict[str, Target]) -> Iterator[tuple[str, str, Decoder]]:
-    """Yield the decoders of both modes with their mode and proposer."""
+    """Yield the decoders of all modes with their mode and proposer."""
     for mode, target in targets.items():
         for name in PROPOSERS:
             if name == "heads" and args.heads is None:
@@ -95,7 +96,7 @@ def decoders(args: argparse.Namespace, targets: dict[str, Target]) -> Iterator[t
 def compare_texts(
     args: argparse.Namespace, targets: dict[str, Target], prompts: list[Tensor], results: Results
 ) -> None:
-    """Decode prompts by all proposers in both modes and by transformers, until the time is over."""
+    """Decode prompts by all proposers in all modes and by transformers, until the time is over."""
     ends, model = time.monotonic() + 60 * args.minutes, targets[WITHOUT].model
     ways = list(decoders(args, targets))
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
@@ -121,7 +122,7 @@ def compare_texts(
 def measure_speed(
     args: argparse.Namespace, targets: dict[str, Target], prompts: list[Tensor], results: Results
 ) -> None:
-    """Time steps of plain decoding and of the default proposer in both modes, in turns, after prompts of every length."""
+    """Time steps of plain decoding and of the default proposer in all modes, in turns, after prompts of every length."""
     text = torch.cat([ids[0] for ids in prompts])
     for context in args.contexts:
         if results.has(kind="speed", context=context) or context + 600 > targets[WITHOUT].context:
@@ -164,13 +165,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     speeds = [row for row in rows if row["kind"] == "speed"]
     if speeds:
         names = list(speeds[0]["tokens_per_second"])
-        lines += [
-            f"| tokens/s after | {' | '.join(names)} | cost of plain | cost of hybrid |",
-            "|---" * (len(names) + 3) + "|",
-        ]
+        pairs = [(mode, name) for mode in EXACT for name in ("none", "hybrid")]
+        costly = [f"cost of {mode}, {name}" for mode, name in pairs]
+        lines += [f"| tokens/s after | {' | '.join([*names, *costly])} |", "|---" * (len(names) + len(pairs) + 1) + "|"]
         for row in speeds:
             found = row["tokens_per_second"]
-            costs = [f"{found[f'{WITHOUT} {name}'] / found[f'{WITH} {name}'] - 1:+.1%}" for name in ("none", "hybrid")]
+            costs = [f"{found[f'{WITHOUT} {name}'] / found[f'{mode} {name}'] - 1:+.1%}" for mode, name in pairs]
             cells = [f"{found[name]:.2f} (×{row['accepted_lengths'][name]})" for name in names]
             lines.append(f"| {row['context']} | {' | '.join([*cells, *costs])} |")
     lines += [
@@ -182,17 +182,14 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _texts_table(texts: list[dict[str, Any]], temperature: float) -> list[str]:
     title = f"temperature {temperature}" if temperature else "greedy"
-    columns = [f"{what}, {mode}" for mode in (WITHOUT, WITH) for what in ("equal to plain", "accepted length")]
-    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * 5 + "|"]
-    for name in [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITH)]:
-        cells = [part for mode in (WITHOUT, WITH) for part in _cells(texts, mode, name)]
+    columns = [f"{what}, {mode}" for mode in MODES for what in ("equal to plain", "accepted length")]
+    lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (2 * len(MODES) + 1) + "|"]
+    for name in [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITHOUT)]:
+        cells = [part for mode in MODES for part in _cells(texts, mode, name)]
         lines.append(f"| {name} | {' | '.join(cells)} |")
     if not temperature:
-        same = [
-            sum(row["texts"]["transformers"] == row["texts"][f"{mode} none"] for row in texts)
-            for mode in (WITHOUT, WITH)
-        ]
-        lines.append(f"| transformers | {same[0]} of {len(texts)} | | {same[1]} of {len(texts)} | |")
+        same = [sum(row["texts"]["transformers"] == row["texts"][f"{mode} none"] for row in texts) for mode in MODES]
+        lines.append(f"| transformers | {' | '.join(f'{count} of {len(texts)} | ' for count in same)} |")
     return lines
 
 
@@ -209,10 +206,9 @@ def main() -> None:
     encoded = encode_prompts(tokenizer, read_prompts(args.prompts, 10**6), 10**6)
     results = Results(args.output)
     packed = False if args.no_packed else None
-    targets = {WITHOUT: Target(model, packed=packed), WITH: Target(model, packed=packed, exact="bitwise")}
-    assert targets[WITH].bitwise is not None
+    targets = {mode: Target(model, packed=packed, exact=None if mode == WITHOUT else mode) for mode in MODES}
     name = Path(args.model).name if args.model else "the demo model"
-    promise = targets[WITH].bitwise.describe()
+    promise = [target.bitwise.describe() for target in targets.values() if target.bitwise is not None]
     if not results.has(kind="run", promise=promise):
         results.add(kind="run", model=name, dtype=args.dtype, promise=promise, environment=environment())
     prompts = [torch.tensor([ids]) for ids in encoded if len(ids) <= args.max_prompt_tokens]

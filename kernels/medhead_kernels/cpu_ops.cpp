@@ -129,6 +129,23 @@ struct Rows {
     }
 };
 
+// sums[r][v] = sum over k of from[r][k] * weights[k][v], for R rows of a group and V vectors of expanded weights, V of VECTORS. A
+// function of its own, because 12 sums, 2 weights and a factor leave the compiler one register.
+template <int R, int V>
+__attribute__((noinline)) void sum_products(const float* from, const float* weights, int count, Floats* sums) {
+    Floats own[R][V] = {};
+    for (int k = 0; k < count; k++, from++, weights += WIDTH) {
+        Floats w[V];
+        for (int v = 0; v < V; v++) w[v] = ((const Floats*)weights)[v];
+        for (int r = 0; r < R; r++) {
+            const Floats a = all(from[r * GROUP]);
+            for (int v = 0; v < V; v++) own[r][v] = fma(a, w[v], own[r][v]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int v = 0; v < V; v++) sums[r * V + v] = own[r][v];
+}
+
 // Multiply one panel by all rows.
 template <class Kind>
 void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t panel, float* y) {
@@ -151,8 +168,20 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
             if constexpr (Kind::MINIMUM) now = fma(all(given.sums[g * rows + row]), ((const Floats*)minimums)[v], now);
             place = now;
         };
-        // Rows `row` to `row + R`, V vectors of outputs at a time; `weight(k, v)` is an expanded vector.
-        auto tile = [&](auto R_, auto V_, int row, auto weight) {
+        // Rows `row` to `row + R`, V vectors of outputs at a time, from expanded weights [inputs][32 outputs].
+        auto kept_tile = [&](auto R_, int row, const float* kept) {
+            constexpr int R = decltype(R_)::value, V = R <= 3 ? 4 : 2;
+            Floats sums[R * V];
+            for (int first = 0; first < VECTORS; first += V)
+                for (int begin = 0; begin < count; begin += Kind::SCALED) {
+                    const int number = std::min(count - begin, Kind::SCALED);
+                    sum_products<R, V>(from + row * GROUP + begin, kept + begin * WIDTH + first * LANES, number, sums);
+                    for (int r = 0; r < R; r++)
+                        for (int v = 0; v < V; v++) finish(row + r, first + v, begin / Kind::SCALED, sums[r * V + v]);
+                }
+        };
+        // The same from stored weights, which are expanded in registers.
+        auto tile = [&](auto R_, auto V_, int row) {
             constexpr int R = decltype(R_)::value, V = decltype(V_)::value;
             for (int first = 0; first < VECTORS; first += V)
                 for (int begin = 0; begin < count; begin += Kind::SCALED) {
@@ -160,28 +189,32 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
                     for (int k = begin; k < std::min(count, begin + Kind::SCALED); k++)
                         for (int r = 0; r < R; r++) {
                             const Floats a = all(from[(row + r) * GROUP + k]);
-                            for (int v = 0; v < V; v++) sums[r][v] = fma(a, weight(k, first + v), sums[r][v]);
+                            for (int v = 0; v < V; v++) sums[r][v] = fma(a, Kind::load(data + k * Kind::STRIDE, first + v), sums[r][v]);
                         }
                     for (int r = 0; r < R; r++)
                         for (int v = 0; v < V; v++) finish(row + r, first + v, begin / Kind::SCALED, sums[r][v]);
                 }
         };
-        auto stored = [&](int k, int v) { return Kind::load(data + k * Kind::STRIDE, v); };
-        auto kept = [&](int k, int v) { return ((const Floats*)(expanded + k * WIDTH))[v]; };
-        constexpr std::integral_constant<int, 1> one;
-        constexpr std::integral_constant<int, 2> two;
-        constexpr std::integral_constant<int, 4> four;
-        if (rows == 1) {
-            tile(one, four, 0, stored);
-            continue;
+        if constexpr (!std::is_same_v<Kind, Float32>) {  // few rows expand in registers
+            constexpr std::integral_constant<int, 4> four;
+            const bool few = rows == 1 || rows == 2 || rows == 4;
+            if (rows == 1) tile(std::integral_constant<int, 1>{}, four, 0);
+            if (rows == 2) tile(std::integral_constant<int, 2>{}, four, 0);
+            if (rows == 4) tile(four, std::integral_constant<int, 2>{}, 0);
+            if (few) continue;
+            for (int k = 0; k < count; k++)
+                for (int v = 0; v < VECTORS; v++) ((Floats*)(expanded + k * WIDTH))[v] = Kind::load(data + k * Kind::STRIDE, v);
         }
-        for (int k = 0; k < count; k++)
-            for (int v = 0; v < VECTORS; v++) ((Floats*)(expanded + k * WIDTH))[v] = stored(k, v);
+        const float* kept = std::is_same_v<Kind, Float32> ? (const float*)data : expanded;
         int row = 0;
-        for (; rows - row >= TILE_ROWS; row += TILE_ROWS) tile(std::integral_constant<int, TILE_ROWS>{}, two, row, kept);
-        for (; rows - row >= 4; row += 4) tile(four, two, row, kept);
-        for (; rows - row >= 2; row += 2) tile(two, four, row, kept);
-        if (row < rows) tile(one, four, row, kept);
+        for (; rows - row >= TILE_ROWS; row += TILE_ROWS) kept_tile(std::integral_constant<int, TILE_ROWS>{}, row, kept);
+        switch (rows - row) {
+            case 1: kept_tile(std::integral_constant<int, 1>{}, row, kept); break;
+            case 2: kept_tile(std::integral_constant<int, 2>{}, row, kept); break;
+            case 3: kept_tile(std::integral_constant<int, 3>{}, row, kept); break;
+            case 4: kept_tile(std::integral_constant<int, 4>{}, row, kept); break;
+            case 5: kept_tile(std::integral_constant<int, 5>{}, row, kept); break;
+        }
     }
     const int64_t width = std::min<int64_t>(WIDTH, weights.outputs - panel * WIDTH);
     for (int row = 0; row < rows; row++)

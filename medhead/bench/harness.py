@@ -22,7 +22,14 @@ from tqdm import tqdm
 from medhead import __version__, generation_config
 from medhead.bench.measure import Prompts
 from medhead.bench.prompts import encode_prompts, read_prompts
-from medhead.cli.common import Parser, add_exact_option, add_generation_config_option, add_weights_option, check_range
+from medhead.cli.common import (
+    Parser,
+    add_exact_option,
+    add_generation_config_option,
+    add_weights_option,
+    check_range,
+    exact_of,
+)
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
@@ -86,7 +93,7 @@ def load_target(args: argparse.Namespace, dtype: str, ignore_eos: bool = False) 
     device = pick_device(args.device)
     model = load_model(args.model, device, pick_dtype(dtype, device), args.trust_remote_code, args.weights)
     prepare_texts(args, model, ignore_eos)
-    return Target(model, exact=getattr(args, "exact", None))
+    return Target(model, exact=exact_of(args))
 
 
 def prepare_texts(args: argparse.Namespace, model: Any, ignore_eos: bool = False) -> None:

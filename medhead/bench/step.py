@@ -18,7 +18,7 @@ from medhead.bench import harness
 from medhead.bench.captured_steps import FORWARD_ONLY, captured_steps, eager_steps
 from medhead.bench.harness import Row
 from medhead.bench.measure import synchronize
-from medhead.cli.common import Parser, add_exact_option, run_command
+from medhead.cli.common import Parser, add_exact_option, exact_of, run_command
 from medhead.compile import BACKENDS
 from medhead.heads.base import KINDS
 from medhead.model.loading import pick_device, pick_dtype
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> None:
     for shape in args.shapes:
         harness.say(f"{shape}: building")
         model = build(shape, device, dtype)
-        target, reading = Target(model, attention=args.attention, exact=args.exact), weight_bytes(model) / bandwidth
+        target, reading = Target(model, attention=args.attention, exact=exact_of(args)), weight_bytes(model) / bandwidth
         for batch, context in product(args.batch_sizes, args.context):
             harness.say(f"{shape}: batch {batch}, context {context}")
             rows += [

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from medhead.config import ATTENTION_NAMES, PROPOSER_NAMES, WEIGHTS, SamplingParams, check_tree_size
+from medhead.config import ATTENTION_NAMES, EXACT, PROPOSER_NAMES, WEIGHTS, SamplingParams, check_tree_size
 from medhead.errors import MedheadError
 from medhead.grammar import Grammar
 
@@ -154,11 +154,19 @@ def add_weights_option(group: Any) -> None:
                        "int4: rounded, which changes the text (default: full)")  # fmt: skip
 
 
-def add_exact_option(group: Any) -> None:
+def add_exact_option(group: Any, default: str = "none") -> None:
     """Add --exact."""
-    group.add_argument("--exact", choices=["bitwise"], help="bitwise: on a CPU, one text for every proposer, tree and batch, "
-                       "bit for bit, in bfloat16 and float16 too; slower in long contexts (default: bit for bit but for "
-                       "rounding)")  # fmt: skip
+    group.add_argument("--exact", choices=["auto", *EXACT, "none"], default=default,
+                       help="on a CPU. bitwise: one text for every proposer, tree and batch, bit for bit, in bfloat16 and "
+                       "float16 too. transformers: the same, and for one prompt the text of transformers generate; slower. none: "
+                       "bit for bit but for rounding. auto: bitwise in bfloat16 and float16 where it costs nothing "
+                       f"(default: {default})")  # fmt: skip
+
+
+def exact_of(args: argparse.Namespace) -> str | None:
+    """Return the argument `exact` that the options ask for."""
+    given = getattr(args, "exact", "none")
+    return None if given == "none" else given
 
 
 def add_generation_config_option(group: Any) -> None:
@@ -181,7 +189,7 @@ def add_model_options(group: Any) -> None:
     group.add_argument("--packed", action=argparse.BooleanOptionalAction,
                        help="on a CPU, keep a second copy of the weights in the layout that verifies trees fastest "
                        "(default: where it is faster and takes at most a quarter of the free memory)")  # fmt: skip
-    add_exact_option(group)
+    add_exact_option(group, "auto")
     add_generation_config_option(group)
     add_device_options(group)
 
@@ -250,8 +258,8 @@ def make_decoder(args: argparse.Namespace, model: Any, tokenizer: Any = None) ->
         heads = heads_of(model)
         say(f"{folder} adapts the model itself: the text is the adapted model's")
     given = {"tree_size": args.tree_size, "attention": args.attention, "packed": packed, "step": step, **options}
-    decoder = Decoder(model, proposer, heads=heads, exact=getattr(args, "exact", None), **given)
-    if decoder.target.bitwise is not None:
+    decoder = Decoder(model, proposer, heads=heads, exact=exact_of(args), **given)
+    if decoder.target.bitwise is not None and not decoder.target.bitwise.by_default:
         say(decoder.target.bitwise.describe())
     for compiler in (decoder.graphs, decoder.compiled_target):
         if compiler is not None:

@@ -119,7 +119,8 @@ def run(args: argparse.Namespace) -> None:
     decoder.on_output = recorder
     result = answer(args, params, decoder, tokenizer, torch.tensor([ids], device=device))
     if recorder is not None:
-        options = {name: getattr(args, name) for name in TEXT_OPTIONS}
+        promise = decoder.target.bitwise
+        options = {name: getattr(args, name) for name in TEXT_OPTIONS} | {"exact": promise and promise.exact}
         write_receipt(args.receipt, decoder.model, options, args.seed, ids, result["token_ids"], recorder.passes)
     if args.compare:
         result["compare"] = compare(args, params, decoder, tokenizer, ids)

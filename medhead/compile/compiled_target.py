@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.fx import GraphModule
 
 from medhead.compile import kept_pass
-from medhead.compile.pass_key import pass_key
 from medhead.compile.trace import compile_fixed, compile_open
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.fingerprint import model_state
 from medhead.model.kv_cache import TreeCache
+from medhead.model.pass_key import pass_key
 from medhead.model.probe import HALF_TOLERANCE, TOLERANCE
 from medhead.model.shards import placement
 from medhead.model.target import Target

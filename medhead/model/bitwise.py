@@ -1,4 +1,4 @@
-"""`exact="bitwise"`: the same text for every proposer, tree and batch, bit for bit, and the self-test that proves it.
+"""`exact`: the same text for every proposer, tree and batch, bit for bit, and the self-test that proves it.
 
 Every row of a pass is computed as if it were alone: attention by `node_attention`, products and activations by `row_products`,
 prompts row by row and whole. No list says which model, processor or library this is enough for. At load, and again for another
@@ -7,21 +7,28 @@ number of threads, the model verifies a tree with text of its own and one node a
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from medhead import user_cache
+from medhead.config import EXACT
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError
 from medhead.model.eval_mode import eval_mode
+from medhead.model.fingerprint import sample
 from medhead.model.layout import cache_argument
 from medhead.model.node_attention import NodeVisits
+from medhead.model.pass_key import pass_key
 from medhead.model.prompt_reader import read_whole
 from medhead.model.row_products import ONE, SIXTEEN, RowProducts
+from medhead_kernels import path_attention
 
 if TYPE_CHECKING:
     from medhead.model.kv_cache import TreeCache
@@ -30,12 +37,22 @@ if TYPE_CHECKING:
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
 SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
 STEPS = 3  # passes of one token that are compared with transformers
+_PRODUCTS = ((False, None), (True, None), (True, SIXTEEN), (True, ONE))  # what the self-test tries, the cheapest first
 
 
 class Bitwise:
-    """What a target with `exact="bitwise"` knows about itself.
+    """What a target with `exact` knows about itself.
+
+    Args:
+        target: the target.
+        exact: `bitwise`, or `transformers` for the bits of transformers' own plain decoding, which costs more.
+        by_default: nobody asked for it, so it must cost nothing, and it ends without an error where it cannot be kept.
 
     Attributes:
+        exact: as given.
+        by_blocks: nodes attend by blocks, see `node_attention`; else as one.
+        reads_whole: prompts are read in one pass each. An engine sets it to False where nobody asked for the promise: it reads
+            prompts in chunks and keeps prefixes, so texts may depend on earlier requests, by rounding; passes do not.
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
 
@@ -43,15 +60,16 @@ class Bitwise:
         MedheadError: the promise cannot be given; says why.
     """
 
-    def __init__(self, target: Target) -> None:
-        self._target = target
+    def __init__(self, target: Target, exact: str = "bitwise", by_default: bool = False) -> None:
+        self._target, self.exact, self.by_default = target, exact, by_default
         self._refuse()
+        self.by_blocks = exact == "bitwise" and path_attention.unavailable() is None
         configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
         self._configs = list(
             {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
         )
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
-        self._testing = False
+        self._testing, self.reads_whole = False, True
         self.products, self.matches_transformers = RowProducts(), False
 
     def _refuse(self) -> None:
@@ -65,7 +83,15 @@ class Bitwise:
         }
         for reason, holds in reasons.items():
             if holds:
-                raise MedheadError(f"exact='bitwise' does not go with {target.name}: {reason}; leave the option out")
+                raise MedheadError(
+                    f"exact={self.exact!r} does not go with {target.name}: {reason}; leave the option out"
+                )
+
+    def costs_nothing(self) -> bool:
+        """Whether passes take no longer than without it: attention by blocks, no experts, which would be computed one by one."""
+        dims = {spec.dim for spec in self._target.layout.all_specs()}
+        experts = any(name.rpartition(".")[2] == "experts" for name, _ in self._target.model.named_modules())
+        return self.by_blocks and not experts and not any(dim % path_attention.LANES for dim in dims)
 
     # ---------------------------------------------------------------- passes
 
@@ -94,22 +120,31 @@ class Bitwise:
         with self.running():
             cache.begin(tree.nodes)
             current = self._target._pass(cache, tree.depth, None, tree.nodes)
-            current.visits = NodeVisits.of(tree, cache.lengths.host)
+            current.visits = NodeVisits.of(tree, cache.lengths.host, self.by_blocks)
             return self._target._forward(cache, tree.tokens, tree.depth, current)
 
     # ---------------------------------------------------------------- self-test
 
     def prove(self) -> None:
-        """Run the self-test if it was not yet run for this number of threads.
+        """Run the self-test if it was not yet run for this number of threads, and not on this machine.
 
         Raises:
-            MedheadError: it failed.
+            MedheadError: it failed, and somebody asked for the promise.
         """
-        threads = torch.get_num_threads()
         if self._testing:
             return
+        try:
+            self._prove(torch.get_num_threads())
+        except MedheadError:
+            if not self.by_default:
+                raise
+            self._target.bitwise = None
+
+    def _prove(self, threads: int) -> None:
         if torch.is_autocast_enabled("cpu"):
-            raise MedheadError("exact='bitwise' does not go with autocast, which casts by operator; leave one out")
+            raise MedheadError(
+                f"exact={self.exact!r} does not go with autocast, which casts by operator; leave one out"
+            )
         if threads not in self._proved:
             self._testing = True
             try:
@@ -121,29 +156,59 @@ class Bitwise:
 
     def _test(self, threads: int) -> tuple[RowProducts, bool]:
         """Return the products that pass the self-test, and whether logits are those of transformers."""
-        differing = 0
-        for everywhere, forced in ((False, None), (True, None), (True, SIXTEEN), (True, ONE)):
-            self.products = RowProducts(everywhere, forced)
+        file = self._proof_file()
+        known = None if file is None else user_cache.read(file, _parse_proof, "the self-test of `exact` runs again")
+        if known is None or (known[0] < 0 and not self.by_default):
+            known = self._try_products()
+            if file is not None:
+                user_cache.write(file, known)
+        else:
+            self.products = RowProducts(*_PRODUCTS[known[0]])
+            with self._target.active():
+                self._find_classes()
+        if known[0] < 0:
+            advice = "try another number of threads, or leave the option out"
+            raise MedheadError(f"{self._cannot(threads)}: logits of the self-test differ; {advice}")
+        if self.exact == "transformers" and not known[1]:
+            raise MedheadError(
+                f"{self._cannot(threads)}: logits differ from those of transformers; use exact='bitwise'"
+            )
+        return self.products, known[1]
+
+    def _proof_file(self) -> Path | None:
+        """Return where the result of the self-test is kept; None for a model that other code changed."""
+        with self._target.active():
+            key = pass_key(self._target, (self.exact, self.by_blocks, self._target.packed_weights.enabled))
+        if key is None:
+            return None
+        values = sample([weight.detach() for weight in self._target.model.parameters()])
+        digest = hashlib.sha256(key.encode() + values).hexdigest()
+        return user_cache.cache_folder() / f"exact-{digest[:24]}.json"
+
+    def _try_products(self) -> tuple[int, bool]:
+        """Run the self-test with one kind of products after the other; return the index of the one that passes, -1 for none.
+
+        Also return whether its logits are those of transformers.
+        """
+        for index, products in enumerate(_PRODUCTS[: 1 if self.by_default else None]):
+            self.products = RowProducts(*products)
             with self._target.active():
                 differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
-                return self.products, self._matches(prompt, ours)
+                return index, self._matches(prompt, ours)
+        return -1, False
+
+    def _cannot(self, threads: int) -> str:
         name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
-        raise MedheadError(
-            f"exact='bitwise' cannot be promised for {name} in {dtype} with {threads} threads on this processor: "
-            f"{differing} logits of the self-test differ; try another number of threads, or leave the option out"
-        )
+        return f"exact={self.exact!r} cannot be promised for {name} in {dtype} with {threads} threads on this processor"
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
-        target, generator = self._target, torch.Generator().manual_seed(0)
-        parents, depth = _test_parents(generator)
+        target, generator = self._target, torch.Generator().manual_seed(1)
         high = min(target.vocab_size, target.num_embeddings)
-        first = torch.randint(0, high, (PREFIX + NODES,), generator=generator)
-        cache = target.new_cache(1, PREFIX + NODES)
-        target.verify(cache, TokenTree.from_parents(first[:NODES], parents))  # finds the classes of rows
-        prompt = [int(first[0])]
+        parents, depth, cache, first = self._find_classes()
+        prompt = [first]
         while len(prompt) < PREFIX:  # the model's own text
             prompt.append(self._draw(self._alone(cache, prompt[-1], len(prompt) - 1), generator, high))
         children = [[node for node in range(1, NODES) if parents[node] == parent] for parent in range(NODES)]
@@ -161,6 +226,15 @@ class Bitwise:
             logits, _ = target.verify(cache, tree)
             differing += sum(not torch.equal(logits[0, node], alone[node]) for node in range(size))
         return differing, [*prompt, *tokens[:STEPS]]
+
+    def _find_classes(self) -> tuple[Tensor, list[int], TreeCache, int]:
+        """Verify a tree of random tokens, which finds the classes of rows; return its parents, depths, cache and first token."""
+        target, generator = self._target, torch.Generator().manual_seed(0)
+        parents, depth = _test_parents(generator)
+        tokens = torch.randint(0, min(target.vocab_size, target.num_embeddings), (NODES,), generator=generator)
+        cache = target.new_cache(1, PREFIX + NODES)
+        target.verify(cache, TokenTree.from_parents(tokens, parents))
+        return parents, depth, cache, int(tokens[0])
 
     def _alone(self, cache: Any, token: int, length: int) -> Tensor:
         """Return the logits `[vocab]` of one token after `length` tokens of the cache."""
@@ -195,21 +269,34 @@ class Bitwise:
         where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
         also = "the" if self.matches_transformers else "but for rounding the"
         return (
-            f"exact bitwise: one text for every proposer, tree and batch in {where}; "
+            f"exact {self.exact}: one text for every proposer, tree and batch in {where}; "
             f"greedy text of one prompt is {also} text of transformers generate"
         )
 
 
 def promise(target: Target, exact: str) -> None:
-    """Give a target its `bitwise`, proved.
+    """Give a target its `bitwise`, proved; with `auto` only where it costs nothing.
 
     Raises:
-        MedheadError: `exact` is not `bitwise`, or it cannot be promised.
+        MedheadError: `exact` is neither `auto` nor one of `EXACT`, or it cannot be promised.
     """
-    if exact != "bitwise":
-        raise MedheadError(f"exact must be 'bitwise' or None, got {exact!r}")
-    target.bitwise = Bitwise(target)
-    target.bitwise.prove()
+    if exact == "auto":
+        with suppress(MedheadError):
+            found = Bitwise(target, by_default=True)
+            target.bitwise = found if found.costs_nothing() else None
+    elif exact in EXACT:
+        target.bitwise = Bitwise(target, exact)
+    else:
+        raise MedheadError(f"exact must be 'auto', 'bitwise', 'transformers' or None, got {exact!r}")
+    if target.bitwise is not None:
+        target.bitwise.prove()
+
+
+def _parse_proof(content: Any) -> tuple[int, bool]:
+    index, matches = content
+    if index not in range(-1, len(_PRODUCTS)):
+        raise ValueError(f"{index} is no kind of products")
+    return index, bool(matches)
 
 
 def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:

@@ -1,8 +1,10 @@
-"""Attention of tree nodes "as one": for every node the very call that plain decoding makes; for `exact="bitwise"`.
+"""Attention of tree nodes whose bits do not depend on the other nodes; for `exact`.
 
-The kernel for one query sums in another order than that for several, and a mask changes bits too. So every node attends by a
-call of its own, without a mask, to one range of keys. For this the keys of its ancestors lie in order after the committed
-prefix: nodes are visited depth first, and the keys of each are written to `length + depth` before its call.
+By blocks: `medhead_kernels.path_attention`, which reads the keys once for all nodes. These are not the bits of PyTorch's
+attention. As one: a node attends by the very call that plain decoding of transformers makes. PyTorch's kernel for one query
+sums in another order than that for several, and a mask changes bits too, so the call has no mask and one range of keys. For
+this the keys of the node's ancestors lie in order after the committed prefix: nodes are visited depth first, and the keys of
+each are written to `length + depth` before its call. All keys are read again for every node.
 """
 
 from __future__ import annotations
@@ -17,7 +19,27 @@ from transformers.masking_utils import causal_mask_function
 
 from medhead.core.tree import TokenTree
 from medhead.errors import UnsupportedTargetError
-from medhead_kernels import reference
+from medhead_kernels import path_attention, reference
+
+
+@dataclass(frozen=True)
+class NodePaths:
+    """The arguments of attention by blocks; see `path_attention.attention`."""
+
+    lengths: Tensor
+    depth: Tensor
+    path: Tensor
+
+    @classmethod
+    def of(cls, tree: TokenTree, lengths: list[int]) -> NodePaths:
+        """Return the paths of a tree after rows of these lengths."""
+        path = torch.zeros(*tree.depth.shape, int(tree.depth.max()) + 1, dtype=torch.long)
+        for row, parents in enumerate(tree.parents.tolist() if tree.nodes > 1 else []):
+            paths = [[0]]
+            for node, parent in enumerate(parents[1:], 1):
+                paths.append([*paths[parent], node])
+                path[row, node, : len(paths[node])] = torch.tensor(paths[node])
+        return cls(torch.tensor(lengths), tree.depth.contiguous(), path)
 
 
 @dataclass(frozen=True)
@@ -27,17 +49,21 @@ class NodeVisits:
     Attributes:
         lengths: committed tokens of every row.
         rows: of every row the visits: node, depth, and whether its keys are not yet at `length + depth`.
+        paths: for attention by blocks; None where nodes attend as one.
     """
 
     lengths: list[int]
     rows: list[list[tuple[int, int, bool]]]
+    paths: NodePaths | None = None
 
     @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int]) -> NodeVisits:
+    def of(cls, tree: TokenTree, lengths: list[int], by_blocks: bool = False) -> NodeVisits:
         """Return the visits of a tree after rows of these lengths."""
+        paths = NodePaths.of(tree, lengths) if by_blocks else None
         if tree.nodes == 1:
-            return cls(lengths, [[(0, 0, False)]] * len(lengths))
-        return cls(lengths, [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)])
+            return cls(lengths, [[(0, 0, False)]] * len(lengths), paths)
+        rows = [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)]
+        return cls(lengths, rows, paths)
 
     def first_keys(self, mask_function: Callable, device: torch.device) -> Tensor | None:
         """Return the first key that every node sees, `[batch, 1, nodes, 1]` int64, by a layer's mask function; None for 0.
@@ -60,8 +86,8 @@ class NodeVisits:
         expected = (keys >= first[..., None]) & (keys <= last[..., None])
         if not torch.equal(seen, expected):
             raise UnsupportedTargetError(
-                "exact='bitwise' needs layers whose tokens see one range of keys, and a mask of this model is another one; "
-                "leave the option out"
+                "`exact` needs layers whose tokens see one range of keys, and a mask of this model is another one; leave the "
+                "option out"
             )
         return first[:, None, :, None]
 
@@ -97,6 +123,20 @@ def attention(
         softcap: bound of the scores; None for none.
         sinks: `[heads]` scores of a key without a value; None for none.
     """
+    paths = visits.paths
+    if paths is None or any(size % path_attention.LANES for size in (key.shape[3], value.shape[3])):
+        return _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
+    first = None if first_keys is None else first_keys[:, 0, :, 0].contiguous()
+    sinks = None if sinks is None else sinks.float()
+    return path_attention.attention(
+        query, key, value, paths.lengths, paths.depth, paths.path, scale, first, sinks, softcap
+    )
+
+
+def _as_one(
+    visits: NodeVisits, query: Tensor, key: Tensor, value: Tensor, first_keys: Tensor | None, scale: float,
+    softcap: float | None, sinks: Tensor | None,
+) -> Tensor:  # fmt: skip
     nodes, grouped, plain = query.shape[2], query.shape[1] != key.shape[1], softcap is None and sinks is None
     firsts = None if first_keys is None else first_keys[:, 0, :, 0].tolist()
     rows = list[Tensor]()

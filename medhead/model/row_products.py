@@ -1,4 +1,4 @@
-"""Products and activations whose rows do not depend on how many rows a pass has; for `exact="bitwise"`.
+"""Products and activations whose rows do not depend on how many rows a pass has; for `exact`.
 
 A library picks another kernel for another number of rows, and sums in another order there. But most numbers of rows belong to
 one class that agrees bit for bit. For every shape of weights the smallest number is found from which on all up to 32 agree, on

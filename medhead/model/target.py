@@ -48,6 +48,7 @@ from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
 from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
+from medhead_kernels.causal import HALF_DTYPES
 
 PREFILL_CHUNK = 1024
 ATTENTIONS = ("auto", *BACKENDS)
@@ -66,7 +67,9 @@ class Target:
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
             keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
-            batch in any dtype; on a CPU, and slower in long contexts. A self-test proves it, see `Bitwise`.
+            batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
+            the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
+            `auto` is `bitwise` in bfloat16 and float16 on a CPU where that costs nothing, else None.
 
     Attributes:
         bitwise: what `exact` promises; None without it.
@@ -121,6 +124,9 @@ class Target:
         self._configs, self._cache_name = attention_configs(inner), cache_argument(inner)
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
+        packed = False if packed is None and exact == "transformers" else packed
+        if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or encoder_configs(inner)):
+            exact = None
         self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 SIZES = (1, 16, 64, 4, 32, 8, 2, 12, 24)  # in measuring order; the first three ignore the time limit
 MAX_NODES = max(SIZES)
 PREFIX = 128  # committed tokens of every row while measuring
-MAX_SECONDS = 2.0  # approximate length of a measurement
-_ROUNDS = 12
+MAX_SECONDS = 2.0  # approximate length of a measurement of four rounds or more
+_MOST_SECONDS = 8.0  # the same where passes take so long that this time is over before
+_ROUNDS, _LEAST_ROUNDS, _WARM_ROUNDS = 12, 4, 2
 _MAX_RATIO = 6.0  # sizes beyond one that takes so many times as long as one node are not measured
 _FOLLOW = 0.1  # weight of the newest value in a moving mean
 _FORGET = 0.01  # share of log(tree_factor) that decays at every pass
@@ -42,7 +43,7 @@ class CostModel:
 
     Attributes:
         nodes: measured numbers of nodes.
-        measured: measured seconds by number of nodes, made to rise.
+        measured: measured seconds by number of nodes, made to rise: a size takes at most as long as any larger one did.
         max_nodes: the largest measured number of nodes.
         load_factor: by how much all passes take longer than measured, as with longer texts or on a busy machine.
         tree_factor: by how much passes over trees take longer still, as with rows of different lengths.
@@ -50,7 +51,8 @@ class CostModel:
 
     def __init__(self, seconds: dict[int, float]) -> None:
         self.nodes = sorted(seconds)
-        self._seconds = list(accumulate((seconds[n] for n in self.nodes), max))  # more nodes never look cheaper
+        # noise of the machine makes passes slower, so the smaller of two values is the better one
+        self._seconds = list(accumulate((seconds[n] for n in reversed(self.nodes)), min))[::-1]
         self.measured, self.max_nodes = dict(zip(self.nodes, self._seconds, strict=True)), self.nodes[-1]
         self.load_factor = self.tree_factor = 1.0
 
@@ -88,7 +90,7 @@ def measure_costs(
     """Time passes of `target` (active) over `batch` rows.
 
     All sizes are timed in turn, in several rounds, so that a busy moment of the machine does not fall on one of them. Sizes
-    that cannot pay are left out; the measurement ends early where passes take long.
+    that cannot pay are left out. Where passes take long, there are fewer rounds, but for the first three sizes at least one.
     """
     max_nodes = max(1, min(max_nodes, target.context - 1))
     cache = target.new_cache(batch, PREFIX + max_nodes)
@@ -103,8 +105,9 @@ def measure_costs(
         target.verify(cache, trees[nodes])  # compiles
     began, found = clock(), dict[int, list[float]]()
     for turn in range(_ROUNDS):
+        limit = MAX_SECONDS if turn >= _LEAST_ROUNDS else _MOST_SECONDS
         for place, nodes in enumerate(sizes):
-            if clock() - began > MAX_SECONDS and (turn > 0 or place > 2):
+            if clock() - began > limit and (turn > 0 or place > 2):
                 break
             if any(known < nodes and min(found[known]) > _MAX_RATIO * min(found[1]) for known in found):
                 continue
@@ -113,7 +116,7 @@ def measure_costs(
             if target.device.type == "cuda":
                 torch.cuda.synchronize(target.device)
             found.setdefault(nodes, []).append(clock() - start)
-    warm = {nodes: sorted(times[2:] or times[-1:]) for nodes, times in found.items()}  # the first two rounds warm up
+    warm = {nodes: sorted(times[_WARM_ROUNDS:] or times[-1:]) for nodes, times in found.items()}
     return CostModel({nodes: times[len(times) // 4] for nodes, times in warm.items()})
 
 

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from conftest import tiny_llama
 from medhead import Decoder
 from medhead.compile import CompiledTarget, kept_pass
-from medhead.compile.pass_key import pass_key
 from medhead.compile.trace import trace
 from medhead.core.tree import TokenTree
 from medhead.model.block_weights import use_blocks
+from medhead.model.pass_key import pass_key
 from medhead.model.target import Target
 from medhead_kernels import block_linear
 

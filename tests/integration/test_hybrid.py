@@ -64,9 +64,9 @@ class TimedHybrid(HybridProposer):
 
 
 def test_costs_between_measurements() -> None:
-    """Straight lines between, in proportion beyond, and never cheaper with more nodes."""
+    """Straight lines between, in proportion beyond, and never dearer with fewer nodes."""
     costs = CostModel({1: 1.0, 8: 0.9, 32: 2.0})
-    assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([1.0, 1.0, 1.5, 2.0, 4.0])
+    assert [costs(1), costs(8), costs(20), costs(32), costs(64)] == pytest.approx([0.9, 0.9, 1.45, 2.0, 4.0])
     assert costs.max_nodes == 32
 
 
@@ -168,6 +168,16 @@ def test_a_busy_moment_does_not_make_a_size_dear(monkeypatch: pytest.MonkeyPatch
     found = measure_costs(target, 1, clock=clock).measured
     assert found == {nodes: pytest.approx(1e-3 * nodes**0.5) for nodes in found}
     assert set(found) == {1, 2, 4, 8, 12, 16, 24, 32, 64}
+
+
+@torch.inference_mode()
+def test_a_busy_second_turn_does_not_make_sizes_dear(monkeypatch: pytest.MonkeyPatch, target: Target) -> None:
+    """Also where passes take so long that 2 seconds are over after two turns."""
+    _, clock = timed_passes(
+        monkeypatch, target, lambda nodes, index: 0.04 * nodes**0.5 * (4 if 9 <= index < 18 and nodes > 2 else 1)
+    )
+    found = measure_costs(target, 1, clock=clock).measured
+    assert found == {nodes: pytest.approx(0.04 * nodes**0.5) for nodes in found}
 
 
 # --- calibration ---

@@ -104,6 +104,7 @@ def test_errors_are_counted(serve: Callable[[FakeEngine], str], capsys: Any) -> 
         (["--url", "http://127.0.0.1:1", "--model", "x"], "--model x: options for a server"),
         (["--clients", "0"], "--clients must be at least 1, got 0"),
         (["--seconds", "0"], "--seconds must be above 0, got 0.0"),
+        (["--plain", "--batching-only"], "--plain goes with neither --url nor --batching-only"),
     ],
 )
 def test_wrong_input_is_one_line(line: list[str], expected: str, capsys: Any) -> None:
@@ -111,6 +112,19 @@ def test_wrong_input_is_one_line(line: list[str], expected: str, capsys: Any) ->
     err = capsys.readouterr().err
     assert expected in err
     assert len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ([], [(8, []), (1, [])]),
+        (["--plain"], [(8, []), (8, ["--proposer", "none"])]),
+        (["--batching-only", "--max-rows", "4"], [(4, [])]),
+        (["--url", "http://127.0.0.1:1"], [(None, [])]),
+    ],
+)
+def test_the_servers_that_are_loaded(line: list[str], expected: list[tuple[int | None, list[str]]]) -> None:
+    assert load.servers(load.build_parser().parse_args(line)) == expected
 
 
 def test_a_server_that_does_not_start_says_why() -> None:

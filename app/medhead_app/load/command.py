@@ -22,6 +22,7 @@ from medhead_app.load.server import MemoryMonitor, start_server
 
 PROG = "medhead load-test"
 PREFIX_CACHE_GIB = 1 / 32
+PLAIN = ["--proposer", "none"]
 EXAMPLES = """\
 examples:
   medhead load-test --output results                     8 and 32 clients, two minutes each, demo model
@@ -48,6 +49,8 @@ def build_parser() -> Parser:
     parser.add_argument("--seconds", type=float, default=120.0, help="duration of each run (default: 120)")
     parser.add_argument("--max-rows", type=int, default=8, help="largest batch of the server (default: 8)")
     parser.add_argument("--batching-only", action="store_true", help="skip the runs with one request at a time")
+    parser.add_argument("--plain", action="store_true",
+                        help="also load a server with --proposer none, instead of one request at a time")  # fmt: skip
     parser.add_argument("--sample", type=int, default=24, help="number of requests that are sent again (default: 24)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the requests (default: 0)")
     parser.add_argument("--output", help="folder for the table, the JSON file and the plot")
@@ -61,6 +64,8 @@ def check(args: argparse.Namespace, server_options: list[str]) -> None:
         raise MedheadError(f"{options}: options for a server that is started cannot be used with --url")
     if args.url is not None and not args.url.startswith(("http://", "https://")):
         raise MedheadError(f"--url must begin with http:// or https://, got {args.url!r}")
+    if args.plain and (args.url is not None or args.batching_only):
+        raise MedheadError("--plain goes with neither --url nor --batching-only; leave one out")
     if args.url is None and find_spec("psutil") is None:
         raise MedheadError("psutil (reads the server's memory) is not installed: pip install 'medhead[app,bench]'")
     check_range(args, "seconds", sys.float_info.min, sys.float_info.max, "above 0")
@@ -73,8 +78,8 @@ def run(args: argparse.Namespace, server_options: list[str]) -> int:
     check(args, server_options)
     rows = []
     for clients in args.clients:
-        for max_rows in [None] if args.url else [args.max_rows] if args.batching_only else [args.max_rows, 1]:
-            rows.append(run_one(args, server_options, clients, max_rows))
+        for max_rows, options in servers(args):
+            rows.append(run_one(args, [*server_options, *options], clients, max_rows))
             print(report.table(rows[-1:]).splitlines()[-1], file=sys.stderr, flush=True)
     table, failures = report.table(rows), report.failures(rows)
     print(table)
@@ -90,6 +95,16 @@ def run(args: argparse.Namespace, server_options: list[str]) -> int:
     return int(bool(failures))
 
 
+def servers(args: argparse.Namespace) -> list[tuple[int | None, list[str]]]:
+    """Return the batch sizes and further options of the servers that are loaded one after the other."""
+    if args.url:
+        return [(None, [])]
+    more: list[tuple[int | None, list[str]]] = [(1, [])]
+    if args.plain:
+        more = [(args.max_rows, PLAIN)]
+    return [(args.max_rows, []), *([] if args.batching_only else more)]
+
+
 def run_one(args: argparse.Namespace, server_options: list[str], clients: int, max_rows: int | None) -> dict[str, Any]:
     """Run one number of clients against one server; `max_rows` None stands for the server at `--url`."""
     if max_rows is None:
@@ -101,6 +116,7 @@ def run_one(args: argparse.Namespace, server_options: list[str], clients: int, m
         memory = MemoryMonitor(pid)
         with memory.running():
             row = asyncio.run(measure(args, url, clients, max_rows))
+    row["plain"] = server_options[-2:] == PLAIN
     return row | {"memory": report.memory_summary(memory, args.seconds)}
 
 

@@ -17,7 +17,7 @@ MIB = 2**20
 Pairs = list[tuple[ClientResult, ClientResult]]
 MAX_GROWTH = 0.05  # allowed growth of the memory
 WARMUP = 30.0  # seconds after which the memory must be constant
-COLUMNS = ("clients", "rows", "requests", "errors", "identical text", "tokens/s", "accepted length")
+COLUMNS = ("clients", "server", "requests", "errors", "identical text", "tokens/s", "accepted length")
 TIMES = ("first token ms: median", "95 %", "per token ms: median", "95 %", "memory MiB (growth)")
 
 
@@ -69,7 +69,7 @@ def failures(rows: list[dict[str, Any]]) -> list[str]:
     """Return one line for every failed check: errors, different texts, growing memory."""
     lines = []
     for row in rows:
-        run = f"{row['clients']} clients, {row['rows'] or '?'} rows"
+        run = f"{row['clients']} clients, {_server(row)}"
         if row["errors"]:
             lines.append(f"{run}: {row['errors']} errors, the first: {row['error_messages'][0]}")
         if row["identical"] < row["checked"]:
@@ -88,7 +88,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         memory = row.get("memory", {})
         growth = "" if memory.get("growth") is None else f" ({memory['growth']:.1%})"
         times = [row[key][which] for key in ("first_token_ms", "per_token_ms") for which in ("median", "p95")]
-        cells = [row["clients"], row["rows"] or "?", row["requests"], row["errors"]]
+        cells = [row["clients"], _server(row), row["requests"], row["errors"]]
         cells += [f"{row['identical']}/{row['checked']}", f"{row['tokens_per_second']:.1f}"]
         cells += [f"{row['accepted_length']:.2f}", *("-" if value is None else f"{value:.1f}" for value in times)]
         cells.append(f"{memory['last_mib']:.0f}{growth}" if memory.get("last_mib") else "-")
@@ -98,8 +98,8 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot tokens per second, time to the first token, and memory over time."""
-    names = [f"{row['clients']} clients\n{row['rows'] or '?'} rows" for row in rows]
-    colors = [GREY if row["rows"] == 1 else BLUE for row in rows]
+    names = [f"{row['clients']} clients\n{_server(row)}" for row in rows]
+    colors = [GREY if row["rows"] == 1 or row.get("plain") else BLUE for row in rows]
     with figure(path, title, (14, 4), columns=3) as axes:
         speed, first_token, memory = axes[0]
         speed.bar_label(speed.bar(names, [row["tokens_per_second"] for row in rows], color=colors), fmt="%.0f")
@@ -115,6 +115,11 @@ def plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         memory.set_title("resident memory of the server, MiB, by seconds", fontsize=10)
         memory.set_ylim(bottom=0)
         memory.legend(frameon=False, fontsize=8)
+
+
+def _server(row: dict[str, Any]) -> str:
+    """Return what tells the servers of a load test apart: the rows of a batch, and plain decoding."""
+    return f"{row['rows'] or '?'} rows" + (", plain" if row.get("plain") else "")
 
 
 def _median_and_p95(values: list[float]) -> dict[str, float | None]:
