@@ -74,15 +74,9 @@ class Joining:
         longest, on_chunk = max(map(len, texts)), self._on_chunk
         self._reader: PromptReader | WholeReader
         if inputs is not None:
-<<<<<<< HEAD
             self._reader = WholeReader(longest, lambda: target.prefill_inputs(self.cache, inputs, on_chunk))
-        elif target.bitwise is not None:
-            self._reader = WholeReader(longest, lambda: read_whole(target, self.cache, texts, on_chunk))
-=======
-            self._at_once = target.prefill_inputs(self.cache, inputs, self._on_chunk)
         elif target.bitwise is not None and target.bitwise.reads_whole:
-            self._at_once = read_whole(target, self.cache, texts, self._on_chunk)
->>>>>>> main
+            self._reader = WholeReader(longest, lambda: read_whole(target, self.cache, texts, on_chunk))
         else:
             self._reader = PromptReader(target, self.cache, texts, on_chunk, self._starts)
 
