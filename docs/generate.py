@@ -85,8 +85,8 @@ with one ordinary forward pass over the node's path. The first column is the `mo
 {accepted}
 
 {newer} need transformers 5.24 or newer. Models whose attention does not go through the registry work where their own code adds
-transformers' masks to its scores, with dense masks (BLOOM with ALiBi and Falcon, for example). So do models whose layers select
-keys by an indexer (DeepSeek V3.2, GLM-MoE-DSA).
+transformers' masks to its scores, with dense masks (Falcon, MPT and BLOOM, for example; ALiBi goes by the positions of nodes). So
+do models whose layers select keys by an indexer (DeepSeek V3.2, GLM-MoE-DSA).
 
 ## Images in prompts
 
@@ -124,10 +124,15 @@ These families need transformers 5.24 or newer:
 
 {stateful}
 
-A node's state follows from that of its parent. Gated DeltaNet, Mamba-2 and short convolutions run over all nodes at once. Other
-layers run once for each depth of the tree, by the model's own code: a pass reads their weights `depth + 1` times and keeps a copy
-of every state for each node, so small and shallow trees (`tree_size=8`) are the better choice there. `hybrid` measures what trees
-cost and drafts where it pays.
+A node's state follows from that of its parent. Gated DeltaNet, Kimi Delta Attention, Mamba-2 and short convolutions run over all
+nodes at once. Other layers run once for each depth of the tree, by the model's own code: a pass reads their weights `depth + 1`
+times and keeps a copy of every state for each node, so small and shallow trees (`tree_size=8`) are the better choice there.
+`hybrid` measures what trees cost and drafts where it pays. `python benchmarks/hybrids/run.py` times passes over trees of a model
+of the shape of Qwen3.5-0.8B with random weights, and counts the memory that a node takes.
+
+On CUDA a Triton kernel computes Gated DeltaNet for trees of up to 64 nodes where Triton is installed. It is tried on a small tree
+first, and PyTorch takes its place with a warning if it differs. It is tested by Triton's interpreter and compiled for sm_80 and
+sm_90. Its speed is not yet measured.
 
 - `step` must be `loop`: captured and compiled steps are refused.
 - Prompts are read in one pass instead of chunks where the model's layers ignore a given state when they get several tokens at

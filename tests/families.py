@@ -165,7 +165,6 @@ STATEFUL: dict[str, dict[str, Any]] = {
 # attention that does not go through the registry or selects keys by an index, and states that transformers' caches do not hold
 REFUSED: dict[str, dict[str, Any]] = {
     "rwkv": {"context_length": 64, "attention_hidden_size": 32, "num_key_value_heads": None, "head_dim": None},
-    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "num_key_value_heads": None, "head_dim": None},
 }  # fmt: skip
 
 
@@ -174,6 +173,7 @@ INDEXER = MLA | {"n_group": 1, "index_topk": 5, "index_head_dim": 8, "index_n_he
 OUTSIDE: dict[str, dict[str, Any]] = {
     "bloom": {"n_layer": 2, "n_head": 4, "num_key_value_heads": None, "head_dim": None},
     "falcon": {"num_key_value_heads": None, "head_dim": None},
+    "mpt": {"d_model": 32, "n_heads": 4, "n_layers": 2, "num_key_value_heads": None, "head_dim": None},
     "deepseek_v32": INDEXER,
     "glm_moe_dsa": INDEXER | {"indexer_types": ["full", "shared", "full"]},
 }

@@ -56,7 +56,7 @@ class KernelVariant:
 
 def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[KernelVariant]:
     """Yield every kernel in every variant that is launched; `quick` yields two dtypes, one head size and one variant."""
-    from medhead_kernels import commit
+    from medhead_kernels import commit, tree_delta_rule
     from medhead_kernels import tree_attention as attention
 
     for dtype, name in DTYPES.items():
@@ -85,6 +85,15 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
         pointers = {"buffer": name, "path": "i64", "lengths": "i32"}
         constants = commit.move_constants(128, False) | {"counts": None}
         yield KernelVariant(f"move {name}", commit.move_kernel, pointers, constants, int64s=("s_slot", "s_batch"))
+    pointers = dict.fromkeys(("query", "key", "value", "log_decay", "beta", "state", "out", "updates", "total"), "fp32")
+    for exact in (True, False):
+        for nodes, size in ((64, 128),) if quick else ((64, 128), (32, 128), (12, 64)):
+            launch = tree_delta_rule.launch_options(nodes)
+            yield KernelVariant(
+                f"delta rule {'fp32' if exact else 'tf32x3'} {nodes} nodes, head {size}",
+                tree_delta_rule.delta_rule_kernel, pointers | {"bitmask": "i64"},
+                tree_delta_rule.delta_rule_constants(nodes, 2, size, size, exact), options=launch,
+            )  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -35,6 +35,10 @@ class PeakMemory(TorchDispatchMode):
         self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
         return result
 
+    def alive(self) -> int:
+        """Return the bytes of those storages that are still there."""
+        return sum(size for storage, size in self._alive.values() if not storage.expired())
+
 
 def _has_storage(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and value.layout == torch.strided

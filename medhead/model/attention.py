@@ -126,10 +126,14 @@ class TreePass:
             return torch.nn.functional.pad(tree.to(device), (self.max_length, 0), value=True)
         return visible_keys(self.lengths.to(device), tree.to(device), self.num_keys)
 
+    def positions(self, device: torch.device | str | None) -> tuple[Tensor, Tensor]:
+        """Return the positions of the nodes, `[batch or 1, nodes]`, and of all keys, `[batch or 1, keys]`."""
+        lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
+        return positions(lengths.to(device), self.depth.to(device), self.num_keys)
+
     def _allowed_keys(self, mask_function: Callable, device: torch.device) -> Tensor:
         """Evaluate a layer's mask function on positions: `[batch or 1, nodes, keys]`."""
-        lengths = torch.tensor([self.max_length]) if self.lengths is None else self.lengths
-        queries, keys = positions(lengths.to(device), self.depth.to(device), self.num_keys)
+        queries, keys = self.positions(device)
         batch = self.prompts or queries.shape[0]
         rows = torch.arange(batch, device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
@@ -168,6 +172,12 @@ def running_states() -> Any:
     """Return the `StateCache` of the running pass of this thread; None without one."""
     current = _running.get()
     return None if current is None else current.states
+
+
+def running_key_positions(device: torch.device | str | None) -> Tensor | None:
+    """Return the positions `[batch or 1, keys]` of all keys of the running pass of this thread; None without one."""
+    current = _running.get()
+    return None if current is None else current.positions(device)[1]
 
 
 def running_visits() -> NodeVisits | None:

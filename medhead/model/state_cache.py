@@ -58,7 +58,7 @@ class DenseCall(StateCall):
 
     Attributes:
         tree: what dense forms know of the tree.
-        advances: by state, a function from a node of each row to the state after it.
+        advances: by state, a function from an accepted path and its numbers of nodes to the state after it.
     """
 
     def __init__(self, states: dict[StateKey, Tensor], tree: Ancestors, advances: dict[StateKey, Any]) -> None:
@@ -93,8 +93,8 @@ class StateCache(TreeCache):
     Attributes:
         states: `[batch, ...]` of every state, after the committed tokens; empty before the first token.
         node_states: `[batch * nodes, ...]` of every state, after each node of the last tree, of layers that run by depth.
-        advances: by state, how it advances to a node of the last tree, of layers that run over all nodes at once.
-        ancestors: of the running pass over a tree, if it has several nodes and every row has states; else None.
+        advances: by state, how it advances along a path of the last tree, of layers that run over all nodes at once.
+        ancestors: of the running pass over a tree, if every row has states; else None.
         running: the running call of a layer.
     """
 
@@ -102,7 +102,7 @@ class StateCache(TreeCache):
         super().__init__(layout, batch, capacity)
         self.states: dict[StateKey, Tensor] = {}
         self.node_states: dict[StateKey, Tensor] = {}
-        self.advances: dict[StateKey, Callable[[Tensor], Tensor]] = {}
+        self.advances: dict[StateKey, Callable[[Tensor, Tensor], Tensor]] = {}
         self.ancestors: Ancestors | None = None
         self.running: StateCall | None = None
         self._places = 0  # nodes of all rows of the running pass; 0 while prompts are read
@@ -116,7 +116,7 @@ class StateCache(TreeCache):
         self._tree, self._groups, self._places = tree, None, tree.batch * tree.nodes
         self._drop_nodes()
         assert self.lengths.host is not None
-        is_dense = tree.nodes > 1 and bool(self.states) and min(self.lengths.host) > 0
+        is_dense = bool(self.states) and min(self.lengths.host) > 0
         self.ancestors = Ancestors(tree) if is_dense else None
 
     def begin_prompts(self, counts: list[int], nodes: int) -> None:
@@ -172,13 +172,13 @@ class StateCache(TreeCache):
     def commit(self, path: Tensor, counts: Tensor) -> None:
         """See `TreeCache.commit`; the state of a row becomes that of its last accepted node."""
         super().commit(path, counts)
-        nodes = self._places // len(path)
-        last = path.gather(1, (counts - 1).clamp(min=0)[:, None])[:, 0]
+        nodes, counts = self._places // len(path), counts.clamp(min=1)
+        last = path.gather(1, counts[:, None] - 1)[:, 0]
         places = last + nodes * torch.arange(len(path), device=path.device)
         for key, states in self.node_states.items():
             self.states[key] = states if nodes == 1 else states[places.to(states.device)]
         for key, advance in self.advances.items():
-            self.states[key] = advance(last).to(self.states[key].dtype)
+            self.states[key] = advance(path, counts).to(self.states[key].dtype)
         self._drop_nodes()
 
     def _drop_nodes(self) -> None:

@@ -1,9 +1,8 @@
 """All nodes of a tree at once through layers that hold states: dense forms of convolution, gated delta rule and Mamba-2.
 
 The state after a node is the row's committed state and one term for each node of the path, each weighted by the decay along the
-path. So the outputs of all nodes are products with the mask of ancestors, no state of a node is made, and the state of the last
-accepted node is computed at the commit. Notation: `G` is the sum of a node's log-decays along its path, `D_ij` is
-`exp(G_i - G_j)` if j is i or an ancestor of i, else 0.
+path (see `medhead_kernels.delta_rule`). So the outputs of all nodes are products with the mask of ancestors, no state of a node
+is made, and the state after the accepted path is computed at the commit.
 
 A layer's own forward runs with its functions of the sequence dimension replaced (`dense_forward`); layers that use others run
 depth by depth (`state_layers`).
@@ -11,10 +10,7 @@ depth by depth (`state_layers`).
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
-from functools import partial
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -23,10 +19,12 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from medhead.model.attention import running_states
+from medhead.model.own_code import global_names, with_globals
 from medhead.model.state_cache import DenseCall
 from medhead.model.state_groups import Ancestors
+from medhead_kernels import delta_rule
 
-Advance = Callable[[Tensor], Tensor]  # from a node of each row, `[batch]`, to the state after it
+Advance = Callable[[Tensor, Tensor], Tensor]  # from an accepted path and its numbers of nodes to the state after it
 
 
 def tree_convolution(
@@ -44,49 +42,48 @@ def tree_convolution(
     width, taps = state.shape[-1], weight.shape[-1]
     places = tree.windows(width).to(inputs.device)
     rows = tree.rows.to(inputs.device)[:, None]
-    known = torch.cat([state.to(inputs.dtype), inputs], -1).transpose(1, 2)  # [batch, width + nodes, channels]
-    exact, tap_weights = _wide(known), _wide(weight)
-    out = torch.zeros((), dtype=exact.dtype, device=exact.device) if bias is None else _wide(bias)
-    for tap in range(taps):
-        out = out + exact[rows, places[..., width - taps + tap]] * tap_weights[:, tap]
+    known = torch.cat(
+        [state.to(inputs.dtype).transpose(1, 2), inputs.transpose(1, 2)], 1
+    )  # [batch, width + nodes, channels]
+    flat, offsets = _wide(known).flatten(0, 1), rows * known.shape[1]
+    out = flat.new_zeros(()) if bias is None else _wide(bias)
+    for tap, tap_weight in enumerate(_wide(weight).T.contiguous()):
+        found = flat.index_select(0, (offsets + places[..., width - taps + tap]).flatten())
+        out = found.mul_(tap_weight).add_(out)
 
-    def advance(node: Tensor) -> Tensor:
-        return known[rows, places[rows[:, 0], node.to(rows.device)]].transpose(1, 2)
+    def advance(path: Tensor, counts: Tensor) -> Tensor:
+        last = path.to(rows.device).gather(1, counts.to(rows.device)[:, None] - 1)
+        return known[rows, places[rows, last][:, 0]].transpose(1, 2)
 
-    return out.transpose(1, 2), advance
+    return out.unflatten(0, (len(rows), -1)).transpose(1, 2), advance
 
 
 def tree_delta_rule(
-    tree: Ancestors, state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor
-) -> tuple[Tensor, Advance]:
+    tree: Ancestors, state: Tensor, query: Tensor, key: Tensor, value: Tensor, log_decay: Tensor, beta: Tensor,
+    exact: bool = True,
+) -> tuple[Tensor, Advance]:  # fmt: skip
     """Return the outputs of the gated delta rule `[batch, heads, nodes, value]`, and how its state advances.
 
-    The updates `U` solve `(I + A) U = beta (V - e^G K S)`, `A_ij = beta_i (k_i . k_j) D_ij` for ancestors j of i, which is unit
-    triangular because a parent comes before its child. The outputs are `e^G Q S + (D * Q K^T) U`.
-
-    Args:
-        tree: the tree.
-        state: `[batch, heads, key, value]`, after the committed tokens.
-        query: `[batch, key heads, nodes, key]`; a key head serves `heads / key heads` heads.
-        key: like `query`.
-        value: `[batch, heads, nodes, value]`.
-        log_decay: `[batch, heads, nodes]`.
-        beta: like `log_decay`.
+    Arguments are those of `delta_rule.reference`, or of `delta_rule.channel_reference` if every channel has its log-decay.
+    `exact` is that of the Triton kernel, which serves CUDA.
     """
-    nodes, share = key.shape[2], value.shape[1] // key.shape[1]
-    both = torch.cat([key, query], 2)
-    dots = (both @ key.transpose(-1, -2)).repeat_interleave(share, 1)
-    past = both.repeat_interleave(share, 1) @ state
-    grown, between = tree.decays(log_decay)
-    triangle = beta[..., None] * dots[:, :, :nodes] * between  # its diagonal is not read
-    wanted = beta[..., None] * (value - grown * past[:, :, :nodes])
-    updates = torch.linalg.solve_triangular(triangle, wanted, upper=False, unitriangular=True)
-    out = grown * past[:, :, nodes:] + (dots[:, :, nodes:] * between) @ updates
+    device, nodes = value.device, value.shape[2]
+    if log_decay.ndim == 4:
+        out, updates, total = delta_rule.channel_reference(
+            query, key, value, log_decay, beta, state, tree.visible.to(device)
+        )
+    elif delta_rule.use_triton(device) and delta_rule.fits_triton(nodes, key.shape[3]):
+        from medhead_kernels import tree_delta_rule as kernel
 
-    def advance(node: Tensor) -> Tensor:
-        at = tree.rows.to(state.device), slice(None), node.to(state.device)
-        weighted = key.repeat_interleave(share, 1) * between[at][..., None]
-        return grown[at][..., None] * state + weighted.transpose(-1, -2) @ updates
+        bitmask = tree.bitmask.to(device)
+        out, updates, total = kernel.delta_rule(
+            query, key, value, log_decay, beta, state, bitmask, tree.max_depth, exact
+        )
+    else:
+        out, updates, total = delta_rule.reference(query, key, value, log_decay, beta, state, tree.visible.to(device))
+
+    def advance(path: Tensor, counts: Tensor) -> Tensor:
+        return delta_rule.state_after(state, key, updates, total, path.to(device), counts.to(device))
 
     return out, advance
 
@@ -107,17 +104,16 @@ def tree_mamba2(
         b: `[batch, groups, nodes, state]`; a group serves `heads / groups` heads.
         c: like `b`.
     """
-    share = inputs.shape[1] // b.shape[1]
-    grown, between = tree.decays(step * a[:, None])
+    share, device = inputs.shape[1] // b.shape[1], inputs.device
+    total, between = delta_rule.path_decays(step * a[:, None], tree.visible.to(device))
     updates = step[..., None] * inputs
     dots = (c @ b.transpose(-1, -2)).repeat_interleave(share, 1)
     past = c.repeat_interleave(share, 1) @ state.transpose(-1, -2)
-    out = grown * past + (dots * between) @ updates
+    out = total.exp() * past + (dots * between) @ updates
 
-    def advance(node: Tensor) -> Tensor:
-        at = tree.rows.to(state.device), slice(None), node.to(state.device)
-        weighted = updates * between[at][..., None]
-        return grown[at][..., None] * state + weighted.transpose(-1, -2) @ b.repeat_interleave(share, 1)
+    def advance(path: Tensor, counts: Tensor) -> Tensor:
+        before = state.transpose(-1, -2)
+        return delta_rule.state_after(before, b, updates, total, path.to(device), counts.to(device)).transpose(-1, -2)
 
     return out, advance
 
@@ -142,19 +138,30 @@ def _convolution(
     return (out if activation is None else ACT2FN[activation](out)).to(hidden_states.dtype)
 
 
+def _convolution_update(
+    hidden_states: Tensor, conv_state: Tensor, weight: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """See `causal_conv1d_update` of modeling files, for one token; PyTorch's convolution is slow in bfloat16 on many CPUs."""
+    return _convolution(hidden_states, weight, bias, activation)
+
+
 def _delta_rule(
     query: Tensor, key: Tensor, value: Tensor, g: Tensor, beta: Tensor, *, initial_state: Tensor,
     use_qk_l2norm_in_kernel: bool = False, **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """See `torch_chunk_gated_delta_rule` of modeling files; tensors are `[batch, nodes, heads, ...]`."""
-    call = _call()
-    parts = (_wide(part.transpose(1, 2)) for part in (query, key, value, g, beta))
+    """See `torch_chunk_gated_delta_rule` and `chunk_kimi_delta_attention` of modeling files.
+
+    Tensors are `[batch, nodes, heads, ...]`.
+    """
+    call, dtype = _call(), _wide_dtype(query.dtype)
+    parts = (part.transpose(1, 2).to(dtype) for part in (query, key, value, g, beta))
     queries, keys, values, log_decay, beta = parts
     if use_qk_l2norm_in_kernel:
         queries, keys = (x * torch.rsqrt((x * x).sum(-1, keepdim=True) + 1e-6) for x in (queries, keys))
     place, state = call.asked("recurrent")
     queries = queries * queries.shape[-1] ** -0.5
-    out, advance = tree_delta_rule(call.tree, _wide(state, queries.dtype), queries, keys, values, log_decay, beta)
+    exact = query.dtype == torch.float32
+    out, advance = tree_delta_rule(call.tree, state.to(dtype), queries, keys, values, log_decay, beta, exact)
     call.advances[place] = advance
     return out.transpose(1, 2).contiguous().to(query.dtype), initial_state
 
@@ -178,10 +185,26 @@ def _mamba2(
 
 def _wide(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor in float32, or in float64 if it is that."""
-    return part.to(dtype or (torch.float64 if part.dtype == torch.float64 else torch.float32))
+    return part.to(dtype or _wide_dtype(part.dtype))
 
 
-_RECURRENCES = {"torch_chunk_gated_delta_rule": _delta_rule, "mamba2_chunk_scan": _mamba2}
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+_CONVOLUTIONS = {"causal_conv1d_fn": _convolution, "causal_conv1d_update": _convolution_update}
+_RECURRENCES = {
+    "torch_chunk_gated_delta_rule": _delta_rule,
+    "chunk_kimi_delta_attention": _delta_rule,
+    "mamba2_chunk_scan": _mamba2,
+}
+_SINGLE = {"torch_recurrent_gated_delta_rule": _delta_rule, "recurrent_kimi_delta_attention": _delta_rule}  # one token
+
+
+def serves_single(module: nn.Module) -> bool:
+    """Return whether the dense form of a module serves one node too, which goes through other functions."""
+    used = global_names(module)
+    return "causal_conv1d_update" in used and ("get_recurrent_state" not in used or bool(used & _SINGLE.keys()))
 
 
 def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
@@ -190,18 +213,10 @@ def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
     It is the forward of the module's class with other global names, so the modeling file is not changed. Modules whose weights
     are moved by accelerate's hooks have none.
     """
-    forward = inspect.unwrap(type(module).forward)
-    if not isinstance(forward, FunctionType) or "forward" in vars(module):
-        return None
-    used = set(forward.__code__.co_names)
+    used = global_names(module)
     recurrences = used & _RECURRENCES.keys()
     if "causal_conv1d_fn" not in used or len(recurrences) != ("get_recurrent_state" in used):
         return None
-    if any(hasattr(part, "_hf_hook") for part in module.modules()):
+    if "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules()):
         return None
-    scope = (
-        forward.__globals__ | {name: _RECURRENCES[name] for name in recurrences} | {"causal_conv1d_fn": _convolution}
-    )
-    dense = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    dense.__kwdefaults__ = forward.__kwdefaults__
-    return partial(dense, module)
+    return with_globals(module, _RECURRENCES | _SINGLE | _CONVOLUTIONS)

@@ -67,23 +67,21 @@ class Ancestors:
 
     Attributes:
         visible: `[batch, nodes, nodes]` bool, see `TokenTree.visible`.
+        max_depth: the largest depth a node may have.
+        nodes: the number of nodes.
         rows: `[batch]` int64, the index of every row.
     """
 
     def __init__(self, tree: TokenTree) -> None:
-        self.visible, self._parents, self._depth = tree.visible, tree.parents, tree.depth
+        self.visible, self.max_depth, self.nodes = tree.visible, tree.max_depth, tree.nodes
+        self._tree, self._parents, self._depth = tree, tree.parents, tree.depth
         self.rows = torch.arange(tree.batch, device=tree.tokens.device)
         self._windows: dict[int, Tensor] = {}
 
-    def decays(self, log_decay: Tensor) -> tuple[Tensor, Tensor]:
-        """Return decays of log-decays `[batch, heads, nodes]`: of each path from its root, and between ancestor and node.
-
-        They are `[batch, heads, nodes, 1]`, and `[batch, heads, nodes, nodes]` with 0 where a node is no ancestor.
-        """
-        visible = self.visible.to(log_decay.device)[:, None]
-        total = visible.to(log_decay.dtype) @ log_decay[..., None]
-        between = (total - total.transpose(-1, -2)).masked_fill(~visible, float("-inf"))
-        return total.exp(), between.exp()
+    @property
+    def bitmask(self) -> Tensor:
+        """See `TokenTree.ancestor_bitmask`."""
+        return self._tree.ancestor_bitmask
 
     def windows(self, width: int) -> Tensor:
         """Return the last `width` inputs of every node's path, oldest first, `[batch, nodes, width]` int64.

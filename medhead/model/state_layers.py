@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medhead.model.attention import running_states
 from medhead.model.kv_cache import CacheLayout
 from medhead.model.state_cache import StateCache, StateKey
-from medhead.model.state_dense import dense_forward
+from medhead.model.state_dense import dense_forward, serves_single
 from medhead.model.state_groups import StateGroup
 
 
@@ -36,6 +36,7 @@ class StateLayers:
         in_chunks: whether the modules read a prompt in several chunks correctly; some ignore a state that they are given with
             several tokens (Mamba-1, RecurrentGemma), so these prompts are read whole.
         dense: the modules that run over all nodes at once, and how.
+        dense_single: those that do so for one node too; others then run their own code for one token.
     """
 
     layout: CacheLayout
@@ -45,10 +46,12 @@ class StateLayers:
     takes_positions: bool
     in_chunks: bool = True
     dense: dict[nn.Module, Callable[..., Any]] = field(init=False)
+    dense_single: set[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
         found = {module: dense_forward(module) for module in self.modules if module not in self.attributes}
         self.dense = {module: forward for module, forward in found.items() if forward is not None}
+        self.dense_single = {module for module in self.dense if serves_single(module)}
 
     def new_cache(self, batch: int, capacity: int) -> StateCache:
         """Return an empty cache for `batch` rows of about `capacity` tokens."""
@@ -73,7 +76,8 @@ class StateLayers:
         cache = running_states()
         if cache is None or cache.running is not None:  # an ordinary call, or one inside another module of the list
             return forward(*args, **kwargs)
-        if cache.ancestors is not None and module in self.dense:
+        tree = cache.ancestors
+        if tree is not None and module in self.dense and (tree.nodes > 1 or module in self.dense_single):
             with cache.dense_call():
                 return self.dense[module](*args, **kwargs)
         batch, nodes = next(x.shape[:2] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)

@@ -13,7 +13,6 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.model.alibi import alibi_slopes
 from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
 from medhead.model.bitwise import Bitwise, promise
 from medhead.model.eval_mode import eval_mode
@@ -37,6 +36,7 @@ from medhead.model.length_rope import LengthRope
 from medhead.model.model_form import check_form, model_form, num_rows
 from medhead.model.model_lock import ModelLock, model_lock, running_target
 from medhead.model.output_rows import output_form
+from medhead.model.own_alibi import OwnAlibi
 from medhead.model.own_positions import OwnPositions
 from medhead.model.packed_linear import PackedWeights
 from medhead.model.peft_check import check_adapters, unwrap_peft
@@ -135,7 +135,7 @@ class Target:
         first = first_position(inner)
         self.first_position, self.positions_given = first or 0, first is not None
         self._scale_floor = query_scale_floor(inner)
-        self._alibi = alibi_slopes(inner)
+        self._alibi = OwnAlibi(inner)
         self._own_positions = OwnPositions(inner, lambda: running_target.get() is self)
         check_adapters(inner)
         with self.lock:  # it changes the model's mode for a moment
@@ -209,15 +209,15 @@ class Target:
             name if id(config) in self._encoders else attention_name("eager" if outside else name)
             for config, name in zip(self._configs, self._own_names, strict=True)
         ]
-        rope, own_positions = self.length_rope.active(), self._own_positions.active()
         states = nullcontext() if self.state_layers is None else self.state_layers.active()
         with (
             self.listening(feature_layers),
             self.packed_weights.active(),
             nullcontext() if self.bitwise is None else self.bitwise.active(),
             eval_mode(self.model),
-            rope,
-            own_positions,
+            self.length_rope.active(),
+            self._own_positions.active(),
+            self._alibi.active(),
             states,
         ):
             try:
@@ -368,7 +368,7 @@ class Target:
             lengths, cache.used - nodes, depth, visible, nodes, use_reference, scale_floor=floor, cache_length=length
         )
         current.states = cache if isinstance(cache, StateCache) else None
-        current.dense, current.alibi = self.dense_masks, self._alibi
+        current.dense, current.alibi = self.dense_masks, self._alibi.slopes
         return current
 
     def _takes_bitmask(self, nodes: int) -> bool:

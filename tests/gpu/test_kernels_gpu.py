@@ -8,6 +8,7 @@ import pytest
 import torch
 from test_backends import Problem, check
 from test_conformance import random_tree
+from test_delta_rule import problem
 from test_kernels import CAPPED, moved_rows
 from torch import Tensor
 
@@ -16,7 +17,7 @@ from families import ACCEPTED, tiny
 from medhead import Decoder
 from medhead.core.tree import TokenTree
 from medhead.model.target import Target
-from medhead_kernels import causal, reference, sdpa
+from medhead_kernels import causal, delta_rule, reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, additive_mask
 from medhead_kernels.backends import BACKENDS, AttnSpec
 
@@ -119,3 +120,15 @@ def test_auto_is_triton_and_gives_the_text_of_sdpa() -> None:
         texts.append(Decoder(target, "recycling").generate(ids, max_new_tokens=40))
         assert target.backend.name == {"auto": "triton"}.get(attention, attention)
     assert torch.equal(*texts)
+
+
+@pytest.mark.parametrize(("nodes", "exact"), [(1, True), (16, True), (64, True), (64, False)])
+def test_delta_rule_at_real_sizes(nodes: int, exact: bool) -> None:
+    from medhead_kernels.tree_delta_rule import delta_rule as kernel
+
+    tree, arguments = problem(nodes, batch=3, key_heads=16, share=2, key=128, value=128)
+    expected = delta_rule.reference(*(part.double() for part in arguments), tree.visible)
+    given = (part.cuda() for part in (*arguments, tree.ancestor_bitmask))
+    for one, other in zip(kernel(*given, tree.max_depth, exact), expected, strict=True):
+        torch.testing.assert_close(one.cpu().double(), other, rtol=1e-3, atol=1e-3)
+    assert delta_rule.use_triton(torch.device("cuda"))

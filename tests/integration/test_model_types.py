@@ -18,7 +18,7 @@ from medhead.model.target import Target
 from tiny_types import KINDS, tiny_type
 
 ROOT = Path(__file__).parents[2]
-FAST = [("causal", "falcon"), ("causal", "deepseek_v32"), ("vision", "qwen3_5")]
+FAST = [("causal", "falcon"), ("causal", "mpt"), ("causal", "deepseek_v32"), ("vision", "qwen3_5")]
 MORE = [("causal", name) for name in ("bloom", "bart", "roberta", "glm_moe_dsa", "gemma3n_text", "gpt_oss", "xglm")]
 MORE += [("vision", name) for name in ("qwen3_5_moe", "lfm2_vl", "lfm3_vl", "gemma4", "qwen3_vl_moe", "internvl")]
 needs_5_24 = pytest.mark.skipif(not HAS_5_24, reason="compared with transformers 5.24")
@@ -76,16 +76,11 @@ def test_reasons_are_sentences_about_the_model() -> None:
             assert "no output matrix" not in one["reason"], one
 
 
-def falcon_alibi() -> Any:
-    return tiny("falcon", {"num_key_value_heads": None, "head_dim": None, "alibi": True})
-
-
 @needs_5_24
 @pytest.mark.parametrize(
     ("kind", "name", "reason"),
     [
         ("vision", "paligemma", "its tokens attend to later tokens"),
-        ("causal", "mpt", "ALiBi by the order of keys"),
         ("causal", "gpt_neo", "does not go through transformers' registry"),
         ("causal", "deepseek_v4", r"caches more than keys and values of single tokens \(DeepseekV4"),
         ("causal", "qwen4_exp_text", "reads the layers of transformers' own cache"),
@@ -101,9 +96,18 @@ def test_a_refusal_names_the_reason(kind: str, name: str, reason: str) -> None:
 
 
 @needs_5_24
-def test_falcon_with_alibi_is_refused() -> None:
-    with pytest.raises(UnsupportedTargetError, match="ALiBi by the order of keys"):
-        Target(falcon_alibi())
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_falcon_with_alibi(attention: str) -> None:
+    """Falcon adds the bias twice in its eager attention, and once in the other; texts and trees are those of both."""
+    model: Any = tiny("falcon", {"num_key_value_heads": None, "head_dim": None, "alibi": True})
+    model.set_attn_implementation(attention)
+    rows = program().prompts()
+    fixed: Any = {"do_sample": False, "eos_token_id": None, "pad_token_id": 0, "max_new_tokens": 24}
+    expected = model.generate(**rows, **fixed)
+    decoder = Decoder(model, "recycling", tree_size=12)
+    assert torch.equal(model.generate(**rows, custom_generate=decoder, **fixed), expected)
+    assert torch.equal(model.generate(**rows, **fixed), expected)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 @needs_5_24

@@ -106,8 +106,8 @@ def test_trees_equal_decoding_token_by_token(name: str) -> None:
 
 
 DENSE = {  # families whose layers run over all nodes at once
-    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini", "mamba2", "bamba", "granitemoehybrid",
-    "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3",
+    "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "mamba2",
+    "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3",
 }  # fmt: skip
 
 
@@ -115,7 +115,7 @@ DENSE = {  # families whose layers run over all nodes at once
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_all_nodes_at_once_equal_depth_by_depth(name: str) -> None:
-    """Logits, and the states after a commit, of both forms; the probe accepts the dense one without a warning."""
+    """Logits, and the states after commits, of both forms, of one node too; the probe accepts the dense one without a warning."""
     target = Target(tiny_stateful(name, torch.float64))
     assert target.state_layers is not None
     assert bool(target.state_layers.dense) == (name in DENSE)
@@ -132,8 +132,11 @@ def test_all_nodes_at_once_equal_depth_by_depth(name: str) -> None:
             target.prefill(cache, prefixes)
             logits, _ = target.verify(cache, tree)
             cache.commit(path, counts)
+            cache.lengths.advance(counts)
+            single, _ = target.verify(cache, TokenTree.root(tree.tokens[:, 1]))
+            cache.commit(torch.zeros(3, 1, dtype=torch.long), torch.ones(3, dtype=torch.long))
         assert isinstance(cache, StateCache)
-        found.append([logits, *(cache.states[key] for key in sorted(cache.states, key=str))])
+        found.append([logits, single, *(cache.states[key] for key in sorted(cache.states, key=str))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
 
