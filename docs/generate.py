@@ -102,7 +102,8 @@ model.generate(**inputs, custom_generate=decoder, max_new_tokens=200)
 
 The model's own forward reads such prompts in one pass, and trees verify the text that follows. The first time the logits after
 the prompt are compared with the model's own, and a model that differs is refused. So is one that reads images in every pass
-through cross attention. The command line, the chat page and the API take text only.
+through cross attention. Requests of the engine, the API and the
+chat page may hold images, see [serving](guides/serving.md#images); the command line takes text only.
 
 The tests compare the texts of random models with those of `generate`, greedy, in a padded batch of two prompts:
 

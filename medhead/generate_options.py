@@ -14,7 +14,7 @@ from transformers.generation.stopping_criteria import MaxLengthCriteria
 from medhead.config import check_seed
 from medhead.errors import MedheadError
 from medhead.grammar import Grammar
-from medhead.model.prompt_inputs import PromptInputs, asks_for_nothing
+from medhead.model.prompt_inputs import PromptInputs, asks_for_nothing, modalities
 
 _BEAMS = "medhead decodes one sequence per row; use num_return_sequences with sampling, or generate without medhead"
 # field: (values that mean "off", what to do instead)
@@ -94,9 +94,7 @@ def prompt_inputs(model: Any, input_ids: Tensor, arguments: dict[str, Any]) -> P
     }
     if refused := sorted(_REFUSED_ARGUMENTS & given.keys()):
         raise MedheadError(f"{', '.join(refused)} cannot be used with medhead: pass the text as input_ids")
-    modalities = getattr(model, "input_modalities", None) or "text"
-    modalities = {modalities} if isinstance(modalities, str) else set(modalities)
-    if given and modalities <= {"text"}:
+    if given and modalities(model) <= {"text"}:
         raise MedheadError(
             f"{', '.join(sorted(given))} cannot be used with medhead: {type(model).__name__} reads text only"
         )

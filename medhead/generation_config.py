@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 import weakref
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from medhead.config import SamplingParams
 from medhead.core.penalties import own_processors
 from medhead.errors import MedheadError, one_line
 from medhead.generate_options import check_config
+from medhead.model.prompt_inputs import READING_ERRORS, cannot_read
 
 # Fields of a checkpoint that change no text of medhead's, with the values that ask for nothing.
 _WITHOUT_EFFECT: dict[str, Any] = {
@@ -92,6 +94,7 @@ class PreparedGeneration:
     config: GenerationConfig = field(default_factory=GenerationConfig)
     processors: LogitsProcessorList = field(default_factory=LogitsProcessorList)
     criteria: StoppingCriteriaList = field(default_factory=StoppingCriteriaList)
+    arguments: dict[str, Any] = field(default_factory=dict)  # of the model's forward
 
     def __call__(
         self,
@@ -102,14 +105,19 @@ class PreparedGeneration:
         generation_config: GenerationConfig,
         **arguments: Any,
     ) -> Tensor:
-        """Keep the prepared configuration, processors and criteria; decode nothing."""
+        """Keep the prepared configuration, processors, criteria and arguments; decode nothing."""
         self.config, self.processors, self.criteria = generation_config, logits_processor, stopping_criteria
+        self.arguments = arguments
         return input_ids
 
 
 @torch.inference_mode(False)  # captured steps run outside of inference mode, and use the processors' tensors
 def prepare_generation(
-    model: Any, prompt: list[int], params: SamplingParams, tokenizer: Any = None
+    model: Any,
+    prompt: list[int],
+    params: SamplingParams,
+    tokenizer: Any = None,
+    model_inputs: Mapping[str, Any] | None = None,
 ) -> PreparedGeneration:
     """Return what `model.generate` prepares for one prompt; stop strings are left out.
 
@@ -118,22 +126,33 @@ def prepare_generation(
         prompt: token ids.
         params: sampling parameters.
         tokenizer: its EOS token ends a text too.
+        model_inputs: what the model's processor made of the prompt besides token ids, see `serving.Request`.
 
     Raises:
-        MedheadError: the model's generation configuration asks for what transformers or medhead cannot do.
+        MedheadError: the model's generation configuration asks for what transformers or medhead cannot do, or the model
+            cannot read the images.
     """
     ids, prepared = torch.tensor([prompt], device=model.device), PreparedGeneration()
+    given = {name: _on_device(value, model.device) for name, value in (model_inputs or {}).items()}
     try:
         arguments = generate_arguments(model, params, tokenizer) | {"stop_strings": None, "tokenizer": None}
         drop_fields_without_effect(model, arguments)
         arguments["logits_processor"] = own_processors(params, len(prompt), model.device)
-        model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=prepared, **arguments)
+        model.generate(ids, attention_mask=torch.ones_like(ids), custom_generate=prepared, **given, **arguments)
     except MedheadError:
         raise
-    except (ValueError, TypeError, AttributeError) as error:
+    except READING_ERRORS as error:
+        if given:  # the image encoder has run
+            raise cannot_read(type(model).__name__, given, error) from None
+        if not isinstance(error, (ValueError, TypeError, AttributeError)):
+            raise
         raise MedheadError(f"the model's generation configuration cannot be used: {one_line(error, 200)}") from None
     check_config(prepared.config, model.generation_config)
     return prepared
+
+
+def _on_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, Tensor) else value
 
 
 def drop_fields_without_effect(model: nn.Module, arguments: dict[str, Any]) -> None:

@@ -53,6 +53,20 @@ def image_prompts(name: str, model: PreTrainedModel) -> dict[str, Tensor]:
     return found
 
 
+def image_rows(name: str, model: PreTrainedModel) -> list[dict[str, Tensor]]:
+    """Return the prompts of `image_prompts` one by one, without padding."""
+    prompts = image_prompts(name, model)
+    kept = prompts["attention_mask"].bool()
+    sizes = prompts["image_grid_thw"].prod(1).tolist() if "image_grid_thw" in prompts else [1, 1]
+    pixels = prompts["pixel_values"].split(sizes)
+    rows = []
+    for row, mask in enumerate(kept):
+        per_token = {key: one[row, mask][None] for key, one in prompts.items() if one.shape == kept.shape}
+        others = {key: one[row : row + 1] for key, one in prompts.items() if one.shape != kept.shape}
+        rows.append(per_token | others | {"pixel_values": pixels[row]})
+    return rows
+
+
 def _images(name: str, config: Any, generator: torch.Generator) -> tuple[dict[str, Tensor], list[int]]:
     """Return what a processor makes of an image for each of two rows, and the number of tokens of each."""
     if name.startswith(("qwen", "glm4v")):

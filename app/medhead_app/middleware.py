@@ -19,6 +19,7 @@ from medhead_app.api.errors import ApiError
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "[::1]")
 MAX_BODY = 4 * 2**20  # bytes
+MAX_BODY_IMAGES = 20 * 2**20  # where messages may hold images
 ACCESS = logging.getLogger("medhead_app.access")
 HANDLES = "medhead.handles"  # key of the scope for the engine's requests of an HTTP request
 PUBLIC_PATHS = ("/health",)  # paths that need no password

@@ -15,7 +15,7 @@ from starlette.middleware.trustedhost import TrustedHostMiddleware
 from medhead_app.api.errors import handle_error
 from medhead_app.api.routes import Api
 from medhead_app.metrics import Metrics
-from medhead_app.middleware import LOCAL_HOSTS, MAX_BODY, AccessLog, Auth, BodyLimit, SameOrigin
+from medhead_app.middleware import LOCAL_HOSTS, MAX_BODY, MAX_BODY_IMAGES, AccessLog, Auth, BodyLimit, SameOrigin
 from medhead_app.service import Service
 
 
@@ -26,10 +26,12 @@ def build_app(
     *,
     auth: tuple[str, str] | None = None,  # user and password for page, API and metrics
     hosts: tuple[str, ...] | None = LOCAL_HOSTS,  # names of this server; None allows all
-    max_body: int = MAX_BODY,  # largest request body in bytes
+    max_body: int | None = None,  # largest request body in bytes; None for `MAX_BODY`, or `MAX_BODY_IMAGES` with images
 ) -> FastAPI:
     """Build the application. Requests to other names than `hosts` and from pages of other sites are refused."""
     metrics = Metrics(service.engine)
+    if max_body is None:
+        max_body = MAX_BODY_IMAGES if service.takes_images else MAX_BODY
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

@@ -2,36 +2,25 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from bisect import bisect_right
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from medhead.config import SamplingParams
 from medhead.errors import MedheadError
-from medhead.model.loading import apply_template
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request
-
-ChatMessage = dict[str, Any]
+from medhead_app.chat_encoder import ChatEncoder, ChatMessage, EncodedChat
 
 
 class PromptTooLongError(MedheadError):
     """The prompt does not fit the model's context, or is longer than the server allows."""
 
 
-@dataclass(frozen=True)
-class EncodedChat:
-    """A conversation as token ids, up to where the answer begins."""
-
-    token_ids: list[int]
-    dropped: int = 0  # number of oldest messages that were left out because they did not fit
-
-
 class Service:
-    """One served model; without a chat template, messages are joined by blank lines."""
+    """One served model; see `ChatEncoder` for its chats."""
 
     def __init__(
         self,
@@ -42,6 +31,7 @@ class Service:
         max_prompt_tokens: int | None = None,  # longest prompt; None allows what the context holds
         max_new_tokens: int = 1024,  # longest answer
         tool_parser: str | None = None,  # name of the format of tool calls; None for that of the chat template
+        processor: Any = None,  # of a model that takes images
     ) -> None:
         self.engine, self.tokenizer, self.name, self.tool_parser = engine, tokenizer, name, tool_parser
         self.context = int(engine.decoder.target.context)  # tokens that prompt and answer share
@@ -50,12 +40,13 @@ class Service:
         self.temperature = default_temperature(engine)  # of requests that give none
         self.created = int(time.time())  # when the server was started, in Unix time
         self.closed = False
-        self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
+        self.takes_images = processor is not None  # whether chats may hold images
+        dtype = {} if processor is None else {"dtype": engine.decoder.target.dtype}
+        self._encoder = ChatEncoder(tokenizer, processor, **dtype)
 
     def encode(self, text: str) -> list[int]:
         """Return the token ids of a text."""
-        with self._lock:
-            return list(self.tokenizer(text)["input_ids"])
+        return self._encoder.encode_text(text)
 
     def decode(self, token_ids: list[int]) -> str:
         """Return the text of token ids, without special tokens."""
@@ -76,22 +67,22 @@ class Service:
         if not messages:
             raise MedheadError("there are no messages")
         if not truncate:
-            token_ids = self._apply_template(messages, tools)
-            self._check_length(token_ids)
-            return EncodedChat(token_ids)
+            encoded = self._encoder.encode(messages, tools)
+            self._check_length(encoded.token_ids)
+            return encoded
         limit = min(self.max_prompt_tokens, self.context - max(1, min(answer_tokens, self.context // 2)))
         system, exchanges = split_exchanges(messages)
 
-        def encode_newest(count: int) -> list[int]:
-            return self._apply_template([*system, *(message for part in exchanges[-count:] for message in part)])
+        def encode_newest(count: int) -> EncodedChat:
+            return self._encoder.encode([*system, *(message for part in exchanges[-count:] for message in part)])
 
         kept = len(exchanges)
-        token_ids = encode_newest(kept)
-        if len(token_ids) > limit:
-            kept = max(1, bisect_right(range(1, kept), limit, key=lambda count: len(encode_newest(count))))
-            token_ids = encode_newest(kept)
-        self._check_length(token_ids)
-        return EncodedChat(token_ids, sum(map(len, exchanges[: len(exchanges) - kept])))
+        encoded = encode_newest(kept)
+        if len(encoded.token_ids) > limit:
+            kept = max(1, bisect_right(range(1, kept), limit, key=lambda count: len(encode_newest(count).token_ids)))
+            encoded = encode_newest(kept)
+        self._check_length(encoded.token_ids)
+        return replace(encoded, dropped=sum(map(len, exchanges[: len(exchanges) - kept])))
 
     def request(
         self,
@@ -104,6 +95,7 @@ class Service:
         logprobs: int | None = None,
         special_tokens: tuple[int, ...] = (),
         cache_salt: str | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
         **sampling: Any,
     ) -> Request:
         """Build a request within the server's limits; `sampling` are the other fields of `SamplingParams`.
@@ -116,6 +108,7 @@ class Service:
             raise MedheadError(f"max_new_tokens must be from 1 to {self.max_new_tokens} on this server, got {tokens}")
         params = SamplingParams(max_new_tokens=min(tokens, self.context - len(prompt)), **sampling)
         fields: dict[str, Any] = {"proposer": proposer, "tree_size": tree_size, "trace": trace, "logprobs": logprobs}
+        fields["model_inputs"] = model_inputs or {}
         return Request(prompt, params, special_tokens=special_tokens, cache_salt=cache_salt, **fields)
 
     def close(self) -> None:
@@ -127,12 +120,6 @@ class Service:
         if len(token_ids) > self.max_prompt_tokens:
             limits = f"at most {self.max_prompt_tokens} fit (the context is {self.context})"
             raise PromptTooLongError(f"the prompt has {len(token_ids)} tokens, {limits}")
-
-    def _apply_template(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> list[int]:
-        if not getattr(self.tokenizer, "chat_template", None):
-            return self.encode("\n\n".join(message["content"] for message in messages))
-        with self._lock:
-            return apply_template(self.tokenizer, messages, tools)
 
 
 def default_temperature(engine: Engine) -> float:

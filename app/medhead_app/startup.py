@@ -13,10 +13,12 @@ from typing import Any
 import torch
 
 from medhead.cli.common import make_decoder
+from medhead.decoder import Decoder
 from medhead.errors import MedheadError
 from medhead.heads.adapter import adapts_target, heads_of
-from medhead.model.loading import load_model, load_tokenizer, pick_device, pick_dtype
+from medhead.model.loading import load_model, load_processor, load_tokenizer, pick_device, pick_dtype
 from medhead.model.named_models import DEMO, default_heads, resolve_model
+from medhead.model.prompt_inputs import modalities, why_no_images
 from medhead.serving.engine import Engine
 from medhead_app.memory_check import GIB, check_memory
 from medhead_app.service import Service
@@ -33,6 +35,7 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     with _reported(prog, f"loading {name} ({str(dtype).removeprefix('torch.')} on {device})", name, device):
         tokenizer = load_tokenizer(args.model, args.trust_remote_code)
         decoder = make_decoder(args, load_model(args.model, device, dtype, args.trust_remote_code, args.weights))
+    processor = _load_processor(args, prog, tokenizer, decoder)
     heads: Any = args.heads or default_heads(args.model)
     if heads is not None and adapts_target(heads):
         heads = heads_of(decoder.model)
@@ -44,7 +47,20 @@ def load_service(args: argparse.Namespace, prog: str) -> Service:
     with _reported(prog, "measuring the cost of a pass unless it is cached", name, device):
         engine.start()
     lengths = {"max_prompt_tokens": args.max_prompt_tokens, "max_new_tokens": args.max_new_tokens}
-    return Service(engine, tokenizer, name, tool_parser=args.tool_parser, **lengths)
+    return Service(engine, tokenizer, name, tool_parser=args.tool_parser, processor=processor, **lengths)
+
+
+def _load_processor(args: argparse.Namespace, prog: str, tokenizer: Any, decoder: Decoder) -> Any:
+    """Return the processor of a model that reads images, or None; then say why they are refused."""
+    if "image" not in modalities(decoder.target.model):
+        return None
+    if (reason := why_no_images(decoder.target)) is None:
+        try:
+            return load_processor(args.model, tokenizer, args.trust_remote_code)
+        except MedheadError as error:
+            reason = str(error)
+    print(f"{prog}: images are refused: {reason}", file=sys.stderr)
+    return None
 
 
 def model_name(model: str) -> str:

@@ -12,7 +12,7 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
 from medhead.model.prompt_inputs import PromptInputs
-from medhead.model.prompt_reader import PromptReader, read_whole
+from medhead.model.prompt_reader import PromptReader, WholeReader, read_whole
 from medhead.model.state_cache import StateCache
 from medhead.model.target import Target
 from medhead.proposers.base import Proposer
@@ -71,35 +71,36 @@ class Joining:
         self._starts = [0] * len(texts) if prefixes is None else [prefix.length for prefix in prefixes]
         for row, prefix in enumerate(prefixes or ()):
             self._load(row, prefix)
-        self._reader: PromptReader | None = None
+        longest, on_chunk = max(map(len, texts)), self._on_chunk
+        self._reader: PromptReader | WholeReader
         if inputs is not None:
-            self._at_once = target.prefill_inputs(self.cache, inputs, self._on_chunk)
+            self._reader = WholeReader(longest, lambda: target.prefill_inputs(self.cache, inputs, on_chunk))
         elif target.bitwise is not None and target.bitwise.reads_whole:
-            self._at_once = read_whole(target, self.cache, texts, self._on_chunk)
+            self._reader = WholeReader(longest, lambda: read_whole(target, self.cache, texts, on_chunk))
         else:
-            self._reader = PromptReader(target, self.cache, texts, self._on_chunk, self._starts)
+            self._reader = PromptReader(target, self.cache, texts, on_chunk, self._starts)
 
     @property
     def left(self) -> int:
         """Tokens of the longest prompt that are still to be read."""
-        return 0 if self._reader is None else self._reader.left
+        return self._reader.left
 
     def known(self, row: int) -> int:
         """Return how many tokens of a prompt were read, stored ones included."""
-        done = 0 if self._reader is None else self._reader.done
-        return min(self._starts[row] + done, len(self._texts[row]))
+        return min(self._starts[row] + self._reader.done, len(self._texts[row]))
 
     @torch.inference_mode()
     def advance(self, chunk: int) -> None:
-        """Read the next `chunk` tokens of every prompt."""
-        assert self._reader is not None
+        """Read the next `chunk` tokens of every prompt, or all where prompts hold images or are promised bitwise texts.
+
+        Raises:
+            MedheadError: the model cannot read prompts with these images.
+        """
         self._reader.advance(chunk)
 
     @property
     def read(self) -> tuple[Tensor, Tensor]:
         """The logits `[batch, vocab]` and features `[batch, size]` of every prompt's last token, once all is read."""
-        if self._reader is None:
-            return self._at_once
         assert self._reader.logits is not None, "prompts have at least one token"
         return self._reader.logits, self._reader.features
 

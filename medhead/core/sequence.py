@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 from transformers import LogitsProcessorList
@@ -12,6 +13,9 @@ from medhead.config import SamplingParams
 from medhead.core.constraint import Constraint
 from medhead.core.sampling import to_warpers
 from medhead.core.stopping import StopChecker
+
+if TYPE_CHECKING:
+    from medhead.model.prompt_inputs import PromptInputs
 
 
 @dataclass(eq=False)
@@ -33,6 +37,7 @@ class Sequence:
     needs_logits: bool = False  # whether `on_tokens` needs `DecodeLoop.output`, which captured steps do not give
     cache_salt: str | None = None  # see `Request`
     constraint: Constraint | None = None  # the state of its grammar; None for any text
+    prompt_inputs: PromptInputs | None = None  # of a prompt that holds images and is read on its own
     output_ids: list[int] = field(default_factory=list)  # new token ids
     passes: int = 0  # verify passes so far, that over the prompt included
     scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded

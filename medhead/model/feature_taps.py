@@ -42,6 +42,15 @@ class FeatureTaps:
                 hook.remove()
             self._hidden, self.select, self.layers = None, None, {}
 
+    @contextmanager
+    def selecting(self, rows: Tensor) -> Iterator[None]:
+        """Compute the logits of one row `[batch]` of the hidden states alone, inside the context."""
+        self.select = rows
+        try:
+            yield
+        finally:
+            self.select = None
+
     def last_hidden(self) -> Tensor:
         """Return the last hidden states of the last pass, `[batch, nodes, hidden]`."""
         assert self._hidden is not None, "only while listening"

@@ -234,7 +234,8 @@ class TreeCache(Cache):
             else:
                 self.buffers[spec] = buffer[:, torch.tensor(rows, device=buffer.device)]
         if self.position_offset is not None:
-            self.position_offset = self.position_offset[..., rows]
+            offset = self.position_offset[..., rows]
+            self.position_offset = offset if bool(offset.any()) else None
         self._refresh_views()
 
     def join(self, other: TreeCache) -> None:

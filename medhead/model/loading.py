@@ -151,6 +151,30 @@ def load_tokenizer(
         raise MedheadError(f"the tokenizer of {str(name)!r} cannot be loaded: {_reason(name, error)}") from None
 
 
+def load_processor(name_or_path: str | Path | None, tokenizer: Any, trust_remote_code: bool = False) -> Any:
+    """Load the processor of a model of images and text, named as for `load_model`; a failure is a `MedheadError`.
+
+    The tokenizer gets the processor's chat template, or the processor the tokenizer's where it has none, so that chats with and
+    without images are written alike.
+    """
+    from transformers import AutoProcessor
+
+    name = resolve_model(name_or_path)
+    try:
+        if is_gguf(name):
+            raise ValueError("a GGUF file holds no processor")
+        processor = AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code)
+        if not hasattr(processor, "image_processor"):
+            raise ValueError("it has none that reads images")
+        template = getattr(processor, "chat_template", None) or getattr(tokenizer, "chat_template", None)
+        if not template:
+            raise ValueError("it has no chat template")
+    except LOADING_ERRORS as error:
+        raise MedheadError(f"the processor of {str(name)!r} cannot be loaded: {_reason(name, error)}") from None
+    processor.chat_template = tokenizer.chat_template = template
+    return processor
+
+
 def encode_chat(tokenizer: PreTrainedTokenizerBase, prompt: str, system: str | None, raw: bool) -> list[int]:
     """Return the token ids of a prompt, through the chat template if the tokenizer has one and `raw` is false.
 

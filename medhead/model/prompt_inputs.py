@@ -6,7 +6,7 @@ verified as any other: its positions follow the prompt's last one, which in some
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,32 @@ _OF_EVERY_PASS = {
     "input_ids", "inputs_embeds", "attention_mask", "position_ids", "cache", "past_key_values", "use_cache", "cache_position",
     "logits_to_keep", "return_dict", *_TOKEN_TYPES,
 }  # fmt: skip
+
+
+# what models raise where images do not fit the text
+READING_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, IndexError, KeyError)
+
+
+def cannot_read(name: str, arguments: Mapping[str, Any], error: Exception) -> MedheadError:
+    """Return the error for a prompt that a model called `name` cannot read with these arguments."""
+    return MedheadError(f"{name} cannot read a prompt with {', '.join(sorted(arguments))}: {one_line(error, 200)}")
+
+
+def why_no_images(target: Target) -> str | None:
+    """Return why no prompt of a target can hold images while others are served; None if one can, as far as is known."""
+    if "image" not in modalities(target.model):
+        return f"{target.name} reads text only"
+    if target.state_layers is not None:
+        return f"{target.name} reads images and its layers hold states; give it text alone"
+    if (length := target.length_rope.rereads_at) is not None:
+        return f"{target.name} reads texts anew at {length} tokens, which is not done for texts with images"
+    return None
+
+
+def modalities(model: Any) -> set[str]:
+    """Return what a model reads: `text`, `image`, ..."""
+    found = getattr(model, "input_modalities", None) or "text"
+    return {found} if isinstance(found, str) else set(found)
 
 
 def _tells_sizes(name: str) -> bool:
@@ -178,11 +204,8 @@ def _read_prompts(target: Target, cache: TreeCache, inputs: PromptInputs) -> tup
         logits, features = target.run_prompts(cache, arguments, lengths - 1)
     except MedheadError:
         raise
-    except (ValueError, TypeError, RuntimeError, IndexError, KeyError) as error:
-        reason = one_line(error, 200)
-        raise MedheadError(
-            f"{target.name} cannot read a prompt with {', '.join(sorted(inputs.arguments))}: {reason}"
-        ) from error
+    except READING_ERRORS as error:
+        raise cannot_read(target.name, inputs.arguments, error) from error
     rows = torch.arange(len(lengths), device=lengths.device)
     if (positions := arguments.get("position_ids")) is not None:
         last = positions[..., rows.to(positions.device), (lengths - 1).to(positions.device)]

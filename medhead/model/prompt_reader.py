@@ -79,6 +79,28 @@ class PromptReader:
         self.done, self.left = done + nodes, self.left - nodes
 
 
+class WholeReader:
+    """Reads whole prompts in one turn, as a `PromptReader` whose chunk is as long as they are.
+
+    Args:
+        tokens: of the longest prompt.
+        read: reads them; returns logits `[batch, vocab]` and features `[batch, size]` of every prompt's last token.
+
+    Attributes:
+        logits: see `PromptReader`, as all others.
+    """
+
+    def __init__(self, tokens: int, read: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._read, self.left, self.done = read, tokens, 0
+        self.logits: torch.Tensor | None = None
+        self.features = torch.empty(0)
+
+    def advance(self, chunk: int) -> None:
+        """Read all tokens of every prompt."""
+        self.logits, self.features = self._read()
+        self.left, self.done = 0, self.left
+
+
 def read_whole(
     target: Target, cache: TreeCache, rows: list[list[int]], on_chunk: Callable[[torch.Tensor, int], None] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

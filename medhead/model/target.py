@@ -325,10 +325,9 @@ class Target:
         """
         nodes = tokens.shape[1]
         depth = torch.arange(nodes, device=self.device)[None]
-        self.taps.select = last
         cache.begin(nodes)
-        logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
-        self.taps.select = None
+        with self.taps.selecting(last):
+            logits, features = self._forward(cache, tokens, depth, self._pass(cache, depth, None, nodes))
         return logits[:, 0], features
 
     def prefill_inputs(
@@ -340,13 +339,11 @@ class Target:
 
     def run_prompts(self, cache: TreeCache, arguments: dict[str, Any], last: Tensor) -> tuple[Tensor, Tensor]:
         """Run the model's forward over whole prompts; return the logits of every row's token `last`, and all features."""
-        self.taps.select = last
         nodes = int(arguments["input_ids"].shape[1])
         current = self._pass(cache, torch.arange(nodes, device=self.device)[None], None, nodes)
         current.prompts = cache.batch_size
-        with tree_pass(current), self._running():
+        with tree_pass(current), self._running(), self.taps.selecting(last):
             output = self.model(**arguments)
-        self.taps.select = None
         return output.logits, self.taps.features()
 
     def own_attention(self) -> AbstractContextManager[None]:
@@ -364,10 +361,9 @@ class Target:
         not see the one before, unless the model has `state_layers`.
         """
         # logits of one token
-        self.taps.select = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
-        with self._running():
+        first = torch.zeros(input_ids.shape[0], dtype=torch.long, device=input_ids.device)
+        with self._running(), self.taps.selecting(first):
             model(input_ids=input_ids, use_cache=False, **self.position_arguments(position_ids))
-        self.taps.select = None
         return self.taps.last_hidden(), self.taps.features()
 
     # ---------------------------------------------------------------- inside

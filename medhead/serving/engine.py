@@ -25,6 +25,7 @@ from medhead.model.target import PREFILL_CHUNK
 from medhead.serving.handle import RequestHandle
 from medhead.serving.prefix_store import PrefixStore
 from medhead.serving.prepare import SequencePreparer
+from medhead.serving.prompts import UnreadablePromptError
 from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
 from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler
@@ -284,7 +285,13 @@ class Engine:
         began, running = time.perf_counter(), list(batch.sequences)
         self._activate(batch)
         is_alone = not any(other.sequences for other in self._scheduler)
-        reading = batch.prompts.read(PREFILL_CHUNK if is_alone else self.prefill_chunk)
+        try:
+            reading = batch.prompts.read(PREFILL_CHUNK if is_alone else self.prefill_chunk)
+        except UnreadablePromptError as error:
+            self._charge(batch, time.perf_counter() - began)
+            for one in error.sequences:
+                self._end(self._states[id(one)], "error", str(error))
+            return
         spent = time.perf_counter() - began
         for one in reading:
             self._states[id(one)].handle.result.busy += spent

@@ -19,7 +19,8 @@ from medhead.serving.prefix_cache import PrefixCache, default_limit
 class PrefixStore:
     """Finds and keeps the beginnings of texts.
 
-    Texts whose rotary frequencies depend on their length (`LengthRope`) are left out.
+    Texts whose rotary frequencies depend on their length (`LengthRope`) are left out, and so are those whose prompts hold
+    images: equal token ids may stand for different images.
 
     Args:
         target: of the texts.
@@ -46,7 +47,7 @@ class PrefixStore:
 
     def find(self, proposer: Proposer, sequence: Sequence) -> StoredPrefix:
         """Return what is known of the beginning of a sequence's prompt for a proposer."""
-        if not self._serves(len(sequence.token_ids), proposer):
+        if not self._serves(sequence, proposer):
             return StoredPrefix()
         return self.cache.find(sequence.token_ids, proposer.draft_key or None, sequence.cache_salt)
 
@@ -54,7 +55,7 @@ class PrefixStore:
         self, proposer: Proposer, sequence: Sequence, cache: TreeCache, draft_cache: Any, row: int, length: int
     ) -> None:
         """Keep the first `length` tokens of a sequence, which are in a row of a cache."""
-        if not self._serves(len(sequence.token_ids), proposer):
+        if not self._serves(sequence, proposer):
             return
         states = None
         if isinstance(cache, StateCache):
@@ -65,11 +66,12 @@ class PrefixStore:
         text, copy_rows = sequence.token_ids[:length], partial(cache.copy_tokens, row)
         self.cache.store(text, copy_rows, proposer.draft_key, copy_drafts, states, sequence.cache_salt)
 
-    def _serves(self, tokens: int, proposer: Proposer) -> bool:
-        """Return whether a text of so many tokens can be read from its middle on."""
+    def _serves(self, sequence: Sequence, proposer: Proposer) -> bool:
+        """Return whether a text can be read from its middle on, and its token ids say all about it."""
         layers = self._target.state_layers
         in_chunks = layers is None or layers.in_chunks
-        fits = self.cache.limit > 0 and tokens <= self._target.length_rope.limit
-        if self._target.bitwise is not None and self._target.bitwise.reads_whole:
+        fits = self.cache.limit > 0 and len(sequence.token_ids) <= self._target.length_rope.limit
+        bitwise = self._target.bitwise
+        if sequence.prompt_inputs is not None or (bitwise is not None and bitwise.reads_whole):
             return False
         return fits and in_chunks and proposer.draft_key is not None

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 from weakref import WeakValueDictionary
 
+import torch
 from transformers import LogitsProcessorList
 from transformers.generation.stopping_criteria import EosTokenCriteria
 
@@ -15,6 +16,7 @@ from medhead.core.sampling import is_local, signature
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
 from medhead.decoder import Decoder, sampling_params
+from medhead.generate_options import prompt_inputs
 from medhead.generation_config import prepare_generation, stop_strings
 from medhead.serving.detokenizer import Detokenizer
 
@@ -45,18 +47,28 @@ class SequencePreparer:
         limit = token_limit(params.max_new_tokens, len(prompt), self._target.context)
         return Sequence(list(prompt), list(prompt), StopChecker(limit), params, **fields)
 
-    def prepare(self, sequence: Sequence, stops_at: Callable[[int], bool] | None = None) -> Sequence:
+    def prepare(
+        self,
+        sequence: Sequence,
+        stops_at: Callable[[int], bool] | None = None,
+        model_inputs: Mapping[str, Any] | None = None,
+    ) -> Sequence:
         """Give a sequence its processors, sampling parameters and ends; return it.
 
         Args:
             sequence: one that `new_sequence` made.
             stops_at: see `StopChecker`; it looks for the stop strings too. None looks for them alone.
+            model_inputs: of its prompt, see `Request`.
 
         Raises:
-            MedheadError: the model's generation configuration asks for what medhead cannot do.
+            MedheadError: the model's generation configuration asks for what medhead cannot do, or the model cannot read
+                the images.
         """
         params, limit = sequence.params, sequence.stop_checker.limit
-        found = prepare_generation(self._model, sequence.prompt_ids, params, self._tokenizer)
+        found = prepare_generation(self._model, sequence.prompt_ids, params, self._tokenizer, model_inputs)
+        if model_inputs:
+            ids = torch.tensor([sequence.prompt_ids], device=self._target.device)
+            sequence.prompt_inputs = prompt_inputs(self._model, ids, found.arguments)
         if stops_at is None and self.stop_strings:
             stops_at = Detokenizer(self._tokenizer, self.stop_strings).stops_at
         criteria = [one for one in found.criteria if not (params.ignore_eos and type(one) is EosTokenCriteria)]

@@ -8,7 +8,16 @@ from collections.abc import Callable
 from medhead.core.joining import Joining, StoredPrefix
 from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
+from medhead.errors import MedheadError
 from medhead.serving.prefix_store import PrefixStore
+
+
+class UnreadablePromptError(MedheadError):
+    """The model cannot read a prompt with its images; `sequences` are those that have it."""
+
+    def __init__(self, message: str, sequences: list[Sequence]) -> None:
+        super().__init__(message)
+        self.sequences = sequences
 
 
 class PromptQueue:
@@ -37,25 +46,34 @@ class PromptQueue:
     def add(self, sequences: list[Sequence], chunk: int) -> list[int]:
         """Take more prompts; return how many tokens of each are known.
 
-        Prompts of more than `chunk` unknown tokens are read on their own, the others together.
+        Prompts of more than `chunk` unknown tokens, and those that hold images, are read on their own, the others together.
         """
         groups: dict[int, list[tuple[Sequence, StoredPrefix]]] = {}
         lengths = []
         for one in sequences:
             prefix = self._prefixes.find(self._loop.proposer, one)
-            is_long = len(one.token_ids) - prefix.length > chunk
-            groups.setdefault(id(one) if is_long else prefix.length > 0, []).append((one, prefix))
+            is_alone = one.prompt_inputs is not None or len(one.token_ids) - prefix.length > chunk
+            groups.setdefault(id(one) if is_alone else prefix.length > 0, []).append((one, prefix))
             lengths.append(prefix.length)
         for group in groups.values():
             together, prefixes = [one for one, _ in group], [prefix for _, prefix in group]
-            self._waiting.append(Joining(self._loop.target, self._loop.proposer.fork(), together, prefixes))
+            proposer, inputs = self._loop.proposer.fork(), together[0].prompt_inputs
+            self._waiting.append(Joining(self._loop.target, proposer, together, prefixes, inputs))
         return lengths
 
     def read(self, tokens: int) -> list[Sequence]:
-        """Read at most so many tokens of the prompts whose turn it is; return their sequences."""
+        """Read at most so many tokens of the prompts whose turn it is; return their sequences.
+
+        Raises:
+            UnreadablePromptError: the model cannot read a prompt with its images; the others are as before.
+        """
         joining = self._waiting.popleft()
-        if joining.left:
+        try:
             joining.advance(max(1, tokens // len(joining.sequences)))
+        except MedheadError as error:
+            if joining.sequences[0].prompt_inputs is None:
+                raise
+            raise UnreadablePromptError(str(error), joining.sequences) from error
         if joining.left:
             self._waiting.append(joining)
         else:

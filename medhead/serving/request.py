@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from medhead.config import SamplingParams, check_tree_size
 from medhead.errors import MedheadError
@@ -39,6 +40,9 @@ class Request:
         cache_salt: requests use the prefixes of requests with the same salt alone; None is a salt too.
         logprobs: fill `StepOutput.logprobs` with so many of the most probable tokens, from 0 to 20; None fills nothing.
         special_tokens: ids of special tokens that are part of the text; the others are left out.
+        model_inputs: what the model's processor made of the prompt besides `input_ids` and `attention_mask`: `pixel_values` for
+            example, tensors with a batch size of 1. The prompt is read on its own and in one pass; it neither uses nor leaves
+            a prefix for other requests.
 
     Raises:
         MedheadError: a value is out of range.
@@ -53,6 +57,7 @@ class Request:
     logprobs: int | None = None
     special_tokens: tuple[int, ...] = ()
     cache_salt: str | None = None
+    model_inputs: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         limit = self.time_limit
@@ -63,6 +68,8 @@ class Request:
         top = self.logprobs
         if top is not None and (isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MAX_TOP_LOGPROBS):
             raise MedheadError(f"logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}, got {top!r}")
+        if extra := sorted({"input_ids", "attention_mask"} & set(self.model_inputs)):
+            raise MedheadError(f"model_inputs must not hold {' and '.join(extra)}: give the token ids as prompt")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import token_limit
 from medhead.errors import MedheadError
+from medhead.model.prompt_inputs import why_no_images
 from medhead.model.target import Target
 from medhead.proposers import PROPOSERS
 from medhead.proposers.base import VerifyOutput
@@ -51,7 +52,7 @@ class RequestState:
 
     def prepare(self) -> None:
         """Give the sequence its processors and ends; called in the engine's thread."""
-        self._preparer.prepare(self.sequence, self._stops_at)
+        self._preparer.prepare(self.sequence, self._stops_at, self.handle.request.model_inputs)
 
     def take_output(self, seconds: float, loop: DecodeLoop, row: int) -> StepOutput:
         """Return the output of the last pass, and bring the result up to date.
@@ -118,6 +119,8 @@ def check_request(request: Request, target: Target, has_heads: bool) -> None:
     """
     if not request.prompt:
         raise MedheadError("the prompt is empty: give at least one token")
+    if request.model_inputs and (reason := why_no_images(target)) is not None:
+        raise MedheadError(f"{', '.join(sorted(request.model_inputs))} cannot be used: {reason}")
     vocabulary = target.num_embeddings
     low, high = min(request.prompt), max(request.prompt)
     if low < 0 or high >= vocabulary:

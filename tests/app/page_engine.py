@@ -11,6 +11,7 @@ from html import unescape
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 
 from medhead.errors import MedheadError
@@ -47,6 +48,27 @@ class WordTokenizer:
         return "".join(self.words[token] for token in ids)
 
 
+class WordProcessor:
+    """A processor that keeps the images it is given; each is a word of the prompt."""
+
+    chat_template = "yes"
+
+    def __init__(self, tokenizer: WordTokenizer) -> None:
+        self.tokenizer, self.images = tokenizer, list[Any]()
+
+    def apply_chat_template(self, messages: list[dict[str, Any]], **_: Any) -> str:
+        texts = []
+        for message in messages:
+            parts = message["content"]
+            parts = [{"text": parts}] if isinstance(parts, str) else parts
+            texts.append(" ".join(part.get("text", "<image>") for part in parts))
+        return " ".join(texts)
+
+    def __call__(self, text: list[str], images: list[list[Any]], **_: Any) -> dict[str, Any]:
+        self.images += images[0]
+        return {"input_ids": torch.tensor([self.tokenizer(text[0])["input_ids"]])}
+
+
 class ScriptedEngine:
     """The interface of `Engine`. Each request has a thread; `none` emits one token per pass, other proposers three.
 
@@ -71,7 +93,7 @@ class ScriptedEngine:
         self.tokenizer = WordTokenizer()
         self.script, self.delay, self.fail, self.crash = script, delay, fail, crash
         model = SimpleNamespace(generation_config=GenerationConfig())
-        target = SimpleNamespace(context=context, model=model)
+        target = SimpleNamespace(context=context, model=model, dtype=torch.float32)
         self.decoder = SimpleNamespace(target=target, proposer=SimpleNamespace(name="hybrid"))
         self.listeners: list[Callable[[Request, Result], None]] = []
         self.max_rows, self.max_queue, self.has_heads = max_rows, max_queue, True

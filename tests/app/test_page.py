@@ -125,7 +125,7 @@ def test_an_abandoned_turn_shows_nothing_more() -> None:
     shown: list[Any] = []
 
     async def turn() -> None:
-        async for changes in handlers.send(REQUEST, new_conversation(), "Hello", *FIELDS):
+        async for changes in handlers.send(REQUEST, new_conversation(), "Hello", [], *FIELDS):
             shown.append(changes)
 
     async def abandon() -> None:
@@ -158,7 +158,7 @@ REQUEST = SimpleNamespace(session_hash="one")
 def test_a_turn_on_the_page() -> None:
     handlers = handlers_of(service_of(delay=0.001))
     ui = handlers.components
-    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello <b>", *FIELDS)))
+    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello <b>", [], *FIELDS)))
     assert changes[0][ui.message] == ""
     assert changes[0][ui.stop]["visible"] is True
     assert changes[0][ui.chat]["busy"] is True
@@ -186,7 +186,7 @@ def test_a_turn_on_the_page() -> None:
 
 def test_internal_errors_are_logged_and_shown_without_details(caplog: pytest.LogCaptureFixture) -> None:
     handlers = handlers_of(service_of(crash=True))
-    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", *FIELDS)))
+    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", [], *FIELDS)))
     assert "a secret inside" not in str(changes)
     assert "Internal error" in changes[-1][handlers.components.live]
     assert changes[-1][handlers.components.chat]["messages"] == []
@@ -199,7 +199,7 @@ def test_internal_errors_are_logged_and_shown_without_details(caplog: pytest.Log
 
 def test_a_full_queue_is_shown_on_the_page() -> None:
     handlers = handlers_of(service_of(max_rows=0, max_queue=0))
-    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", *FIELDS)))
+    changes = run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", [], *FIELDS)))
     assert "waiting already, try again" in changes[-1][handlers.components.live]
     before = answered("one")
     again = run_async(all_of(handlers.ask(REQUEST, SimpleNamespace(action="retry"), before, *FIELDS)))
@@ -212,7 +212,7 @@ def test_no_second_answer_at_a_time() -> None:
     handlers = handlers_of(service_of())
     unchanged = {handlers.components.chat: pytest.importorskip("gradio").skip()}
     handlers.sessions.begin_turn("one", "other")
-    assert run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", *FIELDS))) == [unchanged]
+    assert run_async(all_of(handlers.send(REQUEST, new_conversation(), "Hello", [], *FIELDS))) == [unchanged]
 
 
 def test_one_answer_at_a_time_in_a_conversation() -> None:
@@ -220,7 +220,7 @@ def test_one_answer_at_a_time_in_a_conversation() -> None:
     conversation = answered("one")
     unchanged = {handlers.components.chat: pytest.importorskip("gradio").skip()}
     handlers.sessions.begin_turn("another tab", conversation["id"])
-    assert run_async(all_of(handlers.send(REQUEST, conversation, "Hello", *FIELDS))) == [unchanged]
+    assert run_async(all_of(handlers.send(REQUEST, conversation, "Hello", [], *FIELDS))) == [unchanged]
     assert handlers.modify(SimpleNamespace(action="undo"), conversation) == unchanged
     assert run_async(handlers.clear(REQUEST, conversation)) == unchanged
     handlers.sessions.end_turn("another tab")
@@ -242,7 +242,7 @@ def test_a_text_that_is_refused_comes_into_the_box() -> None:
     text, box = "x" * (MAX_CHARACTERS + 1), handlers.components.message
     edit = SimpleNamespace(action="edit", index=0, text=text)
     for changes in (
-        handlers.send(REQUEST, new_conversation(), text, *FIELDS),
+        handlers.send(REQUEST, new_conversation(), text, [], *FIELDS),
         handlers.ask(REQUEST, edit, answered("one"), *FIELDS),
     ):
         last = run_async(all_of(changes))[-1]

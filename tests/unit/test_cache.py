@@ -117,3 +117,25 @@ def test_gaps_are_closed_from_behind(places: set[int]) -> None:
     closed = compact_order(sorted(places))
     assert set(closed) == places
     assert all(row == place or row >= len(closed) for place, row in enumerate(closed))
+
+
+def test_offsets_of_positions_go_with_the_rows_that_have_them() -> None:
+    spec = KVSpec(1, 2, torch.float32, torch.device("cpu"))
+    layout = CacheLayout({0: (spec, spec)})
+
+    def cache_of(offset: list[list[int]] | None) -> TreeCache:
+        cache = TreeCache(layout, 2, 8)
+        cache.lengths.set([3, 4])
+        cache.position_offset = None if offset is None else torch.tensor(offset)
+        return cache
+
+    cache = cache_of(None)
+    cache.join(cache_of([[0, -2], [0, -5]]))
+    assert cache.position_offset is not None
+    assert cache.position_offset.tolist() == [[0, 0, 0, -2], [0, 0, 0, -5]]
+    cache.lengths.set([3, 4, 3, 4])
+    cache.keep_rows([0, 3])
+    cache.lengths.keep_rows([0, 3])
+    assert cache.position_offset.tolist() == [[0, -2], [0, -5]]
+    cache.keep_rows([0])
+    assert cache.position_offset is None  # a position is an index again

@@ -18,6 +18,19 @@ OTHERS = {
     "GET /health": "200 while requests are served, else 503",
     "GET /metrics": "Prometheus: requests, tokens, passes, accepted length, tokens/s, queue, latencies",
 }
+PARTS = {  # of the content of a message: which endpoints read them
+    "text": (True, True),
+    "image_url": (True, True),
+    "input_text": (False, True),
+    "output_text": (False, True),
+    "input_image": (False, True),
+    "input_audio": (False, False),
+    "input_file": (False, False),
+}
+PART_LEGEND = (
+    "Parts of a message's content. Images are data URLs, in messages of the user, for models that read images; /v1/completions "
+    "takes texts and token ids."
+)
 LEGEND = (
     "yes: the field has its effect. ignored: any value is accepted, no text changes. only ...: these values ask for nothing and "
     "are accepted. no: refused by name. Null is always accepted; fields that are not listed are refused as unknown."
@@ -47,7 +60,9 @@ def markdown_table() -> str:
         cells = [status(kind, name) for kind in BODIES.values()]
         rows.append(f"| `{name}` | " + " | ".join(_code(cell) for cell in cells) + " |")
     head = ["| field | " + " | ".join(f"`{name}`" for name in BODIES) + " |", "|---" * (1 + len(BODIES)) + "|"]
-    return "\n".join([LEGEND, "", *head, *rows])
+    parts = [f"| `{name}` | {_yes(chat)} | {_yes(responses)} |" for name, (chat, responses) in PARTS.items()]
+    part_head = ["| part | `chat/completions` | `responses` |", "|---" * 3 + "|"]
+    return "\n".join([LEGEND, "", *head, *rows, "", PART_LEGEND, "", *part_head, *parts])
 
 
 def html_page(name: str) -> str:
@@ -59,6 +74,11 @@ def html_page(name: str) -> str:
         + "</tr>"
         for field in fields()
     )
+    parts = "".join(
+        f"<tr><td><code>{name}</code></td><td>{_yes(chat)}</td><td>{_yes(responses)}</td></tr>"
+        for name, (chat, responses) in PARTS.items()
+    )
+    part_head = "<tr><th>part</th><th>POST /v1/chat/completions</th><th>POST /v1/responses</th></tr>"
     others = "".join(f"<li><code>{path}</code>: {escape(text)}</li>" for path, text in OTHERS.items())
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><title>medhead API</title>'
@@ -66,8 +86,13 @@ def html_page(name: str) -> str:
         "td,th{border-bottom:1px solid #8886;padding:.2rem .8rem .2rem 0;text-align:left}"
         ":root{color-scheme:light dark}</style>"
         f"<h1>medhead API</h1><p>OpenAI's API for the model <code>{escape(name)}</code>.</p><ul>{others}</ul>"
-        f"<h2>Fields</h2><p>{escape(LEGEND)}</p><table><tr><th>field</th>{head}</tr>{rows}</table></html>"
+        f"<h2>Fields</h2><p>{escape(LEGEND)}</p><table><tr><th>field</th>{head}</tr>{rows}</table>"
+        f"<p>{escape(PART_LEGEND)}</p><table>{part_head}{parts}</table></html>"
     )
+
+
+def _yes(reads: bool) -> str:
+    return "yes" if reads else "no"
 
 
 def _code(cell: str) -> str:

@@ -6,9 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Tag
+from pydantic import BeforeValidator, Discriminator, Tag, ValidationInfo
 
+from medhead.errors import MedheadError
 from medhead_app.api.strict import StrictModel
+from medhead_app.images import ImageFile, read_data_url
 
 _PARSED = ("parsed", "parsed_arguments")  # what `parse` of the official client adds to answers
 KIND = "@"  # begins the names of kinds of messages, which are no part of a field's path
@@ -18,14 +20,43 @@ def _join_parts(content: Any) -> Any:
     """Join a list of text parts."""
     if not isinstance(content, list):
         return content
-    texts = []
-    for index, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        given = {name for name, value in part.items() if value not in (None, [])} if isinstance(part, dict) else set()
-        if kind != "text" or given != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError(f"part {index} must be {{type: text, text: ...}}; this server reads only text")
-        texts.append(part["text"])
+    parts = [_read_part(index, part) for index, part in enumerate(content)]
+    texts = [part for part in parts if isinstance(part, str)]
+    if len(texts) < len(parts):
+        raise ValueError("only messages of the role user may have images")
     return "\n".join(texts)
+
+
+def _read_content(content: Any, info: ValidationInfo) -> Any:
+    """Return a text, or texts and images where a user's message has images."""
+    parts = content if isinstance(content, list) and info.data.get("role") == "user" else _join_parts(content)
+    if not isinstance(parts, list | str):
+        raise ValueError("Input should be a valid string")
+    if isinstance(parts, str):
+        return parts
+    parts = [_read_part(index, part) for index, part in enumerate(parts)]
+    return parts if any(isinstance(part, ImageFile) for part in parts) else "\n".join(parts)
+
+
+def _read_part(index: int, part: Any) -> str | ImageFile:
+    given = {name: value for name, value in part.items() if value not in (None, [])} if isinstance(part, dict) else {}
+    if given.get("type") == "image_url" and set(given) == {"type", "image_url"}:
+        try:
+            return read_data_url(_url(given["image_url"]))
+        except MedheadError as error:
+            raise ValueError(f"part {index}: {error}") from None
+    if given.get("type") != "text" or set(given) != {"type", "text"} or not isinstance(given["text"], str):
+        forms = "{type: text, text: ...} or {type: image_url, image_url: {url: data:image/png;base64,...}}"
+        raise ValueError(f"part {index} must be {forms}; this server reads only text and images")
+    return given["text"]
+
+
+def _url(image: Any) -> str:
+    """Return the URL of the field `image_url`; `detail` changes nothing."""
+    fields = image if isinstance(image, dict) else {"url": image}
+    if not isinstance(fields.get("url"), str) or not set(fields) <= {"url", "detail"}:
+        raise MedheadError("image_url must be {url: data:image/png;base64,...}")
+    return str(fields["url"])
 
 
 def _read_arguments(arguments: Any) -> Any:
@@ -43,10 +74,10 @@ Text = Annotated[str, BeforeValidator(_join_parts)]
 
 
 class Message(StrictModel):
-    """A message with a text."""
+    """A message with a text; a user's may have images."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text
+    content: Annotated[Any, BeforeValidator(_read_content)]  # a text, or a list of texts and images
     name: str | None = None
 
 
@@ -108,7 +139,7 @@ def without_empty(message: Any) -> Any:
     return kept | {name: without_empty(kept[name]) for name in ("tool_calls", "function") if name in kept}
 
 
-def for_template(messages: Sequence[StrictModel]) -> list[dict[str, Any]]:
+def for_template(messages: Sequence[AnyMessage]) -> list[dict[str, Any]]:
     """Return messages for the chat template, the developer's as the system's."""
-    shown = [message.model_dump(exclude_none=True) for message in messages]
+    shown = [message.model_dump(exclude_none=True) | {"content": message.content} for message in messages]
     return [one | {"role": "system"} if one["role"] == "developer" else one for one in shown]

@@ -13,6 +13,7 @@ from medhead_app.api.tools.schema import FlatTools, ToolChoice
 
 _TEXT_PARTS = ("input_text", "output_text")
 _TOOL_ITEMS = {"function_call": {"call_id", "name", "arguments"}, "function_call_output": {"call_id", "output"}}
+_IMAGE = {"type", "image_url", "detail"}
 _STATE = ("id", "status", "type")  # fields of an earlier answer that is sent back
 
 
@@ -39,7 +40,9 @@ def _to_message(index: int, item: Any) -> Any:
         return _to_tool_message(index, item)
     if not isinstance(item, dict) or kind != "message":
         allowed = f"a message, {' or '.join(_TOOL_ITEMS)}"
-        raise ValueError(f"item {index} must be {allowed}, got {kind!r}"[:160] + "; this server reads only text")
+        raise ValueError(
+            f"item {index} must be {allowed}, got {kind!r}"[:160] + "; this server reads only text and images"
+        )
     kept = {name: value for name, value in item.items() if name not in _STATE and value not in (None, [])}
     if isinstance(kept.get("content"), list):
         kept["content"] = [_to_part(part) for part in kept["content"]]
@@ -65,6 +68,8 @@ def _to_tool_message(index: int, item: dict[str, Any]) -> dict[str, Any]:
 def _to_part(part: Any) -> Any:
     if isinstance(part, dict) and part.get("type") in _TEXT_PARTS:
         return part | {"type": "text"}
+    if isinstance(part, dict) and part.get("type") == "input_image" and not set(part) - _IMAGE:
+        return {"type": "image_url", "image_url": part.get("image_url")}
     return part
 
 

@@ -23,6 +23,8 @@ from medhead_app.api.responses_schema import ResponsesRequest
 from medhead_app.api.schema import ChatRequest, CompletionRequest, GenerationRequest, parse_body
 from medhead_app.api.streams import HEADERS, event_stream, full_answers
 from medhead_app.api.tools.plan import ToolPlan, ToolPlanner
+from medhead_app.chat_encoder import EncodedChat
+from medhead_app.images import MAX_IMAGES, ImageFile
 from medhead_app.metrics import Metrics
 from medhead_app.middleware import HANDLES
 from medhead_app.service import Service
@@ -68,7 +70,8 @@ class Api:
         field = "prompt" if body.candidates == 1 else "n"
         check_count(len(body.prompt) * body.candidates, field, self.service.engine)
         encode = self.service.encode
-        prompts = [one if isinstance(one, list) else await run_in_threadpool(encode, one) for one in body.prompt]
+        texts = [one if isinstance(one, list) else await run_in_threadpool(encode, one) for one in body.prompt]
+        prompts = [EncodedChat(ids) for ids in texts]
         return await self._respond(http, body, prompts, COMPLETIONS, body.prompt if body.echo else [])
 
     async def responses(self, http: Request) -> Response:
@@ -116,7 +119,7 @@ class Api:
         self,
         http: Request,
         body: GenerationRequest,
-        prompts: list[list[int]],
+        prompts: list[EncodedChat],
         endpoint: Endpoint,
         echoed: Sequence[str | list[int]] = (),
         plan: ToolPlan | None = None,
@@ -153,19 +156,30 @@ class Api:
         answers = await full_answers(http, handles)
         return Response(status_code=CLIENT_CLOSED) if answers is None else JSONResponse(builder.response(answers))
 
-    def _encode(self, body: ChatRequest | ResponsesRequest, field: str) -> tuple[ToolPlan | None, list[int]]:
-        """Return the plan of the tools that may be called, and the token ids of the prompt."""
+    def _encode(self, body: ChatRequest | ResponsesRequest, field: str) -> tuple[ToolPlan | None, EncodedChat]:
+        """Return the plan of the tools that may be called, and the prompt."""
         messages, wanted = body.template_messages(), body.tool_request()
+        self._check_images(messages, field)
         planner = self.tool_planner()
         planner.check_messages(messages, field)
         plan = None if wanted is None else planner.plan(wanted)
         tools = [] if plan is None else plan.tools
-        return plan, self.service.encode_chat(messages, 1, truncate=False, tools=tools).token_ids
+        return plan, self.service.encode_chat(messages, 1, truncate=False, tools=tools)
+
+    def _check_images(self, messages: list[dict[str, Any]], field: str) -> None:
+        """Refuse images where the model reads none, and too many; `field` is the field that holds the messages."""
+        contents = [one["content"] if isinstance(one["content"], list) else [] for one in messages]
+        count = sum(isinstance(part, ImageFile) for parts in contents for part in parts)
+        if count and not self.service.takes_images:
+            message = f"{field}: images cannot be used: the model {self.service.name!r} is served for text only"
+            raise ApiError(message, field, "invalid_value")
+        if count > MAX_IMAGES:
+            raise ApiError(f"{field}: at most {MAX_IMAGES} images are allowed, got {count}", field, "invalid_value")
 
     def _build_request(
-        self, body: GenerationRequest, token_ids: list[int], plan: ToolPlan | None = None
+        self, body: GenerationRequest, prompt: EncodedChat, plan: ToolPlan | None = None
     ) -> serving.Request:
-        (field, limit), service = body.token_limit(), self.service
+        (field, limit), service, token_ids = body.token_limit(), self.service, prompt.token_ids
         if limit is not None and field not in body.model_fields_set:
             limit = min(limit, service.max_new_tokens)  # OpenAI's default may be above the server's limit
         elif limit is not None and limit > service.max_new_tokens:
@@ -177,7 +191,7 @@ class Api:
         fields = body.request_fields(service.temperature)
         if plan is not None:
             fields |= {"grammar": plan.grammar, "special_tokens": plan.special_tokens}
-        return service.request(token_ids, limit, **fields)
+        return service.request(token_ids, limit, model_inputs=prompt.model_inputs, **fields)
 
     def _check_model(self, name: str) -> None:
         if name != self.service.name:

@@ -29,10 +29,10 @@ def build_page(service: Service) -> gr.Blocks:
 
 def _connect_chat(page: gr.Blocks, ui: Components, handlers: Handlers) -> None:
     view = [ui.conversation, ui.chat, ui.live, ui.send, ui.stop, ui.panel]
-    answered, loaded = [*view, ui.message], [*view, *ui.settings]
+    answered, loaded = [*view, ui.message, ui.images], [*view, *ui.settings]
     state = [ui.conversation]
     send = [ui.message.submit, ui.send.click]
-    gr.on(send, handlers.send, [*state, ui.message, *ui.settings], answered, **QUIET)
+    gr.on(send, handlers.send, [*state, ui.message, ui.images, *ui.settings], answered, **QUIET)
     ui.chat.ask(handlers.ask, [*state, *ui.settings], answered, **QUIET)
     ui.chat.modify(handlers.modify, state, answered, **QUIET)
     ui.chat.sync(handlers.sync, None, view, trigger_mode="multiple", **QUIET)

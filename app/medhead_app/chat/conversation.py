@@ -2,7 +2,8 @@
 
 A conversation is plain JSON, because the browser stores it:
 `{"id", "title", "updated", "settings", "messages": [message, ...]}`, and `removed`, the messages before the last removal,
-which are not stored. A user message has `role` and `content`. An answer also has
+which are not stored. Every message has `role` and `content`. A message of the user with images has `images` (data URLs) or
+`lost` (how many the browser did not keep). An answer also has
 
 - `tokens` (pairs of text and source), `token_ids`, `lengths` (number of tokens of every pass), `seconds` (of decoding), `seed`;
 - `tree` (the last one with draft tokens), `summary` (one line of statistics), `dropped` (number of older messages that did
@@ -14,14 +15,19 @@ from __future__ import annotations
 
 import time
 import uuid
+from collections.abc import Sequence
 from typing import Any
 
 from medhead.errors import MedheadError
+from medhead_app.images import read_data_url
 
 Conversation = dict[str, Any]
 Message = dict[str, Any]
 TITLE_LENGTH = 48
 MAX_CHARACTERS = 400_000  # of one message
+MAX_MESSAGE_IMAGES = 4
+MAX_IMAGE_CHARACTERS = 2**20  # of the data URL of one image
+KEPT_IMAGE_CHARACTERS = 2 * 2**20  # of the images of one conversation that the browser keeps
 LISTS = ("tokens", "token_ids", "lengths", "earlier", "later")  # of an answer
 
 
@@ -30,21 +36,24 @@ def new_conversation() -> Conversation:
     return {"id": uuid.uuid4().hex[:12], "title": "", "updated": 0, "settings": {}, "messages": []}
 
 
-def add_message(conversation: Conversation, text: str) -> Conversation:
-    """Add a user message."""
-    if not text.strip():
+def add_message(conversation: Conversation, text: str, images: Sequence[str] = ()) -> Conversation:
+    """Add a user message with images, which are data URLs."""
+    if not text.strip() and not images:
         raise MedheadError("the message is empty: write something first")
     if len(text) > MAX_CHARACTERS:
         raise MedheadError(f"the message has {len(text)} characters, at most {MAX_CHARACTERS} are allowed: shorten it")
-    return _with_messages(conversation, [*conversation["messages"], {"role": "user", "content": text.strip()}])
+    _check_images(images)
+    message = {"role": "user", "content": text.strip()} | ({"images": list(images)} if images else {})
+    return _with_messages(conversation, [*conversation["messages"], message])
 
 
 def edit_message(conversation: Conversation, index: int, text: str) -> Conversation:
-    """Replace the user message at `index`, and remove the messages after it."""
+    """Replace the text of the user message at `index`, and remove the messages after it."""
     messages = conversation["messages"]
     if not 0 <= index < len(messages) or messages[index]["role"] != "user":
         raise MedheadError("only your own messages can be edited")
-    return {**add_message({**conversation, "messages": messages[:index]}, text), "removed": messages}
+    images = messages[index].get("images", [])
+    return {**add_message({**conversation, "messages": messages[:index]}, text, images), "removed": messages}
 
 
 def undo_message(conversation: Conversation) -> tuple[Conversation, str]:
@@ -54,6 +63,17 @@ def undo_message(conversation: Conversation) -> tuple[Conversation, str]:
     if last is None:
         return conversation, ""
     return _with_messages(conversation, messages[:last], removed=messages), messages[last]["content"]
+
+
+def last_images(conversation: Conversation) -> list[str]:
+    """Return the images of the last user message."""
+    last = _last_user_message(conversation["messages"])
+    return [] if last is None else list(conversation["messages"][last].get("images", []))
+
+
+def has_images(conversation: Conversation) -> bool:
+    """Return whether any message has images."""
+    return any(message.get("images") for message in conversation["messages"])
 
 
 def clear_messages(conversation: Conversation) -> Conversation:
@@ -111,11 +131,11 @@ def set_answer(conversation: Conversation, answer: Message) -> Conversation:
     return _with_messages(conversation, [*messages[:-1], answer | versions], conversation.get("removed"))
 
 
-def prompt_messages(conversation: Conversation, system: str = "") -> list[dict[str, str]]:
+def prompt_messages(conversation: Conversation, system: str = "") -> list[dict[str, Any]]:
     """Return role and content of the messages for the chat template, after the system prompt if there is one."""
-    first = [{"role": "system", "content": system.strip()}] if system.strip() else []
+    first: list[dict[str, Any]] = [{"role": "system", "content": system.strip()}] if system.strip() else []
     return first + [
-        {"role": message["role"], "content": message["content"]}
+        {"role": message["role"], "content": _content(message)}
         for message in conversation["messages"]
         if message["content"] or message["role"] == "user"
     ]
@@ -138,8 +158,15 @@ def answer_name(number: int, answer: Message) -> str:
 
 
 def stored_form(conversation: Conversation) -> Conversation:
-    """Return what the browser stores of a conversation."""
-    return {name: value for name, value in conversation.items() if name != "removed"}
+    """Return what the browser stores of a conversation; of its images the newest that fit `KEPT_IMAGE_CHARACTERS`."""
+    room, messages = KEPT_IMAGE_CHARACTERS, list[Message]()
+    for message in reversed(conversation["messages"]):
+        images = message.get("images", [])
+        room -= sum(map(len, images))
+        if images and room < 0:
+            message = _without(message, "images") | {"lost": message.get("lost", 0) + len(images)}
+        messages.insert(0, message)
+    return _without(conversation, "removed") | {"messages": messages}
 
 
 def parse_conversation(raw: Any) -> Conversation:
@@ -167,6 +194,11 @@ def _parse_message(raw: Any, versions: bool = True) -> Message | None:
         return None
     message: Message = {"role": raw["role"], "content": raw["content"]}
     if raw["role"] == "user":
+        images = raw["images"] if isinstance(raw.get("images"), list) else []
+        if found := [url for url in images[:MAX_MESSAGE_IMAGES] if isinstance(url, str) and _is_image(url)]:
+            message["images"] = found
+        if type(raw.get("lost")) is int and raw["lost"] > 0:
+            message["lost"] = raw["lost"]
         return message
     lists = {name: raw[name] if isinstance(raw.get(name), list) else [] for name in LISTS}
     message["tokens"] = [[pair[0], pair[1]] for pair in lists["tokens"] if _is_pair(pair)]
@@ -187,7 +219,35 @@ def _parse_message(raw: Any, versions: bool = True) -> Message | None:
 
 
 def _one_version(message: Message) -> Message:
-    return {name: value for name, value in message.items() if name not in ("earlier", "later")}
+    return _without(message, "earlier", "later")
+
+
+def _without(fields: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in names}
+
+
+def _content(message: Message) -> Any:
+    """Return the content of a message for the chat template: a text, or images and a text."""
+    images = [read_data_url(url) for url in message.get("images", [])]
+    text = [message["content"]] if message["content"] else []
+    return [*images, *text] if images else message["content"]
+
+
+def _check_images(images: Sequence[str]) -> None:
+    if len(images) > MAX_MESSAGE_IMAGES:
+        raise MedheadError(f"a message may have {MAX_MESSAGE_IMAGES} images, got {len(images)}: remove some")
+    for url in images:
+        if not isinstance(url, str) or len(url) > MAX_IMAGE_CHARACTERS:
+            raise MedheadError(f"an image may have {MAX_IMAGE_CHARACTERS:,} characters as a data URL: scale it down")
+        read_data_url(url)
+
+
+def _is_image(url: str) -> bool:
+    try:
+        _check_images([url])
+    except MedheadError:
+        return False
+    return True
 
 
 def _is_pair(pair: Any) -> bool:
@@ -199,11 +259,11 @@ def _with_messages(
 ) -> Conversation:
     updated = int(time.time() * 1000)
     changed = {**conversation, "messages": messages, "title": _title(messages), "updated": updated, "removed": removed}
-    return changed if removed else stored_form(changed)
+    return changed if removed else _without(changed, "removed")
 
 
 def _title(messages: list[Message]) -> str:
-    first = next((message["content"] for message in messages if message["role"] == "user"), "")
+    first = next((message["content"] or "Image" for message in messages if message["role"] == "user"), "")
     line = " ".join(first.split())
     return line if len(line) <= TITLE_LENGTH else line[: TITLE_LENGTH - 1].rstrip() + "…"
 

@@ -126,9 +126,11 @@ async def generate_answer(
         raise MedheadError("the last answer is complete or empty: it cannot be continued")
     asked = {**conversation, "messages": conversation["messages"][:-1]} if cut else conversation
     begun: list[int] = cut.get("token_ids", [])
-    encoded = service.encode_chat(prompt_messages(asked, settings.system), settings.max_new_tokens + len(begun))
-    seed = {"seed": cut["seed"]} if cut and settings.seed is None else {}
-    handle = service.engine.submit(settings.request(service, encoded.token_ids + begun, **seed))
+    messages = prompt_messages(asked, settings.system)
+    encoded = service.encode_chat(messages, settings.max_new_tokens + len(begun)).followed_by(begun)
+    seed: dict[str, Any] = {"seed": cut["seed"]} if cut and settings.seed is None else {}
+    request = settings.request(service, encoded.token_ids, model_inputs=encoded.model_inputs, **seed)
+    handle = service.engine.submit(request)
     on_submit(handle)
     conversation = {**conversation, "settings": asdict(settings)}
     stream, last_update = StreamState(), 0.0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import asdict
 from html import escape
@@ -45,15 +45,16 @@ class Handlers:
         self._unchanged: Changes = {components.chat: gr.skip()}
 
     async def send(
-        self, request: gr.Request, conversation: Conversation, text: str, *settings: Any
+        self, request: gr.Request, conversation: Conversation, text: str, images: list[str] | None, *settings: Any
     ) -> AsyncIterator[Changes]:
-        """Add the message in the box and answer it."""
+        """Add the message in the box and its images, and answer it."""
         async for changes in self._answer(
             request,
-            lambda before: conversations.add_message(before, text),
+            lambda before: conversations.add_message(before, text, images or []),
             conversation,
             settings,
             text,
+            images=images or [],
             from_box=True,
         ):
             yield changes
@@ -76,14 +77,15 @@ class Handlers:
     def modify(self, event: gr.EventData, conversation: Conversation) -> Changes:
         """Change a conversation without an answer, as the event's `action` says.
 
-        `undo` removes the last message and its answer, and puts the message back into the box; `restore` undoes a
+        `undo` removes the last message and its answer, and puts the message and its images back into the box; `restore` undoes a
         removal; `version` shows another version of the last answer.
         """
         if self.sessions.is_answered(conversation["id"]):
             _warn(ANSWERED)
             return self._unchanged
-        box = {}
+        box: Changes = {}
         if event.action == "undo":
+            box[self.components.images] = conversations.last_images(conversation)
             conversation, box[self.components.message] = conversations.undo_message(conversation)
         elif event.action == "restore":
             conversation = conversations.restore_messages(conversation)
@@ -167,12 +169,13 @@ class Handlers:
         before: Conversation,
         settings: tuple[Any, ...],
         text: str = "",
+        images: Sequence[str] = (),
         from_box: bool = False,
         go_on: bool = False,
     ) -> AsyncIterator[Changes]:
         """Change the conversation and answer its last message, or go on with its last answer.
 
-        `text` comes into the message box if the request is refused; `from_box` says that it came from there.
+        `text` and `images` come into the message box if the request is refused; `from_box` says that they came from there.
         """
         ui, session, conversation, answering = self.components, _session(request), before, False
         turn = self.sessions.begin_turn(session, before["id"])
@@ -183,7 +186,7 @@ class Handlers:
         try:
             chosen = self._settings(settings)
             conversation = change(before)
-            box = {ui.message: ""} if from_box else {}
+            box: Changes = {ui.message: "", ui.images: []} if from_box else {}
             yield self._show(conversation, busy=True, store=True) | box
             on_submit = self.sessions.tracker(session, "chat")
             updates = generate_answer(self.service, conversation, chosen, on_submit, go_on=go_on)
@@ -205,11 +208,16 @@ class Handlers:
                 _warn(line)
                 box = {}
                 if not answering:  # the request was refused: restore the conversation and the message box
-                    conversation, box = before, {ui.message: text} if text else {}
+                    conversation, box = before, self._boxes(text, images)
                 failed = {ui.live: failed_line(line)}
                 yield self._show(conversation, store=True) | box | failed
         finally:
             self.sessions.end_turn(session)
+
+    def _boxes(self, text: str, images: Sequence[str]) -> Changes:
+        """Return the changes that put a message that was refused back into the box."""
+        ui = self.components
+        return ({ui.message: text} if text else {}) | ({ui.images: list(images)} if images else {})
 
     def _progress(self, update: Update, panel: bool) -> Changes:
         """Return the changes of an update; with `panel` the panel is drawn and the browser stores the conversation."""
@@ -219,7 +227,8 @@ class Handlers:
         live = {ui.live: line}
         if update.done:
             return self._show(conversation, store=True) | live
-        view = conversation_view(conversation, busy=True, store=panel)
+        store = panel and not conversations.has_images(conversation)  # which would be sent again and again
+        view = conversation_view(conversation, busy=True, store=store)
         changes = {ui.conversation: conversation, ui.chat: view} | live
         return changes | (self._panel(conversation) if panel else {})
 

@@ -12,7 +12,7 @@ from medhead_app.chat.generation import AUTOMATIC, PROPOSERS, TREE_SIZES, ChatSe
 from medhead_app.chat.race_view import race_cards, verdict_line
 from medhead_app.chat.stats import live_line
 from medhead_app.chat.svg import describe_lengths, describe_tree, draw_lengths, draw_tree
-from medhead_app.chat.theme import EXAMPLES, asset, chat_template
+from medhead_app.chat.theme import EXAMPLES, asset, chat_template, images_template
 from medhead_app.chat.token_colors import display_name, legend
 from medhead_app.service import Service
 
@@ -60,6 +60,8 @@ class Components:
                 with gr.Row(elem_classes="mh-strip"):
                     self.live = _html(live_line(None), elem_classes="mh-live-box")
                     _html(legend(), elem_classes="mh-legend-box")
+                options = {"html_template": images_template(), "js_on_load": asset("images.js"), "elem_id": "mh-images"}
+                self.images = _html([], visible=service.takes_images, **options)
                 with gr.Row(elem_classes="mh-composer"):
                     self.message = gr.Textbox(
                         label="Message", placeholder="Write a message", max_lines=6, elem_id="mh-message", **BOX

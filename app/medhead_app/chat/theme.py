@@ -9,6 +9,9 @@ from typing import Any
 
 import gradio as gr
 
+from medhead_app.chat.conversation import MAX_IMAGE_CHARACTERS, MAX_MESSAGE_IMAGES
+from medhead_app.images import FORMATS
+
 ASSETS = Path(__file__).parent / "assets"
 EXAMPLES = (
     "Tell me a story about a brave little dog.",
@@ -99,4 +102,17 @@ def chat_template() -> str:
         '<div class="mh-removed" hidden>Messages were removed. '
         '<button type="button" class="mh-tool" data-tool="restore">Restore</button></div></div>'
         '<div class="mh-announcer" role="status" aria-live="polite"></div>'
+    )
+
+
+def images_template() -> str:
+    """Return the HTML that `images.js` fills."""
+    kinds = ",".join(FORMATS)
+    return (
+        f'<div class="mh-attach" data-count="{MAX_MESSAGE_IMAGES}" data-characters="{MAX_IMAGE_CHARACTERS}">'
+        '<button type="button" class="mh-tool mh-add-image" title="Add images to the message; pasting works too">'
+        "Add image</button>"
+        f'<input type="file" accept="{kinds}" multiple hidden aria-label="Images of the message">'
+        '<ul class="mh-attached" aria-label="Images of the message"></ul>'
+        '<span class="mh-attach-note" role="status" aria-live="polite"></span></div>'
     )

@@ -34,7 +34,15 @@ def message_view(message: Message, number: int = 1, generating: bool = False) ->
     """Return one message: the HTML to show, the text to copy, its name, the notice above, the summary below, its versions."""
     content = message["content"]
     if message["role"] == "user":
-        return {"role": "user", "html": escape(content), "text": content, "name": f"message {number}"}
+        name = f"message {number}"
+        html = _images_html(message.get("images", []), name) + escape(content)
+        return {
+            "role": "user",
+            "html": html,
+            "text": content,
+            "name": name,
+            "summary": _lost_note(message.get("lost", 0)),
+        }
     earlier, later = len(message.get("earlier", [])), len(message.get("later", []))
     name = answer_name(number, message)
     parts = (f"Answer {number}", message.get("summary", ""), message.get("note", ""))
@@ -49,6 +57,19 @@ def message_view(message: Message, number: int = 1, generating: bool = False) ->
         "versions": earlier + 1 + later,
         "generating": generating,
     }
+
+
+def _images_html(images: list[str], name: str) -> str:
+    """Return the images of a message, which are data URLs."""
+    shown = (f'<img src="{escape(url)}" alt="Image {number} of {name}">' for number, url in enumerate(images, start=1))
+    return f'<div class="mh-images">{"".join(shown)}</div>' if images else ""
+
+
+def _lost_note(count: int) -> str:
+    if not count:
+        return ""
+    images = "1 image of this message was" if count == 1 else f"{count} images of this message were"
+    return f"{images} not kept in this browser, and the model does not see them."
 
 
 def _dropped_notice(count: int) -> str:
