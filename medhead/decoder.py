@@ -27,7 +27,9 @@ from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker, token_limit
 from medhead.core.streaming import ColumnStream
 from medhead.errors import MedheadError
+from medhead.generate_output import generate_output, pad_token
 from medhead.grammar import Grammar
+from medhead.model.bitwise import check_exact
 from medhead.model.hf_patch import patch_generate, unpatch_generate
 from medhead.model.model_form import num_rows
 from medhead.model.shards import placement
@@ -124,15 +126,7 @@ class Decoder:
         self._own_proposer = self.proposer
         self.graphs: GraphCache | None = None
         self.compiled_target: CompiledTarget | None = None
-        if exact not in (None, "auto") and getattr(self.target.bitwise, "exact", None) != exact:
-            raise MedheadError(
-                f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
-            )
-        if self.target.bitwise is not None and (typical is not None or step not in ("auto", "loop")):
-            lossy = "typical acceptance" if typical is not None else f"step {step!r}"
-            raise MedheadError(
-                f"exact={self.target.bitwise.exact!r} does not go with {lossy}, which changes texts; leave one out"
-            )
+        check_exact(self.target, exact, "typical acceptance" if typical is not None else f"step {step!r}")
         shared: dict[str, Any] = {
             "probe": False,
             "attention": self.target.backend.name,
@@ -219,7 +213,7 @@ class Decoder:
         texts = options.unpadded_rows(input_ids, arguments.get("attention_mask"))
         asked = options.length_limit(config, criteria) - input_ids.shape[1]
         limit = token_limit(asked, max(map(len, texts)), self.target.max_length)
-        pad, lengths = _pad_token(config), list[int]()
+        pad, lengths = pad_token(config), list[int]()
         stream = None if streamer is None else ColumnStream(streamer, len(texts), pad)
         keep = bool(config.return_dict_in_generate)
         lockstep, stop_checker = None, StopChecker(limit, criteria=criteria, device=self.target.device)
@@ -276,7 +270,7 @@ class Decoder:
                 stream.finish()
         warn_beyond_context(self.target, sequences, asked)
         with torch.inference_mode(False), torch.no_grad():
-            return _result(sequences, input_ids, pad, config)
+            return generate_output(sequences, input_ids, pad, config)
 
     def new_loop(
         self, record_scores: bool = False, record_logits: bool = False, proposer: Proposer | None = None
@@ -379,33 +373,3 @@ def sampling_params(
     if not local:
         return replace(params, temperature=min(float(MAX_TEMPERATURE), temperature_of(processors))), processors
     return take_warpers(processors, params)
-
-
-def _pad_token(config: GenerationConfig) -> int:
-    for value in (getattr(config, "_pad_token_tensor", None), config.pad_token_id, config.eos_token_id, 0):
-        if value is not None:
-            return int(torch.as_tensor(value).flatten()[0])
-    return 0
-
-
-def _result(
-    sequences: list[Sequence], input_ids: Tensor, pad: int, config: GenerationConfig
-) -> Tensor | GenerateDecoderOnlyOutput:
-    longest = max(len(one.output_ids) for one in sequences)
-    output = torch.full((len(sequences), longest), pad, dtype=input_ids.dtype)
-    for one in sequences:
-        output[one.index, : len(one.output_ids)] = torch.tensor(one.output_ids)
-    result = torch.cat([input_ids, output.to(input_ids.device)], 1)
-    if not config.return_dict_in_generate:
-        return result
-    return GenerateDecoderOnlyOutput(
-        sequences=result,
-        scores=_columns([one.scores for one in sequences], longest) if config.output_scores else None,
-        logits=_columns([one.logits for one in sequences], longest) if config.output_logits else None,
-    )
-
-
-def _columns(rows: list[list[Tensor]], longest: int) -> tuple[Tensor, ...]:
-    """Return one `[batch, vocab]` tensor for each new token; zeros where a sequence had ended."""
-    blank = torch.zeros_like(next(row[0] for row in rows if row))
-    return tuple(torch.stack([row[at] if at < len(row) else blank for row in rows]) for at in range(longest))

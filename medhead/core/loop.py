@@ -18,7 +18,7 @@ from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.joining import Joining
 from medhead.core.lockstep import Lockstep
 from medhead.core.sampling import SamplingBatch, reads_nothing
-from medhead.core.sequence import Sequence
+from medhead.core.sequence import Sequence, share_processors
 from medhead.core.sequential_accept import sequential_accept
 from medhead.core.step import decode_step
 from medhead.core.step_times import StepClock, StepTimes
@@ -228,7 +228,7 @@ class DecodeLoop:
         """Return the accepted paths, and the processed scores of every emitted token where they are known."""
         if constraints is not None:
             logits = constraints.mask(tree, logits)
-        if not _share_processors(sequences):
+        if not share_processors(sequences):
             values = None if noise is None else noise.prefix(1 + int(tree.depth.max()))
             with self._mode_of_caller():
                 if self.lockstep is not None:
@@ -300,7 +300,7 @@ class DecodeLoop:
 
     def _sampling(self, sequences: list[Sequence]) -> SamplingBatch:
         """Return the parameters of sequences; those that are processed node by node need only seed and temperature."""
-        local = _share_processors(sequences)
+        local = share_processors(sequences)
         params = [
             one.params if local else SamplingParams(temperature=one.params.temperature, seed=one.params.seed)
             for one in sequences
@@ -331,7 +331,7 @@ class DecodeLoop:
             return False
         if self.typical is not None or self.record_scores or self.record_logits:
             return False
-        if not self.sequences or not _share_processors(self.sequences):
+        if not self.sequences or not share_processors(self.sequences):
             return False
         if not reads_nothing(self.sequences[0].processors, self.target.device):
             return False
@@ -389,12 +389,6 @@ class DecodeLoop:
         with torch.inference_mode(False), torch.no_grad():
             self._buffers = self._captured.unload(self._sampling(self.sequences))
         self._captured = None
-
-
-def _share_processors(sequences: list[Sequence]) -> bool:
-    """Return whether all nodes can be processed together: by the same processors, which look at one distribution alone."""
-    first = sequences[0].processors
-    return all(one.local and (one.processors is first or one.processors == first) for one in sequences)
 
 
 def _path_values(accepted: Accepted, values: Tensor) -> list[list[Tensor]]:

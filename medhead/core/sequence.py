@@ -77,3 +77,9 @@ class Sequence:
         if self.on_tokens is not None:
             self.on_tokens(self, taken, ended)
         return ended
+
+
+def share_processors(sequences: list[Sequence]) -> bool:
+    """Return whether all nodes can be processed together: by the same processors, which look at one distribution alone."""
+    first = sequences[0].processors
+    return all(one.local and (one.processors is first or one.processors == first) for one in sequences)

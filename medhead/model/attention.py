@@ -36,11 +36,19 @@ from transformers.masking_utils import (
 from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model import node_attention
 from medhead.model.alibi import place_bias
+from medhead.model.kv_cache import CacheLayout
 from medhead.model.node_attention import NodeVisits
 from medhead.model.query_scale import rescale_query
 from medhead_kernels import reference, sdpa
 from medhead_kernels.attn_metadata import AttnParams, TreeMetadata, additive_mask, positions, visible_keys
-from medhead_kernels.backends import AttnSpec, Backend, cached_unsupported_reason
+from medhead_kernels.backends import (
+    BACKENDS,
+    AttnSpec,
+    Backend,
+    BackendError,
+    cached_unsupported_reason,
+    select_backend,
+)
 from medhead_kernels.causal import HALF_DTYPES, is_supported
 
 NAME = "medhead"
@@ -242,6 +250,24 @@ def warn_dense_fallback(backend: str, reason: str) -> None:
         "they fall back to a dense mask, which is slower (sdpa, or reference for soft-capping and sinks)",
         stacklevel=2,
     )
+
+
+def pick_backend(name: str, layout: CacheLayout, dense_masks: bool) -> Backend:
+    """Return the backend of this name, or the best one for `auto`, for keys and values of this layout.
+
+    Raises:
+        MedheadError: it cannot serve them.
+    """
+    specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in layout.layers.values()]
+    try:
+        backend = select_backend(name, specs)
+    except BackendError as error:
+        raise MedheadError(str(error)) from None
+    if not dense_masks or backend.needs_dense_mask:
+        return backend
+    if name != "auto":
+        warn_dense_fallback(name, "the model's own code reads the mask")
+    return BACKENDS["sdpa"]
 
 
 def _backend_attention(

@@ -292,6 +292,17 @@ def promise(target: Target, exact: str) -> None:
         target.bitwise.prove()
 
 
+def check_exact(target: Target, exact: str | None, way: str) -> None:
+    """Raise a MedheadError if a decoder asks for another promise than its target gives, or decodes in a way that breaks it."""
+    given = None if target.bitwise is None else target.bitwise.exact
+    if exact not in (None, "auto", given):
+        raise MedheadError(
+            f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
+        )
+    if given is not None and way not in ("step 'auto'", "step 'loop'"):
+        raise MedheadError(f"exact={given!r} does not go with {way}, which changes texts; leave one out")
+
+
 def _parse_proof(content: Any) -> tuple[int, bool]:
     index, matches = content
     if index not in range(-1, len(_PRODUCTS)):

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
-from medhead.model.attention import TreePass, attention_name, attention_names, tree_pass, warn_dense_fallback
+from medhead.model.attention import TreePass, attention_name, attention_names, pick_backend, tree_pass
 from medhead.model.bitwise import Bitwise, promise
 from medhead.model.eval_mode import eval_mode
 from medhead.model.feature_taps import FeatureTaps
@@ -48,7 +48,7 @@ from medhead.model.quantized import check_activations
 from medhead.model.query_scale import query_scale_floor
 from medhead.model.shards import shard_group
 from medhead.model.state_cache import StateCache
-from medhead_kernels.backends import BACKENDS, MAX_NODES, AttnSpec, Backend, BackendError, select_backend
+from medhead_kernels.backends import BACKENDS, MAX_NODES
 from medhead_kernels.causal import HALF_DTYPES
 
 PREFILL_CHUNK = 1024
@@ -63,10 +63,9 @@ class Target:
         probe: check with a small tree that the model verifies trees correctly.
         attention: `sdpa` (PyTorch's kernels with a dense mask; layers with soft-capping or sinks use `reference`), `triton`
             (one split-KV kernel over prefix and tree), `flash` (a flash kernel over the prefix, merged with the tree's own
-            block) or `reference` (plain PyTorch, slower, for comparison); `auto` is `triton` on CUDA where it serves the
-            model, else `sdpa`. A named backend that cannot serve some layers warns once.
+            block) or `reference` (plain PyTorch); `auto` is `triton` on CUDA where it serves the model, else `sdpa`.
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
-            keeps one where it is faster and takes at most a quarter of the free memory. Or copies to share, see `PackedWeights`.
+            keeps one where it is faster and memory is free. Or copies to share, see `PackedWeights`.
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
             batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
             the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
@@ -129,12 +128,12 @@ class Target:
         self.taps = FeatureTaps(self.device, lambda: running_target.get() is self)
         self._active = self.checked_inputs = False
         packed = False if packed is None and exact == "transformers" else packed
-        if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or encoder_configs(inner)):
+        self._encoders = encoder_configs(inner)
+        if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or self._encoders):
             exact = None
         self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
-        self._encoders = encoder_configs(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)
         first = first_position(inner)
         self.first_position, self.positions_given = first or 0, first is not None
@@ -146,23 +145,13 @@ class Target:
             self.layout, self.state_layers = find_layers(inner)
         # every mask is a dense tensor for models whose own code adds it to their scores
         self.dense_masks = bool(self.layout.indexers) or not uses_registry(inner)
-        specs = [AttnSpec(key.device.type, key.dtype, key.dim, value.dim) for key, value in self.layout.layers.values()]
-        try:
-            self.backend: Backend = select_backend(attention, specs)
-        except BackendError as error:
-            raise MedheadError(str(error)) from None
-        if self.dense_masks and not self.backend.needs_dense_mask:
-            if attention != "auto":
-                warn_dense_fallback(attention, "the model's own code reads the mask")
-            self.backend = BACKENDS["sdpa"]
+        self.backend = pick_backend(attention, self.layout, self.dense_masks)
         with self.lock:
             self.fused = FusedModules.of(self, fused if exact in (None, "auto") else False)
             self.fused.check(self)
-        if probe:
-            with self.lock:
+            if probe:
                 probe_target(self, attention)
-        if exact is not None:
-            with self.lock:
+            if exact is not None:
                 promise(self, exact)
 
     # ---------------------------------------------------------------- passes
