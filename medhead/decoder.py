@@ -63,8 +63,8 @@ class Decoder:
             (the same step without a GPU, for tests), and for `heads` and `none` `compiled` on CUDA (PyTorch's compiler,
             inside a CUDA graph). See `medhead.compile`.
         exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype, `transformers` also the
-            text of its `generate`; on a CPU. `auto` is `bitwise` in half precision where that costs nothing; None switches it
-            off. See `Target`; a target that is given keeps its own.
+            text of its `generate`; on a CPU. `auto` is `bitwise` in half precision where passes take no longer with it; None
+            switches it off. See `Target`; a target that is given keeps its own.
         fused: whether fused kernels replace parts of the model in passes; None does so on CUDA, see `Target`.
         options: further options of the proposer.
 

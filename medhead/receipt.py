@@ -17,7 +17,7 @@ import transformers
 from torch import nn
 
 from medhead.errors import MedheadError
-from medhead.model.fingerprint import sample
+from medhead.model.fingerprint import parts, sample
 from medhead.proposers.base import VerifyOutput
 from medhead_kernels.bench_report import cpu_name
 
@@ -77,7 +77,7 @@ def weights_hash(model: nn.Module) -> str:
     named = sorted(model.named_parameters(), key=lambda pair: pair[0])
     header = [[name, str(weight.dtype), list(weight.shape)] for name, weight in named]
     digest = hashlib.sha256(json.dumps(header).encode())
-    digest.update(sample([weight.detach().cpu() for _, weight in named]))
+    digest.update(sample([part.detach().cpu() for _, weight in named for part in parts(weight)]))
     return digest.hexdigest()
 
 

@@ -49,7 +49,9 @@ def fingerprint(target: Target, batch: int) -> str:
         torch.cuda.get_device_name(target.device)
         if on_cuda
         else f"{platform.node()} {platform.machine()} {os.cpu_count()}",
-        target.backend.name + kind + (f", {target.bitwise.exact}" if target.bitwise is not None else ""),
+        target.backend.name
+        + kind
+        + (f", {target.bitwise.exact}, {target.bitwise.by_blocks}" if target.bitwise is not None else ""),
         target.kept_passes,
         batch,
         torch.get_num_threads(),

@@ -286,8 +286,21 @@ at::Tensor path_attention(const at::Tensor& query, const at::Tensor& key, const 
     const Given given{query, key, value, lengths.const_data_ptr<int64_t>(), depth.const_data_ptr<int64_t>(), path.const_data_ptr<int64_t>(),
                       first ? first->const_data_ptr<int64_t>() : nullptr, query.size(0), query.size(1), key.size(1), nodes, dim,
                       value_dim, path.size(2), query.size(1) / key.size(1), (float)scale, (float)softcap};
-    for (int64_t row = 0; row < given.batch; row++)
-        TORCH_CHECK(given.lengths[row] + nodes <= key.size(2), "path_attention: ", given.lengths[row], " + ", nodes, " of ", key.size(2), " keys");
+    const int64_t batch = given.batch, deep = given.deep;
+    TORCH_CHECK(key.size(0) == batch && value.size(0) == batch && key.size(1) == value.size(1) && key.size(2) == value.size(2) &&
+                    key.size(3) == dim && given.heads % given.kv_heads == 0,
+                "path_attention: queries, keys and values do not fit each other");
+    TORCH_CHECK(lengths.numel() == batch && depth.numel() == batch * nodes && path.numel() == batch * nodes * deep,
+                "path_attention: the tree does not fit the queries");
+    TORCH_CHECK(!first || (first->is_contiguous() && first->numel() == batch * nodes), "path_attention: wrong first positions");
+    TORCH_CHECK(!sinks || (sinks->is_contiguous() && sinks->numel() == given.heads), "path_attention: wrong sinks");
+    for (int64_t i = 0; i < batch * nodes; i++) {
+        TORCH_CHECK(given.depth[i] >= 0 && given.depth[i] < deep, "path_attention: depth ", given.depth[i], " of ", deep);
+        for (int64_t d = 0; d <= given.depth[i]; d++)
+            TORCH_CHECK(given.path[i * deep + d] >= 0 && given.path[i * deep + d] < nodes, "path_attention: node ", given.path[i * deep + d], " of ", nodes);
+    }
+    for (int64_t row = 0; row < batch; row++)
+        TORCH_CHECK(given.lengths[row] >= 0 && given.lengths[row] + nodes <= key.size(2), "path_attention: ", given.lengths[row], " + ", nodes, " of ", key.size(2), " keys");
     at::Tensor result = at::empty({given.batch, nodes, given.heads, value_dim}, query.options());
     switch (query.scalar_type()) {
         case at::kFloat: attend<float>(given, sinks, result); break;

@@ -159,7 +159,7 @@ def add_exact_option(group: Any, default: str = "none") -> None:
     group.add_argument("--exact", choices=["auto", *EXACT, "none"], default=default,
                        help="on a CPU. bitwise: one text for every proposer, tree and batch, bit for bit, in bfloat16 and "
                        "float16 too. transformers: the same, and for one prompt the text of transformers generate; slower. none: "
-                       "bit for bit but for rounding. auto: bitwise in bfloat16 and float16 where it costs nothing "
+                       "equal up to rounding. auto: bitwise in bfloat16 and float16 where passes take no longer with it "
                        f"(default: {default})")  # fmt: skip
 
 

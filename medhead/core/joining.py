@@ -75,7 +75,7 @@ class Joining:
         self._reader: PromptReader | WholeReader
         if inputs is not None:
             self._reader = WholeReader(longest, lambda: target.prefill_inputs(self.cache, inputs, on_chunk))
-        elif target.bitwise is not None and target.bitwise.reads_whole:
+        elif target.bitwise is not None and (prefixes is None or not target.bitwise.by_default):
             self._reader = WholeReader(longest, lambda: read_whole(target, self.cache, texts, on_chunk))
         else:
             self._reader = PromptReader(target, self.cache, texts, on_chunk, self._starts)

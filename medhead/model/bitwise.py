@@ -20,14 +20,15 @@ from transformers import DynamicCache
 from medhead import user_cache
 from medhead.config import EXACT
 from medhead.core.tree import TokenTree
-from medhead.errors import MedheadError
+from medhead.errors import MedheadError, UnsupportedTargetError
 from medhead.model.eval_mode import eval_mode
-from medhead.model.fingerprint import sample
+from medhead.model.fingerprint import parts, sample
 from medhead.model.layout import cache_argument
 from medhead.model.node_attention import NodeVisits
 from medhead.model.pass_key import pass_key
 from medhead.model.prompt_reader import read_whole
-from medhead.model.row_products import ONE, SIXTEEN, RowProducts
+from medhead.model.row_products import MAX_ROWS, ONE, SIXTEEN, RowProducts
+from medhead.model.shards import placement
 from medhead_kernels import path_attention
 
 if TYPE_CHECKING:
@@ -51,8 +52,6 @@ class Bitwise:
     Attributes:
         exact: as given.
         by_blocks: nodes attend by blocks, see `node_attention`; else as one.
-        reads_whole: prompts are read in one pass each. An engine sets it to False where nobody asked for the promise: it reads
-            prompts in chunks and keeps prefixes, so texts may depend on earlier requests, by rounding; passes do not.
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
 
@@ -69,17 +68,18 @@ class Bitwise:
             {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
         )
         self._proved: dict[int, tuple[RowProducts, bool]] = {}  # by number of threads
-        self._testing, self.reads_whole = False, True
+        self._testing = False
         self.products, self.matches_transformers = RowProducts(), False
 
     def _refuse(self) -> None:
-        target = self._target
+        target, place = self._target, placement(self._target.model)
         reasons = {
             f"it is on {target.device.type}, and the promise is for a CPU": target.device.type != "cpu",
             "its layers hold states (recurrent or convolutional)": target.state_layers is not None,
             "its attention is its own code": target.dense_masks,
             "it is split over processes": target.shards is not None,
             f"its attention is {target.backend.name!r}, and it must be 'sdpa'": target.backend.name != "sdpa",
+            f"its weights are {place}": place is not None and (self.by_default or place != "offloaded"),
         }
         for reason, holds in reasons.items():
             if holds:
@@ -88,10 +88,14 @@ class Bitwise:
                 )
 
     def costs_nothing(self) -> bool:
-        """Whether passes take no longer than without it: attention by blocks, no experts, which would be computed one by one."""
+        """Whether passes take no longer than without it.
+
+        Attention is by blocks, there are no experts, which would be computed one by one, and products of 2 to 32 rows agree.
+        """
         dims = {spec.dim for spec in self._target.layout.all_specs()}
         experts = any(name.rpartition(".")[2] == "experts" for name, _ in self._target.model.named_modules())
-        return self.by_blocks and not experts and not any(dim % path_attention.LANES for dim in dims)
+        cheap = all(found.least <= 2 and found.most == MAX_ROWS for found in self.products.classes.values())
+        return self.by_blocks and cheap and not experts and not any(dim % path_attention.LANES for dim in dims)
 
     # ---------------------------------------------------------------- passes
 
@@ -117,11 +121,17 @@ class Bitwise:
     def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
         """See `Target.verify`."""
         assert cache.lengths.host is not None, "captured steps are refused"
-        with self.running():
-            cache.begin(tree.nodes)
-            current = self._target._pass(cache, tree.depth, None, tree.nodes)
-            current.visits = NodeVisits.of(tree, cache.lengths.host, self.by_blocks)
-            return self._target._forward(cache, tree.tokens, tree.depth, current)
+        try:
+            with self.running():
+                cache.begin(tree.nodes)
+                current = self._target._pass(cache, tree.depth, None, tree.nodes)
+                current.visits = NodeVisits.of(tree, cache.lengths.host, self.by_blocks)
+                return self._target._forward(cache, tree.tokens, tree.depth, current)
+        except UnsupportedTargetError:  # a mask, which is made before anything is written
+            if not self.by_default:
+                raise
+            self._target.bitwise = None
+            return self._target.verify(cache, tree)
 
     # ---------------------------------------------------------------- self-test
 
@@ -135,9 +145,12 @@ class Bitwise:
             return
         try:
             self._prove(torch.get_num_threads())
-        except MedheadError:
+            kept = not self.by_default or self.costs_nothing()
+        except Exception:  # the self-test runs code of any model
             if not self.by_default:
                 raise
+            kept = False
+        if not kept:
             self._target.bitwise = None
 
     def _prove(self, threads: int) -> None:
@@ -159,6 +172,10 @@ class Bitwise:
         file = self._proof_file()
         known = None if file is None else user_cache.read(file, _parse_proof, "the self-test of `exact` runs again")
         if known is None or (known[0] < 0 and not self.by_default):
+            if file is None and self.by_default:
+                raise MedheadError(
+                    f"{self._cannot(threads)}: other code changed the model, so the self-test would run at every load"
+                )
             known = self._try_products()
             if file is not None:
                 user_cache.write(file, known)
@@ -166,7 +183,7 @@ class Bitwise:
             self.products = RowProducts(*_PRODUCTS[known[0]])
             with self._target.active():
                 self._find_classes()
-        if known[0] < 0:
+        if known[0] < 0 or (known[0] > 0 and self.by_default):
             advice = "try another number of threads, or leave the option out"
             raise MedheadError(f"{self._cannot(threads)}: logits of the self-test differ; {advice}")
         if self.exact == "transformers" and not known[1]:
@@ -181,7 +198,7 @@ class Bitwise:
             key = pass_key(self._target, (self.exact, self.by_blocks, self._target.packed_weights.enabled))
         if key is None:
             return None
-        values = sample([weight.detach() for weight in self._target.model.parameters()])
+        values = sample([part.detach() for weight in self._target.model.parameters() for part in parts(weight)])
         digest = hashlib.sha256(key.encode() + values).hexdigest()
         return user_cache.cache_folder() / f"exact-{digest[:24]}.json"
 
@@ -196,7 +213,7 @@ class Bitwise:
                 differing, prompt = self._differing_nodes()
                 ours = self._logits(prompt)
             if not differing:
-                return index, self._matches(prompt, ours)
+                return index, not self.by_blocks and self._matches(prompt, ours)
         return -1, False
 
     def _cannot(self, threads: int) -> str:
@@ -283,7 +300,7 @@ def promise(target: Target, exact: str) -> None:
     if exact == "auto":
         with suppress(MedheadError):
             found = Bitwise(target, by_default=True)
-            target.bitwise = found if found.costs_nothing() else None
+            target.bitwise = found if found.costs_nothing() else None  # what is known before the self-test
     elif exact in EXACT:
         target.bitwise = Bitwise(target, exact)
     else:
@@ -299,13 +316,17 @@ def check_exact(target: Target, exact: str | None, way: str) -> None:
         raise MedheadError(
             f"exact={exact!r}: this Target was made without it; make it with Target(model, exact={exact!r})"
         )
-    if given is not None and way not in ("step 'auto'", "step 'loop'"):
-        raise MedheadError(f"exact={given!r} does not go with {way}, which changes texts; leave one out")
+    if target.bitwise is not None and way not in ("step 'auto'", "step 'loop'"):
+        if not target.bitwise.by_default:
+            raise MedheadError(f"exact={given!r} does not go with {way}, which changes texts; leave one out")
+        target.bitwise = None
+    elif target.bitwise is not None and exact == given:
+        target.bitwise.by_default = False
 
 
 def _parse_proof(content: Any) -> tuple[int, bool]:
     index, matches = content
-    if index not in range(-1, len(_PRODUCTS)):
+    if type(index) is not int or index not in range(-1, len(_PRODUCTS)):
         raise ValueError(f"{index} is no kind of products")
     return index, bool(matches)
 

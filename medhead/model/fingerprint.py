@@ -21,7 +21,7 @@ def model_state(target: Target) -> Hashable:
     A compiled step on a CPU holds packed copies of the weights, so there the key also has the weights' version counters and a
     sample of their values, because PyTorch does not count changes through `weight.data`. Elsewhere steps read weights in place.
     """
-    weights = [part for weight in target.model.parameters() for part in _parts(weight)]
+    weights = [part for weight in target.model.parameters() for part in parts(weight)]
     on_cpu = [weight.detach() for weight in weights if weight.device.type == "cpu"]
     versions = tuple(0 if weight.is_inference() else weight._version for weight in on_cpu)
     return tuple(map(_module_key, target.model.modules())), tuple(map(_pointer, weights)), versions, sample(on_cpu)
@@ -29,7 +29,7 @@ def model_state(target: Target) -> Hashable:
 
 def weights_state(target: Target) -> Hashable:
     """Return a key that changes with the model's outputs: `model_state`, and the version counters of weights on any device."""
-    weights = [part for weight in target.model.parameters() for part in _parts(weight)]
+    weights = [part for weight in target.model.parameters() for part in parts(weight)]
     return model_state(target), tuple(0 if weight.is_inference() else weight._version for weight in weights)
 
 
@@ -50,13 +50,13 @@ def sample(weights: list[Tensor]) -> bytes:
     return torch.cat(samples).numpy().tobytes() if samples else b""
 
 
-def _parts(weight: Tensor) -> Iterator[Tensor]:
+def parts(weight: Tensor) -> Iterator[Tensor]:
     """Yield the ordinary tensors that a weight consists of: values and scales where it is quantised, else itself."""
     if not is_traceable_wrapper_subclass(weight):
         yield weight
         return
     for name in weight.__tensor_flatten__()[0]:
-        yield from _parts(getattr(weight, name))
+        yield from parts(getattr(weight, name))
 
 
 def _pointer(weight: Tensor) -> int:

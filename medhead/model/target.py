@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from medhead.config import EXACT
 from medhead.core.lengths import Lengths
 from medhead.core.tree import TokenTree
 from medhead.errors import MedheadError, UnsupportedTargetError
@@ -69,7 +70,7 @@ class Target:
         exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
             batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
             the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
-            `auto` is `bitwise` in bfloat16 and float16 on a CPU where that costs nothing, else None.
+            `auto` is `bitwise` in bfloat16 and float16 on a CPU where passes take no longer with it, else None.
         fused: whether fused Triton kernels replace the model's norms, activations, rotary positions and residual additions;
             None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference.
 
@@ -131,7 +132,9 @@ class Target:
         self._encoders = encoder_configs(inner)
         if exact == "auto" and (self.device.type != "cpu" or self.dtype not in HALF_DTYPES or self._encoders):
             exact = None
-        self.packed_weights = packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, bool(exact))
+        self.packed_weights = (
+            packed if isinstance(packed, PackedWeights) else PackedWeights(inner, packed, exact in EXACT)
+        )
         self.packed = packed.enabled if isinstance(packed, PackedWeights) else packed
         self._form = model_form(inner)
         self.length_rope = LengthRope(inner, lambda: running_target.get() is self)

@@ -85,8 +85,6 @@ class Engine:
                 f"an engine cannot serve {decoder.target.name}, which is split over processes: they would not batch the same "
                 "requests; call generate in every process"
             )
-        if decoder.target.bitwise is not None and decoder.target.bitwise.by_default:
-            decoder.target.bitwise.reads_whole = False
         self.decoder, self.tokenizer, self.heads = decoder, tokenizer, decoder.heads if heads is None else heads
         self.target = decoder.target
         self.max_rows, self.max_queue, self.time_limit = max_rows, max_queue, time_limit

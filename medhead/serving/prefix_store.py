@@ -71,7 +71,7 @@ class PrefixStore:
         layers = self._target.state_layers
         in_chunks = layers is None or layers.in_chunks
         fits = self.cache.limit > 0 and len(sequence.token_ids) <= self._target.length_rope.limit
-        bitwise = self._target.bitwise
-        if sequence.prompt_inputs is not None or (bitwise is not None and bitwise.reads_whole):
+        promised = self._target.bitwise is not None and not self._target.bitwise.by_default  # texts are read whole
+        if sequence.prompt_inputs is not None or promised:
             return False
         return fits and in_chunks and proposer.draft_key is not None

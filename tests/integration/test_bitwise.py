@@ -271,20 +271,37 @@ def test_half_precision_is_bit_for_bit_by_default() -> None:
     assert promised(Decoder(tiny("mixtral", ACCEPTED["mixtral"], dtype=torch.bfloat16), "none")) is None  # experts cost
 
 
-def test_a_default_promise_ends_without_an_error(monkeypatch: pytest.MonkeyPatch, tokenizer: Any) -> None:
-    model = tiny_llama(vocab=len(tokenizer)).bfloat16()
+def test_a_default_promise_ends_without_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama().bfloat16()
     decoder = Decoder(model, "recycling")
     with torch.autocast("cpu", torch.bfloat16):
         text(decoder, PROMPTS[0])
     assert promised(decoder) is None
     decoder = Decoder(model, "recycling")
     assert promised(decoder) == "bitwise"
+    Decoder(decoder.target, "none", typical=TypicalAcceptance())
+    assert promised(decoder) is None
     hook = mix_rows(model)
     assert promised(Decoder(model, "recycling", probe=False)) is None
     hook.remove()
     monkeypatch.setattr("medhead.model.bitwise.path_attention.unavailable", lambda: "no compiler")
     assert promised(Decoder(model, "recycling")) is None
     assert promised(Decoder(model, "recycling", exact="bitwise")) == "bitwise"
+
+
+def test_an_engine_keeps_prefixes_unless_somebody_asked_for_bits(tokenizer: Any) -> None:
+    model = tiny_llama(vocab=len(tokenizer)).bfloat16()
+    for exact in ("auto", "bitwise"):
+        decoder = Decoder(model, "recycling", exact=exact)
+        assert promised(decoder) == "bitwise"
+        before = text(decoder, PROMPTS[2])
+        with Engine(decoder, tokenizer) as engine:
+            for _ in range(2):
+                handle = engine.submit(Request(PROMPTS[2], SamplingParams(4)))
+                handle.wait()
+        assert (handle.result.cached_tokens > 0) == (exact == "auto")
+        assert text(decoder, PROMPTS[2]) == before  # read whole, whatever the engine did
+    assert promised(Decoder(Target(model, exact="auto"), "none", exact="bitwise")) == "bitwise"
 
 
 def test_a_self_test_that_passed_is_known(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,5 +96,11 @@ def test_wrong_sizes_are_refused() -> None:
     query, key = torch.zeros(1, 2, 1, 8), torch.zeros(1, 2, 4, 8)
     with pytest.raises(RuntimeError, match="4 \\+ 1 of 4 keys"):
         path_attention.attention(query, key, key, torch.tensor([4]), zero, zero[None], 1.0)
+    with pytest.raises(RuntimeError, match="depth 1 of 1"):
+        path_attention.attention(query, key, key, torch.tensor([3]), zero + 1, zero[None], 1.0)
+    with pytest.raises(RuntimeError, match="node 2 of 1"):
+        path_attention.attention(query, key, key, torch.tensor([3]), zero, zero[None] + 2, 1.0)
+    with pytest.raises(RuntimeError, match="the tree does not fit the queries"):
+        path_attention.attention(query, key, key, torch.tensor([3, 3]), zero, zero[None], 1.0)
     with pytest.raises(RuntimeError, match="dimensions 7 and 7 are no multiples of 8"):
         path_attention.attention(query[..., :7], key[..., :7], key[..., :7], torch.tensor([3]), zero, zero[None], 1.0)
