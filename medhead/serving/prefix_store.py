@@ -72,6 +72,6 @@ class PrefixStore:
         in_chunks = layers is None or layers.in_chunks
         fits = self.cache.limit > 0 and len(sequence.token_ids) <= self._target.length_rope.limit
         bitwise = self._target.bitwise
-        if sequence.prompt_inputs is not None or (bitwise is not None and bitwise.reads_whole):
+        if sequence.has_images or (bitwise is not None and bitwise.reads_whole):
             return False
         return fits and in_chunks and proposer.draft_key is not None
