@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,9 +51,11 @@ class ChatEncoder:
     """
 
     def __init__(self, tokenizer: Any, processor: Any = None, dtype: torch.dtype = torch.float32) -> None:
-        self._tokenizer, self._processor, self._dtype = tokenizer, processor, dtype
+        # a tokenizer of its own: texts do not wait for a processor, which holds one too
+        self._tokenizer = copy.deepcopy(tokenizer) if getattr(processor, "tokenizer", None) is tokenizer else tokenizer
+        self._processor, self._dtype = processor, dtype
         self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
-        self._image_lock = threading.Lock()  # the decoded images of one chat at a time are in memory
+        self._image_lock = threading.Lock()  # of the processor; the decoded images of one chat at a time are in memory
         self._takes_parts = processor is not None and not _takes_texts(processor)
 
     def encode_text(self, text: str) -> list[int]:
@@ -59,21 +63,44 @@ class ChatEncoder:
         with self._lock:
             return list(self._tokenizer(text)["input_ids"])
 
-    def encode(self, messages: Sequence[ChatMessage], tools: Sequence[dict[str, Any]] = ()) -> EncodedChat:
-        """Return a chat up to where the answer begins.
+    @contextmanager
+    def decoded(self, messages: Sequence[ChatMessage]) -> Iterator[dict[ImageFile, Any]]:
+        """Decode the images of a chat for `encode`; other chats with images wait until the block ends, texts do not.
 
         Raises:
-            MedheadError: the chat template or the processor refuses the messages, or there are images and no processor.
+            MedheadError: an image is damaged, or there are images and no processor.
         """
-        images = [part for message in messages for part in _parts(message) if isinstance(part, ImageFile)]
-        if images and self._processor is None:
+        files = _images(messages)
+        if files and self._processor is None:
             raise MedheadError("the model reads text only: leave out the images")
-        if images:
+        if not files:
+            yield {}
+            return
+        with self._image_lock:
+            yield {one: one.decode() for one in dict.fromkeys(files)}
+
+    def encode(
+        self,
+        messages: Sequence[ChatMessage],
+        tools: Sequence[dict[str, Any]] = (),
+        decoded: Mapping[ImageFile, Any] | None = None,
+    ) -> EncodedChat:
+        """Return a chat up to where the answer begins.
+
+        Args:
+            messages: of the chat.
+            tools: for the chat template.
+            decoded: the images of these messages and maybe of others, inside of the block of `decoded`; None decodes them.
+
+        Raises:
+            MedheadError: the chat template or the processor refuses the messages, or see `decoded`.
+        """
+        if decoded is None:
+            with self.decoded(messages) as decoded:
+                return self.encode(messages, tools, decoded)
+        if files := _images(messages):
             shown = [one | {"content": self._content(one)} for one in messages]
-            with self._image_lock:
-                decoded = [one.decode() for one in images]
-                with self._lock:
-                    return self._process(shown, decoded, tools)
+            return self._process(shown, [decoded[one] for one in files], tools)
         if not getattr(self._tokenizer, "chat_template", None):
             return EncodedChat(self.encode_text("\n\n".join(message["content"] for message in messages)))
         if self._takes_parts:
@@ -122,6 +149,10 @@ def render_template(processor: Any, messages: Sequence[ChatMessage], tools: Sequ
         return str(processor.apply_chat_template(list(messages), add_generation_prompt=True, tokenize=False, **options))
     except Exception as error:  # a template can raise anything
         raise MedheadError(f"the model's chat template refuses these messages: {one_line(error, 200)}") from None
+
+
+def _images(messages: Sequence[ChatMessage]) -> list[ImageFile]:
+    return [part for message in messages for part in _parts(message) if isinstance(part, ImageFile)]
 
 
 def _parts(message: ChatMessage) -> list[str | ImageFile]:

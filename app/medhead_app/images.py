@@ -40,7 +40,7 @@ class ImageFile:
         """Return a `PIL.Image.Image` in RGB, turned as its EXIF data says; of an animation the first frame.
 
         Raises:
-            MedheadError: the file is damaged.
+            MedheadError: the file is damaged, or has 32 bits a channel.
         """
         from PIL import ImageOps
 
@@ -48,7 +48,11 @@ class ImageFile:
             with self._open() as image:
                 image.seek(0)
                 shown = ImageOps.exif_transpose(image)
-                if shown.mode != "RGB":
+                if shown.mode.startswith("I;16") or (shown.mode, image.format) == ("I", "PNG"):  # "I" before Pillow 11
+                    shown = _from_16_bits(shown)
+                elif shown.mode in ("I", "F"):
+                    raise MedheadError("the image has 32 bits a channel: save it with 8 or 16")
+                elif shown.mode != "RGB":
                     shown = _on_white(shown.convert("RGBA"))
         except MedheadError:
             raise
@@ -92,6 +96,17 @@ def read_data_url(url: str) -> ImageFile:
         return ImageFile(base64.b64decode(url[found.end() :], validate=True))
     except binascii.Error:
         raise MedheadError("the data URL of the image is not valid base64") from None
+
+
+def _from_16_bits(image: Any) -> Any:
+    """Return a greyscale image of 16 bits in RGB; its transparent grey, if there is one, is white."""
+    import numpy as np
+    from PIL import Image
+
+    values = np.asarray(image)
+    grey = (values >> 8).astype(np.uint8)
+    grey[values == image.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey).convert("RGB")
 
 
 def _on_white(image: Any) -> Any:

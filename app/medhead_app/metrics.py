@@ -47,7 +47,7 @@ class Metrics:
 
     def __init__(self, engine: Engine) -> None:
         self._engine, self._rate = engine, Rate()
-        self._endpoints: dict[int, str] = {}  # by the id of a submitted request
+        self._endpoints: dict[int, str] = {}  # by the id of a request's `params`, which it shares with no other
         self.registry = CollectorRegistry()  # the global registry is not used
         common: Any = {"namespace": "medhead", "registry": self.registry}
         self._requests = Counter("requests", "Requests by endpoint and finish reason", ["endpoint", "reason"], **common)
@@ -61,11 +61,11 @@ class Metrics:
 
     def set_endpoint(self, request: Request, endpoint: str) -> None:
         """Count a request under this endpoint; a request without one is counted under `page`."""
-        self._endpoints[id(request)] = endpoint
+        self._endpoints[id(request.params)] = endpoint
 
     def count_rejected(self, request: Request, endpoint: str, reason: str) -> None:
         """Count a request that the engine rejected."""
-        self._endpoints.pop(id(request), None)
+        self._endpoints.pop(id(request.params), None)
         self._requests.labels(endpoint, reason).inc()
 
     async def sample(self) -> None:
@@ -93,7 +93,7 @@ class Metrics:
         yield GaugeMetricFamily("medhead_tokens_per_second", rate, self._rate.per_second)
 
     def _on_end(self, request: Request, result: Result) -> None:
-        self._requests.labels(self._endpoints.pop(id(request), "page"), result.reason).inc()
+        self._requests.labels(self._endpoints.pop(id(request.params), "page"), result.reason).inc()
         self._latency.observe(result.seconds)
         self._queue_time.observe(result.queued)
         if result.first_token is None:

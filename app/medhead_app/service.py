@@ -13,6 +13,7 @@ from medhead.errors import MedheadError
 from medhead.serving.engine import Engine
 from medhead.serving.request import Request
 from medhead_app.chat_encoder import ChatEncoder, ChatMessage, EncodedChat
+from medhead_app.images import ImageFile
 
 
 class PromptTooLongError(MedheadError):
@@ -66,15 +67,23 @@ class Service:
         """
         if not messages:
             raise MedheadError("there are no messages")
-        if not truncate:
-            encoded = self._encoder.encode(messages, tools)
-            self._check_length(encoded.token_ids)
-            return encoded
+        with self._encoder.decoded(messages) as images:  # once, however often the conversation is truncated
+            if truncate:
+                return self._encode_newest(messages, answer_tokens, images)
+            encoded = self._encoder.encode(messages, tools, images)
+        self._check_length(encoded.token_ids)
+        return encoded
+
+    def _encode_newest(
+        self, messages: Sequence[ChatMessage], answer_tokens: int, images: Mapping[ImageFile, Any]
+    ) -> EncodedChat:
+        """Return a conversation without the oldest exchanges that do not fit, see `encode_chat`."""
         limit = min(self.max_prompt_tokens, self.context - max(1, min(answer_tokens, self.context // 2)))
         system, exchanges = split_exchanges(messages)
 
         def encode_newest(count: int) -> EncodedChat:
-            return self._encoder.encode([*system, *(message for part in exchanges[-count:] for message in part)])
+            newest = [*system, *(message for part in exchanges[-count:] for message in part)]
+            return self._encoder.encode(newest, decoded=images)
 
         kept = len(exchanges)
         encoded = encode_newest(kept)

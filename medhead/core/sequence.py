@@ -37,7 +37,8 @@ class Sequence:
     needs_logits: bool = False  # whether `on_tokens` needs `DecodeLoop.output`, which captured steps do not give
     cache_salt: str | None = None  # see `Request`
     constraint: Constraint | None = None  # the state of its grammar; None for any text
-    prompt_inputs: PromptInputs | None = None  # of a prompt that holds images and is read on its own
+    prompt_inputs: PromptInputs | None = None  # of a prompt that holds images, until its reading begins
+    has_images: bool = False  # whether the prompt holds images: it is read on its own
     output_ids: list[int] = field(default_factory=list)  # new token ids
     passes: int = 0  # verify passes so far, that over the prompt included
     scores: list[Tensor] = field(default_factory=list)  # processed scores `[vocab]` of every new token, if recorded

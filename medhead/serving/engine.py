@@ -26,12 +26,13 @@ from medhead.serving.handle import RequestHandle
 from medhead.serving.prefix_store import PrefixStore
 from medhead.serving.prepare import SequencePreparer
 from medhead.serving.prompts import UnreadablePromptError
-from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped
+from medhead.serving.request import QueueFullError, Reason, Request, Result, Stopped, input_bytes
 from medhead.serving.request_state import RequestState, check_request
 from medhead.serving.scheduler import DecodeBatch, Scheduler
 from medhead.serving.statistics import EngineStatistics
 
 LOG = logging.getLogger(__name__)
+MAX_WAITING_BYTES = 2 * 2**30  # of the model inputs of requests that wait
 
 
 class Engine:
@@ -137,7 +138,7 @@ class Engine:
         """Put a request into the queue; returns at once. May be called from any thread.
 
         Raises:
-            QueueFullError: too many wait already.
+            QueueFullError: too many wait already, or those that wait hold too many bytes of images.
             Stopped: the engine is not running.
             MedheadError: the request is invalid: an empty or too long prompt, numbers out of range, an unknown
                 proposer, token ids outside of the vocabulary.
@@ -153,6 +154,12 @@ class Engine:
             # free places that are not taken yet count as room: a queue of 0 still serves
             if len(self._waiting) >= self.max_queue + max(0, self.max_rows - len(self._states)):
                 raise QueueFullError(f"{len(self._waiting)} requests are waiting already, try again in a moment")
+            others = [other.handle.request for other in self._waiting if request.model_inputs]
+            if input_bytes(others) and input_bytes([*others, request]) > MAX_WAITING_BYTES:
+                limit = f"may hold {MAX_WAITING_BYTES:,} bytes of images"
+                raise QueueFullError(
+                    f"the requests that wait {limit}, with this one they hold more: try again in a moment"
+                )
             self._waiting.append(state)
             self._awake.notify()
         return handle

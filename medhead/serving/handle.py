@@ -20,7 +20,7 @@ class RequestHandle:
     for the whole text; every output is read once. The engine never waits for a slow reader.
 
     Attributes:
-        request: what was asked for.
+        request: what was asked for; without its model inputs from when its prompt is read.
         result: filled as the request goes on; final once `done`.
     """
 

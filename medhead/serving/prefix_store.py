@@ -72,6 +72,6 @@ class PrefixStore:
         in_chunks = layers is None or layers.in_chunks
         fits = self.cache.limit > 0 and len(sequence.token_ids) <= self._target.length_rope.limit
         promised = self._target.bitwise is not None and not self._target.bitwise.by_default  # texts are read whole
-        if sequence.prompt_inputs is not None or promised:
+        if sequence.has_images or promised:
             return False
         return fits and in_chunks and proposer.draft_key is not None

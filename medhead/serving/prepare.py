@@ -69,6 +69,7 @@ class SequencePreparer:
         if model_inputs:
             ids = torch.tensor([sequence.prompt_ids], device=self._target.device)
             sequence.prompt_inputs = prompt_inputs(self._model, ids, found.arguments)
+            sequence.has_images = sequence.prompt_inputs is not None
         if stops_at is None and self.stop_strings:
             stops_at = Detokenizer(self._tokenizer, self.stop_strings).stops_at
         criteria = [one for one in found.criteria if not (params.ignore_eos and type(one) is EosTokenCriteria)]

@@ -52,12 +52,13 @@ class PromptQueue:
         lengths = []
         for one in sequences:
             prefix = self._prefixes.find(self._loop.proposer, one)
-            is_alone = one.prompt_inputs is not None or len(one.token_ids) - prefix.length > chunk
+            is_alone = one.has_images or len(one.token_ids) - prefix.length > chunk
             groups.setdefault(id(one) if is_alone else prefix.length > 0, []).append((one, prefix))
             lengths.append(prefix.length)
         for group in groups.values():
             together, prefixes = [one for one, _ in group], [prefix for _, prefix in group]
             proposer, inputs = self._loop.proposer.fork(), together[0].prompt_inputs
+            together[0].prompt_inputs = None  # `Joining` frees the images once they are read
             self._waiting.append(Joining(self._loop.target, proposer, together, prefixes, inputs))
         return lengths
 
@@ -71,7 +72,7 @@ class PromptQueue:
         try:
             joining.advance(max(1, tokens // len(joining.sequences)))
         except MedheadError as error:
-            if joining.sequences[0].prompt_inputs is None:
+            if not joining.sequences[0].has_images:
                 raise
             raise UnreadablePromptError(str(error), joining.sequences) from error
         if joining.left:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from torch import Tensor
 
 from medhead.config import SamplingParams, check_tree_size
 from medhead.errors import MedheadError
@@ -18,7 +20,7 @@ class EngineError(MedheadError):
 
 
 class QueueFullError(EngineError):
-    """Too many requests wait already; try again later."""
+    """Too many requests wait already, or the images of those that wait are too large; try again later."""
 
 
 class Stopped(EngineError):
@@ -70,6 +72,13 @@ class Request:
             raise MedheadError(f"logprobs must be a whole number from 0 to {MAX_TOP_LOGPROBS}, got {top!r}")
         if extra := sorted({"input_ids", "attention_mask"} & set(self.model_inputs)):
             raise MedheadError(f"model_inputs must not hold {' and '.join(extra)}: give the token ids as prompt")
+
+
+def input_bytes(requests: Iterable[Request]) -> int:
+    """Return the bytes of the tensors in the model inputs of requests; one that several share counts once."""
+    values = [value for one in requests for value in one.model_inputs.values()]
+    items = [item for value in values for item in (value if isinstance(value, (list, tuple)) else [value])]
+    return sum({id(item): item.nbytes for item in items if isinstance(item, Tensor)}.values())
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,11 @@ class RequestState:
         return "stop" if self.detokenizer.stopped or ended else "length"
 
     def prepare(self) -> None:
-        """Give the sequence its processors and ends; called in the engine's thread."""
-        self._preparer.prepare(self.sequence, self._stops_at, self.handle.request.model_inputs)
+        """Give the sequence its processors and ends, and the model inputs of its request; called in the engine's thread."""
+        request = self.handle.request
+        self._preparer.prepare(self.sequence, self._stops_at, request.model_inputs)
+        if request.model_inputs:
+            self.handle.request = replace(request, model_inputs={})  # images are freed once they are read
 
     def take_output(self, seconds: float, loop: DecodeLoop, row: int) -> StepOutput:
         """Return the output of the last pass, and bring the result up to date.

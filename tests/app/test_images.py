@@ -144,6 +144,20 @@ def test_an_image_is_turned_and_shown_on_white() -> None:
     assert read_data_url(data_url(clear)).decode().getpixel((1, 1)) == (255, 255, 255)
 
 
+def test_grey_of_16_bits_is_scaled(monkeypatch: pytest.MonkeyPatch) -> None:
+    grey = Image.new("I;16", (3, 1))
+    for column, value in enumerate((255, 0x80FF, 0xFFFF)):
+        grey.putpixel((column, 0), value)
+    shown = read_data_url(data_url(grey)).decode()
+    assert [shown.getpixel((column, 0)) for column in range(3)] == [(0,) * 3, (128,) * 3, (255,) * 3]
+    clear = read_data_url(data_url(grey, transparency=255)).decode()
+    assert [clear.getpixel((column, 0)) for column in range(2)] == [(255,) * 3, (128,) * 3]
+    monkeypatch.setitem(images.FORMATS, "image/tiff", "TIFF")
+    for mode in ("I", "F"):
+        with pytest.raises(MedheadError, match="the image has 32 bits a channel"):
+            read_data_url(data_url(Image.new(mode, (2, 2)), "TIFF")).decode()
+
+
 # ---------------------------------------------------------------- refusals
 
 
@@ -292,6 +306,13 @@ def test_images_beyond_the_limit_are_not_kept_and_this_is_said(monkeypatch: pyte
     assert kept[-2] == {"role": "user", "content": "one", "lost": 1}
     assert "1 image of this message was not kept in this browser" in view(kept[-2])["summary"]
     assert view(asked["messages"][-1], 3)["html"].count('alt="Image ') == 2
+    stored = {**asked, "messages": kept}
+    edited = conversations.edit_message(stored, len(kept) - 2, "and now?")
+    assert edited["messages"][-1] == {"role": "user", "content": "and now?", "lost": 1}
+    assert kept[-2]["content"] == "one"
+    undone, text = conversations.undo_message(edited)
+    assert (text, conversations.last_images(edited)) == ("and now?", [])
+    assert conversations.restore_messages(undone)["messages"][-1]["lost"] == 1
 
 
 def test_what_is_no_image_is_not_taken_from_a_browser() -> None:

@@ -108,6 +108,19 @@ def test_race_cards_escape() -> None:
 # ---------------------------------------------------------------- sessions and handlers
 
 
+def test_a_stop_before_the_request_is_submitted_cancels_it() -> None:
+    sessions, handles = Sessions(), [RequestHandle(Request([1])) for _ in range(3)]
+    assert sessions.begin_turn("a", "one") is not None
+    assert sessions.cancel("a", "race") == 0
+    sessions.tracker("a", "chat")(handles[0])
+    sessions.cancel("a", "chat")
+    sessions.tracker("a", "chat")(handles[1])
+    sessions.end_turn("a")
+    assert sessions.begin_turn("a", "one") is not None
+    sessions.tracker("a", "chat")(handles[2])
+    assert [one.cancelled for one in handles] == [True, True, False]
+
+
 def test_sessions_cancel_only_their_own_requests() -> None:
     sessions, handles = Sessions(), [RequestHandle(Request([1], SamplingParams())) for _ in range(3)]
     sessions.tracker("a", "chat")(handles[0])

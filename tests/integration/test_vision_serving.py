@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+from dataclasses import replace
 from functools import cache
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,7 @@ from medhead.config import SamplingParams
 from medhead.errors import MedheadError
 from medhead.generation_config import end_tokens
 from medhead.model.prompt_inputs import why_no_images
-from medhead.serving import Engine, EngineError, Request
+from medhead.serving import Engine, EngineError, QueueFullError, Request
 from vision_models import image_rows, tiny_vision
 
 NAMES = ("gemma3", "llava", "qwen2_5_vl")
@@ -121,6 +123,42 @@ def test_what_cannot_be_served_is_refused_at_once(tokenizer: Any) -> None:
     assert "anew at 65 tokens" in str(why_no_images(target))
     target.state_layers = object()
     assert "its layers hold states" in str(why_no_images(target))
+
+
+def test_images_are_freed_once_they_are_read(tokenizer: Any) -> None:
+    model = model_of("llava")
+    row = image_rows("llava", model)[0]
+    copied = weakref.ref(pixels := row["pixel_values"].clone())
+    asked = request_of(row | {"pixel_values": pixels}, SamplingParams(max_new_tokens=60, ignore_eos=True))
+    with Engine(Decoder(model, "none"), tokenizer) as engine:
+        handle = engine.submit(asked)
+        del asked, pixels
+        outputs = iter(handle)
+        tokens = next(outputs).tokens
+        assert not handle.done
+        assert copied() is None
+        assert handle.request.model_inputs == {}
+        tokens += [token for output in outputs for token in output.tokens]
+    with Engine(Decoder(model, "none"), tokenizer) as engine:
+        again = engine.submit(request_of(row, SamplingParams(max_new_tokens=60, ignore_eos=True)))
+        assert tokens_of(again) == tokens
+
+
+def test_the_images_that_wait_are_bounded(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llava")
+    first, second = (request_of(row) for row in image_rows("llava", model))
+    size = sum(value.nbytes for value in first.model_inputs.values())
+    monkeypatch.setattr("medhead.serving.engine.MAX_WAITING_BYTES", size)
+    with Engine(Decoder(model, "none"), tokenizer, max_rows=1) as engine:
+        running = engine.submit(Request(TEXT, SamplingParams(max_new_tokens=100, ignore_eos=True)))
+        next(iter(running))
+        handles = [engine.submit(one) for one in (first, replace(first), Request(TEXT, GREEDY))]
+        with pytest.raises(QueueFullError, match=f"the requests that wait may hold {size:,} bytes of images"):
+            engine.submit(second)
+        running.cancel()
+        for handle in handles:
+            handle.wait()
+        assert tokens_of(engine.submit(second)) == alone(model, tokenizer, second)
 
 
 def test_types_of_text_ask_for_nothing(tokenizer: Any) -> None:

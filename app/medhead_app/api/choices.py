@@ -32,9 +32,8 @@ class Answer:
 def with_seeds(request: Request, count: int) -> list[Request]:
     """Return `count` copies of a request; the seed of copy `i` is the request's seed plus `i`, if it has one."""
     params, seed = request.params, request.params.seed
-    if seed is None:
-        return [replace(request) for _ in range(count)]
-    return [replace(request, params=replace(params, seed=(seed + i) % 2**64)) for i in range(count)]
+    seeds = [None if seed is None else (seed + i) % 2**64 for i in range(count)]
+    return [replace(request, params=replace(params, seed=one)) for one in seeds]
 
 
 def check_count(requests: int, field: str, engine: Engine) -> None:

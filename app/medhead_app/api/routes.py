@@ -60,8 +60,8 @@ class Api:
         body = parse_body(ChatRequest, await _read_json(http))
         self._check_model(body.model)
         check_count(body.candidates, "n", self.service.engine)
-        plan, prompt = await run_in_threadpool(self._encode, body, "messages")
-        return await self._respond(http, body, [prompt], CHAT, plan=plan)
+        plan, *prompts = await run_in_threadpool(self._encode, body, "messages")
+        return await self._respond(http, body, prompts, CHAT, plan=plan)
 
     async def completions(self, http: Request) -> Response:
         """Handle `POST /v1/completions`."""
@@ -79,12 +79,13 @@ class Api:
         body = parse_body(ResponsesRequest, await _read_json(http))
         self._check_model(body.model)
         plan, prompt = await run_in_threadpool(self._encode, body, "input")
-        request = self._build_request(body, prompt, plan)
+        requests = [self._build_request(body, prompt, plan)]
+        del prompt  # see `_answer`
 
         def new_builder(handles: list[RequestHandle]) -> ResponsesBuilder:
             return ResponsesBuilder(body, handles[0], plan)
 
-        return await self._answer(http, [request], body.stream, "responses", new_builder)
+        return await self._answer(http, requests, body.stream, "responses", new_builder)
 
     async def list_models(self, http: Request) -> Response:
         """Handle `GET /v1/models`."""
@@ -128,6 +129,7 @@ class Api:
         requests = [
             one for prompt in prompts for one in with_seeds(self._build_request(body, prompt, plan), candidates)
         ]
+        prompts.clear()  # see `_answer`
         include_usage = body.stream_options is not None and body.stream_options.include_usage
         texts = self.token_texts() if body.wants_logprobs else None
 
@@ -148,6 +150,7 @@ class Api:
         new_builder: Callable[[list[RequestHandle]], ResponseBuilder | ResponsesBuilder],
     ) -> Response:
         handles = submit_all(self.service.engine, self.metrics, requests, endpoint)
+        requests.clear()  # the engine frees the images once it has read them
         http.scope.get(HANDLES, []).extend(handles)
         builder = new_builder(handles)
         if stream:

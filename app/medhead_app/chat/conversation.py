@@ -48,12 +48,15 @@ def add_message(conversation: Conversation, text: str, images: Sequence[str] = (
 
 
 def edit_message(conversation: Conversation, index: int, text: str) -> Conversation:
-    """Replace the text of the user message at `index`, and remove the messages after it."""
+    """Replace the text of the user message at `index`, whose images stay, and remove the messages after it."""
     messages = conversation["messages"]
     if not 0 <= index < len(messages) or messages[index]["role"] != "user":
         raise MedheadError("only your own messages can be edited")
     images = messages[index].get("images", [])
-    return {**add_message({**conversation, "messages": messages[:index]}, text, images), "removed": messages}
+    edited = add_message({**conversation, "messages": messages[:index]}, text, images)
+    if "lost" in messages[index]:
+        edited["messages"][-1]["lost"] = messages[index]["lost"]
+    return {**edited, "removed": messages}
 
 
 def undo_message(conversation: Conversation) -> tuple[Conversation, str]:

@@ -8,12 +8,15 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
+from starlette.concurrency import run_in_threadpool
+
 from medhead.errors import MedheadError
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Request, Result, StepOutput
 from medhead_app.chat.conversation import Conversation, Message, cut_answer, prompt_messages, set_answer
 from medhead_app.chat.stats import FINISH_NOTES, summary
 from medhead_app.chat.svg import Tree, tree_json
+from medhead_app.chat_encoder import EncodedChat
 from medhead_app.service import Service
 
 UPDATE_INTERVAL = 0.05  # shortest time between two updates, in seconds
@@ -126,11 +129,16 @@ async def generate_answer(
         raise MedheadError("the last answer is complete or empty: it cannot be continued")
     asked = {**conversation, "messages": conversation["messages"][:-1]} if cut else conversation
     begun: list[int] = cut.get("token_ids", [])
-    messages = prompt_messages(asked, settings.system)
-    encoded = service.encode_chat(messages, settings.max_new_tokens + len(begun)).followed_by(begun)
+
+    def encode() -> EncodedChat:
+        messages = prompt_messages(asked, settings.system)
+        return service.encode_chat(messages, settings.max_new_tokens + len(begun)).followed_by(begun)
+
+    encoded = await run_in_threadpool(encode)
     seed: dict[str, Any] = {"seed": cut["seed"]} if cut and settings.seed is None else {}
     request = settings.request(service, encoded.token_ids, model_inputs=encoded.model_inputs, **seed)
-    handle = service.engine.submit(request)
+    handle, dropped = service.engine.submit(request), encoded.dropped
+    del request, encoded  # the engine frees the images once it has read them
     on_submit(handle)
     conversation = {**conversation, "settings": asdict(settings)}
     stream, last_update = StreamState(), 0.0
@@ -149,7 +157,7 @@ async def generate_answer(
             "seconds": result.seconds,
             "seed": result.seed,
             "tree": stream.tree(service.tokenizer) or cut.get("tree"),
-            "dropped": encoded.dropped,
+            "dropped": dropped,
             "summary": summary(result),
             "note": FINISH_NOTES.get(result.reason, "") if fields.get("done") else "",
         }

@@ -6,6 +6,8 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 
+from starlette.concurrency import run_in_threadpool
+
 from medhead.errors import MedheadError
 from medhead.serving.handle import RequestHandle
 from medhead.serving.request import Result
@@ -76,7 +78,7 @@ async def race(
         raise MedheadError("the proposer 'none' is plain decoding itself: choose another proposer")
     system = [{"role": "system", "content": settings.system}] if settings.system.strip() else []
     messages = [*system, {"role": "user", "content": prompt.strip()}]
-    token_ids = service.encode_chat(messages, settings.max_new_tokens).token_ids
+    token_ids = (await run_in_threadpool(service.encode_chat, messages, settings.max_new_tokens)).token_ids
     seed = draw_seed() if settings.seed is None else settings.seed
     runs: list[RaceRun] = []
     reading: set[asyncio.Task[None]] = set()

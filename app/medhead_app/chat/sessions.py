@@ -20,6 +20,7 @@ class Turn:
 
     conversation: str  # id
     abandoned: bool = False  # the user has left the conversation: nothing more of the answer may be shown
+    stopped: bool = False  # a request that is submitted later is cancelled
 
 
 class Sessions:
@@ -37,12 +38,17 @@ class Sessions:
             with self._lock:
                 handles = [other for other in self._handles.get((session, kind), []) if not other.done]
                 self._handles[session, kind] = [*handles, handle]
+                turn = self._turns.get(session)
+            if kind == "chat" and turn is not None and turn.stopped:
+                handle.cancel()
 
         return track
 
     def cancel(self, session: str, kind: Kind | None = None) -> int:
-        """Cancel a session's requests, of one kind or all; return how many were running."""
+        """Cancel a session's requests, of one kind or all, and that of its turn; return how many were running."""
         with self._lock:
+            if kind != "race" and (turn := self._turns.get(session)) is not None:
+                turn.stopped = True
             keys = [key for key in self._handles if key[0] == session and kind in (None, key[1])]
             handles = [handle for key in keys for handle in self._handles.pop(key) if not handle.done]
         for handle in handles:

@@ -27,6 +27,7 @@ EXAMPLES = """\
 examples:
   medhead load-test --output results                     8 and 32 clients, two minutes each, demo model
   medhead load-test --clients 16 --seconds 30 --model my/model --heads my/heads
+  medhead load-test --clients 1 8 --plain --model smollm2 --dtype bfloat16 --exact bitwise
   medhead load-test --url http://127.0.0.1:7860 --clients 8 --seconds 20
 
 All other options are passed on to the server that is started (see medhead serve --help). The clients draw prompts, seeds,
