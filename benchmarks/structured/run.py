@@ -8,7 +8,6 @@ constrained one.
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -64,12 +63,15 @@ def answer(
     decoder: Decoder, tokenizer: Any, ids: torch.Tensor, tokens: int, grammar: Grammar | None
 ) -> tuple[float, int, int, str]:
     """Return seconds, passes, new tokens and text of one greedy answer."""
-    config = copy.deepcopy(decoder.model.generation_config)
-    if grammar is None:
-        config.eos_token_id = None
-    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens, "generation_config": config}
+    options: dict[str, Any] = {"do_sample": False, "max_new_tokens": tokens}
     options |= {} if grammar is None else {"grammar": grammar, "tokenizer": tokenizer}
-    out = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    own = decoder.model.generation_config
+    end = own.eos_token_id
+    try:
+        own.eos_token_id = None if grammar is None else end
+        out = decoder.generate(ids, attention_mask=torch.ones_like(ids), **options)[0, ids.shape[1] :]
+    finally:
+        own.eos_token_id = end
     text = tokenizer.decode(out, skip_special_tokens=True)
     return decoder.statistics.decode_seconds, decoder.statistics.passes, len(out), text
 
