@@ -25,6 +25,7 @@ from medhead.compile.async_output import CopiedOutput
 from medhead.compile.captured import CapturedSteps
 from medhead.compile.graph_cache import GraphCache, columns_for, rows_for
 from medhead.config import SamplingParams
+from medhead.core.buffers import StepBuffers
 from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
@@ -419,6 +420,43 @@ def test_a_step_that_reads_on_the_host_is_refused(target: Target, monkeypatch: p
     captured, _ = decoders(target, "recurrent", "recorded")
     with pytest.raises(MedheadError, match=r"cannot be recorded .*decode with step='loop'"):
         captured.generate(**prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("where", ["buffers", "capture"])
+def test_a_step_that_does_not_fit_in_memory(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ordinary loop decodes batches of that size, tried once; smaller ones are captured."""
+    allocate, record, tries = StepBuffers.allocate, backends.BACKENDS["recorded"], []
+
+    def run_out(rows: int) -> None:
+        tries.append(rows)
+        if rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    def allocated(like: StepBuffers, rows: int, *given: Any) -> StepBuffers:
+        run_out(rows)
+        return allocate(like, rows, *given)
+
+    def recorded(step: Any, buffers: StepBuffers, device: torch.device) -> Any:
+        run_out(len(buffers.roots))
+        return record(step, buffers, device)
+
+    if where == "buffers":
+        monkeypatch.setattr(StepBuffers, "allocate", allocated)
+    else:
+        monkeypatch.setitem(backends.BACKENDS, "recorded", recorded)
+    captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
+    assert captured.graphs is not None
+    with pytest.raises(MedheadError, match=r"CUDA out of memory.*decode with step='loop'") as caught:
+        captured.generate(**prompts(), max_new_tokens=4)
+    assert "\n" not in str(caught.value)
+    captured.graphs.optional = True  # as where no step is named
+    tries.clear()
+    with pytest.warns(UserWarning, match="the ordinary loop decodes, which is slower: .*CUDA out of memory"):
+        for rows in (1, 3, 3, 1):  # the second batch frees what is kept, and tries again
+            given = {**prompts(rows=rows), "max_new_tokens": 12}
+            assert torch.equal(captured.generate(**given), plain_text(target, **given))
+    assert captured.statistics.captured_steps > 0
+    assert tries.count(3) == 2
 
 
 @pytest.mark.parametrize(
