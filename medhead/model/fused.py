@@ -66,7 +66,7 @@ class FusedModules:
         self._known: dict[Any, Any] = {}  # by kind of module: what was found
         own = [module for module in model.modules() if _is_plain(module)]
         if enabled:
-            self._merged = [(module, MergedLinear(group)) for module in own if (group := _mergeable(module))]
+            self._merged = [(module, MergedLinear(layers)) for module in own if (layers := _mergeable(module))]
         with torch.no_grad(), eval_mode(model):
             for module in own:
                 self._add_norm(module)

@@ -72,7 +72,7 @@ def tree_delta_rule(
         out, updates, total = delta_rule.channel_reference(
             query, key, value, log_decay, beta, state, tree.visible.to(device)
         )
-    elif delta_rule.use_triton(device, value.shape[2], *state.shape[2:], exact):
+    elif delta_rule.use_triton(device, value.shape[2], key.shape[3], value.shape[3], exact):
         from medhead_kernels import tree_delta_rule as kernel
 
         bitmask = tree.bitmask.to(device)
