@@ -259,7 +259,7 @@ def test_every_sequence_of_a_stream_is_handed_on(target: Target) -> None:
 def test_a_text_outgrows_its_plan(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for few tokens at a time: the batch moves to a larger plan, with what the heads keep of it."""
     monkeypatch.setattr(graph_cache, "MIN_COLUMNS", 32)
-    monkeypatch.setattr("medhead.compile.captured._ROOM", 8)
+    monkeypatch.setattr("medhead.compile.graph_cache._ROOM", 8)
     captured, loop = decoders(target, name, "recorded", tree_size=10)
     given = {**prompts(), "max_new_tokens": 100, "eos_token_id": None}
     assert torch.equal(captured.generate(**given), loop.generate(**given))
