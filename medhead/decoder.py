@@ -65,7 +65,8 @@ class Decoder:
         exact: `bitwise` gives one text for every proposer, tree and batch, bit for bit, in every dtype, `transformers` also the
             text of its `generate`; on a CPU. `auto` is `bitwise` in half precision where passes take no longer with it; None
             switches it off. See `Target`; a target that is given keeps its own.
-        fused: whether fused kernels replace parts of the model in passes; None does so on CUDA, see `Target`.
+        fused: whether fused kernels replace parts of the model in passes; None does so on CUDA. True also merges products,
+            for which the model's parameters become views of one tensor, see `Target`.
         options: further options of the proposer.
 
     Threads may share a decoder, or have a decoder each on one model: generations of one model take turns, and wait for each

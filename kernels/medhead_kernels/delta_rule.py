@@ -128,38 +128,49 @@ def _shared(part: Tensor, share: int) -> Tensor:
 # ---------------------------------------------------------------- the Triton kernel
 
 
-def fits_triton(nodes: int, key_size: int) -> bool:
-    """Return whether the kernel serves so many nodes and keys of this size."""
-    return nodes <= MAX_NODES and key_size <= MAX_KEY
+def use_triton(device: torch.device, nodes: int, key_size: int, value_size: int, exact: bool = True) -> bool:
+    """Return whether the kernel is used: on CUDA, where Triton is installed and this form of it passes `selftest`.
+
+    Args:
+        device: of the tensors.
+        nodes: of the tree; the kernel's form is that of the next power of two.
+        key_size: of a key.
+        value_size: of a value.
+        exact: that of the kernel.
+    """
+    if nodes > MAX_NODES or key_size > MAX_KEY:
+        return False
+    return _works(device, max(16, 1 << (nodes - 1).bit_length()), key_size, value_size, exact)
 
 
-@lru_cache(maxsize=8)
-def use_triton(device: torch.device) -> bool:
-    """Return whether the kernel is used: on CUDA, where Triton is installed and passes `selftest`."""
+@lru_cache(maxsize=64)
+def _works(device: torch.device, nodes: int, key_size: int, value_size: int, exact: bool) -> bool:
+    """Try a form of the kernel where there is one, once."""
     if device.type != "cuda" or torch.version.hip is not None or importlib.util.find_spec("triton") is None:
         return False
-    return selftest(device)
+    return selftest(device, nodes, key_size, value_size, exact)
 
 
 @torch.no_grad()
-def selftest(device: torch.device) -> bool:
-    """Compare the kernel with `reference` on a small tree; warn and return False if it fails or differs."""
+def selftest(device: torch.device, nodes: int, key_size: int, value_size: int, exact: bool) -> bool:
+    """Compare the kernel with `reference` on a binary tree; warn and return False if it fails or differs."""
     try:
         from medhead_kernels.tree_delta_rule import delta_rule
 
         random = torch.Generator().manual_seed(0)
-        query, key = torch.nn.functional.normalize(torch.randn(2, 1, 1, 12, 32, generator=random), dim=-1)
-        value, state = torch.randn(1, 2, 12, 16, generator=random), torch.randn(1, 2, 32, 16, generator=random)
-        log_decay, beta = -torch.rand(1, 2, 12, generator=random), torch.rand(1, 2, 12, generator=random)
-        visible = torch.eye(12, dtype=torch.bool)
-        for node in range(1, 12):  # a binary tree
+        query, key = torch.nn.functional.normalize(torch.randn(2, 1, 1, nodes, key_size, generator=random), dim=-1)
+        value = torch.randn(1, 2, nodes, value_size, generator=random)
+        state = torch.randn(1, 2, key_size, value_size, generator=random)
+        log_decay, beta = -torch.rand(1, 2, nodes, generator=random), torch.rand(1, 2, nodes, generator=random)
+        visible = torch.eye(nodes, dtype=torch.bool)
+        for node in range(1, nodes):
             visible[node] |= visible[(node - 1) // 2]
-        bitmask = (visible.long() << torch.arange(12)).sum(-1)[None, :, None]
+        bitmask = (visible.long() << torch.arange(nodes)).sum(-1)[None, :, None]
         expected = reference(query, key, value, log_decay, beta, state, visible[None])
         query, key, value, log_decay, beta, state, bitmask = (
             part.to(device) for part in (query, key, value, log_decay, beta, state, bitmask)
         )
-        found = delta_rule(query, key, value, log_decay, beta, state, bitmask, max_depth=3)
+        found = delta_rule(query, key, value, log_decay, beta, state, bitmask, nodes.bit_length() - 1, exact)
         difference = max(float((a.cpu() - b).abs().max()) for a, b in zip(found, expected, strict=True))
         if difference <= 1e-3:
             return True

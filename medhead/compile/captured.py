@@ -9,8 +9,7 @@ from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
 from medhead.core.sampling import SamplingBatch
 from medhead.core.sequence import Sequence
-
-_ROOM = 1024  # new tokens to make room for at a time; a text that grows beyond gets a larger step
+from medhead.errors import MedheadError
 
 
 class CapturedSteps:
@@ -34,15 +33,26 @@ class CapturedSteps:
     ) -> None:
         self._graphs, self._sequences = graphs, sequences
         self.rows = list(range(len(sequences)))  # of the sequences that run
-        wanted = max(sequence.tokens_left for sequence in sequences)
-        room = max(len(sequence.token_ids) for sequence in sequences) + min(wanted, _ROOM) + graphs.margin
-        self._step = graphs.get(buffers, room, generator)
+        self._step = graphs.get(buffers, graphs.room(sequences), generator)
         self._step.buffers.load(buffers)
         output = self._step.buffers.output
         assert output is not None
         self._output = async_output(output, graphs.lag + 1)
         drafts = self._step.buffers.drafts
         self._drafts = None if drafts is None else DraftInput(drafts)
+
+    @classmethod
+    def of(
+        cls, graphs: GraphCache, buffers: StepBuffers, sequences: list[Sequence], generator: GumbelNoise
+    ) -> CapturedSteps | None:
+        """Return captured steps for sequences; None where the ordinary loop must decode them, see `GraphCache.give_up`."""
+        if not graphs.fits(sequences):
+            return None
+        try:
+            return cls(graphs, buffers, sequences, generator)
+        except MedheadError as error:
+            graphs.give_up(error, sequences)
+        return None
 
     @property
     def running(self) -> list[Sequence]:

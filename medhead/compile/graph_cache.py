@@ -12,7 +12,8 @@ import torch
 from medhead.compile.backends import BACKENDS, Run, check_device, make
 from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
-from medhead.errors import MedheadError
+from medhead.core.sequence import Sequence
+from medhead.errors import MedheadError, one_line
 from medhead.model.fingerprint import model_state
 from medhead.model.shards import placement
 from medhead.model.target import Target
@@ -23,6 +24,7 @@ Key = tuple[int, int, Hashable]  # rows, columns, and form of sampling, features
 
 MAX_STEPS = 4  # captured steps that are kept; each holds a cache
 MIN_COLUMNS = 256
+_ROOM = 1024  # new tokens to make room for at a time; a text that grows beyond gets a larger step
 
 
 @dataclass
@@ -77,6 +79,7 @@ class GraphCache:
         self.optional, self.gave_up = optional, False
         self.on_progress: Callable[[str], None] = lambda line: None
         self._steps: OrderedDict[Key, CapturedStep] = OrderedDict()
+        self._too_large: set[tuple[int, int]] = set()  # rows and columns for which memory ran out
 
     def __len__(self) -> int:
         return len(self._steps)
@@ -93,6 +96,16 @@ class GraphCache:
     def room_ahead(self) -> int:
         """Tokens by which a sequence may grow before the host knows it."""
         return self.proposer.steps * (self.lag + 2)
+
+    def room(self, sequences: list[Sequence]) -> int:
+        """Return the tokens and nodes to have room for in a step for these sequences."""
+        wanted = max(sequence.tokens_left for sequence in sequences)
+        return max(len(sequence.token_ids) for sequence in sequences) + min(wanted, _ROOM) + self.margin
+
+    def fits(self, sequences: list[Sequence]) -> bool:
+        """Return whether memory did not run out for a step of their size or a smaller one."""
+        rows, columns = rows_for(len(sequences)), columns_for(self.room(sequences))
+        return not any(least[0] <= rows and least[1] <= columns for least in self._too_large)
 
     def get(self, like: StepBuffers, room: int, generator: GumbelNoise) -> CapturedStep:
         """Return a step for the sequences of some buffers, captured now unless there is one, of up to twice the size.
@@ -113,7 +126,13 @@ class GraphCache:
                 self.on_progress(f"compiling a step for {rows} sequences of up to {columns:,} tokens (a minute)")
             with torch.inference_mode(False), torch.no_grad():
                 drafts = no_drafts(rows, self.target.device) if self.proposer.takes_drafts else None
-                buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps, drafts)
+                try:
+                    buffers = StepBuffers.allocate(like, rows, columns, self.proposer.steps, drafts)
+                except torch.OutOfMemoryError as error:
+                    raise MedheadError(
+                        f"a captured step for {rows} sequences of up to {columns:,} tokens does not fit in memory "
+                        f"({one_line(error, 160)}); decode with step='loop'"
+                    ) from error
                 run = make(self.backend, self.target, self.proposer, buffers, generator)
                 self._steps[key] = CapturedStep(buffers, run)
             while len(self._steps) > MAX_STEPS:
@@ -130,17 +149,36 @@ class GraphCache:
         ]
         return min(found, key=lambda key: key[0] * key[1], default=None)
 
-    def give_up(self, error: MedheadError) -> None:
-        """Leave all steps to the ordinary loop from now on, and warn that it does; raise the error unless steps are optional."""
+    def give_up(self, error: MedheadError, sequences: list[Sequence]) -> None:
+        """Leave steps to the ordinary loop, and warn that it decodes; raise the error unless steps are optional.
+
+        Where memory ran out, that is for steps of this size or larger alone; while others are kept, they are freed and the
+        next step tries again. After other errors no step is captured again.
+        """
         if not self.optional:
             raise error
+        freed, out_of_memory = len(self._steps) > 0, _is_out_of_memory(error)
+        self._steps.clear()
+        if out_of_memory and freed:
+            return
+        if out_of_memory:
+            self._too_large.add((rows_for(len(sequences)), columns_for(self.room(sequences))))
+        self.gave_up = not out_of_memory
         warnings.warn(f"the ordinary loop decodes, which is slower: {error}", stacklevel=2)
-        self.gave_up = True
-        self.clear()
 
     def clear(self) -> None:
-        """Give the memory back."""
+        """Give the memory back, and forget where it ran out."""
         self._steps.clear()
+        self._too_large.clear()
+
+
+def _is_out_of_memory(error: BaseException | None) -> bool:
+    """Return whether memory ran out, or that led to the error."""
+    while error is not None:
+        if isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def rows_for(sequences: int) -> int:

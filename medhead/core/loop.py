@@ -356,16 +356,13 @@ class DecodeLoop:
         if self._captured is None:
             assert self._buffers is not None
             began = time.perf_counter()
-            try:
-                self._captured = CapturedSteps(self.graphs, self._buffers, self.sequences, self.generator)
-            except MedheadError as error:
-                self.graphs.give_up(error)
-                self.capture_seconds += time.perf_counter() - began
+            self._captured = CapturedSteps.of(self.graphs, self._buffers, self.sequences, self.generator)
+            self.capture_seconds += time.perf_counter() - began
+            if self._captured is None:
                 self._step_eager()
                 return
             self._buffers, self.output = None, None
             self.cache_bytes = max(self.cache_bytes, self._captured.cache_bytes)
-            self.capture_seconds += time.perf_counter() - began
         self._emit_captured(self._captured.step())
         self.captured_steps += 1
 

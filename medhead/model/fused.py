@@ -36,6 +36,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # 
 _ROWS = (1, 5)  # of the samples
 _MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
 _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+_READ = {"act_fn", "post_attention_layernorm"}  # parts whose forwards are not called
 _ROPE = "apply_rotary_pos_emb"  # the name in modeling files
 
 
@@ -43,9 +44,10 @@ class FusedModules:
     """The modules of a model that fused kernels serve.
 
     Args:
-        model: of transformers; q/k/v and gate/up weights are moved to one piece of memory each, for one product.
+        model: of transformers.
         head_dims: sizes of the heads of all keys that are cached.
-        enabled: None uses the kernels on CUDA where Triton is installed; True asks for them on a CPU too (interpreted).
+        enabled: None uses the kernels on CUDA where Triton is installed. True asks for them on a CPU too (interpreted), and
+            for q/k/v and gate/up as one product each, which changes the model's parameters, see `MergedLinear`.
 
     Attributes:
         forwards: the forwards that replace those of modules.
@@ -53,6 +55,8 @@ class FusedModules:
 
     def __init__(self, model: nn.Module, head_dims: set[int], enabled: bool | None = None) -> None:
         self.forwards: dict[nn.Module, Forward] = {}
+        self._parts: dict[nn.Module, dict[str, Any]] = {}  # of layers and MLPs, as they were checked
+        self._merged: list[tuple[nn.Module, MergedLinear]] = []
         weight = next(model.parameters(), None)
         if enabled is False or weight is None or weight.dtype not in TOLERANCE or find_spec("triton") is None:
             return
@@ -61,13 +65,14 @@ class FusedModules:
         self._norms: dict[nn.Module, tuple[float, bool]] = {}
         self._known: dict[Any, Any] = {}  # by kind of module: what was found
         own = [module for module in model.modules() if _is_plain(module)]
-        self._merged = [MergedLinear(group) for group in map(_mergeable, own) if group]
+        if enabled:
+            self._merged = [(module, MergedLinear(layers)) for module in own if (layers := _mergeable(module))]
         with torch.no_grad(), eval_mode(model):
             for module in own:
                 self._add_norm(module)
             for module in own:
                 self._add(module, head_dims)
-        for group in self._merged:
+        for _, group in self._merged:
             self.forwards |= group.forwards()
 
     @classmethod
@@ -80,10 +85,10 @@ class FusedModules:
     @contextmanager
     def active(self) -> Iterator[None]:
         """Replace the forwards of modules inside the context, for the passes of targets without gradients."""
-        served = {one: forward for one, forward in self.forwards.items() if "forward" not in one.__dict__}
-        if served:
-            for group in self._merged:
-                group.refresh()
+        served = self._served()
+        merged = [group for _, group in self._merged if group.layers[0] in served]
+        for group in merged:
+            group.refresh()
         for module, forward in served.items():
             module.forward = partial(_in_passes, forward, module.forward)
         try:
@@ -91,6 +96,22 @@ class FusedModules:
         finally:
             for module in served:
                 del module.forward
+            for group in merged:
+                group.release()
+
+    def _served(self) -> dict[nn.Module, Forward]:
+        """Return the forwards for modules that nobody changed since they were checked: adapters and hooks may come later."""
+        left = {
+            module
+            for module, parts in self._parts.items()
+            if module._modules != parts or not all(_is_plain(parts[name]) for name in _READ & parts.keys())
+        }
+        for module, group in self._merged:
+            if _mergeable(module) != group.layers:
+                left |= set(group.layers)
+        return {
+            one: forward for one, forward in self.forwards.items() if one not in left and "forward" not in one.__dict__
+        }
 
     def check(self, target: Target) -> None:
         """Compare a pass of the target (not active) with one without the kernels; use none, with a warning, if they differ."""
@@ -138,13 +159,13 @@ class FusedModules:
         if parts == _MLP and _is_plain(module.act_fn):
             kind = self._find(module, module.gate_proj.out_features, lambda: _mlp_kind(module))
             if kind is not None:
-                self.forwards[module] = partial(_mlp, module, kind)
+                self.forwards[module], self._parts[module] = partial(_mlp, module, kind), dict(module._modules)
         elif parts == _LAYER:
             norms = [self._norms.get(norm) for norm in (module.input_layernorm, module.post_attention_layernorm)]
             if None not in norms and _is_plain(module.self_attn) and _is_plain(module.mlp):
                 added: Forward = partial(_layer, module, *norms[1])  # type: ignore[misc]
                 if self._find(module, None, lambda: _is_layer(module, added)):
-                    self.forwards[module] = added
+                    self.forwards[module], self._parts[module] = added, dict(module._modules)
         elif "q_proj" in parts and len(head_dims) == 1:
             forward = _attention_forward(module)
             if forward is not None and self._find(module, None, lambda: _is_rope(module, *head_dims)):

@@ -30,38 +30,50 @@ def can_merge(layers: Sequence[nn.Linear]) -> bool:
 class MergedLinear:
     """Several layers whose first computes the outputs of all, which the others hand out.
 
-    The weights' values stay; from now on they are parts of one tensor.
+    From the first `refresh` on the parameters are views of one tensor, with the same values. So a `state_dict` made before no
+    longer shares their memory, `save_pretrained` copies them, and the memory is free only when the last of them was replaced.
+
+    Attributes:
+        layers: the layers.
     """
 
     def __init__(self, layers: list[nn.Linear]) -> None:
-        self._layers = layers
+        self.layers = layers
         self._sizes = [layer.out_features for layer in layers]
         self._input: Tensor | None = None
         self._outputs: Sequence[Tensor] = ()
-        self.refresh()
+        self._weight: Tensor | None = None
+        self._bias: Tensor | None = None
 
     def refresh(self) -> None:
-        """Move weights that do not follow each other: at first, and after the model was moved or its weights replaced."""
-        self._weight = _joined([layer.weight for layer in self._layers])
-        biases = [layer.bias for layer in self._layers if layer.bias is not None]
+        """Get ready; move weights that do not follow each other: at first, and after they were moved or replaced."""
+        self._weight = _joined([layer.weight for layer in self.layers])
+        biases = [layer.bias for layer in self.layers if layer.bias is not None]
         self._bias = _joined(biases) if biases else None
+
+    def release(self) -> None:
+        """Hold no memory until the next `refresh`."""
+        self._weight = self._bias = self._input = None
+        self._outputs = ()
 
     def forwards(self) -> dict[nn.Module, Callable[..., Any]]:
         """Return what replaces the layers' forwards."""
-        return {layer: partial(self._forward, place) for place, layer in enumerate(self._layers)}
+        return {layer: partial(self._forward, place) for place, layer in enumerate(self.layers)}
 
     def _forward(self, place: int, x: Tensor) -> Tensor:
         if place == 0:
+            assert self._weight is not None, "refresh was called"
             self._input, self._outputs = x, F.linear(x, self._weight, self._bias).split(self._sizes, -1)
         elif self._input is not x:
-            layer = self._layers[place]
+            layer = self.layers[place]
             return F.linear(x, layer.weight, layer.bias)
         out = self._outputs[place]
-        if place == len(self._layers) - 1:
+        if place == len(self.layers) - 1:
             self._input, self._outputs = None, ()
         return out
 
 
+@torch.inference_mode(False)  # else the parameters would become inference tensors there
 @torch.no_grad()
 def _joined(weights: list[Any]) -> Tensor:
     """Return weights one after the other as one tensor, of which they become parts unless they are already."""

@@ -67,12 +67,12 @@ def tree_delta_rule(
     Arguments are those of `delta_rule.reference`, or of `delta_rule.channel_reference` if every channel has its log-decay.
     `exact` is that of the Triton kernel, which serves CUDA.
     """
-    device, nodes = value.device, value.shape[2]
+    device = value.device
     if log_decay.ndim == 4:
         out, updates, total = delta_rule.channel_reference(
             query, key, value, log_decay, beta, state, tree.visible.to(device)
         )
-    elif delta_rule.use_triton(device) and delta_rule.fits_triton(nodes, key.shape[3]):
+    elif delta_rule.use_triton(device, value.shape[2], key.shape[3], value.shape[3], exact):
         from medhead_kernels import tree_delta_rule as kernel
 
         bitmask = tree.bitmask.to(device)

@@ -72,7 +72,8 @@ class Target:
             the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
             `auto` is `bitwise` in bfloat16 and float16 on a CPU where passes take no longer with it, else None.
         fused: whether fused Triton kernels replace the model's norms, activations, rotary positions and residual additions;
-            None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference.
+            None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference. True also computes
+            q/k/v and gate/up as one product each, for which the parameters become views of one tensor, see `MergedLinear`.
 
     Attributes:
         bitwise: what `exact` promises; None without it.

@@ -137,4 +137,4 @@ def test_delta_rule_at_real_sizes(nodes: int, exact: bool) -> None:
     given = (part.cuda() for part in (*arguments, tree.ancestor_bitmask))
     for one, other in zip(kernel(*given, tree.max_depth, exact), expected, strict=True):
         torch.testing.assert_close(one.cpu().double(), other, rtol=1e-3, atol=1e-3)
-    assert delta_rule.use_triton(torch.device("cuda"))
+    assert delta_rule.use_triton(torch.device("cuda"), nodes, 128, 128, exact)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from medhead.compile.async_output import CopiedOutput
 from medhead.compile.captured import CapturedSteps
 from medhead.compile.graph_cache import GraphCache, columns_for, rows_for
 from medhead.config import SamplingParams
+from medhead.core.buffers import StepBuffers
 from medhead.core.continuous import decode_stream
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
@@ -257,7 +259,7 @@ def test_every_sequence_of_a_stream_is_handed_on(target: Target) -> None:
 def test_a_text_outgrows_its_plan(target: Target, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Room for few tokens at a time: the batch moves to a larger plan, with what the heads keep of it."""
     monkeypatch.setattr(graph_cache, "MIN_COLUMNS", 32)
-    monkeypatch.setattr("medhead.compile.captured._ROOM", 8)
+    monkeypatch.setattr("medhead.compile.graph_cache._ROOM", 8)
     captured, loop = decoders(target, name, "recorded", tree_size=10)
     given = {**prompts(), "max_new_tokens": 100, "eos_token_id": None}
     assert torch.equal(captured.generate(**given), loop.generate(**given))
@@ -419,6 +421,45 @@ def test_a_step_that_reads_on_the_host_is_refused(target: Target, monkeypatch: p
     captured, _ = decoders(target, "recurrent", "recorded")
     with pytest.raises(MedheadError, match=r"cannot be recorded .*decode with step='loop'"):
         captured.generate(**prompts(), max_new_tokens=4)
+
+
+@pytest.mark.parametrize("where", ["buffers", "capture"])
+def test_a_step_that_does_not_fit_in_memory(target: Target, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ordinary loop decodes batches of that size, tried once; smaller ones are captured."""
+    allocate, record, tries = StepBuffers.allocate, backends.BACKENDS["recorded"], []
+
+    def run_out(rows: int) -> None:
+        tries.append(rows)
+        if rows > 1:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2.00 GiB.")
+
+    def allocated(like: StepBuffers, rows: int, *given: Any) -> StepBuffers:
+        run_out(rows)
+        return allocate(like, rows, *given)
+
+    def recorded(step: Any, buffers: StepBuffers, device: torch.device) -> Any:
+        run_out(len(buffers.roots))
+        return record(step, buffers, device)
+
+    if where == "buffers":
+        monkeypatch.setattr(StepBuffers, "allocate", allocated)
+    else:
+        monkeypatch.setitem(backends.BACKENDS, "recorded", recorded)
+    captured, _ = decoders(target, "recurrent", "recorded", tree_size=8)
+    assert captured.graphs is not None
+    with pytest.raises(MedheadError, match=r"CUDA out of memory.*decode with step='loop'") as caught:
+        captured.generate(**prompts(), max_new_tokens=4)
+    assert "\n" not in str(caught.value)
+    captured.graphs.optional = True  # as where no step is named
+    tries.clear()
+    slower = pytest.warns(UserWarning, match="the ordinary loop decodes, which is slower: .*CUDA out of memory")
+    for at, rows in enumerate((1, 3, 3, 1)):
+        given = {**prompts(rows=rows), "max_new_tokens": 12}
+        with slower if at == 1 else nullcontext():  # what is kept is freed, and a second try fails
+            text = captured.generate(**given)
+        assert torch.equal(text, plain_text(target, **given))
+    assert captured.statistics.captured_steps > 0
+    assert tries.count(3) == 2
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from medhead.bench.captured_steps import loop_buffers
 from medhead.compile.backends import fixed_step
 from medhead.core.buffers import StepBuffers
 from medhead.core.gumbel import GumbelNoise
+from medhead.model.fused import FusedModules
 from medhead.model.target import Target
 from medhead.proposers.base import PlainProposer
 from triton_here import interpreted, needs_triton
@@ -115,6 +117,23 @@ def test_launches_of_a_layer() -> None:
     assert per_layer(True) <= 12
 
 
+def test_weights_are_merged_only_where_fused_is_true(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By default an earlier state dict keeps the memory of the parameters."""
+    model: Any = tiny_llama(num_hidden_layers=1)
+    before = model.state_dict()
+    first = SimpleNamespace(dtype=torch.float32, device=torch.device("cuda"))
+    monkeypatch.setattr(model, "parameters", lambda: iter([first]))  # a model on CUDA, for the default
+    for enabled in (None, True):
+        fused = FusedModules(model, {8}, enabled)
+        with torch.inference_mode(), fused.active():
+            pass
+        moved = {name for name, weight in model.state_dict().items() if weight.data_ptr() != before[name].data_ptr()}
+        assert model.model.norm in fused.forwards
+        assert {name.split(".")[-2] for name in moved} == (
+            {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"} if enabled else set()
+        )
+
+
 def test_what_others_watch_or_replace_is_left_alone() -> None:
     model = tiny_llama(num_hidden_layers=1)
     layer, seen = model.model.layers[0], []
@@ -127,6 +146,38 @@ def test_what_others_watch_or_replace_is_left_alone() -> None:
     assert not served & {layer, layer.mlp, layer.post_attention_layernorm, layer.self_attn.q_proj}
     verify(target)
     assert seen
+
+
+def add_hook(layer: Any, name: str) -> None:
+    getattr(layer if "norm" in name else layer.mlp, name).register_forward_hook(lambda module, given, out: 3 * out)
+
+
+def add_adapter(layer: Any, name: str) -> None:
+    """An adapter like PEFT's for norms: it hands out the weight of its base layer."""
+
+    class Tuned(nn.Module):
+        def __init__(self, base: nn.Module) -> None:
+            super().__init__()
+            self.base, self.weight = base, base.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            return 3 * self.base(x)
+
+    setattr(layer, name, Tuned(getattr(layer, name)))
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [(add_hook, "act_fn"), (add_hook, "post_attention_layernorm"), (add_adapter, "post_attention_layernorm")],
+)
+def test_what_others_change_later_is_left_alone(change: Any, name: str) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    target = Target(model, probe=False, fused=True)
+    before = verify(target)
+    change(model.model.layers[0], name)
+    found, own = verify(target), verify(Target(model, probe=False))
+    assert not torch.allclose(found, before, rtol=1e-2)
+    assert float((found - own).abs().max()) <= 2e-5 * float(own.abs().max())
 
 
 def test_a_kernel_that_computes_something_else_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -153,4 +204,5 @@ def test_merged_weights_are_one_piece_of_memory_that_follows_the_model() -> None
     own = verify(first)
     attention.v_proj.weight = nn.Parameter(2 * attention.v_proj.weight.detach())
     assert not torch.equal(verify(first), own)
+    assert not any(weight.is_inference() for weight in model.parameters())  # `verify` runs in inference mode
     assert float((verify(first) - verify(Target(model, probe=False))).abs().max()) <= 2e-5 * float(own.abs().max())

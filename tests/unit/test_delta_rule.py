@@ -119,7 +119,7 @@ def test_a_target_that_uses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     path, counts = torch.tensor([[*path_to(first, row, 0), 1] for row in range(2)]), torch.tensor([1, 1])
     found = []
     for use in (False, True):
-        monkeypatch.setattr(delta_rule, "use_triton", lambda device, use=use: use)
+        monkeypatch.setattr(delta_rule, "use_triton", lambda *form, use=use: use)
         with target.active():
             cache = target.new_cache(2, 32)
             target.prefill(cache, [[5, 6, 7], [8]])
@@ -134,12 +134,33 @@ def test_a_target_that_uses_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 @interpreted
 def test_a_kernel_that_fails_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
-    assert not delta_rule.use_triton(cpu)
-    assert delta_rule.selftest(cpu)
+    form = cpu, 16, 32, 16, True
+    assert not delta_rule.use_triton(*form)
+    assert delta_rule.selftest(*form)
     own = delta_rule.reference
     monkeypatch.setattr(delta_rule, "reference", lambda *given: own(*given)._replace(updates=torch.zeros(())))
     with pytest.warns(UserWarning, match="does not work on cpu .its outputs differ by"):
-        assert not delta_rule.selftest(cpu)
+        assert not delta_rule.selftest(*form)
     monkeypatch.setattr("medhead_kernels.tree_delta_rule.delta_rule", lambda *given, **options: 1 / 0)
     with pytest.warns(UserWarning, match="ZeroDivisionError"):
-        assert not delta_rule.selftest(cpu)
+        assert not delta_rule.selftest(*form)
+
+
+@needs_triton
+@interpreted
+def test_the_largest_form_passes_its_selftest() -> None:
+    assert delta_rule.selftest(torch.device("cpu"), 64, 128, 128, False)
+
+
+@needs_triton
+def test_every_form_of_the_kernel_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A form that fails is left to PyTorch, and the others stay."""
+    device, tried = torch.device("cuda", 99), []
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(delta_rule, "selftest", lambda *form: tried.append(form) or form[1] < 64)
+    for _ in range(2):
+        used = [delta_rule.use_triton(device, nodes, 128, 24, nodes == 5) for nodes in (1, 5, 9, 16, 17, 33, 64, 65)]
+        assert used == [True] * 5 + [False] * 3
+    assert not delta_rule.use_triton(device, 5, 256, 24)
+    assert tried == [(device, nodes, 128, 24, exact) for nodes, exact in
+                     ((16, False), (16, True), (32, False), (64, False))]  # fmt: skip
