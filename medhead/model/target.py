@@ -67,13 +67,11 @@ class Target:
             block) or `reference` (plain PyTorch); `auto` is `triton` on CUDA where it serves the model, else `sdpa`.
         packed: whether to keep a second copy of the linear layers' weights in the layout of medhead's kernel for CPUs; None
             keeps one where it is faster and memory is free. Or copies to share, see `PackedWeights`.
-        exact: `bitwise` computes every row of a pass as if it were alone, so that logits do not depend on the tree or the
-            batch in any dtype; on a CPU. `transformers` does so with the attention of transformers' plain decoding, so that
-            the text of one prompt is its text too; slower, and without packed weights. A self-test proves it, see `Bitwise`.
-            `auto` is `bitwise` in bfloat16 and float16 on a CPU where passes take no longer with it, else None.
-        fused: whether fused Triton kernels replace the model's norms, activations, rotary positions and residual additions;
-            None does so on CUDA, see `FusedModules`. They are left out where a check finds a difference. True also computes
-            q/k/v and gate/up as one product each, for which the parameters become views of one tensor, see `MergedLinear`.
+        exact: `bitwise` computes every row of a pass as if it were alone, on a CPU: logits do not depend on the tree or the
+            batch, in any dtype. `transformers` does so with the attention of transformers' plain decoding; slower, without
+            packed weights. `auto` is `bitwise` in half precision where passes take no longer with it. See `Bitwise`.
+        fused: whether fused Triton kernels replace norms, activations, rotary positions and residual additions; None does so on
+            CUDA. True also merges q/k/v and gate/up: parameters become views of one tensor, see `MergedLinear`.
 
     Attributes:
         bitwise: what `exact` promises; None without it.
@@ -85,10 +83,8 @@ class Target:
         state_layers: the layers that hold states (recurrent, convolutional, linear attention); None without such layers.
 
     Raises:
-        MedheadError: `model` is not a model of transformers or has an adapter that cannot be decoded with, or `attention` is
-            unknown or cannot serve this model, or `exact` cannot be promised.
-        UnsupportedTargetError: the model cannot verify a tree: it has an encoder, an attention that does not go through
-            transformers' registry, or states that transformers' caches do not hold.
+        MedheadError: `model` is not a model of transformers, or it cannot be decoded with these options.
+        UnsupportedTargetError: the model cannot verify a tree; says why.
     """
 
     bitwise: Bitwise | None = None
