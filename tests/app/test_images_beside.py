@@ -76,7 +76,10 @@ def test_the_page_encodes_beside_its_event_loop(service: Service, monkeypatch: p
     encode, threads = service.encode_chat, list[threading.Thread]()
     noted = lambda *args: (threads.append(threading.current_thread()), encode(*args))[1]  # noqa: E731
     monkeypatch.setattr(service, "encode_chat", noted)
-    asked, settings = conversations.add_message(conversations.new_conversation(), "x", [PNG]), ChatSettings()
+    asked, settings = (
+        conversations.add_message(conversations.new_conversation(), "x", [PNG]),
+        ChatSettings(max_new_tokens=8),
+    )
     run_async(all_of(generate_answer(service, asked, settings)))
     run_async(all_of(race(service, QUESTION, settings)))
     assert len(threads) == 2
