@@ -52,7 +52,8 @@ class ChatEncoder:
 
     def __init__(self, tokenizer: Any, processor: Any = None, dtype: torch.dtype = torch.float32) -> None:
         # a tokenizer of its own: texts do not wait for a processor, which holds one too
-        self._tokenizer = copy.deepcopy(tokenizer) if getattr(processor, "tokenizer", None) is tokenizer else tokenizer
+        is_shared = getattr(processor, "tokenizer", None) is tokenizer
+        self._tokenizer = copy.deepcopy(tokenizer) if processor is not None and is_shared else tokenizer
         self._processor, self._dtype = processor, dtype
         self._lock = threading.Lock()  # tokenizers keep the settings of a call in the object
         self._image_lock = threading.Lock()  # of the processor; the decoded images of one chat at a time are in memory

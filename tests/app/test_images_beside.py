@@ -76,7 +76,10 @@ def test_the_page_encodes_beside_its_event_loop(service: Service, monkeypatch: p
     encode, threads = service.encode_chat, list[threading.Thread]()
     noted = lambda *args: (threads.append(threading.current_thread()), encode(*args))[1]  # noqa: E731
     monkeypatch.setattr(service, "encode_chat", noted)
-    asked, settings = conversations.add_message(conversations.new_conversation(), "x", [PNG]), ChatSettings()
+    asked, settings = (
+        conversations.add_message(conversations.new_conversation(), "x", [PNG]),
+        ChatSettings(max_new_tokens=8),
+    )
     run_async(all_of(generate_answer(service, asked, settings)))
     run_async(all_of(race(service, QUESTION, settings)))
     assert len(threads) == 2
@@ -96,13 +99,16 @@ def test_images_are_freed_while_the_answer_is_written(
         left.append(sum(one() is not None for one in pixels))
 
     monkeypatch.setattr(service.engine, "submit", noted)
-    monkeypatch.setattr(service.engine, "listeners", [at_end])
+    monkeypatch.setattr(service.engine, "listeners", [*service.engine.listeners, at_end])
     for stream in (False, True):
-        assert post(address, user(part()), max_tokens=60, stream=stream, ignore_eos=True).status_code == 200
+        assert post(address, user(part()), max_tokens=60, stream=stream, ignore_eos=True, n=2).status_code == 200
     content = [{"type": "input_image", "image_url": PNG}]
     body = {"model": "tiny", "input": [{"role": "user", "content": content}], "max_output_tokens": 60}
     assert httpx.post(f"{address}/v1/responses", json=body, timeout=30).status_code == 200
+    counted = httpx.get(f"{address}/metrics").text
+    assert [f'{{endpoint="{name}",' in counted for name in ("chat", "responses", "page")] == [True, True, False]
+    assert 'requests_total{endpoint="chat",reason="length"} 4.0' in counted
     asked = conversations.add_message(conversations.new_conversation(), QUESTION, [PNG])
     run_async(all_of(generate_answer(service, asked, ChatSettings(max_new_tokens=60))))
-    assert len(pixels) == 4
-    assert left == [0] * 4
+    assert len(pixels) == 6
+    assert left == [0] * 6
