@@ -21,8 +21,8 @@ from transformers.masking_utils import (
     sliding_window_causal_mask_function,
 )
 
+import medhead.model.attention
 import medhead.model.kv_cache
-import medhead.model.target
 from conftest import tiny_llama
 from families import ACCEPTED, exists, tiny
 from medhead import Decoder, MedheadError
@@ -179,7 +179,7 @@ def test_auto_gives_way_to_sdpa_when_the_kernel_fails(monkeypatch: pytest.Monkey
     """A kernel that fails on this GPU is found by the probe, which warns and falls back to sdpa."""
 
     broken = replace(BACKENDS["flash"], attention=lambda query, *_: query.transpose(1, 2) * float("nan"))
-    monkeypatch.setattr(medhead.model.target, "select_backend", lambda *_: broken)
+    monkeypatch.setattr(medhead.model.attention, "select_backend", lambda *_: broken)
     with pytest.warns(UserWarning, match="'flash' fails with this model, so it is 'sdpa'"):
         assert Target(tiny_llama(), attention="auto").backend.name == "sdpa"
     with pytest.raises(MedheadError, match=r"with attention 'flash' \(try 'sdpa'\): .*cannot verify a token tree"):
