@@ -47,7 +47,7 @@ class Bitwise:
     Args:
         target: the target.
         exact: `bitwise`, or `transformers` for the bits of transformers' own plain decoding, which costs more.
-        by_default: nobody asked for it, so it must cost nothing, and it ends without an error where it cannot be kept.
+        by_default: the option was not given, so it must cost nothing, and it ends without an error where it cannot be kept.
 
     Attributes:
         exact: as given.
@@ -125,7 +125,7 @@ class Bitwise:
             with self.running():
                 cache.begin(tree.nodes)
                 current = self._target._pass(cache, tree.depth, None, tree.nodes)
-                current.visits = NodeVisits.of(tree, cache.lengths.host, self.by_blocks)
+                current.visits = NodeVisits(tree, cache.lengths.host, self.by_blocks)
                 return self._target._forward(cache, tree.tokens, tree.depth, current)
         except UnsupportedTargetError:  # a mask, which is made before anything is written
             if not self.by_default:
@@ -139,7 +139,7 @@ class Bitwise:
         """Run the self-test if it was not yet run for this number of threads, and not on this machine.
 
         Raises:
-            MedheadError: it failed, and somebody asked for the promise.
+            MedheadError: it failed, and the option was given.
         """
         if self._testing:
             return

@@ -10,13 +10,11 @@ positions equal the model's own bit for bit; norms and activations may differ fr
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
-from types import FunctionType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +25,7 @@ from medhead.errors import one_line
 from medhead.model.attention import is_running
 from medhead.model.eval_mode import eval_mode
 from medhead.model.merged_linear import MergedLinear, can_merge
+from medhead.model.own_code import global_names, global_value, replaced_forwards, with_globals
 
 if TYPE_CHECKING:
     from medhead.model.target import Target
@@ -89,18 +88,15 @@ class FusedModules:
         merged = [group for _, group in self._merged if group.layers[0] in served]
         for group in merged:
             group.refresh()
-        for module, forward in served.items():
-            module.forward = partial(_in_passes, forward, module.forward)
         try:
-            yield
+            with replaced_forwards({one: partial(_in_passes, forward, one.forward) for one, forward in served.items()}):
+                yield
         finally:
-            for module in served:
-                del module.forward
             for group in merged:
                 group.release()
 
     def _served(self) -> dict[nn.Module, Forward]:
-        """Return the forwards for modules that nobody changed since they were checked: adapters and hooks may come later."""
+        """Return the forwards for modules that are as they were checked: adapters and hooks may come later."""
         left = {
             module
             for module, parts in self._parts.items()
@@ -173,7 +169,7 @@ class FusedModules:
 
 
 def _is_plain(module: nn.Module) -> bool:
-    """Return whether a module's forward is that of its class and nobody else sees its calls."""
+    """Return whether a module's forward is that of its class and no hook sees its calls."""
     hooks = (*module._forward_hooks, *module._forward_pre_hooks)
     return "forward" not in module.__dict__ and not hooks and not hasattr(module, "_hf_hook")
 
@@ -221,16 +217,10 @@ def _layer(module: Any, eps: float, offset: bool, hidden_states: Tensor, *args: 
 
 def _attention_forward(module: Any) -> Forward | None:
     """Return an attention's own forward that leaves the rotation to the cache; None if it does other things with keys."""
-    forward = inspect.unwrap(type(module).forward)
-    if not isinstance(forward, FunctionType):
-        return None
-    used = set(forward.__code__.co_names)
+    used = global_names(module)
     if _ROPE not in used or "update" not in used or used & {"cat", "split", "chunk"}:
         return None
-    scope = forward.__globals__ | {_ROPE: partial(_defer_rope, forward.__globals__[_ROPE])}
-    deferred = FunctionType(forward.__code__, scope, forward.__name__, forward.__defaults__, forward.__closure__)
-    deferred.__kwdefaults__ = forward.__kwdefaults__
-    return partial(deferred, module)
+    return with_globals(module, {_ROPE: partial(_defer_rope, global_value(module, _ROPE))})
 
 
 def _defer_rope(
@@ -314,7 +304,7 @@ def _is_rope(module: Any, dim: int) -> bool:
     """Return whether a modeling file's rotation of heads is that of the kernel, bit for bit."""
     from medhead_kernels.rope_write import rope_write
 
-    rotate = inspect.unwrap(type(module).forward).__globals__[_ROPE]
+    rotate = global_value(module, _ROPE)
     weight, nodes = module.q_proj.weight, 3
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0))
     query, key = (draw(2, nodes, heads, dim).to(weight).transpose(1, 2) for heads in (4, 2))
@@ -328,7 +318,7 @@ def _is_rope(module: Any, dim: int) -> bool:
 
 
 def _logits(target: Target) -> Tensor:
-    """Return the logits of a pass over a short chain behind one token."""
+    """Return the logits of a pass over a short chain after one token."""
     tokens = torch.arange(5, device=target.device)[None] % min(target.vocab_size, target.num_embeddings)
     with torch.inference_mode(), target.active():
         cache = target.new_cache(1, 16)

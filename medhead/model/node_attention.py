@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -23,47 +24,32 @@ from medhead_kernels import path_attention, reference
 
 
 @dataclass(frozen=True)
-class NodePaths:
-    """The arguments of attention by blocks; see `path_attention.attention`."""
-
-    lengths: Tensor
-    depth: Tensor
-    path: Tensor
-
-    @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int]) -> NodePaths:
-        """Return the paths of a tree after rows of these lengths."""
-        path = torch.zeros(*tree.depth.shape, int(tree.depth.max()) + 1, dtype=torch.long)
-        for row, parents in enumerate(tree.parents.tolist() if tree.nodes > 1 else []):
-            paths = [[0]]
-            for node, parent in enumerate(parents[1:], 1):
-                paths.append([*paths[parent], node])
-                path[row, node, : len(paths[node])] = torch.tensor(paths[node])
-        return cls(torch.tensor(lengths), tree.depth.contiguous(), path)
-
-
-@dataclass(frozen=True)
 class NodeVisits:
-    """The order in which the nodes of every row are visited.
+    """How the nodes of a tree attend.
 
     Attributes:
+        tree: the tree.
         lengths: committed tokens of every row.
-        rows: of every row the visits: node, depth, and whether its keys are not yet at `length + depth`.
-        paths: for attention by blocks; None where nodes attend as one.
+        by_blocks: nodes attend by blocks where the kernel serves a layer; else as one.
     """
 
+    tree: TokenTree
     lengths: list[int]
-    rows: list[list[tuple[int, int, bool]]]
-    paths: NodePaths | None = None
+    by_blocks: bool = False
 
-    @classmethod
-    def of(cls, tree: TokenTree, lengths: list[int], by_blocks: bool = False) -> NodeVisits:
-        """Return the visits of a tree after rows of these lengths."""
-        paths = NodePaths.of(tree, lengths) if by_blocks else None
-        if tree.nodes == 1:
-            return cls(lengths, [[(0, 0, False)]] * len(lengths), paths)
-        rows = [_visits(*row) for row in zip(tree.parents.tolist(), tree.depth.tolist(), strict=True)]
-        return cls(lengths, rows, paths)
+    @cached_property
+    def paths(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The arguments `lengths`, `depth` and `path` of `path_attention.attention`."""
+        seen = self.tree.visible.expand(len(self.lengths), -1, -1)  # node by node: a parent comes before its child
+        path = torch.sort(seen.byte(), dim=-1, descending=True, stable=True).indices[..., : self.tree.max_depth + 1]
+        return torch.tensor(self.lengths), self.tree.depth.contiguous(), path.contiguous()
+
+    @cached_property
+    def rows(self) -> list[list[tuple[int, int, bool]]]:
+        """The order in which the nodes of every row attend as one: node, depth, and whether its keys are not yet at its depth."""
+        if self.tree.nodes == 1:
+            return [[(0, 0, False)]] * len(self.lengths)
+        return [_visits(*row) for row in zip(self.tree.parents.tolist(), self.tree.depth.tolist(), strict=True)]
 
     def first_keys(self, mask_function: Callable, device: torch.device) -> Tensor | None:
         """Return the first key that every node sees, `[batch, 1, nodes, 1]` int64, by a layer's mask function; None for 0.
@@ -73,10 +59,7 @@ class NodeVisits:
         """
         if mask_function is causal_mask_function:
             return None
-        last = torch.zeros(len(self.rows), len(self.rows[0]), dtype=torch.long, device=device)
-        for row, (length, visits) in enumerate(zip(self.lengths, self.rows, strict=True)):
-            for node, depth, _ in visits:
-                last[row, node] = length + depth
+        last = (torch.tensor(self.lengths)[:, None] + self.tree.depth).to(device)
         keys = torch.arange(int(last.max()) + 1, device=device)
         rows = torch.arange(len(last), device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
@@ -123,14 +106,11 @@ def attention(
         softcap: bound of the scores; None for none.
         sinks: `[heads]` scores of a key without a value; None for none.
     """
-    paths = visits.paths
-    if paths is None or any(size % path_attention.LANES for size in (key.shape[3], value.shape[3])):
+    if not visits.by_blocks or any(size % path_attention.LANES for size in (key.shape[3], value.shape[3])):
         return _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
     first = None if first_keys is None else first_keys[:, 0, :, 0].contiguous()
     sinks = None if sinks is None else sinks.float()
-    return path_attention.attention(
-        query, key, value, paths.lengths, paths.depth, paths.path, scale, first, sinks, softcap
-    )
+    return path_attention.attention(query, key, value, *visits.paths, scale, first, sinks, softcap)
 
 
 def _as_one(

@@ -1,14 +1,27 @@
-"""The code of a model's own modules with other functions in place of some that it calls; the modeling file is not changed."""
+"""Other code in place of modules' forwards, or of functions that these call; the modeling file is not changed."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from types import FunctionType
 from typing import Any
 
 from torch import nn
+
+
+@contextmanager
+def replaced_forwards(forwards: Mapping[nn.Module, Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forwards of modules, which have those of their classes, inside the context."""
+    for module, forward in forwards.items():
+        module.forward = forward
+    try:
+        yield
+    finally:
+        for module in forwards:
+            del module.forward
 
 
 def global_names(module: nn.Module) -> set[str]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from medhead.errors import MedheadError
 from medhead.model.model_lock import running_target
+from medhead.model.own_code import replaced_forwards
 from medhead_kernels import block_linear
 from medhead_kernels.packed_linear import MIN_ELEMENTS, PackedLinear, can_pack
 
@@ -60,12 +61,8 @@ class PackedWeights:
             if packed.weight.data_ptr() != layer.weight.data_ptr() or packed.bias is not layer.bias:  # new parameters
                 packed = self._packed[layer] = PackedLinear(layer.weight.detach(), layer.bias, self._least)
             packed.recheck()
-            layer.forward = partial(_forward, layer, packed)
-        try:
+        with replaced_forwards({layer: partial(_forward, layer, self._packed[layer]) for layer in layers}):
             yield
-        finally:
-            for layer in layers:
-                del layer.forward
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors of all copies, made now, by name; the names of copies tell the kinds of weights."""

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from medhead.model.attention import running_visits
+from medhead.model.own_code import replaced_forwards
 
 MAX_ROWS = 32
 _SIZES = (31, 24, 17, 16, 15, 12, 8, 7, 5, 4, 3, 2, 1)  # numbers of rows that are compared with 32
@@ -76,13 +77,8 @@ class RowProducts(TorchFunctionMode):
         """Replace the `forward` of modules inside the context; other code in its place stays."""
         own = [module for module in model.modules() if "forward" not in module.__dict__]
         found = {module: forward for module in own if (forward := self._forward(module)) is not None}
-        for module, forward in found.items():
-            module.forward = partial(_in_passes, forward, module.forward)
-        try:
+        with replaced_forwards({one: partial(_in_passes, forward, one.forward) for one, forward in found.items()}):
             yield
-        finally:
-            for module in found:
-                del module.forward
 
     def _forward(self, module: nn.Module) -> Callable[..., Any] | None:
         """Return what computes a module's output row-independently; None if nothing in it needs that."""
