@@ -187,9 +187,9 @@ class Bitwise:
             advice = "try another number of threads, or leave the option out"
             raise MedheadError(f"{self._cannot(threads)}: logits of the self-test differ; {advice}")
         if self.exact == "transformers" and not known[1]:
-            raise MedheadError(
-                f"{self._cannot(threads)}: logits differ from those of transformers; use exact='bitwise'"
-            )
+            advice = "leave packed out, or " if self._target.packed_weights.enabled else ""
+            differ = "logits differ from those of transformers"
+            raise MedheadError(f"{self._cannot(threads)}: {differ}; {advice}use exact='bitwise'")
         return self.products, known[1]
 
     def _proof_file(self) -> Path | None:
