@@ -124,9 +124,10 @@ These families need transformers 5.24 or newer:
 
 {stateful}
 
-A node's state follows from that of its parent. Gated DeltaNet, Kimi Delta Attention, Mamba-2 and short convolutions run over all
-nodes at once. Other layers run once for each depth of the tree, by the model's own code: a pass reads their weights `depth + 1`
-times and keeps a copy of every state for each node, so small and shallow trees (`tree_size=8`) are the better choice there.
+A node's state follows from that of its parent. Gated DeltaNet, Kimi Delta Attention, Mamba-1, Mamba-2, short convolutions and
+RG-LRU run over all nodes at once, so a pass reads their weights once. Other layers (those of `minimax` and `zaya`) run once for
+each depth of the tree, by the model's own code: a pass reads their weights `depth + 1` times and keeps a copy of every state for
+each node, so small and shallow trees (`tree_size=8`) are the better choice there.
 `hybrid` measures what trees cost and drafts where it pays. `python benchmarks/hybrids/run.py` times passes over trees of a model
 of the shape of Qwen3.5-0.8B with random weights, and counts the memory that a node takes.
 

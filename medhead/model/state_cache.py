@@ -59,11 +59,13 @@ class DenseCall(StateCall):
     Attributes:
         tree: what dense forms know of the tree.
         advances: by state, a function from an accepted path and its numbers of nodes to the state after it.
+        heads: by state, such functions of the heads that a layer runs one after another.
     """
 
     def __init__(self, states: dict[StateKey, Tensor], tree: Ancestors, advances: dict[StateKey, Any]) -> None:
         super().__init__(states.get)
         self.tree, self.advances = tree, advances
+        self.heads: dict[StateKey, list[Any]] = {}
         self._asked: dict[str, StateKey] = {}
 
     def get(self, key: StateKey) -> Tensor | None:
@@ -177,6 +179,8 @@ class StateCache(TreeCache):
         places = last + nodes * torch.arange(len(path), device=path.device)
         for key, states in self.node_states.items():
             self.states[key] = states if nodes == 1 else states[places.to(states.device)]
+        if self.advances:
+            path = path[:, : int(counts.max())]
         for key, advance in self.advances.items():
             self.states[key] = advance(path, counts).to(self.states[key].dtype)
         self._drop_nodes()

@@ -1,8 +1,9 @@
-"""All nodes of a tree at once through layers that hold states: dense forms of convolution, gated delta rule and Mamba-2.
+"""All nodes of a tree at once through layers that hold states: convolutions, gated delta rule, Mamba-1, Mamba-2 and RG-LRU.
 
-The state after a node is the row's committed state and one term for each node of the path, each weighted by the decay along the
-path (see `medhead_kernels.delta_rule`). So the outputs of all nodes are products with the mask of ancestors, no state of a node
-is made, and the state after the accepted path is computed at the commit.
+In the gated delta rule and Mamba-2 the state after a node is the row's committed state and one term for each node of the path,
+each weighted by the decay along the path (see `medhead_kernels.delta_rule`). So the outputs of all nodes are products with the
+mask of ancestors, no state of a node is made, and the state after the accepted path is computed at the commit. `state_scan` has
+the recurrences of Mamba-1 and RG-LRU.
 
 A layer's own forward runs with its functions of the sequence dimension replaced (`dense_forward`); layers that use others run
 depth by depth (`state_layers`).
@@ -11,6 +12,7 @@ depth by depth (`state_layers`).
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +21,11 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from medhead.model.attention import running_states
-from medhead.model.own_code import global_names, with_globals
+from medhead.model.own_code import global_names, replaced_forwards, with_globals
 from medhead.model.state_cache import DenseCall
 from medhead.model.state_groups import Ancestors
+from medhead.model.state_scan import Advance, tree_lru, tree_mamba1
 from medhead_kernels import delta_rule
-
-Advance = Callable[[Tensor, Tensor], Tensor]  # from an accepted path and its numbers of nodes to the state after it
 
 
 def tree_convolution(
@@ -183,6 +184,84 @@ def _mamba2(
     return out.transpose(1, 2).contiguous().to(hidden_states.dtype), None
 
 
+def _mamba2_update(
+    state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, z: Tensor | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """See `mamba2_selective_state_update` of modeling files, for one token; what a head has is repeated for its channels."""
+    skip, bias = (None if part is None else part[:, 0] for part in (D, dt_bias))
+    inputs, step, b, c = (part[:, None] for part in (hidden_states, dt[..., 0], B, C))
+    out = _mamba2(inputs, step, A[:, 0, 0], b, c, D=skip, dt_bias=bias, **kwargs)[0][:, 0]
+    return out if z is None else out * F.silu(z)
+
+
+def _mamba1(
+    hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, z: Tensor | None = None,
+    delta_bias: Tensor | None = None, delta_softplus: bool = False, **kwargs: Any,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """See `mamba_selective_scan` of modeling files; tensors are `[batch, channels or size, nodes]`.
+
+    Zamba calls it for one head after another.
+    """
+    call = _call()
+    step = dt if delta_bias is None else dt + delta_bias.to(dt.dtype)[:, None]
+    step = F.softplus(step) if delta_softplus else step
+    inputs, step, b, c = (_wide(part.transpose(1, 2)) for part in (hidden_states, step, B, C))
+    place, state = call.asked("recurrent")
+    heads = call.heads.setdefault(place, [])
+    own = state if state.ndim == 3 else state[:, len(heads)]
+    out, advance = tree_mamba1(call.tree, _wide(own, inputs.dtype), inputs, step, _wide(A, inputs.dtype), b, c)
+    heads.append(advance)
+    call.advances[place] = advance if state.ndim == 3 else partial(_stacked, heads)
+    if D is not None:
+        out = out + inputs * D.to(out.dtype)
+    out = out.transpose(1, 2)
+    return (out if z is None else out * F.silu(_wide(z))).to(hidden_states.dtype), state.new_empty(0)
+
+
+def _mamba1_update(
+    state: Tensor, hidden_states: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None,
+    dt_bias: Tensor | None = None, dt_softplus: bool = False, z: Tensor | None = None, **kwargs: Any,
+) -> Tensor:  # fmt: skip
+    """See `mamba_selective_state_update` of modeling files, for one token."""
+    inputs, step, b, c = (part[..., None] for part in (hidden_states, dt, B, C))
+    gate = None if z is None else z[..., None]
+    return _mamba1(inputs, step, A, b, c, D, gate, dt_bias, dt_softplus)[0][..., 0]
+
+
+def _stacked(heads: list[Advance], path: Tensor, counts: Tensor) -> Tensor:
+    return torch.stack([advance(path, counts) for advance in heads], 1)
+
+
+def _lru(*, hidden_states: Tensor, recurrent_gate: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    """See `_rnn_scan` of RecurrentGemma; tensors are `[batch, nodes, channels]`, and nodes are at no beginning of a text."""
+    call, inputs = _call(), _wide(hidden_states)
+    place, state = call.asked("recurrent_states")
+    out, advance = tree_lru(call.tree, _wide(state, inputs.dtype), inputs, _wide(recurrent_gate, inputs.dtype))
+    call.advances[place] = advance
+    return out.to(hidden_states.dtype), state
+
+
+def _lru_convolution(convolution: nn.Conv1d, inputs: Tensor) -> Tensor:
+    """See `conv_1d` of RecurrentGemma's blocks, whose state has one input less than there are taps."""
+    call = _call()
+    place, state = call.asked("conv1d_state")
+    known, weight = F.pad(state, (1, 0)), convolution.weight[:, 0]
+    out, advance = tree_convolution(call.tree, known, inputs, weight, convolution.bias)
+    call.advances[place] = lambda path, counts: advance(path, counts)[..., 1:]
+    return out.to(inputs.dtype)
+
+
+def _lru_forward(block: Any, *args: Any, **kwargs: Any) -> Any:
+    """Run a block of RecurrentGemma, whose states are attributes, by its own forward over all nodes."""
+    block.rg_lru._rnn_scan = _lru
+    try:
+        with replaced_forwards({block.conv_1d: partial(_lru_convolution, block.conv_1d)}):
+            return type(block).forward(block, *args, **kwargs)
+    finally:
+        del block.rg_lru._rnn_scan
+
+
 def _wide(part: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Return a tensor in float32, or in float64 if it is that."""
     return part.to(dtype or _wide_dtype(part.dtype))
@@ -197,8 +276,14 @@ _RECURRENCES = {
     "torch_chunk_gated_delta_rule": _delta_rule,
     "chunk_kimi_delta_attention": _delta_rule,
     "mamba2_chunk_scan": _mamba2,
+    "mamba_selective_scan": _mamba1,
 }
-_SINGLE = {"torch_recurrent_gated_delta_rule": _delta_rule, "recurrent_kimi_delta_attention": _delta_rule}  # one token
+_SINGLE = {  # one token
+    "torch_recurrent_gated_delta_rule": _delta_rule,
+    "recurrent_kimi_delta_attention": _delta_rule,
+    "mamba2_selective_state_update": _mamba2_update,
+    "mamba_selective_state_update": _mamba1_update,
+}
 
 
 def serves_single(module: nn.Module) -> bool:
@@ -213,10 +298,13 @@ def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
     It is the forward of the module's class with other global names, so the modeling file is not changed. Modules whose weights
     are moved by accelerate's hooks have none.
     """
+    if "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules()):
+        return None
     used = global_names(module)
+    if {"conv_1d", "conv1d_state", "rg_lru"} <= used:
+        scans = "_rnn_scan" in global_names(getattr(module, "rg_lru", module))
+        return partial(_lru_forward, module) if scans else None
     recurrences = used & _RECURRENCES.keys()
     if "causal_conv1d_fn" not in used or len(recurrences) != ("get_recurrent_state" in used):
-        return None
-    if "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules()):
         return None
     return with_globals(module, _RECURRENCES | _SINGLE | _CONVOLUTIONS)

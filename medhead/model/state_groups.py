@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -43,13 +45,19 @@ def tree_groups(tree: TokenTree, lengths: list[int]) -> list[StateGroup]:
         if len(rows) > 0:
             whole = tree.nodes == 1 and len(rows) == tree.batch
             groups.append(StateGroup(offsets[rows], rows, is_first=is_first, is_whole=whole))
-    parents, depth = (tree.parents + offsets).flatten(), tree.depth.flatten()
+    parents = (tree.parents + offsets).flatten()
+    groups += [StateGroup(places[:, None], parents[places], of_nodes=True) for places in _below_roots(tree)]
+    return groups
+
+
+def _below_roots(tree: TokenTree) -> Iterator[Tensor]:
+    """Yield, for each depth from 1 on, the places of its nodes among the flattened nodes of all rows."""
+    depth = tree.depth.flatten()
     for level in range(1, tree.max_depth + 1):
-        places = (depth == level).nonzero()
+        places = (depth == level).nonzero()[:, 0]
         if len(places) == 0:
             break
-        groups.append(StateGroup(places, parents[places[:, 0]], of_nodes=True))
-    return groups
+        yield places
 
 
 def prompt_groups(counts: list[int], nodes: int, device: torch.device) -> list[StateGroup]:
@@ -82,6 +90,22 @@ class Ancestors:
     def bitmask(self) -> Tensor:
         """See `TokenTree.ancestor_bitmask`."""
         return self._tree.ancestor_bitmask
+
+    @cached_property
+    def levels(self) -> list[tuple[Tensor, Tensor]]:
+        """The nodes of every depth: places among the flattened nodes, and places of their parents in the level before.
+
+        Both are `[nodes of the depth]` int64; those of the roots are in the order of the rows.
+        """
+        offsets = self.nodes * self.rows
+        parents = (self._parents + offsets[:, None]).flatten()
+        index = torch.zeros_like(parents)  # of every node in its level
+        index[offsets] = self.rows
+        levels = [(offsets, self.rows)]
+        for places in _below_roots(self._tree):
+            index[places] = torch.arange(len(places), device=places.device)
+            levels.append((places, index[parents[places]]))
+        return levels
 
     def windows(self, width: int) -> Tensor:
         """Return the last `width` inputs of every node's path, oldest first, `[batch, nodes, width]` int64.

@@ -49,7 +49,7 @@ class StateLayers:
     dense_single: set[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = {module: dense_forward(module) for module in self.modules if module not in self.attributes}
+        found = {module: dense_forward(module) for module in self.modules}
         self.dense = {module: forward for module, forward in found.items() if forward is not None}
         self.dense_single = {module for module in self.dense if serves_single(module)}
 
@@ -78,7 +78,7 @@ class StateLayers:
             return forward(*args, **kwargs)
         tree = cache.ancestors
         if tree is not None and module in self.dense and (tree.nodes > 1 or module in self.dense_single):
-            with cache.dense_call():
+            with cache.dense_call(), self._attributes_in(cache, module):
                 return self.dense[module](*args, **kwargs)
         batch, nodes = next(x.shape[:2] for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim == 3)
         groups, outputs = cache.groups, []

@@ -19,15 +19,17 @@ from families import HAS_5_24, STATEFUL, exists, tiny, tiny_stateful
 from medhead import Decoder, MedheadError
 from medhead.config import SamplingParams
 from medhead.core.tree import TokenTree
+from medhead.errors import UnsupportedTargetError
 from medhead.model import target as target_module
 from medhead.model.kv_cache import TreeCache
 from medhead.model.layout import cache_argument
+from medhead.model.probe import check_target
 from medhead.model.state_cache import StateCache
 from medhead.model.target import Target
 from medhead.serving import Engine, Request
 
 pytestmark = pytest.mark.skipif(not HAS_5_24, reason="needs transformers 5.24")
-QUICK = ("qwen3_5_text", "lfm2", "mamba2", "jamba")  # one of each mechanism; the others are slow tests
+QUICK = ("qwen3_5_text", "lfm2", "mamba2", "jamba", "recurrent_gemma")  # one of each mechanism; others are slow
 FAMILIES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in STATEFUL if exists(name)]
 
 
@@ -107,7 +109,8 @@ def test_trees_equal_decoding_token_by_token(name: str) -> None:
 
 DENSE = {  # families whose layers run over all nodes at once
     "qwen3_5_text", "qwen3_5_moe_text", "qwen3_next", "olmo_hybrid", "lara_mini", "kimi_linear", "bailing_hybrid", "mamba2",
-    "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3",
+    "bamba", "granitemoehybrid", "nemotron_h", "falcon_h1", "zamba2", "lfm2", "lfm2_moe", "lfm3", "mamba", "falcon_mamba",
+    "jamba", "zamba", "recurrent_gemma",
 }  # fmt: skip
 
 
@@ -115,7 +118,10 @@ DENSE = {  # families whose layers run over all nodes at once
 @pytest.mark.parametrize("name", FAMILIES)
 @torch.inference_mode()
 def test_all_nodes_at_once_equal_depth_by_depth(name: str) -> None:
-    """Logits, and the states after commits, of both forms, of one node too; the probe accepts the dense one without a warning."""
+    """Logits, and the states after commits, of both forms, of one node too; the probe accepts the dense one without a warning.
+
+    The dense form reads the weights of a layer once for each tree, the other once for each depth.
+    """
     target = Target(tiny_stateful(name, torch.float64))
     assert target.state_layers is not None
     assert bool(target.state_layers.dense) == (name in DENSE)
@@ -124,13 +130,18 @@ def test_all_nodes_at_once_equal_depth_by_depth(name: str) -> None:
     tree = random_tree(3, 20, 99, random)
     paths = [path_to(tree, row, node) for row, node in enumerate((19, 8, 0))]
     path, counts = torch.tensor([(path + [0] * 20)[:20] for path in paths]), torch.tensor([len(path) for path in paths])
+    reads: list[None] = []
+    linear = next(part for part in target.state_layers.modules[0].modules() if isinstance(part, torch.nn.Linear))
+    linear.register_forward_hook(lambda *_: reads.append(None))
     found = []
     for dense in (target.state_layers.dense, {}):
         target.state_layers.dense = dense
         with target.active():
             cache = target.new_cache(3, 32)
             target.prefill(cache, prefixes)
+            reads.clear()
             logits, _ = target.verify(cache, tree)
+            assert len(reads) == (1 if dense else 1 + tree.depth.max())
             cache.commit(path, counts)
             cache.lengths.advance(counts)
             single, _ = target.verify(cache, TokenTree.root(tree.tokens[:, 1]))
@@ -139,6 +150,24 @@ def test_all_nodes_at_once_equal_depth_by_depth(name: str) -> None:
         found.append([logits, single, *(cache.states[key] for key in sorted(cache.states, key=str))])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_probe_sees_the_dense_form_of_one_token() -> None:
+    """It goes through other functions than that of a tree."""
+    target = Target(tiny_stateful("mamba2"), probe=False)
+    assert target.state_layers is not None
+
+    def wrong(forward: Any) -> Any:
+        def run(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return forward(hidden_states, *args, **kwargs) * (2 if hidden_states.shape[1] == 1 else 1)
+
+        return run
+
+    check_target(target)
+    target.state_layers.dense = {module: wrong(forward) for module, forward in target.state_layers.dense.items()}
+    with pytest.raises(UnsupportedTargetError, match="logits differ"):
+        check_target(target)
 
 
 def padded(rows: list[list[int]]) -> dict[str, Tensor]:
