@@ -95,6 +95,8 @@ ACCEPTED: dict[str, dict[str, Any]] = {
         "layer_types": ["chunked_attention", "full_attention", "chunked_attention"],
         "no_rope_layers": [1, 0, 1],
     },
+    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
+    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
 }  # fmt: skip
 
 # layers that hold states: gated delta rule, Mamba-1 and -2, short convolutions, linear attention; from transformers 5.24 on
@@ -177,13 +179,7 @@ OUTSIDE: dict[str, dict[str, Any]] = {
     "deepseek_v32": INDEXER,
     "glm_moe_dsa": INDEXER | {"indexer_types": ["full", "shared", "full"]},
 }
-# families whose attention goes through the registry from transformers 5.24 on
-SINCE_5_24: dict[str, dict[str, Any]] = {
-    "gptj": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
-    "codegen": {"n_embd": 32, "n_layer": 2, "n_head": 4, "rotary_dim": 4, "n_positions": 128, "num_key_value_heads": None},
-}  # fmt: skip
 HAS_5_24 = Version(transformers.__version__) >= Version("5.24")
-(ACCEPTED if HAS_5_24 else REFUSED).update(SINCE_5_24)
 if HAS_5_24:
     ACCEPTED.update(OUTSIDE)
 else:

@@ -61,19 +61,27 @@ def find_state_layers(model: Any) -> StateLayers | None:
 
 def _find(model: Any) -> StateLayers | None:
     own = own_cache(model)
-    if own is None or other_layers(own):
+    if own is not None and other_layers(own):
         return None
     if not hasattr(Cache, "get_recurrent_state"):
-        if not any(hasattr(layer, name) for layer in own.layers for name in ("conv_states", "recurrent_states")):
-            return None
-        raise UnsupportedTargetError(
-            f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
-            "medhead verifies trees with them in transformers 5.24 and newer"
-        )
+        return _refuse_states(model, own)
+    if own is None:
+        return None
     layout = CacheLayout.of(own)
     found = _Finder(model, layout, cache_class(type(own)))
     states = found.run(0, {})[1]
     return found.layers(found.continues(states)) if states else None
+
+
+def _refuse_states(model: Any, own: Cache | None) -> None:
+    """Name the needed transformers if a model left states in its cache, or in attributes as RecurrentGemma does."""
+    caches = [] if own is None else [own, *own.layers]
+    kept = any(hasattr(part, name) for part in caches for name in ("conv_states", "recurrent_states", "linear_cache"))
+    if kept or any(isinstance(value, Tensor) for value in _attributes(model).values()):
+        raise UnsupportedTargetError(
+            f"{type(model).__name__} has layers that cache more than keys and values (recurrent or convolutional ones); "
+            "medhead verifies trees with them in transformers 5.24 and newer"
+        )
 
 
 class _Recorder:
