@@ -19,8 +19,8 @@ MIN_ELEMENTS = 2**15  # smaller weights always use F.linear
 class PackedLinear:
     """A linear layer that multiplies by a copy of its weights `[out, size]`.
 
-    The copy holds them without loss, or rounded to 8 bits if `rounded`. It is made again when the weights were changed in place. PyTorch does not count changes through `weight.data`; after
-    `recheck` the copy is compared with them by a checksum.
+    The copy holds them without loss, or rounded to 8 bits if `rounded`. It is made again when the weights were changed in place.
+    PyTorch does not count changes through `weight.data`; after `recheck` the copy is compared with them by a checksum.
     """
 
     def __init__(
