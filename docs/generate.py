@@ -18,7 +18,7 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / name) for name in ("tests", "app", ".")]
 
-from families import ACCEPTED, OUTSIDE, SINCE_5_24, STATEFUL  # noqa: E402
+from families import ACCEPTED, OUTSIDE, STATEFUL  # noqa: E402
 from medhead_app.api.conformance import markdown_table  # noqa: E402
 from vision_models import VISION  # noqa: E402
 
@@ -84,9 +84,9 @@ with one ordinary forward pass over the node's path. The first column is the `mo
 
 {accepted}
 
-{newer} need transformers 5.24 or newer. Models whose attention does not go through the registry work where their own code adds
-transformers' masks to its scores, with dense masks (Falcon, MPT and BLOOM, for example; ALiBi goes by the positions of nodes). So
-do models whose layers select keys by an indexer (DeepSeek V3.2, GLM-MoE-DSA).
+Models whose attention does not go through the registry work where their own code adds transformers' masks to its scores, with
+dense masks (Falcon, MPT and BLOOM, for example; ALiBi goes by the positions of nodes). So do models whose layers select keys by
+an indexer (DeepSeek V3.2, GLM-MoE-DSA).
 
 ## Images in prompts
 
@@ -224,20 +224,20 @@ def every_type() -> str:
 
 def models_page() -> str:
     """Return `docs/models.md`."""
-    accepted = {name: fields for name, fields in ACCEPTED.items() if name not in SINCE_5_24 | OUTSIDE}
+    accepted = {name: fields for name, fields in ACCEPTED.items() if name not in OUTSIDE}
     rows = [f"| `{name}` | {features(fields)} |" for name, fields in sorted(accepted.items())]
     table = "\n".join(["| family | tested with |", "|---|---|", *rows])
     images = {name: True for name, tested in VISION.items() if tested}
     texts = {name: True for name, tested in VISION.items() if not tested}
     return MODELS_PAGE.format(
-        accepted=table, newer=names(SINCE_5_24), stateful=names(STATEFUL),
+        accepted=table, stateful=names(STATEFUL),
         images=names(images), texts=names(texts), version=version(), every_type=every_type(),
     )  # fmt: skip
 
 
 def models_block() -> str:
     """Return README's list of supported models."""
-    accepted = set(ACCEPTED) | set(SINCE_5_24) | set(OUTSIDE) | set(STATEFUL)
+    accepted = set(ACCEPTED) | set(OUTSIDE) | set(STATEFUL)
     found = type_results()
     same = {kind: [one["kind"] for one in found if one["result"] == "identical"].count(kind) for kind in TITLES}
     return (

@@ -63,9 +63,10 @@ def _find(model: Any) -> StateLayers | None:
     own = own_cache(model)
     if own is not None and other_layers(own):
         return None
-    if not hasattr(Cache, "get_recurrent_state"):
-        return _refuse_states(model, own)
-    if own is None:
+    is_old = not hasattr(Cache, "get_recurrent_state")
+    if is_old:
+        _refuse_states(model, own)
+    if own is None or is_old:
         return None
     layout = CacheLayout.of(own)
     found = _Finder(model, layout, cache_class(type(own)))
