@@ -32,16 +32,10 @@ def _skip_reason() -> str | None:
 @contextmanager
 def row_products() -> Iterator[None]:
     """Let the interpreted path attention multiply every row in one order, which numpy does not do and tensor cores do."""
-    import triton
-    import triton.language as tl
-
     from medhead_kernels import tree_path_attention
+    from triton_row_dot import row_dot
 
-    @triton.jit
-    def product(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
-        return tl.sum(a.to(tl.float32)[:, :, None] * b.to(tl.float32)[None, :, :], 1)
-
-    with patch.object(tree_path_attention, "dot", product):
+    with patch.object(tree_path_attention, "dot", row_dot):
         yield
 
 
