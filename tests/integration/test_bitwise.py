@@ -282,8 +282,10 @@ class Rows(TorchDispatchMode):
         self.shapes = set[tuple[Any, ...]]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.overloadpacket in (torch.ops.aten.linear, torch.ops.aten.mean):
-            self.shapes.add((str(func.overloadpacket), *args[0].shape))
+        aten, kind = torch.ops.aten, func.overloadpacket
+        if kind in (aten.linear, aten.mm, aten.addmm, aten.mean):
+            rows = args[1] if kind is aten.addmm else args[0]
+            self.shapes.add(("mean" if kind is aten.mean else "product", *rows.shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -296,7 +298,7 @@ def test_the_form_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tiny_llama(num_hidden_layers=1, num_key_value_heads=1)
     monkeypatch.setattr(Bitwise, "_differing_nodes", lambda self: (0, [1] * 9))  # the check below is the same
     with row_products():
-        target = Target(model, probe=False, attention="triton", exact="bitwise")
+        target = Target(model, probe=False, attention="triton", packed=False, exact="bitwise")
         ids, shapes = torch.randint(3, 60, (39,), generator=torch.Generator().manual_seed(1)), []
         with torch.inference_mode(), target.active():
             cache = target.new_cache(1, 120)
@@ -312,7 +314,7 @@ def test_the_form_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
                 assert torch.equal(logits[0], expected[:nodes])
     assert shapes[0] == shapes[1] == shapes[2]
     assert {shape[1] for shape in shapes[0]} == {64}
-    assert {shape[0] for shape in shapes[0]} == {"aten.linear", "aten.mean"}
+    assert {shape[0] for shape in shapes[0]} == {"product", "mean"}
 
 
 @pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])

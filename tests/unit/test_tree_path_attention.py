@@ -103,7 +103,7 @@ class Nodes:
         return reference.attention(query, key, value, None, 0.3, self.softcap, self.sinks)[0, 0]
 
 
-# lengths, nodes, heads, heads of keys, window, soft-capping, sinks: prefixes that end at, before and after edges of blocks and spans
+# lengths, nodes, heads, heads of keys, window, soft-capping, sinks; prefixes end at, before and after edges of blocks and spans
 CASES = [
     ([0], 64, 2, 1, None, None, False),
     ([31], 33, 3, 1, None, 3.0, True),
