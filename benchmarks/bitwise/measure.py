@@ -20,11 +20,12 @@ import torch
 from torch import Tensor
 
 from medhead import Decoder
-from medhead.bench.prompts import encode_prompts, read_prompts
+from medhead.bench.prompts import encode_prompts, padded, read_prompts
 from medhead.config import EXACT, SamplingParams
 from medhead.core.loop import DecodeLoop
 from medhead.core.sequence import Sequence
 from medhead.core.stopping import StopChecker
+from medhead.generation_config import end_tokens
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.target import Target
 from medhead.receipt import environment
@@ -49,6 +50,9 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--num-prompts", type=int, default=12, help="prompts whose texts are compared (default: 12)")
     options.add_argument(
         "--max-prompt-tokens", type=int, default=120, help="longer prompts are left out (default: 120)"
+    )
+    options.add_argument(
+        "--batch-size", type=int, default=1, help="prompts decoded together; transformers: 1 (default: 1)"
     )
     options.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a text (default: 48)")
     options.add_argument(
@@ -98,25 +102,40 @@ def compare_texts(
 ) -> None:
     """Decode prompts by all proposers in all modes and by transformers, until the time is over."""
     ends, model = time.monotonic() + 60 * args.minutes, targets[WITHOUT].model
-    ways = list(decoders(args, targets))
+    ways, stops = list(decoders(args, targets)), set(end_tokens(model))
     options = {"max_new_tokens": args.max_new_tokens, "do_sample": False}
     if args.temperature:
         options |= {"do_sample": True, "temperature": args.temperature, "top_k": 0, "seed": 0}
-    for index, ids in enumerate(prompts[: args.num_prompts]):
-        if results.has(kind="texts", prompt=index, temperature=args.temperature):
-            continue
+    left = [
+        index
+        for index in range(min(args.num_prompts, len(prompts)))
+        if not results.has(kind="texts", prompt=index, temperature=args.temperature)
+    ]
+    for begin in range(0, len(left), args.batch_size):
         if time.monotonic() > ends:
             break
-        mask, width = torch.ones_like(ids), ids.shape[1]
-        found: dict[str, list[int]] = {}
+        batch = left[begin : begin + args.batch_size]
+        found: list[dict[str, list[int]]] = [{} for _ in batch]
         if not args.temperature:  # transformers draws other random numbers
-            found["transformers"] = model.generate(ids, attention_mask=mask, **options)[0, width:].tolist()
+            for index, texts in zip(batch, found, strict=True):
+                ids = prompts[index]
+                (texts["transformers"],) = new_tokens(model, ids, torch.ones_like(ids), options, stops)
+        ids, mask = padded([prompts[index][0].tolist() for index in batch], model.device)
         lengths = {}
         for mode, name, decoder in ways:
-            found[f"{mode} {name}"] = decoder.generate(ids, attention_mask=mask, **options)[0, width:].tolist()
+            for texts, text in zip(found, new_tokens(decoder, ids, mask, options, stops), strict=True):
+                texts[f"{mode} {name}"] = text
             lengths[f"{mode} {name}"] = round(decoder.statistics.accepted_length, 3)
-        row = {"kind": "texts", "prompt": index, "temperature": args.temperature, "prompt_tokens": width}
-        results.add(**row, accepted_lengths=lengths, texts=found)
+        for index, texts in zip(batch, found, strict=True):
+            row = {"kind": "texts", "prompt": index, "temperature": args.temperature, "batch": len(batch)}
+            results.add(**row, prompt_tokens=prompts[index].shape[1], accepted_lengths=lengths, texts=texts)
+
+
+def new_tokens(model: Any, ids: Tensor, mask: Tensor, options: dict[str, Any], ends: set[int]) -> list[list[int]]:
+    """Return what a model or decoder generates for every row, up to and with the first token that ends a text."""
+    rows = model.generate(ids, attention_mask=mask, **options)[:, ids.shape[1] :].tolist()
+    cut = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in rows]
+    return [row[: at + 1] for row, at in zip(rows, cut, strict=True)]
 
 
 def measure_speed(
@@ -182,6 +201,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _texts_table(texts: list[dict[str, Any]], temperature: float) -> list[str]:
     title = f"temperature {temperature}" if temperature else "greedy"
+    title += f", batches of {max(row.get('batch', 1) for row in texts)}"
     columns = [f"{what}, {mode}" for mode in MODES for what in ("equal to plain", "accepted length")]
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (2 * len(MODES) + 1) + "|"]
     for name in [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITHOUT)]:

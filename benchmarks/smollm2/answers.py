@@ -2,8 +2,10 @@
 
 usage: python benchmarks/smollm2/answers.py pack answers.jsonl answers.npz
        python benchmarks/smollm2/answers.py unpack prompts.jsonl answers.npz answers.jsonl
+       python benchmarks/smollm2/answers.py split answers.jsonl train.jsonl held-out.jsonl
 
-`unpack` writes the bytes that `medhead generate-data` wrote, so that command goes on with the answers that are missing.
+`unpack` writes the bytes that `medhead generate-data` wrote, so that command goes on with the answers that are missing. `split`
+keeps the answers apart that `medhead finetune` holds out of them, so that a second training on more text holds out the same ones.
 """
 
 from __future__ import annotations
@@ -18,6 +20,8 @@ from medhead.model.loading import load_tokenizer
 from medhead_training.data.prompts import cycle_prompts, encode_prompt
 from medhead_training.data.resumable import ResumableFile
 from medhead_training.generate_data import WRITER, Prompt, line_of
+from medhead_training.trainer.auto_options import held_out_documents
+from medhead_training.trainer.options import TrainOptions
 
 
 def pack(answers: Path, packed: Path) -> None:
@@ -54,5 +58,15 @@ def unpack(prompts: Path, packed: Path, answers: Path) -> None:
     print(f"{answers}: {len(answered)} answers")
 
 
+def split(answers: Path, train: Path, held_out: Path) -> None:
+    """Write the lines to train on and the held-out ones, which are those of `TokenStore.split` with seed 0."""
+    lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
+    count = held_out_documents(TrainOptions(), len(lines))
+    kept = set(np.random.default_rng(0).permutation(len(lines))[:count].tolist())
+    for path, wanted in ((train, False), (held_out, True)):
+        path.write_text("".join(line for i, line in enumerate(lines) if (i in kept) == wanted), encoding="utf-8")
+    print(f"{train}: {len(lines) - count} answers, {held_out}: {count}")
+
+
 if __name__ == "__main__":
-    {"pack": pack, "unpack": unpack}[sys.argv[1]](*map(Path, sys.argv[2:]))
+    {"pack": pack, "unpack": unpack, "split": split}[sys.argv[1]](*map(Path, sys.argv[2:]))

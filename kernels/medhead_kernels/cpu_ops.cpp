@@ -29,7 +29,8 @@ constexpr int GROUP = 32;      // inputs that are read together
 constexpr int LANES = 8;       // floats of a vector
 constexpr int VECTORS = WIDTH / LANES;
 constexpr int MAX_ROWS = 96;   // rows whose sums are kept beside the weights in the inner cache
-constexpr int TILE_ROWS = 6;   // 6 rows of 2 vectors fill the 16 registers of AVX2
+constexpr int FEW_ROWS = 8;    // up to which weights are expanded in registers, for every 4 rows; beyond, once, in the inner cache
+constexpr int LINE = 64;       // bytes of a line of the caches
 
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4)));
 typedef int32_t Ints __attribute__((vector_size(LANES * 4)));
@@ -40,6 +41,7 @@ typedef uint8_t Bytes __attribute__((vector_size(LANES), aligned(1)));
 #ifdef MEDHEAD_AVX2
 inline Floats fma(Floats a, Floats b, Floats c) { return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 inline Floats all(float a) { return (Floats)_mm256_set1_ps(a); }
+inline void keep_in_register(Floats& a) { asm("" : "+x"(a)); }
 inline __m128i eight(const uint8_t* from) { return _mm_loadl_epi64((const __m128i*)from); }
 inline Ints widen_signed(const uint8_t* from) { return (Ints)_mm256_cvtepi8_epi32(eight(from)); }
 inline Ints widen_unsigned(const uint8_t* from) { return (Ints)_mm256_cvtepu8_epi32(eight(from)); }
@@ -51,6 +53,7 @@ inline Floats fma(Floats a, Floats b, Floats c) {
     return c;
 }
 inline Floats all(float a) { return Floats{a, a, a, a, a, a, a, a}; }
+inline void keep_in_register(Floats&) {}
 inline Ints widen_signed(const uint8_t* from) { return __builtin_convertvector(*(const SignedBytes*)from, Ints); }
 inline Ints widen_unsigned(const uint8_t* from) { return __builtin_convertvector(*(const Bytes*)from, Ints); }
 inline Ints widen_halves(const uint8_t* from) { return __builtin_convertvector(*(const Halves*)from, Ints); }
@@ -129,23 +132,6 @@ struct Rows {
     }
 };
 
-// sums[r][v] = sum over k of from[r][k] * weights[k][v], for R rows of a group and V vectors of expanded weights, V of VECTORS. A
-// function of its own, because 12 sums, 2 weights and a factor leave the compiler one register.
-template <int R, int V>
-__attribute__((noinline)) void sum_products(const float* from, const float* weights, int count, Floats* sums) {
-    Floats own[R][V] = {};
-    for (int k = 0; k < count; k++, from++, weights += WIDTH) {
-        Floats w[V];
-        for (int v = 0; v < V; v++) w[v] = ((const Floats*)weights)[v];
-        for (int r = 0; r < R; r++) {
-            const Floats a = all(from[r * GROUP]);
-            for (int v = 0; v < V; v++) own[r][v] = fma(a, w[v], own[r][v]);
-        }
-    }
-    for (int r = 0; r < R; r++)
-        for (int v = 0; v < V; v++) sums[r * V + v] = own[r][v];
-}
-
 // Multiply one panel by all rows.
 template <class Kind>
 void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t panel, float* y) {
@@ -156,6 +142,7 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
     for (int64_t g = 0; g < groups; g++) {
         const int count = (int)std::min<int64_t>(GROUP, inputs - g * GROUP);
         const uint8_t* data = weights.data + (panel * inputs + g * GROUP) * Kind::STRIDE;
+        const uint8_t* next = data + 2 * GROUP * Kind::STRIDE;  // fetched while this group is multiplied, where many rows take time
         const float* scales = weights.scales + (panel * groups + g) * (GROUP / Kind::SCALED) * WIDTH;
         const float* minimums = weights.minimums + (panel * groups + g) * WIDTH;
         const float* from = given.x.data() + g * rows * GROUP;
@@ -168,53 +155,47 @@ void multiply_panel(const Rows& given, int rows, const Weights& weights, int64_t
             if constexpr (Kind::MINIMUM) now = fma(all(given.sums[g * rows + row]), ((const Floats*)minimums)[v], now);
             place = now;
         };
-        // Rows `row` to `row + R`, V vectors of outputs at a time, from expanded weights [inputs][32 outputs].
-        auto kept_tile = [&](auto R_, int row, const float* kept) {
-            constexpr int R = decltype(R_)::value, V = R <= 3 ? 4 : 2;
-            Floats sums[R * V];
-            for (int first = 0; first < VECTORS; first += V)
-                for (int begin = 0; begin < count; begin += Kind::SCALED) {
-                    const int number = std::min(count - begin, Kind::SCALED);
-                    sum_products<R, V>(from + row * GROUP + begin, kept + begin * WIDTH + first * LANES, number, sums);
-                    for (int r = 0; r < R; r++)
-                        for (int v = 0; v < V; v++) finish(row + r, first + v, begin / Kind::SCALED, sums[r * V + v]);
-                }
-        };
-        // The same from stored weights, which are expanded in registers.
-        auto tile = [&](auto R_, auto V_, int row) {
-            constexpr int R = decltype(R_)::value, V = decltype(V_)::value;
+        // Rows `row` to `row + R`, V vectors of outputs at a time, so that sums, weights and a factor fit into 16 registers.
+        auto tile = [&](auto R_, auto stored, const uint8_t* kept, int row) {
+            using Stored = decltype(stored);
+            constexpr int R = decltype(R_)::value, V = R == 4 ? 2 : 4;
+            constexpr bool LOADED = R == 4 || std::is_same_v<Stored, Float32>;  // else there is no register for all expanded weights
             for (int first = 0; first < VECTORS; first += V)
                 for (int begin = 0; begin < count; begin += Kind::SCALED) {
                     Floats sums[R][V] = {};
-                    for (int k = begin; k < std::min(count, begin + Kind::SCALED); k++)
+                    for (int k = begin; k < std::min(count, begin + Kind::SCALED); k++) {
+                        if constexpr (R == 4 && std::is_same_v<Kind, Float32>)
+                            __builtin_prefetch(next + (first / V * GROUP + k) * LINE);
+                        auto load = [&](int v) { return Stored::load(kept + k * Stored::STRIDE, first + v); };
+                        Floats w[V];
+                        if constexpr (LOADED)
+                            for (int v = 0; v < V; v++) w[v] = load(v);
+                        if constexpr (std::is_same_v<Stored, Float32>)
+                            for (int v = 0; v < V; v++) keep_in_register(w[v]);
                         for (int r = 0; r < R; r++) {
                             const Floats a = all(from[(row + r) * GROUP + k]);
-                            for (int v = 0; v < V; v++) sums[r][v] = fma(a, Kind::load(data + k * Kind::STRIDE, first + v), sums[r][v]);
+                            for (int v = 0; v < V; v++) sums[r][v] = fma(a, LOADED ? w[v] : load(v), sums[r][v]);
                         }
+                    }
                     for (int r = 0; r < R; r++)
                         for (int v = 0; v < V; v++) finish(row + r, first + v, begin / Kind::SCALED, sums[r][v]);
                 }
         };
-        if constexpr (!std::is_same_v<Kind, Float32>) {  // few rows expand in registers
-            constexpr std::integral_constant<int, 4> four;
-            const bool few = rows == 1 || rows == 2 || rows == 4;
-            if (rows == 1) tile(std::integral_constant<int, 1>{}, four, 0);
-            if (rows == 2) tile(std::integral_constant<int, 2>{}, four, 0);
-            if (rows == 4) tile(four, std::integral_constant<int, 2>{}, 0);
-            if (few) continue;
-            for (int k = 0; k < count; k++)
-                for (int v = 0; v < VECTORS; v++) ((Floats*)(expanded + k * WIDTH))[v] = Kind::load(data + k * Kind::STRIDE, v);
+        auto all_rows = [&](auto stored, const uint8_t* kept) {
+            int row = 0;
+            for (; rows - row >= 4; row += 4) tile(std::integral_constant<int, 4>{}, stored, kept, row);
+            if (rows - row >= 2) tile(std::integral_constant<int, 2>{}, stored, kept, row), row += 2;
+            if (rows - row == 1) tile(std::integral_constant<int, 1>{}, stored, kept, row);
+        };
+        if (!std::is_same_v<Kind, Float32> && rows > 2)
+            for (int at = 0; at < GROUP * Kind::STRIDE; at += LINE) __builtin_prefetch(next + at);
+        if (std::is_same_v<Kind, Float32> || rows <= FEW_ROWS) {
+            all_rows(Kind{}, data);
+            continue;
         }
-        const float* kept = std::is_same_v<Kind, Float32> ? (const float*)data : expanded;
-        int row = 0;
-        for (; rows - row >= TILE_ROWS; row += TILE_ROWS) kept_tile(std::integral_constant<int, TILE_ROWS>{}, row, kept);
-        switch (rows - row) {
-            case 1: kept_tile(std::integral_constant<int, 1>{}, row, kept); break;
-            case 2: kept_tile(std::integral_constant<int, 2>{}, row, kept); break;
-            case 3: kept_tile(std::integral_constant<int, 3>{}, row, kept); break;
-            case 4: kept_tile(std::integral_constant<int, 4>{}, row, kept); break;
-            case 5: kept_tile(std::integral_constant<int, 5>{}, row, kept); break;
-        }
+        for (int k = 0; k < count; k++)
+            for (int v = 0; v < VECTORS; v++) ((Floats*)(expanded + k * WIDTH))[v] = Kind::load(data + k * Kind::STRIDE, v);
+        all_rows(Float32{}, (const uint8_t*)expanded);
     }
     const int64_t width = std::min<int64_t>(WIDTH, weights.outputs - panel * WIDTH);
     for (int row = 0; row < rows; row++)

@@ -19,12 +19,14 @@ MIN_ELEMENTS = 2**15  # smaller weights always use F.linear
 class PackedLinear:
     """A linear layer that multiplies by a copy of its weights `[out, size]`.
 
-    The copy is made again when the weights were changed in place. PyTorch does not count changes through `weight.data`; after
-    `recheck` the copy is compared with them by a checksum.
+    The copy holds them without loss, or rounded to 8 bits if `rounded`. It is made again when the weights were changed in place.
+    PyTorch does not count changes through `weight.data`; after `recheck` the copy is compared with them by a checksum.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None = None, least: int = MIN_ELEMENTS) -> None:
-        self.weight, self.bias = weight, bias
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None = None, least: int = MIN_ELEMENTS, rounded: bool = False
+    ) -> None:
+        self.weight, self.bias, self._rounded = weight, bias, rounded
         self.packable = can_pack(weight, least) and block_linear.unavailable() is None
         self._blocks: Blocks | None = None
         self._checksums: Tensor | None = None
@@ -60,7 +62,9 @@ class PackedLinear:
         if not current or not self._checked:
             checksums = row_checksums(self.weight)
             if not current or self._checksums is None or not torch.equal(checksums, self._checksums):
-                self._blocks, self._checksums = block_linear.store(self.weight), checksums
+                weight = self.weight
+                self._blocks = block_linear.round_to(weight, "int8") if self._rounded else block_linear.store(weight)
+                self._checksums = checksums
             self._checked, self._version = True, version
         assert self._blocks is not None
         return self._blocks

@@ -76,13 +76,16 @@ class OutputHead:
         return F.linear(hidden, self.weight, self.bias).float()
 
     def pack(self) -> None:
-        """Multiply with packed copies of the output matrix and the heads' weights from now on."""
+        """Multiply with packed copies of the output matrix and the heads' weights from now on.
+
+        They are rounded to 8 bits, which drafts bear: the target verifies them.
+        """
         if self._packed:
             return
-        self._packed = [PackedLinear(self.weight, self.bias)]
+        self._packed = [PackedLinear(self.weight, self.bias, rounded=True)]
         for layer in self._linear_layers():
             if layer.packed is None or layer.packed.weight.data_ptr() != layer.weight.data_ptr():
-                layer.packed = PackedLinear(layer.weight.detach(), layer.bias)
+                layer.packed = PackedLinear(layer.weight.detach(), layer.bias, rounded=True)
             self._packed.append(layer.packed)
 
     def recheck(self) -> None:

@@ -127,6 +127,16 @@ def test_a_packed_copy(bias: bool) -> None:
 
 
 @needs_kernel
+def test_a_rounded_copy_multiplies_by_eight_bits() -> None:
+    weight, x = torch.randn(OUT, SIZE), torch.randn(3, SIZE)
+    exact, rounded = PackedLinear(weight), PackedLinear(weight, rounded=True)
+    with torch.inference_mode():
+        assert torch.equal(rounded(x), block_linear.linear(x, block_linear.round_to(weight, "int8")))
+        assert not torch.equal(rounded(x), exact(x))
+    assert rounded.nbytes * 32 == exact.nbytes * 9
+
+
+@needs_kernel
 def test_changed_weights_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted changes are seen at once, others after `recheck`; unchanged weights are not packed again."""
     copies, store = [], block_linear.store
