@@ -12,7 +12,7 @@ root=$(dirname "$here")
 python=${PYTHON:-python3}
 export PYTHONPATH="$root:$root/kernels:$root/training:$root/app${PYTHONPATH:+:$PYTHONPATH}" # from a checkout, nothing installed
 export PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false MEDHEAD_CACHE=${MEDHEAD_CACHE:-$(mktemp -d)}
-parts=${PARTS:-env tests kernel step smollm2 train prefill compiled}
+parts=${PARTS:-env tests kernel step smollm2 train prefill bitwise compiled}
 mkdir -p "$out"
 bad=0
 part() { # name, seconds, command
@@ -34,10 +34,11 @@ workers=$([ "${SHAPE:-}" = tiny ] || "$python" -c 'import xdist; print("-n 6")' 
 part env 40 "$python" "$here/gpu/env.py"
 # shellcheck disable=SC2086
 part tests 100 "$python" -m pytest -q $workers "$root/tests/gpu" -m gpu -k "not compiled"
-part kernel 85 "$python" "$here/gpu/kernel.py"
-part step 95 "$python" "$here/gpu/step.py" graph
+part kernel 70 "$python" "$here/gpu/kernel.py"
+part step 80 "$python" "$here/gpu/step.py" graph
 part smollm2 45 "$python" "$here/gpu/smollm2.py"
 part train 65 "$python" "$here/gpu/train.py"
 part prefill 35 "$python" "$here/gpu/prefill.py"
+SHAPE=${SHAPE:-1b} part bitwise 30 "$python" "$here/gpu/bitwise.py"
 SHAPE=${SHAPE:-1b} part compiled 60 "$python" "$here/gpu/step.py" compiled
 exit $bad

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -24,6 +27,16 @@ def _skip_reason() -> str | None:
             return "this triton's interpreter does not work with numpy 2.4 or newer (pip install -U triton)"
         raise
     return None
+
+
+@contextmanager
+def row_products() -> Iterator[None]:
+    """Let the interpreted path attention multiply every row in one order, which numpy does not do and tensor cores do."""
+    from medhead_kernels import tree_path_attention
+    from triton_row_dot import row_dot
+
+    with patch.object(tree_path_attention, "dot", row_dot):
+        yield
 
 
 needs_triton = pytest.mark.skipif(_skip_reason() is not None, reason=str(_skip_reason()))

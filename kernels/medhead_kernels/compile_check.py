@@ -56,7 +56,7 @@ class KernelVariant:
 
 def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[KernelVariant]:
     """Yield every kernel in every variant that is launched; `quick` yields two dtypes, one head size and one variant."""
-    from medhead_kernels import act_mul, add_rms_norm, commit, rope_write, tree_delta_rule
+    from medhead_kernels import act_mul, add_rms_norm, commit, rope_write, tree_delta_rule, tree_path_attention
     from medhead_kernels import tree_attention as attention
 
     for dtype, name in DTYPES.items():
@@ -82,6 +82,8 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
             pointers = {"partial": "fp32", "lse": "fp32", "sinks": name, "out": name}
             label = f"merge {name} {splits} splits{' sinks' if has_sinks else ''}"
             yield KernelVariant(label, attention.merge_kernel, pointers, constants)
+        for dim in (64,) if quick else HEAD_DIMS:
+            yield from _path_variants(name, dtype, dim, tree_path_attention)
         yield from _fused_variants(name, act_mul, add_rms_norm, rope_write)
         pointers = {"buffer": name, "path": "i64", "lengths": "i32"}
         constants = commit.move_constants(128, False) | {"counts": None}
@@ -95,6 +97,18 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
                 tree_delta_rule.delta_rule_kernel, pointers | {"bitmask": "i64"},
                 tree_delta_rule.delta_rule_constants(nodes, 2, size, size, exact), options=launch,
             )  # fmt: skip
+
+
+def _path_variants(name: str, dtype: torch.dtype, dim: int, paths: Any) -> Iterator[KernelVariant]:
+    """Yield the kernels of `path_attention` for one element type and head size."""
+    tile = paths.tile_for(paths.ROWS, dim, dtype)
+    pointers = dict.fromkeys(("query", "key", "value"), name) | dict.fromkeys(("partial", "largest", "total"), "fp32")
+    tree = dict.fromkeys(("lengths", "depth", "path", "first"), "i64")
+    constants, options = paths.span_constants(tile, 4, dim, dim, dtype, 50.0, True), paths.launch_options(tile)
+    label = f"path span {name} head {dim}"
+    yield KernelVariant(label, paths.span_kernel, pointers | tree, constants, ("scale", "softcap"), options=options)
+    pointers |= {"sinks": "fp32", "out": name}
+    yield KernelVariant(f"path add {name} head {dim}", paths.add_kernel, pointers, paths.add_constants(4, dim, True))
 
 
 def _fused_variants(name: str, act_mul: Any, add_rms_norm: Any, rope_write: Any) -> Iterator[KernelVariant]:

@@ -21,15 +21,25 @@ from medhead_kernels.attn_metadata import AttnParams, TreeMetadata
 
 MAX_SPLITS = 64  # which one program merges at once
 _SPLIT_COST = 0.005  # of one more split, relative to reading all keys of a row and head by one program
-_LOG2_E = tl.constexpr(1.4426950408889634)
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _dot(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
+def dot(a, b, PRECISION: tl.constexpr):  # type: ignore[no-untyped-def]
     """Return `a @ b` in float32; bfloat16 is cast first under Triton's interpreter, which cannot multiply it."""
     if PRECISION == "cast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def capped(scores, softcap, HAS_CAP: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Return the scores soft-capped, in units of log(2), in which they are given without a cap."""
+    if HAS_CAP:  # tanh by one exponential that cannot overflow
+        decay = tl.exp2(tl.abs(scores) * (-2.0 * LOG2_E / softcap))
+        size = (softcap * LOG2_E) * (1.0 - decay) / (1.0 + decay)
+        scores = tl.where(scores < 0, -size, size)
+    return scores
 
 
 @triton.jit
@@ -73,11 +83,7 @@ def _attend_block(q, key_base, value_base, column, k_row, v_row, row_max, total,
     else:
         k = tl.load(k_at) if DIM == BLOCK_D else tl.load(k_at, mask=(d < DIM)[:, None], other=0.0)
         values = tl.load(v_at) if VALUE_DIM == BLOCK_V else tl.load(v_at, mask=(v < VALUE_DIM)[None, :], other=0.0)
-    scores = _dot(q, k, PRECISION) * scale  # without a cap in units of log(2)
-    if HAS_CAP:  # tanh by one exponential that cannot overflow
-        decay = tl.exp2(tl.abs(scores) * (-2.0 * _LOG2_E / softcap))
-        size = (softcap * _LOG2_E) * (1.0 - decay) / (1.0 + decay)
-        scores = tl.where(scores < 0, -size, size)
+    scores = capped(dot(q, k, PRECISION) * scale, softcap, HAS_CAP)
     if MASKED:
         visible = _visible(
             bitmask_base, depth_base, position, columns, column, length, nodes, window, MASK_SIZE, HAS_WINDOW)  # fmt: skip
@@ -87,7 +93,7 @@ def _attend_block(q, key_base, value_base, column, k_row, v_row, row_max, total,
     weights = tl.exp2(scores - safe_max[:, None])
     rescale = tl.exp2(row_max - safe_max)
     row_sum = row_sum * rescale + tl.sum(weights, 1)
-    acc = acc * rescale[:, None] + _dot(weights.to(values.dtype), values, PRECISION)
+    acc = acc * rescale[:, None] + dot(weights.to(values.dtype), values, PRECISION)
     return new_max, row_sum, acc
 
 
@@ -164,7 +170,7 @@ def merge_kernel(partial, lse, sinks, out, nodes, splits, kv_heads,  # type: ign
     )
     row_max = tl.max(sizes, 0)  # a node sees itself, so one split has a number
     if HAS_SINKS:  # a score that takes part in the softmax and carries no value
-        sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32) * _LOG2_E
+        sink = tl.load(sinks + head * GROUP + row % GROUP).to(tl.float32) * LOG2_E
         row_max = tl.maximum(row_max, sink)
     weights = tl.exp2(sizes - row_max)
     row_sum = tl.sum(weights, 0)
@@ -243,7 +249,7 @@ def attention(
     out = query.new_empty(batch, nodes, heads, value_dim)
     split_kernel[tiles, splits, batch_heads](
         query, key, value, bitmask, depth, tree.lengths, partial, lse,
-        params.scale * (1.0 if params.softcap else _LOG2_E.value), params.softcap or 0.0, window or 0, nodes, splits, kv_heads,
+        params.scale * (1.0 if params.softcap else LOG2_E.value), params.softcap or 0.0, window or 0, nodes, splits, kv_heads,
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         bitmask.stride(0) if bitmask.shape[0] > 1 else 0, bitmask.stride(1), depth.stride(0) if depth.shape[0] > 1 else 0,
         **split_constants(tile, heads // kv_heads, bitmask.shape[2], dim, value_dim, query.dtype, params.softcap, window),
@@ -264,7 +270,7 @@ def split_constants(
         "GROUP": group, "MASK_SIZE": mask_size, "DIM": dim, "VALUE_DIM": value_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(dim)), "BLOCK_V": max(16, triton.next_power_of_2(value_dim)),
         "ROWS": tile.rows, "COLUMNS": tile.columns, "HAS_CAP": softcap is not None, "HAS_WINDOW": window is not None,
-        "PRECISION": _precision(dtype),
+        "PRECISION": dot_precision(dtype),
     }  # fmt: skip
 
 
@@ -279,7 +285,7 @@ def is_interpreted() -> bool:
     return not isinstance(split_kernel, triton.JITFunction)
 
 
-def _precision(dtype: torch.dtype) -> str:
+def dot_precision(dtype: torch.dtype) -> str:
     """Return the precision of products: never TF32 for float32; without effect for bfloat16 and float16 on a GPU."""
     return "cast" if dtype == torch.bfloat16 and is_interpreted() else "ieee"
 

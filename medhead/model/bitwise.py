@@ -3,11 +3,15 @@
 Every row of a pass is computed as if it were alone: attention by `node_attention`, products and activations by `row_products`,
 prompts row by row and whole. No list says which model, processor or library this is enough for. At load, and again for another
 number of threads, the model verifies a tree with text of its own and one node at a time; all logits must be equal bit for bit.
+
+On CUDA the same is written, by the Triton kernel `tree_path_attention` and products of 64 rows, and has not yet run on a GPU. It
+is refused there unless the environment variable `UNPROVEN` is 1; then the self-test decides.
 """
 
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -27,7 +31,7 @@ from medhead.model.layout import cache_argument
 from medhead.model.node_attention import NodeVisits
 from medhead.model.pass_key import pass_key
 from medhead.model.prompt_reader import read_whole
-from medhead.model.row_products import MAX_ROWS, ONE, SIXTEEN, RowProducts
+from medhead.model.row_products import MAX_ROWS, ONE, SIXTEEN, SIXTY_FOUR, RowProducts
 from medhead.model.shards import placement
 from medhead_kernels import path_attention
 
@@ -38,7 +42,9 @@ if TYPE_CHECKING:
 NODES, PREFIX, DEPTH = 33, 12, 6  # of the tree of the self-test, and the tokens before it
 SIZES = (2, 5, 16, NODES)  # numbers of its first nodes that are verified together
 STEPS = 3  # passes of one token that are compared with transformers
+UNPROVEN = "MEDHEAD_UNPROVEN_CUDA_BITWISE"
 _PRODUCTS = ((False, None), (True, None), (True, SIXTEEN), (True, ONE))  # what the self-test tries, the cheapest first
+_GPU_PRODUCTS = ((False, SIXTY_FOUR, True), (True, SIXTY_FOUR, True))
 
 
 class Bitwise:
@@ -52,6 +58,7 @@ class Bitwise:
     Attributes:
         exact: as given.
         by_blocks: nodes attend by blocks, see `node_attention`; else as one.
+        by_triton: in the form for GPUs, which Triton's interpreter can run on a CPU.
         products: of the number of threads that was proved last.
         matches_transformers: whether its logits were equal to those of transformers, for one prompt and passes of one token.
 
@@ -62,7 +69,9 @@ class Bitwise:
     def __init__(self, target: Target, exact: str = "bitwise", by_default: bool = False) -> None:
         self._target, self.exact, self.by_default = target, exact, by_default
         self._refuse()
-        self.by_blocks = exact == "bitwise" and path_attention.unavailable() is None
+        self.by_triton = target.backend.name == "triton"
+        self.by_blocks = exact == "bitwise" and (self.by_triton or path_attention.unavailable() is None)
+        self._kinds: tuple[Any, ...] = _GPU_PRODUCTS if self.by_triton else _PRODUCTS
         configs: list[Any] = [getattr(module, "config", None) for module in target.model.modules()]
         self._configs = list(
             {id(one): one for one in configs if getattr(one, "_experts_implementation", None)}.values()
@@ -73,12 +82,16 @@ class Bitwise:
 
     def _refuse(self) -> None:
         target, place = self._target, placement(self._target.model)
+        kind, asked = target.device.type, self.exact == "bitwise" and not self.by_default
+        tried = asked and os.environ.get(UNPROVEN) == "1"
+        attention = "triton" if kind == "cuda" or (tried and target.backend.name == "triton") else "sdpa"
         reasons = {
-            f"it is on {target.device.type}, and the promise is for a CPU": target.device.type != "cpu",
+            f"it is on {kind}, and the promise is for a CPU": kind != "cpu" and not (kind == "cuda" and asked),
+            f"the promise has not yet run on a GPU ({UNPROVEN}=1 tries it)": kind == "cuda" and not tried,
             "its layers hold states (recurrent or convolutional)": target.state_layers is not None,
             "its attention is its own code": target.dense_masks,
             "it is split over processes": target.shards is not None,
-            f"its attention is {target.backend.name!r}, and it must be 'sdpa'": target.backend.name != "sdpa",
+            f"its attention is {target.backend.name!r}, and it must be {attention!r}": target.backend.name != attention,
             f"its weights are {place}": place is not None and (self.by_default or place != "offloaded"),
         }
         for reason, holds in reasons.items():
@@ -125,7 +138,7 @@ class Bitwise:
             with self.running():
                 cache.begin(tree.nodes)
                 current = self._target._pass(cache, tree.depth, None, tree.nodes)
-                current.visits = NodeVisits(tree, cache.lengths.host, self.by_blocks)
+                current.visits = NodeVisits(tree, cache.lengths.host, self.by_blocks, self.by_triton)
                 return self._target._forward(cache, tree.tokens, tree.depth, current)
         except UnsupportedTargetError:  # a mask, which is made before anything is written
             if not self.by_default:
@@ -154,7 +167,7 @@ class Bitwise:
             self._target.bitwise = None
 
     def _prove(self, threads: int) -> None:
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(self._target.device.type):
             raise MedheadError(
                 f"exact={self.exact!r} does not go with autocast, which casts by operator; leave one out"
             )
@@ -180,7 +193,7 @@ class Bitwise:
             if file is not None:
                 user_cache.write(file, known)
         else:
-            self.products = RowProducts(*_PRODUCTS[known[0]])
+            self.products = RowProducts(*self._kinds[known[0]])
             with self._target.active():
                 self._find_classes()
         if known[0] < 0 or (known[0] > 0 and self.by_default):
@@ -195,7 +208,14 @@ class Bitwise:
     def _proof_file(self) -> Path | None:
         """Return where the result of the self-test is kept; None for a model that other code changed."""
         with self._target.active():
-            key = pass_key(self._target, (self.exact, self.by_blocks, self._target.packed_weights.enabled))
+            form = (
+                self.exact,
+                self.by_blocks,
+                self._target.packed_weights.enabled,
+                self._place(),
+                self._triton_version(),
+            )
+            key = pass_key(self._target, form)
         if key is None:
             return None
         values = sample([part.detach() for weight in self._target.model.parameters() for part in parts(weight)])
@@ -207,7 +227,7 @@ class Bitwise:
 
         Also return whether its logits are those of transformers.
         """
-        for index, products in enumerate(_PRODUCTS[: 1 if self.by_default else None]):
+        for index, products in enumerate(self._kinds[: 1 if self.by_default else None]):
             self.products = RowProducts(*products)
             with self._target.active():
                 differing, prompt = self._differing_nodes()
@@ -218,7 +238,20 @@ class Bitwise:
 
     def _cannot(self, threads: int) -> str:
         name, dtype = self._target.name, str(self._target.dtype).removeprefix("torch.")
-        return f"exact={self.exact!r} cannot be promised for {name} in {dtype} with {threads} threads on this processor"
+        where = self._place() or f"with {threads} threads on this processor"
+        return f"exact={self.exact!r} cannot be promised for {name} in {dtype} {where}"
+
+    def _place(self) -> str:
+        """Return the name of the GPU; empty on a CPU."""
+        device = self._target.device
+        return f"on {torch.cuda.get_device_name(device)}" if device.type == "cuda" else ""
+
+    def _triton_version(self) -> str:
+        if not self.by_triton:
+            return ""
+        import triton
+
+        return str(triton.__version__)
 
     def _differing_nodes(self) -> tuple[int, list[int]]:
         """Return how many nodes of trees differ from the same nodes alone, and the text before them."""
@@ -239,8 +272,7 @@ class Bitwise:
         differing = 0
         for size in SIZES:
             cache.lengths.set([len(prompt)])
-            tree = TokenTree.from_parents(torch.tensor(tokens[:size]), parents[:size])
-            logits, _ = target.verify(cache, tree)
+            logits = self._verify(cache, torch.tensor(tokens[:size]), parents[:size])
             differing += sum(not torch.equal(logits[0, node], alone[node]) for node in range(size))
         return differing, [*prompt, *tokens[:STEPS]]
 
@@ -250,17 +282,23 @@ class Bitwise:
         parents, depth = _test_parents(generator)
         tokens = torch.randint(0, min(target.vocab_size, target.num_embeddings), (NODES,), generator=generator)
         cache = target.new_cache(1, PREFIX + NODES)
-        target.verify(cache, TokenTree.from_parents(tokens, parents))
+        self._verify(cache, tokens, parents)
         return parents, depth, cache, int(tokens[0])
+
+    def _verify(self, cache: TreeCache, tokens: Tensor, parents: Tensor) -> Tensor:
+        """Return the logits `[1, nodes, vocab]` of a tree whose `tokens` and `parents` `[nodes]` are on the host."""
+        device = self._target.device
+        return self._target.verify(cache, TokenTree.from_parents(tokens.to(device), parents.to(device)))[0]
 
     def _alone(self, cache: Any, token: int, length: int) -> Tensor:
         """Return the logits `[vocab]` of one token after `length` tokens of the cache."""
         cache.lengths.set([length])
-        return self._target.verify(cache, TokenTree.root(torch.tensor([token])))[0][0, 0]
+        root = torch.zeros(1, dtype=torch.long)
+        return self._verify(cache, root + token, root)[0, 0]
 
     @staticmethod
     def _draw(logits: Tensor, generator: torch.Generator, high: int) -> int:
-        return int(torch.multinomial(logits[:high].float().softmax(-1), 1, generator=generator))
+        return int(torch.multinomial(logits[:high].float().cpu().softmax(-1), 1, generator=generator))
 
     def _logits(self, text: list[int]) -> Tensor:
         """Return logits `[1 + STEPS, vocab]`: of a prompt's last token, and of the tokens after it one by one."""
@@ -283,7 +321,8 @@ class Bitwise:
 
     def describe(self) -> str:
         """Return one sentence about the promise."""
-        where = f"{str(self._target.dtype).removeprefix('torch.')} with {torch.get_num_threads()} threads"
+        place = self._place() or f"with {torch.get_num_threads()} threads"
+        where = f"{str(self._target.dtype).removeprefix('torch.')} {place}"
         also = "the" if self.matches_transformers else "but for rounding the"
         return (
             f"exact {self.exact}: one text for every proposer, tree and batch in {where}; "

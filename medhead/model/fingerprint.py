@@ -46,7 +46,7 @@ def _module_key(module: nn.Module) -> Hashable:
 def sample(weights: list[Tensor]) -> bytes:
     """Return up to 127 values of every weight, 64 or more of a larger one, as bytes."""
     flat = [weight.reshape(-1) for weight in weights if weight.numel()]
-    samples = [values[:: max(1, len(values) // _SAMPLES)].double() for values in flat]
+    samples = [values[:: max(1, len(values) // _SAMPLES)].double().cpu() for values in flat]
     return torch.cat(samples).numpy().tobytes() if samples else b""
 
 

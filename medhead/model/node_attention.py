@@ -1,10 +1,10 @@
 """Attention of tree nodes whose bits do not depend on the other nodes; for `exact`.
 
-By blocks: `medhead_kernels.path_attention`, which reads the keys once for all nodes. These are not the bits of PyTorch's
-attention. As one: a node attends by the very call that plain decoding of transformers makes. PyTorch's kernel for one query
-sums in another order than that for several, and a mask changes bits too, so the call has no mask and one range of keys. For
-this the keys of the node's ancestors lie in order after the committed prefix: nodes are visited depth first, and the keys of
-each are written to `length + depth` before its call. All keys are read again for every node.
+By blocks: `medhead_kernels.path_attention`, which reads the keys once for all nodes, or `tree_path_attention` on a GPU. These
+are not the bits of PyTorch's attention. As one: a node attends by the very call that plain decoding of transformers makes.
+PyTorch's kernel for one query sums in another order than that for several, and a mask changes bits too, so the call has no
+mask and one range of keys. For this the keys of the node's ancestors lie in order after the committed prefix: nodes are visited
+depth first, and the keys of each are written to `length + depth` before its call. All keys are read again for every node.
 """
 
 from __future__ import annotations
@@ -31,18 +31,24 @@ class NodeVisits:
         tree: the tree.
         lengths: committed tokens of every row.
         by_blocks: nodes attend by blocks where the kernel serves a layer; else as one.
+        by_triton: the kernel is that for GPUs.
     """
 
     tree: TokenTree
     lengths: list[int]
     by_blocks: bool = False
+    by_triton: bool = False
 
     @cached_property
     def paths(self) -> tuple[Tensor, Tensor, Tensor]:
         """The arguments `lengths`, `depth` and `path` of `path_attention.attention`."""
         seen = self.tree.visible.expand(len(self.lengths), -1, -1)  # node by node: a parent comes before its child
         path = torch.sort(seen.byte(), dim=-1, descending=True, stable=True).indices[..., : self.tree.max_depth + 1]
-        return torch.tensor(self.lengths), self.tree.depth.contiguous(), path.contiguous()
+        return self._lengths, self.tree.depth.contiguous(), path.contiguous()
+
+    @property
+    def _lengths(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.tree.depth.device)
 
     @cached_property
     def rows(self) -> list[list[tuple[int, int, bool]]]:
@@ -59,7 +65,7 @@ class NodeVisits:
         """
         if mask_function is causal_mask_function:
             return None
-        last = (torch.tensor(self.lengths)[:, None] + self.tree.depth).to(device)
+        last = (self._lengths[:, None] + self.tree.depth).to(device)
         keys = torch.arange(int(last.max()) + 1, device=device)
         rows = torch.arange(len(last), device=device)[:, None, None, None]
         head = torch.zeros(1, 1, 1, 1, dtype=torch.long, device=device)
@@ -110,7 +116,12 @@ def attention(
         return _as_one(visits, query, key, value, first_keys, scale, softcap, sinks)
     first = None if first_keys is None else first_keys[:, 0, :, 0].contiguous()
     sinks = None if sinks is None else sinks.float()
-    return path_attention.attention(query, key, value, *visits.paths, scale, first, sinks, softcap)
+    kernel = path_attention.attention
+    if visits.by_triton:
+        from medhead_kernels import tree_path_attention
+
+        kernel = tree_path_attention.attention
+    return kernel(query, key, value, *visits.paths, scale, first, sinks, softcap)
 
 
 def _as_one(

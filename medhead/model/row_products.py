@@ -4,6 +4,9 @@ A library picks another kernel for another number of rows, and sums in another o
 one class that agrees bit for bit. For every shape of weights the smallest number is found from which on all up to 32 agree, on
 rows that the model itself computed: fewer rows are padded to it, more are split. Where there is no such class, all products
 have 16 rows, or one.
+
+On a GPU all products have 64 rows, and so have norms, because PyTorch picks the order of a mean by the number of rows.
+Activations need nothing there: each number is computed alone.
 """
 
 from __future__ import annotations
@@ -50,7 +53,7 @@ class RowClass:
         return product(rows) if missing <= 0 else product(F.pad(rows, (0, 0, 0, missing)))[: len(rows)]
 
 
-SIXTEEN, ONE = RowClass(16, 16), RowClass(1, 1)
+SIXTEEN, ONE, SIXTY_FOUR = RowClass(16, 16), RowClass(1, 1), RowClass(64, 64)
 
 
 class RowProducts(TorchFunctionMode):
@@ -62,14 +65,15 @@ class RowProducts(TorchFunctionMode):
     Args:
         everywhere: passes run inside `with` too.
         forced: the class of all products; None finds one for each shape at its first use.
+        on_gpu: whether `forced` is the class of norms too, and activations are left alone.
 
     Attributes:
         classes: by shape, what was found.
     """
 
-    def __init__(self, everywhere: bool = False, forced: RowClass | None = None) -> None:
+    def __init__(self, everywhere: bool = False, forced: RowClass | None = None, on_gpu: bool = False) -> None:
         super().__init__()
-        self.everywhere, self.forced = everywhere, forced
+        self.everywhere, self.forced, self.on_gpu = everywhere, forced, on_gpu
         self.classes: dict[Any, RowClass] = {}
 
     @contextmanager
@@ -91,6 +95,8 @@ class RowProducts(TorchFunctionMode):
             return lambda x: self.product(x, (key, x.dtype), own)
         if type(module).__module__ in _ACTIVATION_FILES:
             return partial(_activation, self, module.forward)
+        if self.on_gpu and not weights and not module._modules and module._parameters:
+            return self._norm_forward(module.forward, type(module))
         if not weights or isinstance(module, nn.Embedding):
             return None
         inside = module.forward
@@ -118,8 +124,16 @@ class RowProducts(TorchFunctionMode):
             if found is not None and found.least <= x.numel() // x.shape[-1] <= found.most:
                 return F.linear(x, weight, bias)
             out = _linear(self, F.linear, x, weight, bias)
-            found = self.forced or self.classes.get(key)
+            found = self.classes.get(key)  # a forced class has one shape, `[rows, size]`, in every call
             return out
+
+        return forward
+
+    def _norm_forward(self, own: Product, kind: type) -> Callable[..., Tensor]:
+        """Return a module of whole rows whose calls have as many rows as products have."""
+
+        def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            return own(x, *args, **kwargs) if args or kwargs else self.product(x, kind, own)
 
         return forward
 
@@ -194,7 +208,7 @@ def _addmm(mode: RowProducts, func: Any, bias: Tensor, input: Tensor, weight: Te
 def _activation(mode: RowProducts, func: Any, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """Compute an activation of whole rows in one thread; of one row as the model does."""
     size = input.shape[-1] if input.ndim else 0
-    if not size or input.numel() == size:
+    if not size or input.numel() == size or mode.on_gpu:
         return func(input, *args, **kwargs)
     together = max(1, _SERIAL // size) if size % _VECTOR == 0 else 1
     parts = input.reshape(-1, size).split(together)

@@ -147,7 +147,7 @@ class Target:
         self.dense_masks = bool(self.layout.indexers) or not uses_registry(inner)
         self.backend = pick_backend(attention, self.layout, self.dense_masks)
         with self.lock:
-            self.fused = FusedModules.of(self, fused if exact in (None, "auto") else False)
+            self.fused = FusedModules.of(self, None if fused and exact in EXACT else fused)
             self.fused.check(self)
             if probe:
                 probe_target(self, attention)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
 
 from conftest import noise_heads, tiny_llama
@@ -17,16 +18,18 @@ from medhead import Decoder, MedheadError, TypicalAcceptance
 from medhead.bench.prompts import encode_prompts, read_prompts
 from medhead.config import EXACT
 from medhead.core.tree import TokenTree
-from medhead.model.bitwise import Bitwise
+from medhead.model.bitwise import UNPROVEN, Bitwise
 from medhead.model.block_weights import use_blocks
 from medhead.model.loading import load_model, load_tokenizer
 from medhead.model.named_models import DEMO_HEADS
 from medhead.model.prompt_reader import read_whole
+from medhead.model.row_products import SIXTY_FOUR
 from medhead.model.target import Target
 from medhead.proposers import build_proposer
 from medhead.scheduling.cost_model import CostModel
 from medhead.serving import Engine, Request
 from medhead.serving.request import SamplingParams
+from triton_here import interpreted, needs_triton, row_products
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 FAMILIES = [
@@ -253,6 +256,77 @@ def test_what_does_not_go_with_it() -> None:
     if "lfm2" in STATEFUL and exists("lfm2"):
         with pytest.raises(MedheadError, match="its layers hold states"):
             Decoder(tiny_stateful("lfm2"), "none", exact="bitwise", probe=False)
+
+
+def test_on_a_gpu_it_is_refused_until_it_has_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = Target(tiny_llama(), probe=False)
+    target.device = torch.device("cuda")
+    with pytest.raises(
+        MedheadError, match=rf"has not yet run on a GPU \({UNPROVEN}=1 tries it\); leave the option out"
+    ):
+        Bitwise(target)
+    with pytest.raises(MedheadError, match="it is on cuda, and the promise is for a CPU"):
+        Bitwise(target, "transformers")
+    monkeypatch.setenv(UNPROVEN, "1")
+    with pytest.raises(MedheadError, match="its attention is 'sdpa', and it must be 'triton'"):
+        Bitwise(target)
+    with pytest.raises(MedheadError, match="it is on cuda, and the promise is for a CPU"):
+        Bitwise(target, by_default=True)
+
+
+class Rows(TorchDispatchMode):
+    """Notes the shapes of the rows that are multiplied, and of those whose mean is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes = set[tuple[Any, ...]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        aten, kind = torch.ops.aten, func.overloadpacket
+        if kind in (aten.linear, aten.mm, aten.addmm, aten.mean):
+            rows = args[1] if kind is aten.addmm else args[0]
+            self.shapes.add(("mean" if kind is aten.mean else "product", *rows.shape))
+        return func(*args, **(kwargs or {}))
+
+
+@needs_triton
+@interpreted
+def test_the_form_for_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interpreted: logits of trees are those of single nodes, and no pass has another shape of products and norms."""
+    monkeypatch.setenv(UNPROVEN, "1")
+    monkeypatch.setattr("medhead_kernels.tree_path_attention.SPAN", 32)
+    model = tiny_llama(num_hidden_layers=1, num_key_value_heads=1)
+    monkeypatch.setattr(Bitwise, "_differing_nodes", lambda self: (0, [1] * 9))  # the check below is the same
+    with row_products():
+        target = Target(model, probe=False, attention="triton", packed=False, exact="bitwise")
+        ids, shapes = torch.randint(3, 60, (39,), generator=torch.Generator().manual_seed(1)), []
+        with torch.inference_mode(), target.active():
+            cache = target.new_cache(1, 120)
+            read_whole(target, cache, [ids[:31].tolist()])
+            tree = TokenTree.from_parents(ids[30:39], torch.tensor(random_parents(9)))
+            expected = path_logits(target, cache, 30, tree)
+            for nodes in (1, 2, 9):
+                cache.lengths.set([30])
+                part = TokenTree.from_parents(tree.tokens[0, :nodes], tree.parents[0, :nodes])
+                with Rows() as rows:
+                    logits, _ = target.verify(cache, part)
+                shapes.append(rows.shapes)
+                assert torch.equal(logits[0], expected[:nodes])
+    assert shapes[0] == shapes[1] == shapes[2]
+    assert {shape[1] for shape in shapes[0]} == {64}
+    assert {shape[0] for shape in shapes[0]} == {"product", "mean"}
+
+
+@pytest.mark.parametrize("rows", [1, 63, 64, 65, 200])
+def test_products_of_one_number_of_rows(rows: int) -> None:
+    x, seen = torch.randn(rows, 5), []
+
+    def product(given: Tensor) -> Tensor:
+        seen.append(given.shape[0])
+        return 2 * given
+
+    assert torch.equal(SIXTY_FOUR.apply(product, x), 2 * x)
+    assert seen == [64] * -(-rows // 64)
 
 
 def promised(decoder: Decoder) -> str | None:

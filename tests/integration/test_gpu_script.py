@@ -14,7 +14,7 @@ import torch
 from triton_here import needs_triton
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu.sh"
-PARTS = ("env", "tests", "kernel", "step", "smollm2", "train", "prefill", "compiled")
+PARTS = ("env", "tests", "kernel", "step", "smollm2", "train", "prefill", "bitwise", "compiled")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(torch.cuda.is_available(), reason="with a GPU the script is run itself"),

@@ -294,4 +294,5 @@ def test_kernels_compile_for_gpus_that_are_not_here() -> None:
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     assert "sm_80 split bf16" in done.stdout
     assert "sm_90 split fp32" in done.stdout
+    assert "sm_90 path span bf16" in done.stdout
     assert "all compiled" in done.stdout
