@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
         "--max-prompt-tokens", type=int, default=120, help="longer prompts are left out (default: 120)"
     )
     options.add_argument(
-        "--batch-size", type=int, default=1, help="prompts decoded together; transformers: 1 (default: 1)"
+        "--batch-size", type=int, default=1, help="prompts that medhead decodes together, transformers 1 (default: 1)"
     )
     options.add_argument("--max-new-tokens", type=int, default=48, help="tokens of a text (default: 48)")
     options.add_argument(
@@ -109,7 +109,7 @@ def compare_texts(
     left = [
         index
         for index in range(min(args.num_prompts, len(prompts)))
-        if not results.has(kind="texts", prompt=index, temperature=args.temperature)
+        if not results.has(kind="texts", prompt=index, temperature=args.temperature, batch_size=args.batch_size)
     ]
     for begin in range(0, len(left), args.batch_size):
         if time.monotonic() > ends:
@@ -127,7 +127,7 @@ def compare_texts(
                 texts[f"{mode} {name}"] = text
             lengths[f"{mode} {name}"] = round(decoder.statistics.accepted_length, 3)
         for index, texts in zip(batch, found, strict=True):
-            row = {"kind": "texts", "prompt": index, "temperature": args.temperature, "batch": len(batch)}
+            row = {"kind": "texts", "prompt": index, "temperature": args.temperature, "batch_size": args.batch_size}
             results.add(**row, prompt_tokens=prompts[index].shape[1], accepted_lengths=lengths, texts=texts)
 
 
@@ -179,8 +179,10 @@ def measure_speed(
 def table(rows: list[dict[str, Any]]) -> str:
     """Return the two tables in Markdown."""
     lines = list[str]()
-    for temperature in sorted({row["temperature"] for row in rows if row["kind"] == "texts"}):
-        lines += [*_texts_table([row for row in rows if row.get("temperature") == temperature], temperature), ""]
+    texts = [row for row in rows if row["kind"] == "texts"]
+    for temperature, size in sorted({(row["temperature"], row["batch_size"]) for row in texts}):
+        part = [row for row in texts if (row["temperature"], row["batch_size"]) == (temperature, size)]
+        lines += [*_texts_table(part, temperature), ""]
     speeds = [row for row in rows if row["kind"] == "speed"]
     if speeds:
         names = list(speeds[0]["tokens_per_second"])
@@ -201,7 +203,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def _texts_table(texts: list[dict[str, Any]], temperature: float) -> list[str]:
     title = f"temperature {temperature}" if temperature else "greedy"
-    title += f", batches of {max(row.get('batch', 1) for row in texts)}"
+    title += f", batches of {texts[0]['batch_size']}"
     columns = [f"{what}, {mode}" for mode in MODES for what in ("equal to plain", "accepted length")]
     lines = [f"| {title} | {' | '.join(columns)} |", "|---" * (2 * len(MODES) + 1) + "|"]
     for name in [name.split()[1] for name in texts[0]["texts"] if name.startswith(WITHOUT)]:

@@ -58,16 +58,22 @@ def main() -> None:
     folder = os.environ.get("SMOLLM2")
     named = bool(folder and Path(folder).is_dir())
     model = load_model(folder, DEVICE, DTYPE) if named else build(measure.SHAPE, DEVICE, DTYPE)
+    say(model="SmolLM2" if named else measure.SHAPE)
+    attempt("equal texts and cost", partial(parts, model))
+
+
+def parts(model: Any) -> dict[str, Any]:
+    """Prove the promise, and measure cost and texts of one model; every part is said as it is done."""
     target = Target(model, exact="bitwise")
     assert target.bitwise is not None
-    say(model="SmolLM2" if named else measure.SHAPE, promise=target.bitwise.describe())
+    attempt("cost", partial(cost, model, target), context=CONTEXT)
     generator = torch.Generator().manual_seed(0)
     lengths = (5, 20) if TINY else (60, 300, 511, 1000)
     prompts = [torch.randint(3, target.vocab_size, (1, size), generator=generator).to(DEVICE) for size in lengths]
     sampling = {"do_sample": True, "seed": 3, "temperature": 0.8}
     attempt("equal to plain, greedy", partial(equal_texts, target, prompts, {}))
-    attempt("cost", partial(cost, model, target), context=CONTEXT)
     attempt("equal to plain, sampled", partial(equal_texts, target, prompts, sampling))
+    return {"promise": target.bitwise.describe()}
 
 
 main()

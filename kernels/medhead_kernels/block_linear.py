@@ -17,6 +17,7 @@ from medhead_kernels import native
 
 KINDS = ("float32", "bfloat16", "float16", "int8", "int4", "uint8", "int8 by 16")
 WIDTH = GROUP = 32  # outputs of a panel, inputs that share a scale but for `int8 by 16`
+_ROUNDED_ROWS = 64 * WIDTH  # of a weight, at a time
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _INDEX = {kind: index for index, kind in enumerate(KINDS)}
 
@@ -75,7 +76,12 @@ def store(weight: Tensor) -> Blocks:
 
 def round_to(weight: Tensor, kind: str) -> Blocks:
     """Round a weight `[out, size]`: `int8` from -127 to 127 times a scale, `int4` 0 to 15 times a scale plus a minimum."""
-    groups = _groups(weight.detach().float())
+    parts = [_round(part, kind) for part in weight.detach().split(_ROUNDED_ROWS)]  # a part takes little memory
+    return Blocks(*(torch.cat([part[at] for part in parts]) for at in range(3)), kind, len(weight))
+
+
+def _round(weight: Tensor, kind: str) -> Blocks:
+    groups = _groups(weight.float())
     if kind == "int8":
         scales, minimums = groups.abs().amax(-1) / 127, torch.empty(0)
         levels = groups / _divisor(scales)

@@ -83,7 +83,8 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
             label = f"merge {name} {splits} splits{' sinks' if has_sinks else ''}"
             yield KernelVariant(label, attention.merge_kernel, pointers, constants)
         for dim in (64,) if quick else HEAD_DIMS:
-            yield from _path_variants(name, dtype, dim, tree_path_attention)
+            for with_options in (True,) if quick else (True, False):
+                yield from _path_variants(name, dtype, dim, tree_path_attention, with_options)
         yield from _fused_variants(name, act_mul, add_rms_norm, rope_write)
         pointers = {"buffer": name, "path": "i64", "lengths": "i32"}
         constants = commit.move_constants(128, False) | {"counts": None}
@@ -99,16 +100,18 @@ def kernel_variants(large_smem: bool = True, quick: bool = False) -> Iterator[Ke
             )  # fmt: skip
 
 
-def _path_variants(name: str, dtype: torch.dtype, dim: int, paths: Any) -> Iterator[KernelVariant]:
-    """Yield the kernels of `path_attention` for one element type and head size."""
+def _path_variants(name: str, dtype: torch.dtype, dim: int, paths: Any, with_options: bool) -> Iterator[KernelVariant]:
+    """Yield the kernels of `path_attention` for one element type and head size, with window, soft-capping and sinks or none."""
     tile = paths.tile_for(paths.ROWS, dim, dtype)
     pointers = dict.fromkeys(("query", "key", "value"), name) | dict.fromkeys(("partial", "largest", "total"), "fp32")
-    tree = dict.fromkeys(("lengths", "depth", "path", "first"), "i64")
-    constants, options = paths.span_constants(tile, 4, dim, dim, dtype, 50.0, True), paths.launch_options(tile)
-    label = f"path span {name} head {dim}"
+    tree = dict.fromkeys(("lengths", "depth", "path", *(["first"] if with_options else [])), "i64")
+    softcap, absent = (50.0, [{}, {}]) if with_options else (None, [{"first": None}, {"sinks": None}])
+    constants = paths.span_constants(tile, 4, dim, dim, dtype, softcap, with_options) | absent[0]
+    label, options = f"path span {name} head {dim}{' plain' * (not with_options)}", paths.launch_options(tile)
     yield KernelVariant(label, paths.span_kernel, pointers | tree, constants, ("scale", "softcap"), options=options)
-    pointers |= {"sinks": "fp32", "out": name}
-    yield KernelVariant(f"path add {name} head {dim}", paths.add_kernel, pointers, paths.add_constants(4, dim, True))
+    pointers |= {"sinks": "fp32", "out": name} if with_options else {"out": name}
+    constants = paths.add_constants(4, dim, with_options) | absent[1]
+    yield KernelVariant(f"path add{label.removeprefix('path span')}", paths.add_kernel, pointers, constants)
 
 
 def _fused_variants(name: str, act_mul: Any, add_rms_norm: Any, rope_write: Any) -> Iterator[KernelVariant]:

@@ -1,5 +1,5 @@
-// Operators on a CPU. The first is x W^T for float32 rows and weights that stay in the type they are stored in: float32, bfloat16, float16, or groups of
-// 8-bit or 4-bit integers with a scale (and a minimum). The weights are expanded in registers.
+// Operators on a CPU. The first is x W^T for float32 rows and weights that stay in the type they are stored in: float32, bfloat16,
+// float16, or groups of 8-bit or 4-bit integers with a scale (and a minimum). Weights are expanded to float32 while they are multiplied.
 //
 // The weights of 32 outputs form a panel, [inputs][32 outputs], so that neighbouring outputs are neighbouring lanes. Every output
 // is the sum over groups of 32 (or 16) inputs of
@@ -29,7 +29,7 @@ constexpr int GROUP = 32;      // inputs that are read together
 constexpr int LANES = 8;       // floats of a vector
 constexpr int VECTORS = WIDTH / LANES;
 constexpr int MAX_ROWS = 96;   // rows whose sums are kept beside the weights in the inner cache
-constexpr int FEW_ROWS = 8;    // up to which weights are expanded in registers, for every 4 rows; beyond, once, in the inner cache
+constexpr int FEW_ROWS = 8;    // so many rows or fewer: weights are expanded in registers, again for every 4 rows; more: once, in memory
 constexpr int LINE = 64;       // bytes of a line of the caches
 
 typedef float Floats __attribute__((vector_size(LANES * 4), aligned(4)));

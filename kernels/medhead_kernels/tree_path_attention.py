@@ -142,7 +142,10 @@ def attention(
     query: Tensor, key: Tensor, value: Tensor, lengths: Tensor, depth: Tensor, path: Tensor, scale: float,
     first: Tensor | None = None, sinks: Tensor | None = None, softcap: float | None = None,
 ) -> Tensor:  # fmt: skip
-    """Do what `path_attention.attention` does, for heads of up to 256 numbers; a tree that does not fit is not found out."""
+    """Do what `path_attention.attention` does, for heads of up to 256 numbers.
+
+    The path is not checked against the cache: a wrong one reads other rows.
+    """
     batch, heads, nodes, dim = query.shape
     kv_heads, columns, value_dim = key.shape[1], key.shape[2], value.shape[3]
     assert key.dtype == value.dtype == query.dtype, "queries, keys and values must have one type"

@@ -78,7 +78,7 @@ class OutputHead:
     def pack(self) -> None:
         """Multiply with packed copies of the output matrix and the heads' weights from now on.
 
-        They are rounded to 8 bits, which drafts bear: the target verifies them.
+        They are rounded to 8 bits. The target verifies drafts, so rounding does not change the text.
         """
         if self._packed:
             return
@@ -102,7 +102,7 @@ class OutputHead:
     def packable_bytes(self) -> int:
         """Bytes that packed copies of all weights would take."""
         weights = [self.weight, *(layer.weight for layer in self._linear_layers())]
-        return sum(weight.nbytes for weight in weights)
+        return sum(weight.numel() * 9 // 8 for weight in weights)  # and a scale for 32 numbers of 8 bits
 
     @property
     def nbytes(self) -> int:

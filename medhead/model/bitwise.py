@@ -4,8 +4,8 @@ Every row of a pass is computed as if it were alone: attention by `node_attentio
 prompts row by row and whole. No list says which model, processor or library this is enough for. At load, and again for another
 number of threads, the model verifies a tree with text of its own and one node at a time; all logits must be equal bit for bit.
 
-On CUDA the same is written, by the Triton kernel `tree_path_attention` and products of 64 rows, and has not yet run on a GPU. It
-is refused there unless the environment variable `UNPROVEN` is 1; then the self-test decides.
+For CUDA there are the Triton kernel `tree_path_attention` and products of 64 rows, which have not yet run on a GPU. `bitwise` is
+refused there unless the environment variable `UNPROVEN` is 1; then the self-test decides.
 """
 
 from __future__ import annotations
@@ -183,7 +183,9 @@ class Bitwise:
     def _test(self, threads: int) -> tuple[RowProducts, bool]:
         """Return the products that pass the self-test, and whether logits are those of transformers."""
         file = self._proof_file()
-        known = None if file is None else user_cache.read(file, _parse_proof, "the self-test of `exact` runs again")
+        known = (
+            None if file is None else user_cache.read(file, self._parse_proof, "the self-test of `exact` runs again")
+        )
         if known is None or (known[0] < 0 and not self.by_default):
             if file is None and self.by_default:
                 raise MedheadError(
@@ -214,6 +216,7 @@ class Bitwise:
                 self._target.packed_weights.enabled,
                 self._place(),
                 self._triton_version(),
+                bool(self._target.fused.forwards),
             )
             key = pass_key(self._target, form)
         if key is None:
@@ -221,6 +224,12 @@ class Bitwise:
         values = sample([part.detach() for weight in self._target.model.parameters() for part in parts(weight)])
         digest = hashlib.sha256(key.encode() + values).hexdigest()
         return user_cache.cache_folder() / f"exact-{digest[:24]}.json"
+
+    def _parse_proof(self, content: Any) -> tuple[int, bool]:
+        index, matches = content
+        if type(index) is not int or index not in range(-1, len(self._kinds)):
+            raise ValueError(f"{index} is no kind of products")
+        return index, bool(matches)
 
     def _try_products(self) -> tuple[int, bool]:
         """Run the self-test with one kind of products after the other; return the index of the one that passes, -1 for none.
@@ -361,13 +370,6 @@ def check_exact(target: Target, exact: str | None, way: str) -> None:
         target.bitwise = None
     elif target.bitwise is not None and exact == given:
         target.bitwise.by_default = False
-
-
-def _parse_proof(content: Any) -> tuple[int, bool]:
-    index, matches = content
-    if type(index) is not int or index not in range(-1, len(_PRODUCTS)):
-        raise ValueError(f"{index} is no kind of products")
-    return index, bool(matches)
 
 
 def _test_parents(generator: torch.Generator) -> tuple[Tensor, list[int]]:

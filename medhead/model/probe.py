@@ -72,7 +72,7 @@ def _check_tree(target: _TreeVerifier, lengths: tuple[int, ...], parents: tuple[
             cache = target.new_cache(len(prefixes), max(lengths) + 16)
             target.prefill(cache, prefixes, chunk=max(lengths) // 2 + 1)
             logits, _ = target.verify(cache, tree)
-            if target.state_layers is not None:  # where one token may take another way
+            if target.state_layers is not None:  # layers with states use other functions for one token
                 single, _ = target.verify(cache, TokenTree.root(tree.tokens[:, 0]))
                 logits, expected = torch.cat([logits, single], 1), torch.cat([expected, expected[:, :1]], 1)
     except UnsupportedTargetError:

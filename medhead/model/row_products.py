@@ -5,8 +5,8 @@ one class that agrees bit for bit. For every shape of weights the smallest numbe
 rows that the model itself computed: fewer rows are padded to it, more are split. Where there is no such class, all products
 have 16 rows, or one.
 
-On a GPU all products have 64 rows, and so have norms, because PyTorch picks the order of a mean by the number of rows.
-Activations need nothing there: each number is computed alone.
+On a GPU all products have 64 rows, and so have norms with a weight, because PyTorch picks the order of a mean by the number of
+rows. Activations need nothing there: each number is computed alone.
 """
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ class RowProducts(TorchFunctionMode):
             if found is not None and found.least <= x.numel() // x.shape[-1] <= found.most:
                 return F.linear(x, weight, bias)
             out = _linear(self, F.linear, x, weight, bias)
-            found = self.classes.get(key)  # a forced class has one shape, `[rows, size]`, in every call
+            found = self.classes.get(key)  # none with `forced`, so that every call has its number of rows
             return out
 
         return forward

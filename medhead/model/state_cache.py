@@ -59,7 +59,7 @@ class DenseCall(StateCall):
     Attributes:
         tree: what dense forms know of the tree.
         advances: by state, a function from an accepted path and its numbers of nodes to the state after it.
-        heads: by state, such functions of the heads that a layer runs one after another.
+        heads: by state, the `advances` of each head, for layers that run head by head (Zamba).
     """
 
     def __init__(self, states: dict[StateKey, Tensor], tree: Ancestors, advances: dict[StateKey, Any]) -> None:
@@ -179,7 +179,7 @@ class StateCache(TreeCache):
         places = last + nodes * torch.arange(len(path), device=path.device)
         for key, states in self.node_states.items():
             self.states[key] = states if nodes == 1 else states[places.to(states.device)]
-        if self.advances:
+        if self.advances and counts.device.type == "cpu":  # a GPU would wait for the host
             path = path[:, : int(counts.max())]
         for key, advance in self.advances.items():
             self.states[key] = advance(path, counts).to(self.states[key].dtype)

@@ -298,13 +298,25 @@ def dense_forward(module: nn.Module) -> Callable[..., Any] | None:
     It is the forward of the module's class with other global names, so the modeling file is not changed. Modules whose weights
     are moved by accelerate's hooks have none.
     """
-    if "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules()):
+    if _is_changed(module):
         return None
     used = global_names(module)
-    if {"conv_1d", "conv1d_state", "rg_lru"} <= used:
-        scans = "_rnn_scan" in global_names(getattr(module, "rg_lru", module))
-        return partial(_lru_forward, module) if scans else None
     recurrences = used & _RECURRENCES.keys()
     if "causal_conv1d_fn" not in used or len(recurrences) != ("get_recurrent_state" in used):
         return None
     return with_globals(module, _RECURRENCES | _SINGLE | _CONVOLUTIONS)
+
+
+def lru_forward(block: nn.Module) -> Callable[..., Any] | None:
+    """Return such a forward of a block of RecurrentGemma; None for other modules, whose states are attributes too."""
+    lru, convolution = getattr(block, "rg_lru", None), getattr(block, "conv_1d", None)
+    if not isinstance(lru, nn.Module) or not isinstance(convolution, nn.Conv1d) or _is_changed(block):
+        return None
+    own = "forward" in vars(lru) or "forward" in vars(convolution) or "_rnn_scan" in vars(lru)
+    known = "conv1d_state" in global_names(block) and "_rnn_scan" in global_names(lru)
+    return partial(_lru_forward, block) if known and not own else None
+
+
+def _is_changed(module: nn.Module) -> bool:
+    """Return whether other code runs in place of a module's forward, or moves its weights."""
+    return "forward" in vars(module) or any(hasattr(part, "_hf_hook") for part in module.modules())

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from medhead.model.attention import running_states
 from medhead.model.kv_cache import CacheLayout
 from medhead.model.state_cache import StateCache, StateKey
-from medhead.model.state_dense import dense_forward, serves_single
+from medhead.model.state_dense import dense_forward, lru_forward, serves_single
 from medhead.model.state_groups import StateGroup
 
 
@@ -49,7 +49,10 @@ class StateLayers:
     dense_single: set[nn.Module] = field(init=False)
 
     def __post_init__(self) -> None:
-        found = {module: dense_forward(module) for module in self.modules}
+        found = {
+            module: lru_forward(module) if module in self.attributes else dense_forward(module)
+            for module in self.modules
+        }
         self.dense = {module: forward for module, forward in found.items() if forward is not None}
         self.dense_single = {module for module in self.dense if serves_single(module)}
 

@@ -1,8 +1,8 @@
 """Recurrences whose channels decay on their own, over trees: Mamba-1 and RG-LRU.
 
 A state is `decay * parent's state + update`. With a decay for every channel and size of the state, products between nodes
-would take `nodes` times the work, so the states follow each other depth by depth. A call computes what the recurrence adds to
-the layer alone, and keeps the states of one depth at a time; projections and norms run once for all nodes.
+would take `nodes` times the work, so the states follow each other depth by depth. Only the
+recurrence runs depth by depth, and it keeps the states of one depth; projections and norms run once for all nodes.
 """
 
 from __future__ import annotations

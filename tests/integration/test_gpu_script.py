@@ -42,6 +42,9 @@ def test_every_part_measures_something(tmp_path: Path) -> None:
     assert {"skipped": "SmolLM2: SMOLLM2 names no folder"} in lines["smollm2"]
     assert all(line["same_text"] is not False for line in lines["smollm2"] if "same_text" in line)
     assert all(lines[name] for name in PARTS if name != "tests")
+    equal = [line for line in lines["bitwise"] if "texts" in line]
+    assert len(equal) == 2
+    assert all(line[name] == line["texts"] for line in equal for name in ("ngram", "recycling", "hybrid"))
 
 
 def test_without_a_gpu_it_says_how_to_see_it_run(tmp_path: Path) -> None:
