@@ -77,7 +77,8 @@ def store(weight: Tensor) -> Blocks:
 def round_to(weight: Tensor, kind: str) -> Blocks:
     """Round a weight `[out, size]`: `int8` from -127 to 127 times a scale, `int4` 0 to 15 times a scale plus a minimum."""
     parts = [_round(part, kind) for part in weight.detach().split(_ROUNDED_ROWS)]  # a part takes little memory
-    return Blocks(*(torch.cat([part[at] for part in parts]) for at in range(3)), kind, len(weight))
+    data, scales, minimums = map(torch.cat, zip(*(part[:3] for part in parts), strict=True))
+    return Blocks(data, scales, minimums, kind, len(weight))
 
 
 def _round(weight: Tensor, kind: str) -> Blocks:
