@@ -5,7 +5,7 @@ usage: python benchmarks/smollm2/answers.py pack answers.jsonl answers.npz
        python benchmarks/smollm2/answers.py split answers.jsonl train.jsonl held-out.jsonl
 
 `unpack` writes the bytes that `medhead generate-data` wrote, so that command goes on with the answers that are missing. `split`
-keeps the answers apart that `medhead finetune` holds out of them, so that a second training on more text holds out the same ones.
+holds out a fiftieth, so that two trainings hold out the same answers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,6 @@ from medhead.model.loading import load_tokenizer
 from medhead_training.data.prompts import cycle_prompts, encode_prompt
 from medhead_training.data.resumable import ResumableFile
 from medhead_training.generate_data import WRITER, Prompt, line_of
-from medhead_training.trainer.auto_options import held_out_documents
-from medhead_training.trainer.options import TrainOptions
 
 
 def pack(answers: Path, packed: Path) -> None:
@@ -59,9 +57,9 @@ def unpack(prompts: Path, packed: Path, answers: Path) -> None:
 
 
 def split(answers: Path, train: Path, held_out: Path) -> None:
-    """Write the lines to train on and the held-out ones, which are those of `TokenStore.split` with seed 0."""
+    """Write the lines to train on and the held-out ones."""
     lines = answers.read_text(encoding="utf-8").splitlines(keepends=True)
-    count = held_out_documents(TrainOptions(), len(lines))
+    count = max(1, len(lines) // 50)
     kept = set(np.random.default_rng(0).permutation(len(lines))[:count].tolist())
     for path, wanted in ((train, False), (held_out, True)):
         path.write_text("".join(line for i, line in enumerate(lines) if (i in kept) == wanted), encoding="utf-8")
