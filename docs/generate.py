@@ -128,8 +128,12 @@ A node's state follows from that of its parent. Gated DeltaNet, Kimi Delta Atten
 RG-LRU run over all nodes at once, so a pass reads their weights once. Other layers (those of `minimax` and `zaya`) run once for
 each depth of the tree, by the model's own code: a pass reads their weights `depth + 1` times and keeps a copy of every state for
 each node, so small and shallow trees (`tree_size=8`) are the better choice there.
-`hybrid` measures what trees cost and drafts where it pays. `python benchmarks/hybrids/run.py` times passes over trees of a model
-of the shape of Qwen3.5-0.8B with random weights, and counts the memory that a node takes.
+`hybrid` measures what trees cost and drafts where it pays. A model of the shape of Qwen3.5-0.8B with random weights in bfloat16,
+on a CPU without bfloat16 products (the ratio is to a pass over one node):
+
+--8<-- "benchmarks/hybrids/table.md"
+
+[Committed result](../benchmarks/hybrids/results.json).
 
 On CUDA a Triton kernel computes Gated DeltaNet for trees of up to 64 nodes where Triton is installed. It is tried on a small tree
 first, and PyTorch takes its place with a warning if it differs. It is tested by Triton's interpreter and compiled for sm_80 and
