@@ -86,6 +86,7 @@ class CompiledTarget(Target):
         ]
         given = [*of_tree[:3], cache.lengths.device.clone(), columns, *of_tree[3:], *cache.per_layer]
         if key not in self._passes:
+            self.prepared += 1
             run = self._pass_over(bool(bitmask))
             weights = self._weights()
             name = pass_key(self, (key[:-1], sorted(weights))) if self.device.type == "cpu" else None

@@ -87,6 +87,9 @@ class OutputHead:
             if layer.packed is None or layer.packed.weight.data_ptr() != layer.weight.data_ptr():
                 layer.packed = PackedLinear(layer.weight.detach(), layer.bias, rounded=True)
             self._packed.append(layer.packed)
+        for packed in self._packed:  # now, so that the first tree does not take longer than others
+            if packed.packable:
+                packed.copy()
 
     def recheck(self) -> None:
         """Compare the packed copies with the weights at their next use: a new text begins, and weights may have changed."""

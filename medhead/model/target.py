@@ -89,6 +89,7 @@ class Target:
 
     bitwise: Bitwise | None = None
     compiles = False  # whether passes, and what `compiled` is given, are compiled
+    prepared = 0  # passes that were loaded or compiled while they were run
     kept_passes = ""  # names of the compiled passes that may run instead of the ordinary ones
 
     def __init__(

@@ -14,6 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from test_candidates import candidates_from_paths
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from conftest import noise_heads, tiny_llama
@@ -22,6 +23,7 @@ from medhead import Decoder, MedheadError
 from medhead.core.acceptance import Accepted
 from medhead.core.gumbel import GumbelNoise, LazyGumbel
 from medhead.core.tree import TokenTree
+from medhead.model.kv_cache import TreeCache
 from medhead.model.target import Target
 from medhead.proposers import DecodeState, build_proposer
 from medhead.proposers.base import VerifyOutput
@@ -60,6 +62,34 @@ class TimedHybrid(HybridProposer):
         output.seconds = self.measured(output.tree.nodes)
         self.fake.now += output.seconds + self.overhead
         super().update(output)
+
+
+class PreparingTarget(Target):
+    """Its first pass over a tree is loaded while it runs."""
+
+    def verify(self, cache: TreeCache, tree: TokenTree) -> tuple[Tensor, Tensor]:
+        self.prepared = max(self.prepared, int(tree.nodes > 1))
+        return super().verify(cache, tree)
+
+
+def test_the_time_to_load_a_pass_is_not_that_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would look like a tree that never pays."""
+    seen: list[tuple[int, float]] = []
+
+    def update(self: HybridProposer, output: VerifyOutput) -> None:
+        seen.append((output.tree.nodes, output.seconds))
+        original(self, output)
+
+    original = HybridProposer.update
+    monkeypatch.setattr(HybridProposer, "update", update)
+    target = PreparingTarget(tiny_llama())
+    decoder = Decoder(target, "hybrid", tree_size=4)
+    target.prepared = 0  # the probe ran passes too
+    decoder.generate(torch.tensor([[5, 9, 3, 5, 9, 3, 5, 9]]), max_new_tokens=12, do_sample=False)
+    trees = [seconds for nodes, seconds in seen if nodes > 1]
+    assert len(trees) > 1
+    assert trees[0] == 0
+    assert min(trees[1:]) > 0
 
 
 # --- costs ---
