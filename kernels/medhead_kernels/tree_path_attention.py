@@ -154,7 +154,7 @@ def attention(
     depth, path, first = depth.contiguous(), path.contiguous(), None if first is None else first.contiguous()
     if query.stride(3) != 1 or any(stride % dim for stride in query.stride()[:3]):
         query = query.contiguous()
-    group, tile, spans = heads // kv_heads, _tile(max(dim, value_dim), query.dtype), triton.cdiv(columns, SPAN)
+    group, tile, spans = heads // kv_heads, tile_for(ROWS, max(dim, value_dim), query.dtype), triton.cdiv(columns, SPAN)
     rows, batch_heads = nodes * group, batch * kv_heads
     partial = query.new_empty(batch_heads, spans, rows, value_dim, dtype=torch.float32)
     largest, total = partial.new_empty(batch_heads, spans, rows), partial.new_empty(batch_heads, spans, rows)
@@ -194,11 +194,6 @@ def add_constants(group: int, value_dim: int, has_sinks: bool) -> dict[str, Any]
 def launch_options(tile: Tile) -> dict[str, int]:
     """Return warps and stages of `span_kernel`; its inner loops are too short to load ahead."""
     return {"num_warps": tile.warps, "num_stages": 1}
-
-
-def _tile(dim: int, dtype: torch.dtype) -> Tile:
-    """Return the tile, which depends on the model alone."""
-    return tile_for(ROWS, dim, dtype)
 
 
 def _row_strides(tensor: Tensor, count: int) -> list[int]:

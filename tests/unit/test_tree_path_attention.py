@@ -145,7 +145,8 @@ def test_nothing_that_depends_on_a_pass_is_compiled_in() -> None:
     """Triton compiles again for arguments that are 1 or multiples of 16, unless it is told not to."""
     from medhead_kernels import tree_path_attention as paths
 
-    fixed = {"kv_heads", *paths.span_constants(paths._tile(16, torch.float32), 1, 16, 16, torch.float32, None, False)}
+    tile = paths.tile_for(paths.ROWS, 16, torch.float32)
+    fixed = {"kv_heads", *paths.span_constants(tile, 1, 16, 16, torch.float32, None, False)}
     tensors = {"query", "key", "value", "lengths", "depth", "path", "first", "partial", "largest", "total"}
     names = set(paths.span_kernel.arg_names) - fixed - tensors - {"scale", "softcap"}
     code = (
